@@ -1,0 +1,63 @@
+"""Everything a user can cause to go wrong, as one small family of exceptions.
+
+Each class carries the exit code that scripts see, so the place that finds a problem also decides what the
+shell is told. Imports nothing: every other module may import this one.
+
+Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an error); 2 wrong usage;
+3 the input is not what it claims; 4 the machine said no; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
+"""
+
+EXIT_DONE = 0
+EXIT_DIFFERENCE = 1
+EXIT_USAGE = 2
+EXIT_INPUT = 3
+EXIT_MACHINE = 4
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Dsv4Error(Exception):
+    """A problem with a message for the user: what was expected, what was found, where, and what to do.
+
+    `hint` is the next thing to try, printed on its own line.
+    """
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(Dsv4Error):
+    """The options or paths given do not make sense together."""
+
+    exit_code = EXIT_USAGE
+
+
+class InputError(Dsv4Error):
+    """A checkpoint, config or prompt file is not what it claims to be."""
+
+    exit_code = EXIT_INPUT
+
+
+class MachineError(Dsv4Error):
+    """Disk, memory, permission, lock, device or network: a retry elsewhere or later may work."""
+
+    exit_code = EXIT_MACHINE
+
+
+class Interrupted(Dsv4Error):
+    """SIGINT or SIGTERM arrived. The message says what is kept and how to continue."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, surrogates and bidirectional marks escaped.
+
+    Names come from files that nobody vouches for; printed raw they could move the cursor or recolour the
+    terminal. Every message that quotes such a name passes it through here.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -1,0 +1,180 @@
+"""The one sink: everything that dsv4 prints goes through here.
+
+Data goes to stdout, words and progress bars to stderr, so `dsv4 inspect … > file` and `dsv4 verify --json | jq`
+do what one expects. Three modes, decided once per command: human, JSON (exactly one object on stdout, no bars)
+and quiet (errors only). Colour only on a terminal, and never when NO_COLOR is set or TERM is `dumb`.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+from dsv4.errors import Dsv4Error
+
+Mode = Literal["human", "json", "quiet"]
+
+SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to see that it lives, rare enough to read
+
+
+class ClosedPipe(Dsv4Error):
+    """The reader of stdout went away (`dsv4 … | head`). Nothing to say to anybody; 128 + SIGPIPE, as a shell has it."""
+
+    exit_code = 141
+
+
+def human_bytes(count: float) -> str:
+    """`159609485896` -> `159.6 GB`. Decimal units, as the hubs and disk makers count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`75` -> `1:15`, `5025` -> `1:23:45`; under ten seconds one decimal: `3.2 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Columns padded to equal width, two spaces apart; the columns in `right` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_right = set(right)
+    return [
+        "  ".join(c.rjust(w) if i in to_right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        .rstrip()
+        for row in rows
+    ]
+
+
+class Progress:
+    """A bar over `total` bytes on a terminal, a line every few seconds in a file, nothing when switched off.
+
+    Use as a context manager and call `advance(n)`. Safe to call from one thread at a time.
+    """
+
+    def __init__(self, total: int, what: str, stream: TextIO, enabled: bool, unit: str = "B") -> None:
+        self.total, self.what, self.unit, self.done = total, what, unit, 0
+        self._stream, self._started = stream, time.monotonic()
+        self._printed = self._started
+        self._bar: Any = None
+        self._lines = enabled and not stream.isatty()
+        if enabled and stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True)
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._lines and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def _amount(self, count: float) -> str:
+        return human_bytes(count) if self.unit == "B" else f"{count:.0f}{self.unit}"
+
+    def _print_line(self) -> None:
+        self._printed = time.monotonic()
+        rate = self.done / max(self._printed - self._started, 1e-9)
+        left = human_seconds((self.total - self.done) / rate) if rate else "?"
+        share = 100 * self.done // max(self.total, 1)
+        line = f"{self.what}: {self._amount(self.done)} of {self._amount(self.total)} ({share}%)"
+        print(f"{line}, {self._amount(rate)}/s, {left} left", file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Output:
+    """Where a command's words and data go. Made once per command by `configure`."""
+
+    def __init__(self, mode: Mode = "human", verbose: bool = False) -> None:
+        self.mode = mode
+        self.verbose = verbose
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:
+            # Point the descriptor at nothing, so that the interpreter's last flush finds no broken pipe either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise ClosedPipe("the reader of the output closed it") from None
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+    def _colour(self, text: str, code: str, stream: TextIO) -> str:
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+        return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+    def text(self, line: str = "") -> None:
+        """Data for stdout, in human mode. JSON mode has `result` instead."""
+        if self.mode == "human":
+            self._write(sys.stdout, line)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The one JSON object of a command that was given `--json`; nothing in the other modes."""
+        if self.mode == "json":
+            self._write(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2))
+
+    def say(self, line: str = "") -> None:
+        """Words for stderr: what happens, closing lines."""
+        if self.mode == "human":
+            self._write(sys.stderr, line)
+
+    def detail(self, line: str) -> None:
+        """Words that only `-v` shows."""
+        if self.verbose and self.mode != "quiet":
+            self._write(sys.stderr, self._colour(line, "2", sys.stderr))
+
+    def hint(self, line: str) -> None:
+        """The next command to try, after success."""
+        if self.mode == "human":
+            self._write(sys.stderr, self._colour(line, "36", sys.stderr))
+
+    def warn(self, line: str) -> None:
+        """Something the user should know, though the command goes on. Shown in JSON mode too, on stderr."""
+        if self.mode != "quiet":
+            self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
+
+    def error(self, error: Dsv4Error) -> None:
+        """The message of a failed command, on stderr; with `--json` also as the one object on stdout."""
+        self._write(sys.stderr, self._colour("error: ", "31", sys.stderr) + str(error))
+        if error.hint:
+            self._write(sys.stderr, f"  {error.hint}")
+        self.result({"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
+
+    def progress(self, total: int, what: str, unit: str = "B") -> Progress:
+        """A progress bar on stderr, human mode only."""
+        return Progress(total, what, sys.stderr, self.mode == "human", unit)
+
+
+_current = Output()
+
+
+def configure(json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> Output:
+    """Decide the mode for the rest of the process. `--json` wins over `-q`: the object was asked for."""
+    global _current
+    _current = Output("json" if json_mode else "quiet" if quiet else "human", verbose)
+    return _current
+
+
+def current() -> Output:
+    """The sink of the running command."""
+    return _current
