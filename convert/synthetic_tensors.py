@@ -78,9 +78,7 @@ def _fill_block(codes: np.ndarray, bytes_: np.ndarray, pattern: Pattern, rng: np
         codes[...] = rng.integers(0, 2, codes.shape) * NEGATIVE_ZERO
 
 
-def _fp4(
-    name: str, rows: int, columns: int, seed: int, mixed: bool, gain: float
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _fp4(name: str, rows: int, columns: int, seed: int, mixed: bool, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
     """An FP4 weight as the release stores it: I8 [rows, columns/2] and E8M0 [rows, columns/32]."""
     rng = _random(seed, name)
     codes = _CODE_OF_BYTE[rng.integers(0, 256, (rows, columns), dtype=np.uint8)].astype(np.uint8)

@@ -1,0 +1,180 @@
+"""The safetensors header, read as strictly as a file from a stranger deserves.
+
+A file is: 8 bytes little-endian length N, N bytes of JSON, the data. The JSON maps each tensor name to its dtype,
+shape and [begin, end) in the data. The format's own rules (its README and the checks of its Rust reader) and the
+ones that its reader lets through but a converter must not: duplicate names, names that look like paths or hold
+control characters, names that differ only by case.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.errors import InputError, printable
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+METADATA = "__metadata__"
+
+# Bits per element. I8 with a sibling E8M0 scale is packed FP4; F4 is the reference engine's tag for the same bytes.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+}  # fmt: skip
+
+_PATH_LIKE = re.compile(r"[/\\]|^\.{1,2}$|^[A-Za-z]:")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header: dtype tag, logical shape, [begin, end) relative to the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: its tensors in file order, and where the data starts in the file."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def strict_json(raw: bytes, what: str) -> Any:
+    """Parse JSON without its leniencies: no duplicate keys, NaN or bad UTF-8; bounded depth. Raises InputError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise InputError(f"{what}: the name '{printable(twice)}' appears twice", "Download the file again.")
+        return keys
+
+    def refuse(constant: str) -> None:
+        raise InputError(f"{what}: holds {constant}, which is not JSON", "Download the file again.")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error) or type(error).__name__)
+        raise InputError(f"{what}: not valid JSON: {reason}", "Download the file again.") from None
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor. Raises ValueError if its bits do not fill whole bytes; KeyError for an unknown dtype."""
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{bits} bits are not whole bytes")
+    return bits // 8
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a tensor name that is empty, has control characters or lone surrogates, or looks like a path."""
+    if not name or len(name) > 512 or not name.isprintable() or _PATH_LIKE.search(name):
+        shown = printable(name[:80])
+        raise InputError(f"{what}: '{shown}' is not a tensor name", "Names are short, printable and no paths.")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _entry(name: str, value: Any, what: str) -> Entry:
+    where = f"{what}: tensor '{printable(name)}'"
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{where}: expected dtype, shape and data_offsets, found {printable(str(value)[:80])}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise InputError(f"{where}: unknown dtype {printable(str(dtype)[:40])}")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
+        raise InputError(f"{where}: the shape is not a list of counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise InputError(f"{where}: data_offsets is not a pair of counts")
+    begin, end = offsets
+    try:
+        expected = tensor_bytes(dtype, tuple(shape))
+    except ValueError as error:
+        raise InputError(f"{where}: {dtype} {shape}: {error}") from None
+    if end - begin != expected:
+        raise InputError(f"{where}: {dtype} {shape} needs {expected} bytes, its offsets span {end - begin}")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _check_contiguous(entries: dict[str, Entry], data_bytes: int, what: str) -> None:
+    position = 0
+    for name, entry in entries.items():
+        if entry.begin != position:
+            kind = "overlaps its neighbour" if entry.begin < position else "leaves a hole before it"
+            raise InputError(f"{what}: tensor '{printable(name)}' starts at {entry.begin}, {position} expected: {kind}")
+        position = entry.end
+    if position != data_bytes:
+        state = "truncated" if data_bytes < position else "longer than its header says"
+        hint = "Download the file again."
+        raise InputError(f"{what}: {state}: the header describes {position} bytes of data, found {data_bytes}", hint)
+
+
+def check_twins(names: list[str], what: str) -> None:
+    """Refuse names that differ only by case: on some file systems and in some engines they are one."""
+    folded: dict[str, str] = {}
+    for name in names:
+        twin = folded.setdefault(name.casefold(), name)
+        if twin != name:
+            raise InputError(f"{what}: '{printable(twin)}' and '{printable(name)}' differ only by case")
+
+
+def header_length(prefix: bytes, file_bytes: int, what: str) -> int:
+    """Length of the JSON from the first 8 bytes of a file of `file_bytes`, checked before anything is allocated."""
+    hint = "Download the file again."
+    if len(prefix) < LENGTH_BYTES:
+        raise InputError(f"{what}: truncated: {file_bytes} bytes are too few for a safetensors file", hint)
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if length == 0:
+        raise InputError(f"{what}: the header is empty (all zeros? a failed download leaves such files)", hint)
+    if length > MAX_HEADER_BYTES:
+        raise InputError(f"{what}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed", hint)
+    if length > file_bytes - LENGTH_BYTES:
+        raise InputError(f"{what}: truncated: header of {length} bytes in a file of {file_bytes}", hint)
+    return length
+
+
+def parse_header(raw: bytes, file_bytes: int, what: str) -> Header:
+    """Validate the JSON of a header (`raw`, without the length) of a file of `file_bytes`. Raises InputError.
+
+    `what` names the file in messages. Entries come back in the order of their data.
+    """
+    if not raw.startswith(b"{"):
+        raise InputError(f"{what}: the header is not a JSON object", "Download the file again.")
+    parsed = strict_json(raw, what)
+    if not isinstance(parsed, dict):
+        raise InputError(f"{what}: the header is not a JSON object", "Download the file again.")
+    metadata = parsed.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"{what}: {METADATA} must map names to text")
+    for name in parsed:
+        check_name(name, what)
+    check_twins(list(parsed), what)
+    entries = {name: _entry(name, value, what) for name, value in parsed.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    data_start = LENGTH_BYTES + len(raw)
+    _check_contiguous(ordered, file_bytes - data_start, what)
+    return Header(ordered, metadata, data_start)
+
+
+def build_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The bytes before the data, for tensors {name: (dtype, shape)} in data order, padded to a multiple of 8."""
+    described, position = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + tensor_bytes(dtype, shape)
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw

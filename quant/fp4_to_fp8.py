@@ -1,0 +1,165 @@
+"""FP4 -> FP8 without changing a value: float4_e2m1fn in groups of 32 to float8_e4m3fn in blocks.
+
+An FP8 block has one scale 2**S where its FP4 elements have one scale 2**s per group of 32. Element c * 2**s becomes
+the E4M3 value c * 2**k, k = s - S. Whether that is exact is a fact about integers:
+
+    magnitude   0.5      1        1.5      2         3        4         6
+    exact for   -8..9    -9..8    -8..8    -10..7    -9..7    -11..6    -10..6      (k; zero: any k)
+
+Below the range a bit would fall under 2**-9, the smallest E4M3 subnormal; above it the value would exceed 448.
+Each group thus says which S it can live with, [s - highest k, s - lowest k], and a block has an exact form if the
+intervals of its groups meet. The reference converter always takes S = (largest s in the block) - 6, which is exact
+whenever the s of a block span at most 14, whatever the codes. We take the same S whenever it is exact for the codes
+that are there, so that weights and scales equal the reference's; otherwise the exact S closest to it; and if there
+is none, the block is reported. The sign of zero is kept (the reference loses it).
+
+The cast itself is a table: (k, two bytes = four codes) -> four E4M3 codes. A table of 65536 entries for each k costs
+6 MB once and makes one lookup out of four elements, which is several times faster than arithmetic on each.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from dsv4.quant import e2m1, e4m3, e8m0
+from dsv4.quant.block_scales import Block, scale_shape
+
+REFERENCE_SHIFT = 6  # S = max(s) - 6: the largest E2M1 value, 6, becomes 384 = 6 * 2**6 <= 448
+GUARANTEED_SPAN = 14  # max(s) - min(s) up to which the reference S is exact for every code: 6 - (-8)
+
+LOWEST_K = (None, -8, -9, -8, -10, -9, -11, -10)  # by magnitude code; the mantissa's last bit reaches 2**-9
+HIGHEST_K = (None, 9, 8, 8, 7, 7, 6, 6)  # the value reaches 256 or 384; twice that exceeds 448
+
+# From -13 down even 6 * 2**k rounds to zero; S is never so small that k exceeds 9.
+TABLE_K_MIN, TABLE_K_MAX = -13, 9
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The FP8 block scales chosen for one FP4 tensor, and what they cost. All are [..., block rows, block columns].
+
+    scale_bytes: E8M0 byte of 2**S, uint8.
+    span: largest minus smallest group scale exponent of the block, int16.
+    moved: bool, S is exact but not the reference's.
+    inexact: bool, no S is exact; `scale_bytes` holds the reference's S (0 if that is not a legal exponent).
+    """
+
+    scale_bytes: torch.Tensor
+    span: torch.Tensor
+    moved: torch.Tensor
+    inexact: torch.Tensor
+
+
+def _per_block(groups: torch.Tensor, block: Block, fill: int) -> torch.Tensor:
+    """[..., rows, groups] -> [..., block rows, block columns, groups of the block], padded with `fill`."""
+    wide = block.columns // e2m1.GROUP_SIZE
+    pad = (0, -groups.shape[-1] % wide, 0, -groups.shape[-2] % block.rows)
+    padded = torch.nn.functional.pad(groups, pad, value=fill)
+    tiles = padded.unflatten(-2, (-1, block.rows)).unflatten(-1, (-1, wide))
+    return tiles.transpose(-3, -2).flatten(-2)
+
+
+def _check_scale(packed: torch.Tensor, scale_bytes: torch.Tensor, block: Block) -> None:
+    if block.columns % e2m1.GROUP_SIZE:
+        raise ValueError(f"an FP8 block of {block.columns} columns does not consist of groups of {e2m1.GROUP_SIZE}")
+    expected = scale_shape((*packed.shape[:-1], 2 * packed.shape[-1]), Block(1, e2m1.GROUP_SIZE))
+    if tuple(scale_bytes.shape) != expected:
+        raise ValueError(f"the scale has shape {list(scale_bytes.shape)}, {list(expected)} expected")
+    if (scale_bytes == e8m0.NAN).any():
+        raise ValueError("a group scale is byte 255, the NaN of float8_e8m0fnu")
+
+
+def _k_limits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest k that are exact for all codes of each group, int16 [..., rows, groups].
+
+    A group of zeros gives (-1000, 1000): it never constrains.
+    """
+    magnitudes = e2m1.unpack(packed) & 0b0_11_1
+    short = -magnitudes.shape[-1] % e2m1.GROUP_SIZE
+    groups = torch.nn.functional.pad(magnitudes, (0, short)).unflatten(-1, (-1, e2m1.GROUP_SIZE)).int()
+    low = torch.tensor([-1000, *LOWEST_K[1:]], dtype=torch.int16, device=packed.device)
+    high = torch.tensor([1000, *HIGHEST_K[1:]], dtype=torch.int16, device=packed.device)
+    return low[groups].amax(-1), high[groups].amin(-1)
+
+
+def _exact_range(packed: torch.Tensor, scale_bytes: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest S byte that is exact for each block, int16, before the limits of E8M0."""
+    low_k, high_k = _k_limits(packed)
+    s = scale_bytes.to(torch.int16)
+    return _per_block(s - high_k, block, -2000).amax(-1), _per_block(s - low_k, block, 2000).amin(-1)
+
+
+def choose_block_scales(packed: torch.Tensor, scale_bytes: torch.Tensor, block: Block) -> BlockScales:
+    """The scales of the FP8 blocks of one tensor, by the rule in the module docstring.
+
+    packed: E2M1 pairs, uint8 [..., rows, columns/2]. scale_bytes: E8M0, uint8 [..., rows, ceil(columns/32)].
+    Codes are looked at only if some block spans more than 14 or lies at the lower end of E8M0.
+    Raises ValueError when shapes do not fit or a scale is NaN.
+    """
+    _check_scale(packed, scale_bytes, block)
+    s = scale_bytes.to(torch.int16)
+    largest, smallest = _per_block(s, block, -1).amax(-1), _per_block(s, block, 1000).amin(-1)
+    span, reference = largest - smallest, largest - REFERENCE_SHIFT
+    if ((span <= GUARANTEED_SPAN) & (reference >= 0)).all():
+        no = torch.zeros_like(span, dtype=torch.bool)
+        return BlockScales(reference.to(torch.uint8), span, no, no)
+    low, high = _exact_range(packed, scale_bytes, block)
+    low, high = low.clamp(min=0), high.clamp(max=e8m0.MAX_BYTE)
+    inexact = low > high
+    closest = torch.minimum(torch.maximum(reference, low), high)
+    chosen = torch.where(inexact, reference.clamp(min=0), closest)
+    return BlockScales(chosen.to(torch.uint8), span, ~inexact & (chosen != reference), inexact)
+
+
+@cache
+def _table(device: torch.device) -> torch.Tensor:
+    """int32 [(TABLE_K_MAX - TABLE_K_MIN + 1) * 65536]: four E4M3 codes for each k and each pair of bytes.
+
+    The pair is indexed as a signed 16-bit number plus 32768, which is how a byte tensor can be read without a copy.
+    """
+    k = torch.arange(TABLE_K_MIN, TABLE_K_MAX + 1, device=device)
+    values = e2m1.decode(torch.arange(16, dtype=torch.uint8, device=device))
+    codes = e4m3.encode(torch.ldexp(values.expand(len(k), 16), k[:, None].expand(-1, 16))).to(torch.int32)
+    pair = torch.arange(65536, device=device) - 32768
+    nibbles = [codes[:, (pair >> shift) & 0x0F] << (8 * i) for i, shift in enumerate((0, 4, 8, 12))]
+    return (nibbles[0] | nibbles[1] | nibbles[2] | nibbles[3]).flatten()
+
+
+def _k_of_groups(scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Block) -> torch.Tensor:
+    """k = s - S of each group, int16 [..., rows, groups]."""
+    wide = block.columns // e2m1.GROUP_SIZE
+    rows, groups = scale_bytes.shape[-2:]
+    by_row = block_bytes.to(torch.int16).repeat_interleave(block.rows, -2)[..., :rows, :]
+    return scale_bytes.to(torch.int16) - by_row.repeat_interleave(wide, -1)[..., :groups]
+
+
+def cast(packed: torch.Tensor, scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Block) -> torch.Tensor:
+    """E2M1 pairs and their group scales, and the FP8 block scales chosen for them -> E4M3 codes.
+
+    packed: uint8 [..., rows, columns/2], contiguous. scale_bytes: uint8 [..., rows, ceil(columns/32)].
+    block_bytes: uint8 [..., ceil(rows/block.rows), ceil(columns/block.columns)]. Returns uint8 [..., rows, columns].
+    Exact where `choose_block_scales` said so; elsewhere rounded to nearest, ties to even, saturating.
+    """
+    short = -packed.shape[-1] % (e2m1.GROUP_SIZE // 2)
+    if short:
+        whole = cast(torch.nn.functional.pad(packed, (0, short)), scale_bytes, block_bytes, block)
+        return whole[..., : 2 * packed.shape[-1]].contiguous()
+    k = _k_of_groups(scale_bytes, block_bytes, block).clamp(TABLE_K_MIN, TABLE_K_MAX).to(torch.int64)
+    start = (k - TABLE_K_MIN) * 65536 + 32768
+    # A group is eight pairs of bytes: each int64 carries the start of its table twice, for two of them.
+    twice = (start | start << 32).unsqueeze(-1).expand(*start.shape, 4)
+    index = packed.view(torch.int16).to(torch.int32)
+    index += twice.contiguous().view(torch.int32).view(index.shape)
+    return torch.index_select(_table(packed.device), 0, index.flatten()).view(torch.uint8).view(*packed.shape[:-1], -1)
+
+
+def changed_elements(
+    packed: torch.Tensor, scale_bytes: torch.Tensor, codes: torch.Tensor, block_bytes: torch.Tensor, block: Block
+) -> torch.Tensor:
+    """Bool [..., rows, columns], true where the FP8 element is not of equal value. Zero equals zero of either sign.
+
+    Compares the E4M3 value with c * 2**k in float64, which holds both exactly for every pair of scales.
+    """
+    values = e2m1.decode(e2m1.unpack(packed)).double()
+    k = _k_of_groups(scale_bytes, block_bytes, block).repeat_interleave(e2m1.GROUP_SIZE, -1)[..., : values.shape[-1]]
+    return torch.ldexp(values, k.double()) != e4m3.decode(codes).double()
