@@ -14,6 +14,7 @@ float32 is exact as long as the product is a float32 (it always is for E8M0 scal
 from typing import NamedTuple
 
 import torch
+
 from dsv4.quant import e2m1, e4m3, e8m0
 
 

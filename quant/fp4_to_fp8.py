@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+
 from dsv4.quant import e2m1, e4m3, e8m0
 from dsv4.quant.block_scales import Block, scale_shape
 

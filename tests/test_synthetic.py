@@ -10,11 +10,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from dsv4.convert.synthetic import PATTERNS, RAGGED, Geometry, block_pattern, make_checkpoint
-from dsv4.convert.synthetic_tokenizer import FIRST_TOKENS, LAST_TOKENS
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+from dsv4.convert.synthetic import PATTERNS, RAGGED, Geometry, block_pattern, make_checkpoint
+from dsv4.convert.synthetic_tokenizer import FIRST_TOKENS, LAST_TOKENS
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 E4M3 = {float(v) for v in np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64) if v == v}

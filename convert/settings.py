@@ -1,0 +1,131 @@
+"""What to convert to: the options, and what each engine wants, as data.
+
+`Settings` is decided once from the command line and passed in; the rest of the converter never asks which engine it
+works for. The rows of TARGETS come from the published FP8 checkpoints and from what the loaders do with them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsv4.errors import UsageError
+
+To = Literal["fp8", "bf16", "fp4", "same"]
+Layout = Literal["hf", "mp"]
+TargetName = Literal["base", "vllm", "sglang", "transformers", "reference"]
+ScaleDtype = Literal["e8m0", "f32"]
+WoA = Literal["fp8", "bf16"]
+OnInexact = Literal["error", "keep", "round"]
+
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine loads: dtype of FP8 block scales, dtype of wo_a, what `expert_dtype` must say, and its traps."""
+
+    scale_dtype: ScaleDtype
+    wo_a: WoA
+    expert_dtype: str | None  # None: the key must be absent
+    traps: tuple[str, ...] = ()
+
+
+TARGETS: dict[TargetName, Target] = {
+    # The layout of the official FP8 Base releases.
+    "base": Target("f32", "fp8", "fp8"),
+    "vllm": Target(
+        "f32",
+        "fp8",
+        "fp8",
+        ("vLLM reads expert scales as float32; it sets VLLM_USE_DEEP_GEMM_E8M0=0 by itself for such a checkpoint.",),
+    ),
+    "sglang": Target(
+        "e8m0",
+        "bf16",
+        None,
+        ("SGLang assumes FP4 experts when it cannot probe the shards: start it with SGLANG_DSV4_FP4_EXPERTS=0.",),
+    ),
+    "transformers": Target(
+        "e8m0", "fp8", "fp8", ("transformers ignores mtp.*: no speculative decoding from these files there.",)
+    ),
+    "reference": Target(
+        "e8m0",
+        "fp8",
+        None,
+        ("The reference engine loads its own layout: convert with --layout mp --model-parallel N to run it.",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bytes of the output. Two runs with equal settings and source write equal files.
+
+    scale_dtype, wo_a: None leaves them as the source has them.
+    """
+
+    to: To
+    layout: Layout
+    model_parallel: int
+    target: TargetName
+    scale_dtype: ScaleDtype | None
+    wo_a: WoA | None
+    on_inexact: OnInexact
+    max_shard_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For manifest and journal, by the names of the command line's options."""
+        return {
+            "to": self.to,
+            "layout": self.layout,
+            "model_parallel": self.model_parallel,
+            "target": self.target,
+            "scale_dtype": self.scale_dtype,
+            "wo_a": self.wo_a,
+            "on_inexact": self.on_inexact,
+            "max_shard_size": self.max_shard_bytes,
+        }
+
+
+def _check(to: To, layout: Layout, model_parallel: int | None, target: TargetName | None) -> None:
+    if layout == "mp" and model_parallel is None:
+        raise UsageError("--layout mp needs --model-parallel N", "N is the number of ranks the engine will run on.")
+    if layout == "hf" and model_parallel is not None:
+        raise UsageError("--model-parallel goes with --layout mp")
+    if layout == "mp" and target not in (None, "reference"):
+        raise UsageError(f"--layout mp is the reference engine's; it does not go with --target {target}")
+    if layout == "mp" and to in ("bf16", "fp4"):
+        raise UsageError(
+            f"--layout mp does not go with --to {to}", "The reference engine runs fp8 or the source (same)."
+        )
+
+
+def resolve(
+    to: To = "fp8",
+    layout: Layout = "hf",
+    model_parallel: int | None = None,
+    target: TargetName | None = None,
+    scale_dtype: ScaleDtype | None = None,
+    wo_a: WoA | None = None,
+    on_inexact: OnInexact = "error",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> Settings:
+    """The options of one run, completed by the target's. Raises UsageError for options that exclude each other.
+
+    `same` leaves scales and wo_a alone unless a target or an option names them; `fp4` is the instruct releases'
+    layout, whose scales are E8M0; the mp layout is fixed by the reference engine.
+    """
+    _check(to, layout, model_parallel, target)
+    if layout == "mp":
+        if scale_dtype or wo_a:
+            raise UsageError("--layout mp fixes the scale dtype and wo_a", "Leave out --scale-dtype and --wo-a.")
+        return Settings(to, layout, model_parallel or 1, "reference", None, "bf16", on_inexact, 0)
+    name: TargetName = target or "base"
+    if to == "bf16":
+        if scale_dtype or wo_a == "fp8":
+            raise UsageError("--to bf16 leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
+        return Settings(to, layout, 1, name, None, "bf16", on_inexact, max_shard_bytes)
+    if target is None and to == "same":
+        return Settings(to, layout, 1, name, scale_dtype, wo_a, on_inexact, max_shard_bytes)
+    default_scale: ScaleDtype = "e8m0" if to == "fp4" and target is None else TARGETS[name].scale_dtype
+    wanted = TARGETS[name].wo_a
+    return Settings(to, layout, 1, name, scale_dtype or default_scale, wo_a or wanted, on_inexact, max_shard_bytes)

@@ -1,0 +1,56 @@
+"""FP4 and FP8 -> BF16.
+
+E2M1 and E4M3 have at most four significant bits and BF16 has eight, so with power-of-two scales the product is exact
+within BF16's exponent range, which is float32's. With any other float32 scale it rounds, once: the float32 product is
+nudged before it is cut to BF16 where rounding twice would give another result than rounding once.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from dsv4.quant import e2m1, e4m3
+from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, expand_scale
+
+HALF_WAY = 0x8000  # the low 16 bits of a float32 that lies midway between two BF16 values
+
+
+class Bf16Form(NamedTuple):
+    """values bfloat16 [..., rows, columns]; changed: how many elements do not equal code * scale (NaN not counted)."""
+
+    values: torch.Tensor
+    changed: int
+
+
+def _count_changed(differs: torch.Tensor, product: torch.Tensor) -> int:
+    return int(torch.count_nonzero((differs | torch.isinf(product)) & ~torch.isnan(product)))
+
+
+def _from_power_of_two(values: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
+    """The product is a float32 exactly, so cutting it to BF16 is the only rounding."""
+    product = values * scale
+    rounded = product.to(torch.bfloat16)
+    return Bf16Form(rounded, _count_changed(rounded.float() != product, product))
+
+
+def _from_any(values: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
+    product = values * scale
+    error = values.double() * scale.double() - product.double()  # exact: 4 + 24 significant bits fit into 53
+    bits = product.view(torch.int32)
+    away = ((bits & 0xFFFF) == HALF_WAY) & (error != 0)
+    nudge = torch.where((error > 0) == (product > 0), 1, -1)
+    rounded = torch.where(away, bits + nudge, bits).to(torch.int32).view(torch.float32).to(torch.bfloat16)
+    return Bf16Form(rounded, _count_changed((rounded.float() != product) | (error != 0), product))
+
+
+def from_fp4(packed: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
+    """Packed E2M1 [..., rows, columns/2] with E8M0 scales [..., rows, ceil(columns/32)] -> BF16."""
+    values = e2m1.decode(e2m1.unpack(packed))
+    return _from_power_of_two(values, expand_scale(decode_scale(scale), tuple(values.shape), FP4_BLOCK))
+
+
+def from_fp8(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Bf16Form:
+    """E4M3 [..., rows, columns] with block scales (E8M0 or float32) -> BF16. NaN stays NaN."""
+    values = e4m3.decode(codes)
+    wide = expand_scale(decode_scale(scale), tuple(values.shape), block)
+    return _from_any(values, wide) if scale.dtype == torch.float32 else _from_power_of_two(values, wide)
