@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4 import __version__, output
+from dsv4 import __version__, command_encode, output
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -51,6 +51,9 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
 
 
 def explain_os_error(error: OSError) -> Dsv4Error:

@@ -109,25 +109,25 @@ class Output:
         self.mode = mode
         self.verbose = verbose
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
-            print(text, file=stream, flush=True)
+            print(text, file=stream, flush=True, end=end)
         except BrokenPipeError:
             # Point the descriptor at nothing, so that the interpreter's last flush finds no broken pipe either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise ClosedPipe("the reader of the output closed it") from None
         except UnicodeEncodeError:
             encoding = stream.encoding or "ascii"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True, end=end)
 
     def _colour(self, text: str, code: str, stream: TextIO) -> str:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
         return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
-    def text(self, line: str = "") -> None:
+    def text(self, line: str = "", end: str = "\n") -> None:
         """Data for stdout, in human mode. JSON mode has `result` instead."""
         if self.mode == "human":
-            self._write(sys.stdout, line)
+            self._write(sys.stdout, line, end)
 
     def result(self, value: dict[str, Any]) -> None:
         """The one JSON object of a command that was given `--json`; nothing in the other modes."""

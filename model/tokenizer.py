@@ -1,0 +1,68 @@
+"""The checkpoint's own tokenizer.json, through the `tokenizers` library.
+
+Text is encoded as it is: special tokens written in it become special tokens, as in the release, and nothing is
+added in front. A checkpoint without a tokenizer can still be run with token ids.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from dsv4.errors import InputError, printable
+
+
+class TextTokenizer:
+    """Text to ids and back."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(
+                f"{printable(str(path))} does not exist",
+                "Without a tokenizer, give token ids: --tokens 0,5,7. Or copy the release's tokenizer.json there.",
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{printable(str(path))} is not a tokenizer: {printable(str(error))}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, nothing added. Raises InputError for text that has no UTF-8 form."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the prompt is not valid text: half a character at position {error.start}") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included. Ids that the vocabulary lacks give nothing."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token, or None if the vocabulary lacks it."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def stream(self) -> "TextStream":
+        """A decoder for ids that arrive one by one."""
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """Ids in, text out as soon as it is certain: a character that several tokens share waits for its last one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def step(self, token: int) -> str:
+        """The text that `token` adds, "" while a character is incomplete."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+def load_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer of the checkpoint in `folder`. Raises InputError if it has none or it cannot be read."""
+    return TextTokenizer(Path(folder) / "tokenizer.json")
