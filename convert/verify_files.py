@@ -1,0 +1,298 @@
+"""Files as `verify` reads them: its own walk over safetensors headers and the index, by positioned reads.
+
+Nothing here is shared with the converter's reader. A mistake in how one of them understands a header must not be
+able to hide in the other. Files are reached through `Files`, four small methods, so that the same walk works on a
+folder and on a source that has to be fetched first.
+
+A header that breaks a rule of the format does not stop the walk: what is wrong is written down as a `Problem`, the
+tensors that cannot be trusted are listed as unreadable, and the rest is still compared. Somebody whose download
+lacks the last 300 MB wants to know which tensors that were.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from dsv4.errors import InputError, printable
+
+Severity = Literal["note", "difference", "unreadable"]
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+# Bits of one element as the safetensors header counts them. F4 is two E2M1 codes a byte, with a shape in elements.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F4": 4,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong beside the tensors' values.
+
+    `area` is one of index, shard, layout, config, codes, side file, manifest; `where` says which checkpoint.
+    """
+
+    area: str
+    where: str
+    text: str
+    severity: Severity = "difference"
+
+    def to_json(self) -> dict[str, str]:
+        """The problem as `--json` shows it."""
+        return {"area": self.area, "where": self.where, "severity": self.severity, "text": self.text}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of one shard: what the header says, and where its bytes are in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Shard:
+    """One safetensors file: the tensors that can be read, and those that cannot, with the reason."""
+
+    name: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    broken: str = ""  # why the whole file cannot be read, when it cannot
+
+
+class Files(Protocol):
+    """A checkpoint's files, wherever they are."""
+
+    label: str
+
+    def sizes(self) -> dict[str, int]:
+        """Every file by its path relative to the checkpoint, `/` between the parts, and its size in bytes."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on. Raises InputError when the file ends before."""
+
+    def fetch(self, name: str) -> None:
+        """Called before a shard is read: make it readable. May be called again for the same shard."""
+
+    def drop(self, name: str) -> None:
+        """Called once after the last read of a shard: it may be let go."""
+
+
+class LocalFiles:
+    """A folder. Files are opened read-only, once, and read by `preadv`; nothing is mapped or loaded whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.label = printable(str(folder))
+        self._open: dict[str, int] = {}
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise InputError(f"{self.label} {what}", "Give the folder of a checkpoint.")
+
+    def sizes(self) -> dict[str, int]:
+        """Regular files (links are followed, as hub caches consist of links), hidden files and folders left out."""
+        found = {}
+        for parent, folders, names in os.walk(self.folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(parent, name)
+                if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
+                    found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return found
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Loops over short reads; a file that ends early is an InputError that names it."""
+        descriptor = self._open.get(name)
+        if descriptor is None:
+            # Two threads may both open; setdefault keeps one, the other descriptor is closed at once.
+            opened = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open.setdefault(name, opened)
+            if descriptor != opened:
+                os.close(opened)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise InputError(f"{self.label}/{printable(name)} ends before byte {offset + len(buffer)}")
+            done += count
+
+    def fetch(self, name: str) -> None:
+        """A local file is always there."""
+
+    def drop(self, name: str) -> None:
+        """Close the file."""
+        descriptor = self._open.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close whatever is still open."""
+        for name in list(self._open):
+            self.drop(name)
+
+
+def read_bytes(files: Files, name: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file."""
+    buffer = bytearray(size)
+    files.read_into(name, offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{printable(twice)}' occurs twice")
+    return found
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no key twice, no NaN. Raises ValueError with the reason."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _entry_problem(name: str, value: object) -> str:
+    """Why a header's entry cannot be understood, or nothing."""
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        return "its header entry lacks dtype, shape or data_offsets"
+    if value["dtype"] not in DTYPE_BITS:
+        return f"its dtype '{printable(str(value['dtype']))}' is not one that safetensors has"
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        return "its shape is not a list of sizes"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        return "its data_offsets are not two byte positions"
+    bits = math.prod(shape) * DTYPE_BITS[value["dtype"]]
+    if offsets[1] - offsets[0] != bits // 8 or bits % 8:
+        return f"its shape needs {bits // 8} bytes, its data_offsets give it {offsets[1] - offsets[0]}"
+    return ""
+
+
+def _read_entry(shard: Shard, name: str, value: Any, data_start: int, file_size: int) -> None:
+    reason = _entry_problem(name, value)
+    if not reason:
+        begin, end = value["data_offsets"]
+        entry = Entry(name, value["dtype"], tuple(value["shape"]), shard.name, data_start + begin, end - begin)
+        if data_start + end <= file_size:
+            shard.entries[name] = entry
+            return
+        reason = f"it ends at byte {data_start + end} of a file of {file_size} bytes"
+    shard.unreadable[name] = reason
+
+
+def _check_order(shard: Shard, data_start: int, file_size: int) -> None:
+    """The format allows no holes, no overlaps and nothing after the last tensor."""
+    position, last = data_start, ""
+    for entry in sorted(shard.entries.values(), key=lambda entry: (entry.offset, entry.size)):
+        if entry.offset < position:
+            shard.unreadable[entry.name] = f"its bytes overlap those of {printable(last)}"
+        elif entry.offset > position and not shard.unreadable:
+            shard.problems.append(f"{entry.offset - position} bytes before {printable(entry.name)} belong to no tensor")
+        position, last = max(position, entry.offset + entry.size), entry.name
+    if position < file_size and not shard.unreadable:
+        shard.problems.append(f"{file_size - position} bytes after the last tensor belong to no tensor")
+    for name in shard.unreadable:
+        shard.entries.pop(name, None)
+
+
+def _header_length(files: Files, name: str, size: int) -> int:
+    if size < 8:
+        raise ValueError(f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", read_bytes(files, name, 0, 8))
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"it claims a header of {length} bytes in a file of {size}")
+    return int(length)
+
+
+def read_shard(files: Files, name: str, size: int) -> Shard:
+    """The header of one safetensors file. What breaks the format is in the result, never an exception."""
+    shard = Shard(name)
+    try:
+        length = _header_length(files, name, size)
+        header = parse_json(read_bytes(files, name, 8, length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+    except (ValueError, InputError) as error:
+        shard.broken = printable(str(error))
+        return shard
+    for tensor, value in header.items():
+        if tensor != "__metadata__":
+            _read_entry(shard, tensor, value, 8 + length, size)
+    _check_order(shard, 8 + length, size)
+    return shard
+
+
+@dataclass
+class Index:
+    """`model.safetensors.index.json`: which shard holds which tensor. `reason` says why it cannot be used."""
+
+    weight_map: dict[str, str] = field(default_factory=dict)
+    total_size: int | None = None
+    reason: str = ""
+
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def read_index(files: Files, size: int) -> Index:
+    """The index of a folder, checked for form only: whether it tells the truth is for the caller to compare."""
+    try:
+        value = parse_json(read_bytes(files, INDEX_NAME, 0, size))
+    except ValueError as error:
+        return Index(reason=f"not JSON: {printable(str(error))}")
+    weights = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
+        return Index(reason="it has no weight_map from names to files")
+    metadata = value.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(weights, total if isinstance(total, int) else None)
+
+
+def shard_names(files: Files) -> Iterator[str]:
+    """The safetensors files of the top folder, in natural order (rank 10 after rank 9)."""
+    names = [name for name in files.sizes() if name.endswith(".safetensors") and "/" not in name]
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+    yield from sorted(names, key=key)

@@ -1,0 +1,179 @@
+"""`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import UsageError, printable
+from dsv4.options import Json, MaxMemory, MaxWorkers, Quiet, Verbose, example, parse_size
+from dsv4.output import aligned, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from dsv4.convert.verify_result import Verification
+
+EPILOG = example(
+    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
+    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse --report proof.html",
+    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --tensor 'layers.3.*' --json",
+    "dsv4 verify DeepSeek-V4-Flash-FP8",
+)
+SHOWN = 20  # differing tensors listed without -v
+BLOCKS_SHOWN = 8
+
+
+def _share(text: str | None) -> float | None:
+    """`5%` or `0.05` -> 0.05."""
+    if text is None:
+        return None
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
+    return share
+
+
+def _describe(difference: dict[str, Any]) -> list[str]:
+    """A tensor that differs, in a few lines: where, how much, which blocks, the first element."""
+    name = printable(difference["name"])
+    words = [f"{difference['status']} {name}"]
+    if reason := difference.get("reason"):
+        words.append(reason)
+    if count := difference.get("different_elements"):
+        words.append(f"{count} of {difference['elements']} elements differ")
+    lines = [": ".join(words[:1]) + ("  " + ", ".join(words[1:]) if len(words) > 1 else "")]
+    if blocks := difference.get("blocks"):
+        size = "x".join(map(str, difference["block"]))
+        some = " ".join(f"({row},{column})" for row, column, _ in blocks[:BLOCKS_SHOWN])
+        more = difference["different_blocks"] - BLOCKS_SHOWN
+        lines.append(f"    in {size} blocks {some}" + (f" and {more} more" if more > 0 else ""))
+    for first in difference.get("first_differences", [])[:1]:
+        a, b = first["source"], first["output"]
+        at = ", ".join(map(str, first["at"]))
+        shown = [s["code"] + (f" * {s['scale']}" if s["scale"] else "") + f" = {s['value']}" for s in (a, b)]
+        lines.append(f"    first at [{at}]: source {shown[0]}, output {shown[1]}")
+    return lines
+
+
+def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> None:
+    listed = differences if out.verbose else differences[:SHOWN]
+    for difference in listed:
+        for line in _describe(difference):
+            out.text(line)
+    if len(differences) > len(listed):
+        out.text(f"  and {len(differences) - len(listed)} more (-v lists all, --json has the details)")
+
+
+def _tell_blocks(out: output.Output, found: dict[str, Any]) -> None:
+    if blocks := found["statistics"].get("fp8_blocks"):
+        out.text(
+            f"FP8 blocks from FP4: {blocks['count']}, largest scale span 2^{max(map(int, blocks['spans']))} of "
+            f"2^{blocks['span_limit']}, smallest headroom {blocks['smallest_headroom']}, "
+            f"{blocks['other_scale_than_reference']} with another scale than the reference rule's"
+        )
+
+
+def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
+    for key, words in (
+        ("negative_zeros_became_positive", "negative zeros became positive"),
+        ("positive_zeros_became_negative", "positive zeros became negative"),
+    ):
+        if found[key]:
+            out.text(f"{found[key]} {words} (equal in value; --strict makes this a difference)")
+
+
+def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
+    inverse = found.get("inverse")
+    if inverse is None:
+        return
+    if not inverse["codes"]:
+        out.text("inverse: no FP4 weight was stored in another format, nothing to rebuild")
+    elif not inverse["sign"] and not inverse["wrong"]:
+        out.text(f"inverse: all {inverse['codes']} FP4 codes were rebuilt: the source could be deleted")
+    else:
+        out.text(f"inverse: {inverse['codes'] - inverse['sign'] - inverse['wrong']} of {inverse['codes']} FP4 codes were rebuilt")
+    for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
+        if names := inverse[key]:
+            some = ", ".join(map(printable, names[:SHOWN]))
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            out.text(f"  {why} in {len(names)} tensors: {some}{more}")
+
+
+def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
+    _tell_differences(out, found["differences"])
+    for problem in found["problems"]:
+        if problem["severity"] != "note" or out.verbose:
+            out.text(f"{problem['where']} {problem['area']}: {problem['text']}")
+    rows = [[s, str(found["counts"][s]), w] for s, w in found["statuses"].items() if found["counts"][s]]
+    for line in aligned(rows, right=[1]) if rows and result.source is not None else []:
+        out.text(line)
+    _tell_blocks(out, found)
+    _tell_signs(out, found)
+    _tell_inverse(out, found)
+    out.text(result.verdict)
+    rate = result.read_bytes / max(result.seconds, 1e-9)
+    out.say(f"{human_bytes(result.read_bytes)} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
+
+
+def verify(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint to compare with, or to check alone.")],
+    converted: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder of the converted one.")] = None,
+    tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
+    shard: Annotated[int | None, typer.Option("--shard", min=1, help="Only the N-th shard of OUTPUT.")] = None,
+    sample: Annotated[str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors: 5%.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which tensors --sample draws.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
+    ] = False,
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the proof.")] = None,
+    max_workers: MaxWorkers = None,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read all of SOURCE and OUTPUT and decide whether they hold the same model.
+
+    Trusts nothing that `convert` said and shares no code with it. Understands other people's conversions too: the
+    reference converter's `model{i}-mp{N}.safetensors`, float32 or E8M0 scales, merged or split shards, `model.` names.
+    With one checkpoint only: are its structure, config, codes and hashes sound?
+    """
+    out = output.configure(json, quiet, verbose)
+    from dsv4.convert.verification import Selection
+    from dsv4.convert.verification import verify as run
+
+    selection = Selection(tensor, shard, _share(sample), seed)
+    memory = None if max_memory is None else parse_size(max_memory)
+    bars: list[output.Progress] = []
+
+    def start(total: int) -> None:
+        bars.append(out.progress(total, "verify"))
+
+    try:
+        result = run(
+            source,
+            converted,
+            selection=selection,
+            strict=strict,
+            inverse=inverse,
+            max_workers=max_workers,
+            max_memory=memory,
+            on_start=start,
+            advance=lambda count: bars[0].advance(count),
+        )
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)
+    found = result.to_json()
+    if report is not None:
+        from dsv4.convert.verify_report import render
+
+        report.write_text(render(found), encoding="utf-8")
+        out.say(f"report: {printable(str(report))}")
+    out.result(found)
+    _tell(out, result, found)
+    raise typer.Exit(result.exit_code)
