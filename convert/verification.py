@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,7 +88,9 @@ def _selected(units: list[Unit], selection: Selection, output: Checkpoint) -> tu
 class _Crew:
     """Threads that take pieces from one list and put tallies into one queue."""
 
-    def __init__(self, units: list[Unit], pieces: list[Piece], make: Callable[[Unit], PieceWork], held: "_Held") -> None:
+    def __init__(
+        self, units: list[Unit], pieces: list[Piece], make: Callable[[Unit], PieceWork], held: "_Held"
+    ) -> None:
         self.units, self.pieces, self.make, self.held = units, pieces, make, held
         self.found: queue.Queue[Found] = queue.Queue(maxsize=1024)
         self.stopped = threading.Event()
@@ -279,7 +280,10 @@ class _Run:
         files = {side.where: side.files for side in (self.source, self.output) if side is not None}
         reader = Reader(files.get("source"), self.output.files)
         crew = _Crew(
-            units, pieces, lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse), _Held(files, units, pieces)
+            units,
+            pieces,
+            lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse),
+            _Held(files, units, pieces),
         )
         tallies = [Tally() for _ in units]
         self.on_start(sum(units[index].size for index in {piece.unit for piece in pieces}))
@@ -376,9 +380,9 @@ def verify(
     torch.set_num_threads(1)  # one thread per band; the bands are the parallelism
     try:
         names = ["output"] if output is None else ["source", "output"]
-        checkpoints: list[Any] = [open_checkpoint(f, where) for f, where in zip(opened, names, strict=True)]
-        pair = (None, *checkpoints) if output is None else checkpoints
-        run = _Run(*pair, selection or Selection(), workers, band, inverse, on_start, advance)
+        found = [open_checkpoint(f, where) for f, where in zip(opened, names, strict=True)]
+        first = None if output is None else found[0]
+        run = _Run(first, found[-1], selection or Selection(), workers, band, inverse, on_start, advance)
         try:
             result = run()
         except Interrupted as error:
@@ -393,6 +397,8 @@ def verify(
 
 
 def _interrupted(error: Interrupted, done: int) -> Interrupted:
-    told = Interrupted(f"interrupted after {done / 1e9:.1f} GB were compared", "Nothing is kept: run the same command again.")
+    told = Interrupted(
+        f"interrupted after {done / 1e9:.1f} GB were compared", "Nothing is kept: run the same command again."
+    )
     told.exit_code = error.exit_code
     return told

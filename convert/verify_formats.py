@@ -174,7 +174,9 @@ def conversion_table(narrow: Format, wide: Format) -> ConversionTable:
     ordinary = np.arange(1 << narrow.bits) & (narrow.sign - 1)
     gaps = (folded == wide.nan)[:, ordinary < narrow.first_special].any(axis=1)
     special = narrow.specials != "none"  # a narrow NaN maps to the wide NaN in every row
-    return ConversionTable(first, _per_byte(signed, narrow, wide), _per_byte(folded, narrow, wide), ~gaps & (not special))
+    return ConversionTable(
+        first, _per_byte(signed, narrow, wide), _per_byte(folded, narrow, wide), ~gaps & (not special)
+    )
 
 
 def has_table(narrow: Format, wide: Format) -> bool:

@@ -10,8 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from .verify_formats import E2M1, E4M3, Array, decode, unpack
-from .verify_values import SLOW_ELEMENTS, Band, _elementwise, exact_values
+from .verify_formats import E2M1, Array, decode, unpack
+from .verify_values import SLOW_ELEMENTS, Band, elementwise, exact_values
 
 NOT_A_CODE = 255  # no FP4 code has this value
 
@@ -26,7 +26,7 @@ def _code_of_value() -> dict[tuple[int, int], int]:
 def _rebuilt_codes(source: Band, output: Band, start: int, stop: int) -> Array:
     """FP4 codes, one per element, of rows `start` to `stop`."""
     values = exact_values(output, start, stop)
-    exponent = values.exponent - _elementwise(source.scales.exponent, source, start, stop)
+    exponent = values.exponent - elementwise(source.scales.exponent, source, start, stop)
     codes = np.full(values.mantissa.shape, NOT_A_CODE, dtype=np.uint8)
     for (mantissa, power), code in _code_of_value().items():
         match = values.mantissa == mantissa

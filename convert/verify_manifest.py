@@ -4,16 +4,18 @@ Only used when a checkpoint is verified alone. With the source at hand the manif
 do not.
 """
 
+import hashlib
 from typing import Any
 
 from dsv4.errors import printable
 
 from .verify_config import file_hash, read_config
-from .verify_files import INDEX_NAME
+from .verify_files import Entry
 from .verify_layout import Checkpoint, canonical
 
 MANIFEST = "dsv4.json"
 FORMAT = 1
+_CHUNK = 1 << 20
 
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int]) -> bool:
@@ -32,30 +34,38 @@ def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, i
     return False
 
 
-def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
-    """Every tensor is listed with its dtype and shape; in a shard whose hash is wrong, which tensors changed?"""
-    import hashlib
+def _tensor_hash(checkpoint: Checkpoint, entry: Entry) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, entry.size, _CHUNK):
+        buffer = bytearray(min(_CHUNK, entry.size - start))
+        checkpoint.files.read_into(entry.shard, entry.offset + start, memoryview(buffer))
+        digest.update(buffer)
+    return digest.hexdigest()
 
-    listed = {canonical(name): value for name, value in said.items() if isinstance(value, dict)}
-    for name in sorted(listed.keys() ^ (checkpoint.tensors.keys() | checkpoint.unreadable.keys())):
-        word = "lists" if name in listed else "does not list"
-        there = "which is not there" if name in listed else "which is there"
-        checkpoint.problem("manifest", f"{word} {printable(name)}, {there}")
+
+def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool) -> None:
+    """Dtype and shape; in a shard whose hash is wrong also the hash: which of its tensors changed?"""
+    shown = printable(entry.name)
+    if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
+        claimed = f"{said.get('dtype')} {said.get('shape')}"
+        text = f"{shown} is {entry.dtype} {list(entry.shape)}, the manifest says {printable(claimed)}"
+        checkpoint.problem("manifest", text)
+    if shard_differs and "sha256" in said and _tensor_hash(checkpoint, entry) != said["sha256"]:
+        checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+
+
+def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
+    """Exactly the tensors that are there are listed, as they are. Slices of ranks are listed as nothing whole."""
+    there = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
+    listed = {canonical(name): value for name, value in said.items()}
+    for name in sorted(listed.keys() - there):
+        checkpoint.problem("manifest", f"lists {printable(name)}, which is not there")
+    for name in sorted(there - listed.keys()):
+        checkpoint.problem("manifest", f"does not list {printable(name)}")
     for name, tensor in checkpoint.tensors.items():
-        value, shown = listed.get(name), printable(name)
-        if value is None or checkpoint.layout == "mp":
-            continue
-        if value.get("dtype") != tensor.dtype or value.get("shape") != list(tensor.shape):
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            checkpoint.problem("manifest", f"{shown} is {found}, the manifest says {value.get('dtype')} {value.get('shape')}")
-        if broken & tensor.shards and "sha256" in value:
-            entry, digest = tensor.parts[0], hashlib.sha256()
-            for start in range(0, entry.size, 1 << 20):
-                buffer = bytearray(min(1 << 20, entry.size - start))
-                checkpoint.files.read_into(entry.shard, entry.offset + start, memoryview(buffer))
-                digest.update(buffer)
-            if digest.hexdigest() != value["sha256"]:
-                checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+        value = listed.get(name)
+        if isinstance(value, dict) and len(tensor.parts) == 1 and not tensor.copies:
+            _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
 
 
 def check_manifest(checkpoint: Checkpoint) -> None:
@@ -79,5 +89,3 @@ def check_manifest(checkpoint: Checkpoint) -> None:
         checkpoint.problem("manifest", f"does not list {printable(name)}")
     _check_tensors(checkpoint, tensors, broken)
 
-
-__all__ = ["INDEX_NAME", "check_manifest"]

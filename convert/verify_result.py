@@ -127,7 +127,9 @@ class Statistics:
         """Histograms with empty bins left out where that is shorter."""
         scales: dict[str, dict[str, dict[str, int]]] = {}
         for side, module in sorted(self.scales, key=lambda key: (key[0], module_order(key[1]))):
-            uses = {str(exponent - 127): int(count) for exponent, count in enumerate(self.scales[side, module]) if count}
+            uses = {
+                str(exponent - 127): int(count) for exponent, count in enumerate(self.scales[side, module]) if count
+            }
             scales.setdefault(side, {})[module] = uses
         found: dict[str, Any] = {
             "bytes_by_dtype": {side: dict(sorted(sizes.items())) for side, sizes in self.sizes.items()},
@@ -208,9 +210,15 @@ class Verification:
             return f"NOT READABLE: not everything could be read{sure}{part}"
         wrong = [problem for problem in self.problems if problem.severity == "difference"]
         if self.source is None:
-            return f"SOUND{part}: structure, config, codes and hashes agree" if not code else f"NOT SOUND{part}: {len(wrong)} problems"
+            return (
+                f"SOUND{part}: structure, config, codes and hashes agree"
+                if not code
+                else f"NOT SOUND{part}: {len(wrong)} problems"
+            )
         if code == EXIT_DONE:
-            return f"IDENTICAL{part}: {counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
+            return (
+                f"IDENTICAL{part}: {counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
+            )
         if self._values_differ:
             return f"DIFFERENT{part}: {counts['*']} tensors differ, {counts['-']} are missing, {counts['+']} are extra"
         if wrong:

@@ -92,7 +92,7 @@ class Reader:
         files = self._files[side]
         assert files is not None
         if len(buffer):
-            files.read_into(entry.shard, entry.offset + offset, memoryview(buffer).cast("B"))
+            files.read_into(entry.shard, entry.offset + offset, buffer.data.cast("B"))
 
     def _flat(self, side: str, tensor: Tensor, offset: int, buffer: Array) -> None:
         """Parts along the first axis are one stream of bytes."""
@@ -177,7 +177,13 @@ def _element(band: Band, row: int, column: int) -> dict[str, Any]:
     mantissa = 1 if scales.mantissa is None else int(scales.mantissa[at])
     bad = scales.bad is not None and bool(scales.bad[at])
     text = f"0x{raw:0{2 * scales.raw.itemsize}x}"
-    scale = f"{text} (not a scale)" if bad else f"{text} (2^{exponent})" if mantissa == 1 else f"{text} ({mantissa}*2^{exponent})"
+    scale = (
+        f"{text} (not a scale)"
+        if bad
+        else f"{text} (2^{exponent})"
+        if mantissa == 1
+        else f"{text} ({mantissa}*2^{exponent})"
+    )
     value = "not a number" if bad else _value_text(band.number_format, code, mantissa, exponent)
     return {**shown, "scale": scale, "value": value}
 
@@ -185,7 +191,11 @@ def _element(band: Band, row: int, column: int) -> dict[str, Any]:
 def _first_differences(different: Array, row0: int, source: Band, output: Band) -> list[dict[str, Any]]:
     rows, columns = np.unravel_index(np.flatnonzero(different)[:FIRST_DIFFERENCES], different.shape)
     return [
-        {"at": [row0 + int(r), int(c)], "source": _element(source, int(r), int(c)), "output": _element(output, int(r), int(c))}
+        {
+            "at": [row0 + int(r), int(c)],
+            "source": _element(source, int(r), int(c)),
+            "output": _element(output, int(r), int(c)),
+        }
         for r, c in zip(rows, columns, strict=True)
     ]
 
@@ -198,9 +208,7 @@ def coarse_block(unit: Unit) -> tuple[int, int] | None:
 
 def _count_blocks(different: Array, row0: int, block: tuple[int, int]) -> Counter[tuple[int, int]]:
     rows, columns = np.nonzero(different)
-    found, counts = np.unique(
-        np.stack(((rows + row0) // block[0], columns // block[1])), axis=1, return_counts=True
-    )
+    found, counts = np.unique(np.stack(((rows + row0) // block[0], columns // block[1])), axis=1, return_counts=True)
     return Counter({(int(r), int(c)): int(n) for (r, c), n in zip(found.T, counts, strict=True)})
 
 

@@ -113,23 +113,24 @@ def _expand(values: Array, block: tuple[int, int], rows: int, columns: int, unit
     return tall if block[1] == unit else np.repeat(tall, block[1] // unit, axis=1)[:, : columns // unit]
 
 
-def _elementwise(values: Array, band: Band, start: int, stop: int) -> Array:
+def elementwise(values: Array, band: Band, start: int, stop: int) -> Array:
     """Per-block values as one per element, for rows `start` to `stop` of the band."""
     block_rows, block_columns = band.block
     row_index = np.minimum(np.arange(start, stop) // block_rows, values.shape[0] - 1)
     column_index = np.minimum(np.arange(band.columns) // block_columns, values.shape[1] - 1)
-    return values[row_index[:, None], column_index[None, :]]
+    spread: Array = values[row_index[:, None], column_index[None, :]]
+    return spread
 
 
 def exact_values(band: Band, start: int, stop: int) -> Values:
     """Rows `start` to `stop` of the band, multiplied out in integers."""
     values = decode(band.number_format, unpack(band.number_format, band.data[start:stop]))
-    exponent = values.exponent + _elementwise(band.scales.exponent, band, start, stop)
+    exponent = values.exponent + elementwise(band.scales.exponent, band, start, stop)
     mantissa, special = values.mantissa, values.special
     if band.scales.mantissa is not None:
-        mantissa = mantissa * _elementwise(band.scales.mantissa, band, start, stop)  # odd * odd is odd
+        mantissa = mantissa * elementwise(band.scales.mantissa, band, start, stop)  # odd * odd is odd
     if band.scales.bad is not None:
-        special = special | _elementwise(band.scales.bad, band, start, stop)
+        special = special | elementwise(band.scales.bad, band, start, stop)
     return Values(values.negative, mantissa, np.where(mantissa == 0, 0, exponent), special)
 
 
@@ -229,9 +230,7 @@ def _explain(narrow: Band, wide: Band, expected: Array, index: torch.Tensor, tab
     signs = (unpack(kind, expected) != found) & ~different
     gained = int(np.count_nonzero(signs & zero_sign))
     lost = int(np.count_nonzero(signs)) - gained
-    return Comparison(
-        different if different.any() else None, lost, gained, signs if lost + gained else None
-    )
+    return Comparison(different if different.any() else None, lost, gained, signs if lost + gained else None)
 
 
 def _compare_lookup(narrow: Band, wide: Band, unit: int) -> Comparison:

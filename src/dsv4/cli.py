@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4 import __version__, command_encode, output
+from dsv4 import __version__, command_encode, command_verify, output
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -54,6 +54,7 @@ def _options(
 
 
 app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
+app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
 
 
 def explain_os_error(error: OSError) -> Dsv4Error:

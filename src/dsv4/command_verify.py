@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = example(
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
-    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse --report proof.html",
+    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse",
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --tensor 'layers.3.*' --json",
     "dsv4 verify DeepSeek-V4-Flash-FP8",
 )
@@ -59,6 +59,9 @@ def _describe(difference: dict[str, Any]) -> list[str]:
 
 
 def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> None:
+    names = {difference["name"] for difference in differences}
+    # A scale differs because its weight does: one line for both.
+    differences = [d for d in differences if d["name"].removesuffix("scale") + "weight" not in names]
     listed = differences if out.verbose else differences[:SHOWN]
     for difference in listed:
         for line in _describe(difference):
@@ -94,7 +97,8 @@ def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
     elif not inverse["sign"] and not inverse["wrong"]:
         out.text(f"inverse: all {inverse['codes']} FP4 codes were rebuilt: the source could be deleted")
     else:
-        out.text(f"inverse: {inverse['codes'] - inverse['sign'] - inverse['wrong']} of {inverse['codes']} FP4 codes were rebuilt")
+        back = inverse["codes"] - inverse["sign"] - inverse["wrong"]
+        out.text(f"inverse: {back} of {inverse['codes']} FP4 codes were rebuilt")
     for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
         if names := inverse[key]:
             some = ", ".join(map(printable, names[:SHOWN]))
@@ -123,13 +127,14 @@ def verify(
     converted: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder of the converted one.")] = None,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
     shard: Annotated[int | None, typer.Option("--shard", min=1, help="Only the N-th shard of OUTPUT.")] = None,
-    sample: Annotated[str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors: 5%.")] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors: 5%.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Which tensors --sample draws.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False,
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
     ] = False,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the proof.")] = None,
     max_workers: MaxWorkers = None,
     max_memory: MaxMemory = None,
     json: Json = False,
@@ -169,11 +174,6 @@ def verify(
         for bar in bars:
             bar.__exit__(None, None, None)
     found = result.to_json()
-    if report is not None:
-        from dsv4.convert.verify_report import render
-
-        report.write_text(render(found), encoding="utf-8")
-        out.say(f"report: {printable(str(report))}")
     out.result(found)
     _tell(out, result, found)
     raise typer.Exit(result.exit_code)

@@ -1,0 +1,175 @@
+"""Other people's conversions, whole: what `verify` says about each layout, with the undamaged twin beside it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_converter
+from raw_safetensors import Raw, Tensors, merged, raw, read_folder, write_folder
+
+from dsv4.convert.synthetic import make_checkpoint
+from dsv4.convert.verification import Verification, verify
+from dsv4.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "source"
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def tensors(source: Path) -> Tensors:
+    return merged(read_folder(source))
+
+
+def side_files(source: Path, output: Path, **config_edits: object) -> None:
+    """Everything beside the tensors, with keys of config.json replaced (None removes)."""
+    shutil.copytree(source, output, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text()) | config_edits
+    config = {key: value for key, value in config.items() if value is not None}
+    (output / "config.json").write_text(json.dumps(config))
+
+
+def fp8_experts(tensors: Tensors) -> Tensors:
+    """The experts cast to FP8 by the reference rule, all else as it is."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype == "I8":
+            scale = name.replace("weight", "scale")
+            found[name], found[scale] = reference_converter.cast_to_fp8(tensor, tensors[scale])
+    return found
+
+
+def float_scales(tensors: Tensors) -> Tensors:
+    """Every FP8 scale as float32."""
+    return {
+        name: raw("F32", reference_converter.scale_values(t)) if t.dtype == "F8_E8M0" else t
+        for name, t in tensors.items()
+    }
+
+
+def complaints(result: Verification) -> list[str]:
+    return [problem.text for problem in result.problems if problem.severity != "note"]
+
+
+def assert_identical(result: Verification, equal_values: int) -> None:
+    assert complaints(result) == []
+    assert (result.exit_code, result.counts["≈"]) == (0, equal_values), result.verdict
+    assert result.counts["="] == len(result.results) - equal_values
+
+
+def test_a_copy_is_the_same(source: Path) -> None:
+    assert_identical(verify(source, source), 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+def test_reference_ranks(source: Path, tmp_path: Path, ranks: int, expert_dtype: str, tensors: Tensors) -> None:
+    reference_converter.convert(source, tmp_path, ranks, expert_dtype)
+    result = verify(source, tmp_path)
+    packed = [name for name, t in tensors.items() if t.dtype == "I8"]
+    wo_a = [name for name in tensors if name.endswith("wo_a.weight")]
+    # wo_a and its folded scale always; experts: the dtype tag alone, or weight and scale.
+    assert_identical(result, 2 * len(wo_a) + len(packed) * (2 if expert_dtype == "fp8" else 1))
+    negative_zeros = sum(
+        int((reference_converter.unpacked(tensors[name]) == 8).sum()) for name in packed if expert_dtype == "fp8"
+    )
+    assert (result.lost_signs, result.gained_signs) == (negative_zeros, 0)
+    assert (expert_dtype == "fp8") == (negative_zeros > 0)
+
+
+def test_ranks_against_ranks(source: Path, tmp_path: Path) -> None:
+    reference_converter.convert(source, tmp_path / "one", 1)
+    reference_converter.convert(source, tmp_path / "two", 2)
+    assert_identical(verify(tmp_path / "one", tmp_path / "two"), 0)
+
+
+def test_hugging_face_folder_with_float_scales(source: Path, tmp_path: Path, tensors: Tensors) -> None:
+    write_folder(tmp_path, {"model.safetensors": float_scales(fp8_experts(tensors))}, index=False)
+    side_files(source, tmp_path, expert_dtype="fp8")
+    scaled = sum(t.dtype == "F8_E8M0" for t in tensors.values())
+    packed = sum(t.dtype == "I8" for t in tensors.values())
+    assert_identical(verify(source, tmp_path), scaled + packed)
+
+
+def hugging_face_name(name: str) -> str:
+    parts = {"attn": "self_attn", "ffn": "mlp", "scale": "weight_scale_inv"}
+    name = ".".join(parts.get(part, part) for part in name.split("."))
+    return "model." + name.replace("gate.bias", "gate.e_score_correction_bias")
+
+
+def test_other_names_and_other_shards(source: Path, tmp_path: Path, tensors: Tensors) -> None:
+    renamed = [(hugging_face_name(name), tensor) for name, tensor in reversed(tensors.items())]
+    assert all(name not in tensors for name, _ in renamed)
+    shards = {f"model-{k + 1:05d}-of-00007.safetensors": dict(renamed[k::7]) for k in range(7)}
+    write_folder(tmp_path, shards)
+    side_files(source, tmp_path)
+    assert_identical(verify(source, tmp_path), 0)
+
+
+def test_an_index_that_still_lists_the_dropped_scales(source: Path, tmp_path: Path, tensors: Tensors) -> None:
+    """As one published conversion does: wo_a in BF16, its scale gone, the index unchanged."""
+    found = fp8_experts(tensors)
+    dropped = [name for name in tensors if name.endswith("wo_a.scale")]
+    for name in dropped:
+        weight = name.replace("scale", "weight")
+        found[weight] = reference_converter.decode_fp8(tensors[weight], found.pop(name))
+    write_folder(tmp_path, {"model-00001-of-00001.safetensors": found})
+    side_files(source, tmp_path, expert_dtype=None)
+    assert verify(source, tmp_path).exit_code == 0
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"].update(dict.fromkeys(dropped, "model-00001-of-00001.safetensors"))
+    path.write_text(json.dumps(index))
+    result = verify(source, tmp_path)
+    assert result.exit_code == 1
+    (text,) = complaints(result)
+    assert text.startswith(f"lists {len(dropped)} tensors that no shard holds: ") and sorted(dropped)[0] in text
+    assert result.counts["*"] == result.counts["-"] == result.counts["!"] == 0
+
+
+def to_bf16(tensors: Tensors) -> Tensors:
+    """Every quantized weight decoded in float64 and stored as BF16."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".scale")}
+    for name in [name for name in found if name.replace("weight", "scale") in tensors and name.endswith(".weight")]:
+        scale = reference_converter.scale_values(tensors[name.replace("weight", "scale")])
+        if tensors[name].dtype == "I8":
+            values = reference_converter.FP4_VALUES[reference_converter.unpacked(tensors[name])]
+            values = np.where(reference_converter.unpacked(tensors[name]) == 8, np.float32(-0.0), values)
+            values = values * scale.repeat(32, axis=1)
+            found[name] = raw("BF16", (values.view(np.uint32) >> 16).astype(np.uint16))
+        else:
+            found[name] = reference_converter.decode_fp8(tensors[name], tensors[name.replace("weight", "scale")])
+    return found
+
+
+def test_everything_in_bf16(source: Path, tmp_path: Path, tensors: Tensors) -> None:
+    write_folder(tmp_path, {"model.safetensors": to_bf16(tensors)})
+    side_files(source, tmp_path, expert_dtype=None, quantization_config=None)
+    scaled = sum(name.endswith(".scale") for name in tensors)
+    result = verify(source, tmp_path, inverse=True)
+    assert_identical(result, 2 * scaled)
+    rebuilt = result.to_json()["inverse"]
+    assert rebuilt["codes"] and rebuilt["sign"] == rebuilt["wrong"] == 0
+    assert_identical(verify(tmp_path, source), 2 * scaled)  # the other way round
+
+
+def test_float32_instead_of_bf16_norms(source: Path, tmp_path: Path, tensors: Tensors) -> None:
+    norms = [name for name in tensors if name.endswith("norm.weight")]
+    for name in norms:
+        wide = tensors[name].array().astype(np.uint32) << 16
+        tensors[name] = Raw("F32", wide.shape, wide.tobytes())
+    write_folder(tmp_path, {"model.safetensors": tensors})
+    side_files(source, tmp_path)
+    assert_identical(verify(source, tmp_path), len(norms))
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no safetensors file"):
+        verify(tmp_path, tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        verify(tmp_path / "absent", tmp_path)
