@@ -60,4 +60,6 @@ def printable(text: str) -> str:
     Names come from files that nobody vouches for; printed raw they could move the cursor or recolour the
     terminal. Every message that quotes such a name passes it through here.
     """
+    if text.isprintable():
+        return text  # nearly always, and asked for once per tensor
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
