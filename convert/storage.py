@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from dsv4.errors import InputError, printable
 
@@ -39,6 +39,14 @@ class Storage(Protocol):
 
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` of the file. Raises InputError if the file ends before."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What names this source for good, such as repository and commit; {} for a folder, which may move."""
+        ...
+
+    def changed_ns(self, name: str) -> int:
+        """When a file last changed, ns since 1970; 0 if it cannot change."""
         ...
 
     def close(self) -> None:
@@ -89,10 +97,6 @@ class Folder:
             raise InputError(f"{self.label}: {printable(name)} is not a regular file")
         return descriptor
 
-    def size(self, name: str) -> int:
-        """Bytes in a file. Raises InputError if it is missing or not a regular file."""
-        return os.fstat(self._descriptor(name)).st_size
-
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
         """See Storage."""
         descriptor, done = self._descriptor(name), 0
@@ -107,6 +111,14 @@ class Folder:
         buffer = bytearray(length)
         self.read_into(name, memoryview(buffer), offset)
         return bytes(buffer)
+
+    def identity(self) -> dict[str, Any]:
+        """See Storage."""
+        return {}
+
+    def changed_ns(self, name: str) -> int:
+        """See Storage. The inode's change time: unlike the modification time, it cannot be set back."""
+        return os.fstat(self._descriptor(name)).st_ctime_ns
 
     def close(self) -> None:
         """See Storage."""

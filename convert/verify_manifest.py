@@ -88,4 +88,3 @@ def check_manifest(checkpoint: Checkpoint) -> None:
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {printable(name)}")
     _check_tensors(checkpoint, tensors, broken)
-

@@ -64,3 +64,26 @@ def cast(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Form:
     rounded = torch.where(exact, finest, safe)
     final = torch.where(expand_scale(exact, tuple(codes.shape), GROUP), trial, _encode(values, rounded))
     return Fp4Form(e2m1.pack(final), (rounded + base + e8m0.BIAS).to(torch.uint8), exact)
+
+
+class Fp4Error(NamedTuple):
+    """How far an FP4 form is from the FP8 values: elements changed, sums of squares (float64), largest error."""
+
+    changed: int
+    squared_error: float
+    squared_value: float
+    max_error: float
+
+
+def error(form: Fp4Form, codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Error:
+    """Compare in float64, which holds every product of code and scale exactly. Arguments as for `cast`."""
+    shape = tuple(codes.shape)
+    old = e4m3.decode(codes).double() * expand_scale(decode_scale(scale), shape, block).double()
+    new_scale = expand_scale(e8m0.decode(form.scale_bytes), shape, GROUP).double()
+    difference = (e2m1.decode(e2m1.unpack(form.packed)).double() * new_scale - old).abs()
+    return Fp4Error(
+        int(torch.count_nonzero(difference)),
+        float((difference**2).sum()),
+        float((old**2).sum()),
+        float(difference.max()),
+    )

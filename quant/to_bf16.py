@@ -43,6 +43,15 @@ def _from_any(values: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
     return Bf16Form(rounded, _count_changed((rounded.float() != product) | (error != 0), product))
 
 
+def always_exact(scale: torch.Tensor) -> bool:
+    """Whether scales alone (float32, decoded) prove that every E2M1 or E4M3 code times its scale is a BF16 value.
+
+    True if all are powers of two in 2**-110..2**110: then 2**-9 * scale and 448 * scale are normal BF16 values.
+    """
+    significand, exponent = torch.frexp(scale)
+    return bool(((significand == 0.5) & (exponent.abs() <= 110)).all())
+
+
 def from_fp4(packed: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
     """Packed E2M1 [..., rows, columns/2] with E8M0 scales [..., rows, ceil(columns/32)] -> BF16."""
     values = e2m1.decode(e2m1.unpack(packed))

@@ -1,0 +1,250 @@
+"""A conversion from end to end: look, resume or begin, write shard after shard, publish.
+
+The order of what becomes visible is the promise: shards first, then side files and manifest, then the index, then
+config.json. A loader that looks for the index or the config never meets half a model, wherever a run was stopped.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4.errors import Interrupted, MachineError, printable
+
+from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, write_file
+from .journal import FinishedShard, Journal, check_same_job
+from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
+from .output_folder import check_finished, clear, files_of, look, usable_shards
+from .plan import OutputShard, Plan, make_plan
+from .settings import Settings
+from .shard_writer import Workers, write_shard
+from .side_files import config_file, copied_files, index_file, index_names, read_side_file
+from .storage import Folder
+from .tensor_pieces import PIECE_MEMORY
+
+BASE_MEMORY = 320 * 2**20  # the interpreter, an imported torch and the cast's table
+SPARE_DISK_BYTES = 64 * 2**20  # manifest, index, side files and the file system's own blocks
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How much of the machine a run may use: threads, and pieces that are alive at once."""
+
+    workers: int
+    window: int
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What the run is expected to need at most."""
+        return BASE_MEMORY + (self.window + self.workers) * PIECE_MEMORY
+
+
+def decide_resources(max_workers: int | None = None, max_memory_bytes: int | None = None) -> Resources:
+    """Workers (default: one per usable core) and window within a bound on memory.
+
+    Raises MachineError if not even one worker fits.
+    """
+    workers = max_workers or len(os.sched_getaffinity(0))
+    if max_memory_bytes is None:
+        return Resources(workers, workers + 2)
+    pieces = (max_memory_bytes - BASE_MEMORY) // PIECE_MEMORY
+    if pieces < 2:
+        needed = Resources(1, 1).peak_memory_bytes
+        raise MachineError(f"--max-memory {max_memory_bytes} is too little: {needed} bytes are the least", "Raise it.")
+    workers = min(workers, pieces // 2)
+    return Resources(workers, min(workers + 2, pieces - workers))
+
+
+@dataclass
+class Result:
+    """What a conversion did."""
+
+    output: Path
+    plan: Plan
+    already_done: bool = False
+    shards_written: int = 0
+    shards_reused: int = 0
+    output_bytes: int = 0
+    seconds: float = 0.0
+    summary: dict[str, int] = field(default_factory=dict)
+    kept_tensors: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "output": str(self.output),
+            "already_done": self.already_done,
+            "source_bytes": self.plan.source_bytes,
+            "output_bytes": self.output_bytes,
+            "shards": len(self.plan.shards),
+            "shards_written": self.shards_written,
+            "shards_reused": self.shards_reused,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "exact": not (self.summary.get("inexact_blocks") or self.summary.get("changed_elements")),
+            "kept_tensors": self.kept_tensors,
+            "notes": list(self.plan.notes),
+            **self.summary,
+        }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_disk(plan: Plan, output: Path, done_bytes: int = 0) -> None:
+    """Raises MachineError with both numbers if the rest of the output does not fit."""
+    needed, free = plan.output_bytes - done_bytes + SPARE_DISK_BYTES, free_bytes(output)
+    if needed > free:
+        raise MachineError(
+            f"the output needs {needed} bytes, {free} are free where {printable(str(output))} is",
+            "Free some space or choose another disk. Nothing was written.",
+        )
+
+
+class _Run:
+    """One run into a locked folder: what is finished, and how to finish the rest."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources) -> None:
+        self.checkpoint, self.plan, self.output = checkpoint, plan, output
+        self.finished: dict[str, FinishedShard] = {}
+        self.kept: set[str] = set()
+        self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
+        self.workers = Workers(self.pool, resources.window)
+
+    def resume(self, job: dict[str, Any]) -> None:
+        """Take over what an interrupted run of the same job finished."""
+        past = look(self.output).journal
+        if past is None:
+            return
+        check_same_job(past.job, job, self.output)
+        self.finished = usable_shards(self.output, past, self.plan, self.checkpoint, self.pool)
+
+    def write(self, shard: OutputShard, journal: Journal, advance: Advance) -> None:
+        """Write one shard, make it final and record it."""
+        file, finished, _ = write_shard(self.checkpoint, shard, self.plan.settings, self.output, self.workers, advance)
+        with file:
+            file.commit()
+        journal.add(finished)
+        self.finished[shard.file] = finished
+
+    def kept_tensors(self) -> list[str]:
+        """Weights that kept the source's dtype for want of an exact form."""
+        planned = {t.name: t.dtype for s in self.plan.shards for t in s.tensors}
+        entries = {n: e for s in self.finished.values() for n, e in s.tensors.items()}
+        return sorted(n for n, e in entries.items() if n.endswith(".weight") and e["dtype"] != planned.get(n))
+
+    def publish(self, job: dict[str, Any], copied: list[str]) -> dict[str, int]:
+        """Write everything beside the shards, config.json last. Returns the manifest's summary."""
+        shards = [self.finished[s.file] for s in self.plan.shards]
+        files = {name: read_side_file(self.checkpoint, name, self.plan) for name in copied}
+        tensors = {name: entry for shard in shards for name, entry in shard.tensors.items()}
+        contents = {
+            INDEX_NAME: lambda: index_file(tensors),
+            CONFIG_NAME: lambda: config_file(self.checkpoint, self.plan),
+        }
+        last = {name: contents[name]() for name in index_names(self.plan)}
+        manifest = make_manifest(job, shards, {**files, **last}, self.kept_tensors())
+        for name, data in {**files, MANIFEST_NAME: dump_manifest(manifest), **last}.items():
+            write_file(self.output / name, data)
+        return dict(manifest["summary"])
+
+
+def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
+    """Write what is not finished yet. Returns how many shards were written."""
+    written = 0
+    try:
+        for shard in run.plan.shards:
+            if shard.file in run.finished:
+                advance(shard.data_bytes)
+                continue
+            run.write(shard, journal, advance)
+            written += 1
+    except Interrupted as error:
+        done, total = len(run.finished), len(run.plan.shards)
+        error.args = (f"interrupted: {done} of {total} shards are finished and kept",)
+        error.hint = "Run the same command again to continue."
+        raise
+    return written
+
+
+def _run_locked(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources, advance: Advance) -> Result:
+    job = describe_job(checkpoint, plan.settings)
+    copied = copied_files(checkpoint, plan)
+    result = Result(output, plan)
+    run = _Run(checkpoint, plan, output, resources)
+    try:
+        run.resume(job)
+        result.shards_reused = len(run.finished)
+        check_disk(plan, output, sum(shard.size for shard in run.finished.values()))
+        journal = Journal(output, job, files_of(plan, copied))
+        try:
+            result.shards_written = _convert_shards(run, journal, advance)
+            result.kept_tensors = run.kept_tensors()
+            result.summary = run.publish(job, copied)
+        except BaseException:
+            journal.close()
+            raise
+        journal.discard()
+    finally:
+        run.pool.shutdown(wait=True, cancel_futures=True)
+    result.output_bytes = sum(shard.size for shard in run.finished.values())
+    return result
+
+
+def _already_done(checkpoint: Checkpoint, plan: Plan, output: Path, manifest: dict[str, Any]) -> Result:
+    check_finished(output, manifest, describe_job(checkpoint, plan.settings), checkpoint)
+    size = sum(entry["size"] for entry in manifest["shards"].values())
+    return Result(
+        output,
+        plan,
+        already_done=True,
+        shards_reused=len(plan.shards),
+        output_bytes=size,
+        summary=dict(manifest["summary"]),
+        kept_tensors=list(manifest["kept_tensors"]),
+    )
+
+
+def run_conversion(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    output: Path,
+    resources: Resources,
+    overwrite: bool = False,
+    advance: Advance = lambda count: None,
+) -> Result:
+    """Convert an opened checkpoint into `output`, or continue doing so, or find it done.
+
+    advance: told of data bytes as they are written; they add up to the data of the plan.
+    Raises Dsv4Error: UsageError for a folder that is not ours or holds another conversion, InputError for a source
+    that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
+    """
+    started = time.monotonic()
+    if isinstance(checkpoint.storage, Folder):
+        check_separate(checkpoint.storage.path, output)
+    plan = make_plan(checkpoint, settings)
+    found = look(output)
+    if found.manifest is not None and not overwrite:
+        return _already_done(checkpoint, plan, output, found.manifest)
+    check_disk(plan, output, plan.output_bytes if found.journal is not None or overwrite else 0)
+    create_folder(output)
+    with locked(output):
+        remove_leftovers(output)
+        if overwrite:
+            clear(output, look(output))
+        result = _run_locked(checkpoint, plan, output, resources, advance)
+    result.seconds = time.monotonic() - started
+    return result

@@ -1,0 +1,235 @@
+"""The only module that opens files for writing, fsyncs, renames, locks and asks for free space.
+
+A file appears under its final name in one step and complete: written under a temporary name in the same folder,
+length checked, fsynced, renamed, and the folder fsynced too. Whatever happens before the rename leaves at most a
+temporary file, which the next run into the folder removes. An fsync that fails is fatal and never repeated: after it
+the kernel may have dropped the pages, and a second call would report success for data that is gone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dsv4.errors import InputError, MachineError, UsageError, printable
+
+PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
+LOCK_NAME = PREFIX + "lock"
+_PART_SUFFIX = ".part"
+WRITE_BYTES = 16 * 2**20  # one write call at most: an interrupt is served between two of them
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes an ordinary user may still write where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in a folder durable. Network file systems that cannot are let off; an I/O error is not."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def create_folder(folder: Path) -> None:
+    """Make a folder and its parents, durably. Raises UsageError if the name is taken by a file."""
+    if folder.is_dir():
+        return
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{printable(str(folder))} exists and is not a folder", "Choose another output folder.")
+    create_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_folder(folder.parent)
+
+
+class AtomicFile:
+    """A file of known size that is written front to back and appears under its name only in `commit`.
+
+    Use as a context manager: leaving it without `commit` removes the temporary file.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self.written = path, size, 0
+        self._temporary = path.parent / f"{PREFIX}{path.name}.{uuid.uuid4().hex[:8]}{_PART_SUFFIX}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor = os.open(self._temporary, flags, 0o666)  # less the umask, as any new file
+        self._committed = False
+        try:
+            self._allocate()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _allocate(self) -> None:
+        """Ask for all of the space now, so that a full disk is known before hours of work."""
+        if not self.size:
+            return
+        try:
+            os.posix_fallocate(self._descriptor, 0, self.size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                error.filename = str(self.path)
+                raise
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes; short writes are continued."""
+        data = data.cast("B")
+        while data:
+            count = os.write(self._descriptor, data[:WRITE_BYTES])
+            self.written += count
+            data = data[count:]
+
+    def commit(self) -> None:
+        """Check the length, fsync, rename, fsync the folder. Raises MachineError if not all bytes were written."""
+        if self.written != self.size:
+            raise MachineError(f"{self.path.name}: {self.written} bytes written, {self.size} planned")
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        self._descriptor = -1
+        os.replace(self._temporary, self.path)
+        self._committed = True
+        fsync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Remove what was written, unless it was committed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if not self._committed:
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.path)
+        self.abort()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole: atomically and durably."""
+    create_folder(path.parent)
+    with AtomicFile(path, len(data)) as file:
+        file.write(memoryview(data))
+        file.commit()
+
+
+class AppendLog:
+    """A text file to which whole lines are added durably. A torn last line from an earlier crash is cut off first."""
+
+    def __init__(self, path: Path) -> None:
+        new = not path.exists()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._end = self._cut_torn_line()
+        if new:
+            fsync_folder(path.parent)
+
+    def _cut_torn_line(self) -> int:
+        size = os.fstat(self._descriptor).st_size
+        content = os.pread(self._descriptor, size, 0)
+        end = content.rfind(b"\n") + 1
+        if end != size:
+            os.ftruncate(self._descriptor, end)
+        return end
+
+    def append(self, line: str) -> None:
+        """Add one line and fsync."""
+        data = memoryview(line.encode() + b"\n")
+        while data:
+            count = os.pwrite(self._descriptor, data, self._end)
+            self._end += count
+            data = data[count:]
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete one of our own files; it may be gone already."""
+    path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of runs that were killed. Only while holding the folder's lock."""
+    for path in folder.rglob(f"{PREFIX}*{_PART_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _holder(descriptor: int) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(owner['pid'])} on {printable(str(owner['host']))}"
+    return "another process"
+
+
+def _take_lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise MachineError(
+                f"{printable(str(folder))} is in use by {_holder(descriptor)}", "Wait until it is done, or stop it."
+            ) from None
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system without locks: unique temporary names keep two runs apart all the same.
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises MachineError naming the process and host that has it.
+
+    The kernel drops the lock when its holder dies, so a stale lock file is no obstacle.
+    """
+    path = folder / LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        _take_lock(descriptor, folder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def check_separate(source: Path, output: Path) -> None:
+    """Refuse an output that is the source, lies inside it or contains it, also by way of symlinks."""
+    real_source, real_output = source.resolve(), output.resolve()
+    if real_output == real_source or real_source in real_output.parents:
+        where = "is the source" if real_output == real_source else "lies inside the source"
+        raise UsageError(
+            f"the output {printable(str(output))} {where}", "Choose one elsewhere: the source stays as it is."
+        )
+    if real_source.is_dir() and real_output.is_dir() and os.path.samefile(real_source, real_output):
+        raise UsageError(f"the output {printable(str(output))} is the source", "Choose another folder.")
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """All bytes of a file of ours, at most `limit`. Raises InputError if it is larger or no regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(f"{printable(str(path))}: more than {limit} bytes")
+    return data

@@ -1,0 +1,119 @@
+"""What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder.
+
+The first line binds the journal to one job: source, settings, version. Each further line is one finished shard with
+its size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run
+reads every shard it names again and compares the hash before it relies on it. A torn last line is ignored.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UsageError, printable
+
+from .files import PREFIX, AppendLog, read_small, remove
+
+JOURNAL_NAME = PREFIX + "journal.jsonl"
+MAX_JOURNAL_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """One shard under its final name, as it was when it was written."""
+
+    file: str
+    size: int
+    sha256: str
+    tensors: dict[str, dict[str, Any]]  # manifest entries
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _shard(entry: dict[str, Any]) -> FinishedShard | None:
+    try:
+        return FinishedShard(str(entry["file"]), int(entry["size"]), str(entry["sha256"]), dict(entry["tensors"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a journal says: the job, the names of all files the job writes, when it began (ns), and finished shards."""
+
+    job: dict[str, Any]
+    owned: list[Any]
+    started_ns: int
+    shards: dict[str, FinishedShard]
+
+
+def read_journal(folder: Path) -> Past | None:
+    """The journal of an unfinished conversion; None if there is none that can be used."""
+    path = folder / JOURNAL_NAME
+    if not path.is_file():
+        return None
+    lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn
+    entries = [entry for entry in map(_parse, lines) if entry is not None]
+    try:
+        job, owned, started = dict(entries[0]["job"]), list(entries[0]["owned"]), int(entries[0]["started_ns"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    shards = [shard for shard in map(_shard, entries[1:]) if shard is not None]
+    return Past(job, owned, started, {shard.file: shard for shard in shards})
+
+
+def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
+    """Name the first thing in which two jobs differ, as `settings.to: 'fp8' before, 'bf16' now`; None if nothing."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            found = describe_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{printable(where)}: {printable(repr(old)[:80])} before, {printable(repr(new)[:80])} now"
+
+
+def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """Raises UsageError naming what differs if the folder holds another job's output."""
+    difference = describe_difference(old, new)
+    if difference:
+        raise UsageError(
+            f"{printable(str(folder))} holds the output of another conversion ({difference})",
+            "Choose another folder, or replace it with --overwrite.",
+        )
+
+
+class Journal:
+    """The journal of the running conversion, open for adding lines."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], owned: list[str]) -> None:
+        self._path = folder / JOURNAL_NAME
+        fresh = read_journal(folder) is None
+        if fresh:
+            remove(self._path)
+        self._log = AppendLog(self._path)
+        if fresh:
+            self._log.append(json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()}))
+
+    def add(self, shard: FinishedShard) -> None:
+        """Record a shard that is durable under its final name."""
+        entry = {"file": shard.file, "size": shard.size, "sha256": shard.sha256, "tensors": shard.tensors}
+        self._log.append(json.dumps(entry))
+
+    def close(self) -> None:
+        """Let go of the file; it stays for the next run."""
+        self._log.close()
+
+    def discard(self) -> None:
+        """The output is complete: the journal is not needed any more."""
+        self.close()
+        remove(self._path)

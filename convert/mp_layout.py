@@ -1,0 +1,97 @@
+"""The reference engine's layout, `model{i}-mp{N}.safetensors`: names, and which slice each rank holds.
+
+Rank i gets a whole model for itself: its share of the routed experts (under their global numbers), equal slices of
+what is tensor parallel, and a copy of everything else. The rules are the reference converter's, kept as data.
+"""
+
+import re
+from dataclasses import dataclass
+
+from dsv4.errors import InputError, printable
+
+# Names of Hugging Face conversions to the reference engine's; none of them occurs in the releases.
+RENAMES = (
+    ("self_attn", "attn"),
+    ("mlp", "ffn"),
+    ("weight_scale_inv", "scale"),
+    ("e_score_correction_bias", "bias"),
+)
+SLICED_ROWS = re.compile(
+    r"^(embed|head)\.weight$|\.attn\.wq_b\.|\.indexer\.wq_b\.|\.attn\.wo_a\.|\.attn\.attn_sink$"
+    r"|\.indexer\.weights_proj\.|\.markov_w[12]\."
+)
+SLICED_COLUMNS = re.compile(r"\.attn\.wo_b\.")
+EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.")
+SHARED_COPY = re.compile(r"^mtp\.\d+\.(embed|head)\.weight$")  # copies of embed and head are not written
+NOT_ESTABLISHED = re.compile(r"\.engram\.")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Equal part `index` of `count` along dimension `dim`."""
+
+    dim: int
+    index: int
+    count: int
+
+    def apply_to(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part."""
+        return (*shape[: self.dim], shape[self.dim] // self.count, *shape[self.dim + 1 :])
+
+    def bounds(self, length: int) -> tuple[int, int]:
+        """[start, stop) of the part in a dimension of `length`."""
+        step = length // self.count
+        return self.index * step, (self.index + 1) * step
+
+
+def mp_name(name: str) -> str:
+    """The reference engine's name of a tensor."""
+    name = name.removeprefix("model.")
+    for old, new in RENAMES:
+        name = name.replace(old, new)
+    return name
+
+
+def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice | None:
+    """The slice of a tensor that a rank holds; None for all of it. Raises InputError if it cannot be divided."""
+    name = mp_name(name)
+    if NOT_ESTABLISHED.search(name):
+        raise InputError(
+            f"'{printable(name)}': how the reference engine slices it is not known to dsv4", "Use --layout hf."
+        )
+    dim = 0 if SLICED_ROWS.search(name) else 1 if SLICED_COLUMNS.search(name) else None
+    if dim is None or ranks == 1:
+        return None
+    if dim >= len(shape) or shape[dim] % ranks:
+        raise InputError(
+            f"'{printable(name)}' has shape {list(shape)}: dimension {dim} cannot be divided by {ranks} ranks",
+            "Choose another --model-parallel.",
+        )
+    return Slice(dim, rank, ranks)
+
+
+def count_experts(names: list[str]) -> dict[str, int]:
+    """Number of routed experts of each layer or draft block, by the part of the name before `.experts.`."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := EXPERT.match(name):
+            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    return counts
+
+
+def rank_of_expert(name: str, counts: dict[str, int], ranks: int) -> int | None:
+    """The rank that holds a routed expert's tensor; None for any other tensor. Raises InputError if N does not fit."""
+    match = EXPERT.match(name)
+    if match is None:
+        return None
+    if counts[match[1]] % ranks:
+        raise InputError(
+            f"{printable(match[1])} has {counts[match[1]]} experts: {ranks} ranks cannot share them equally",
+            "Choose another --model-parallel.",
+        )
+    return int(match[2]) // (counts[match[1]] // ranks)
+
+
+def skipped(name: str) -> bool:
+    """Whether the layout leaves a tensor out."""
+    return SHARED_COPY.search(mp_name(name)) is not None

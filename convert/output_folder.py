@@ -1,0 +1,123 @@
+"""The state of an output folder: empty, half done, done, or somebody else's.
+
+A folder is ours if it holds our journal (unfinished) or our manifest (finished). Nothing in a folder that is not ours
+is ever touched; in ours, only the files that journal or manifest name.
+"""
+
+import hashlib
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import InputError, UsageError, printable
+
+from .checkpoint import Checkpoint, read_header
+from .files import PREFIX, remove
+from .journal import JOURNAL_NAME, FinishedShard, Past, check_same_job, read_journal
+from .manifest import MANIFEST_NAME, check_owned, read_manifest
+from .plan import Plan
+from .side_files import index_names
+from .storage import Folder
+
+HASH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in the output folder: at most one of a journal (unfinished) and a manifest (finished)."""
+
+    journal: Past | None = None
+    manifest: dict[str, Any] | None = None
+
+
+def look(folder: Path) -> Found:
+    """Find out what the output folder is. Raises UsageError if it holds files and none of them says it is ours."""
+    if not folder.is_dir():
+        return Found()
+    journal = read_journal(folder)
+    if journal is not None:
+        return Found(journal=journal)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return Found(manifest=manifest)
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(PREFIX))
+    if strangers:
+        raise UsageError(
+            f"{printable(str(folder))} is not empty (it holds {printable(strangers[0])}) and was not written by dsv4",
+            "Choose a new or empty folder. --overwrite replaces only what dsv4 wrote.",
+        )
+    return Found()
+
+
+def owned_files(found: Found) -> list[str]:
+    """Names of the files that belong to the conversion found. Raises InputError if one would lead elsewhere."""
+    if found.journal is not None:
+        return check_owned(found.journal.owned)
+    if found.manifest is not None:
+        return check_owned([*found.manifest["shards"], *found.manifest["files"], MANIFEST_NAME])
+    return []
+
+
+def clear(folder: Path, found: Found) -> None:
+    """Remove a former conversion's files, the config first: what is half removed must not look like a model."""
+    names = owned_files(found)
+    last_written_first = sorted(names, key=lambda n: n.endswith(".safetensors"))
+    for name in last_written_first:
+        remove(folder / name)
+    remove(folder / JOURNAL_NAME)
+
+
+def source_changed(checkpoint: Checkpoint, since_ns: int) -> set[str]:
+    """Source shards that were changed after a time."""
+    return {name for name in checkpoint.shards if checkpoint.storage.changed_ns(name) > since_ns}
+
+
+def check_finished(folder: Path, manifest: dict[str, Any], job: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Whether a finished output is that of this job, by sizes and headers (`verify` proves the rest).
+
+    Raises UsageError if it is another job's, InputError if files are missing or the source was changed since.
+    """
+    check_same_job({key: manifest.get(key) for key in job}, job, folder)
+    storage = Folder(folder)
+    sizes = storage.sizes()
+    hint = "Convert again with --overwrite."
+    for name, entry in {**manifest["shards"], **manifest["files"]}.items():
+        if sizes.get(name) != entry["size"]:
+            state = "is missing" if name not in sizes else f"has {sizes[name]} bytes, {entry['size']} expected"
+            raise InputError(f"{printable(str(folder))}: {printable(name)} {state}", hint)
+        if name in manifest["shards"]:
+            read_header(storage, name, sizes[name])
+    changed = source_changed(checkpoint, (folder / MANIFEST_NAME).stat().st_mtime_ns)
+    if changed:
+        raise UsageError(f"the source changed after {printable(str(folder))} was made from it: {min(changed)}", hint)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in small pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_intact(folder: Path, shard: FinishedShard) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.size and file_sha256(path) == shard.sha256
+
+
+def usable_shards(
+    folder: Path, past: Past, plan: Plan, checkpoint: Checkpoint, pool: Executor
+) -> dict[str, FinishedShard]:
+    """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now."""
+    changed = source_changed(checkpoint, past.started_ns)
+    wanted = {s.file: s for s in plan.shards}
+    trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
+    intact = pool.map(lambda shard: _is_intact(folder, shard), trusted)
+    return {shard.file: shard for shard, ok in zip(trusted, intact, strict=True) if ok}
+
+
+def files_of(plan: Plan, copied: list[str]) -> list[str]:
+    """Every name the conversion will write, for the journal."""
+    return [*(s.file for s in plan.shards), *copied, MANIFEST_NAME, *index_names(plan)]
