@@ -89,11 +89,14 @@ def block_amax(values: torch.Tensor, block: Block) -> torch.Tensor:
 
 
 def power_of_two_above(amax: torch.Tensor, largest_code: float) -> torch.Tensor:
-    """E8M0 byte of 2**ceil(log2(amax / largest_code)), uint8; 2**0 where amax is 0 or the quotient vanishes."""
+    """E8M0 byte of 2**ceil(log2(amax / largest_code)), uint8; 2**0 where amax is 0 or the quotient vanishes.
+
+    `largest_code` is at least 2, so that no byte exceeds 254.
+    """
     bits = (amax / largest_code).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     above = torch.where(exponent == 0, mantissa > 1 << 22, exponent + (mantissa != 0))
-    return torch.where(bits == 0, e8m0.BIAS, above).clamp(max=e8m0.MAX_BYTE).to(torch.uint8)
+    return torch.where(bits == 0, e8m0.BIAS, above).to(torch.uint8)
 
 
 def _quantizable(values: torch.Tensor) -> torch.Tensor:

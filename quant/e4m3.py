@@ -28,6 +28,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     values = values.to(torch.float32)
     if torch.isinf(values).any():
         raise ValueError("float8_e4m3fn has no infinity")
+    # torch 2.13 saturates by itself, earlier releases make NaN of what exceeds 464.
     codes = values.clamp(-MAX, MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     nan = torch.signbit(values).to(torch.uint8) * SIGN | NAN
     return torch.where(torch.isnan(values), nan, codes)

@@ -42,7 +42,7 @@ class BlockScales:
     scale_bytes: E8M0 byte of 2**S, uint8.
     span: largest minus smallest group scale exponent of the block, int16.
     moved: bool, S is exact but not the reference's.
-    inexact: bool, no S is exact; `scale_bytes` holds the reference's S (0 if that is not a legal exponent).
+    inexact: bool, no S is exact; `scale_bytes` holds the reference's S.
     """
 
     scale_bytes: torch.Tensor
@@ -123,10 +123,11 @@ def choose_block_scales(packed: torch.Tensor, scale_bytes: torch.Tensor, block: 
     largest, smallest = _extremes(scale_bytes, block)
     reference = largest - REFERENCE_SHIFT
     low, high = _exact_range(packed, scale_bytes, block)
-    low, high = low.clamp(min=0), high.clamp(max=e8m0.MAX_BYTE)
+    # Only the lower end of E8M0 matters: low <= 254 - 6. And where the reference S is below it, S = 0 is exact.
+    low = low.clamp(min=0)
     inexact = low > high
     closest = torch.minimum(torch.maximum(reference, low), high)
-    chosen = torch.where(inexact, reference.clamp(min=0), closest)
+    chosen = torch.where(inexact, reference, closest)
     return BlockScales(chosen.to(torch.uint8), largest - smallest, ~inexact & (chosen != reference), inexact)
 
 
@@ -159,6 +160,8 @@ def cast(packed: torch.Tensor, scale_bytes: torch.Tensor, block_bytes: torch.Ten
     block_bytes: uint8 [..., ceil(rows/block.rows), ceil(columns/block.columns)]. Returns uint8 [..., rows, columns].
     Exact where `choose_block_scales` said so; elsewhere rounded to nearest, ties to even, saturating.
     """
+    if not packed.numel():
+        return packed.new_empty((*packed.shape[:-1], 2 * packed.shape[-1]))
     short = -packed.shape[-1] % (e2m1.GROUP_SIZE // 2)
     if short:
         whole = cast(torch.nn.functional.pad(packed, (0, short)), scale_bytes, block_bytes, block)
