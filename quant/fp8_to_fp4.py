@@ -2,10 +2,15 @@
 
 A group of 32 elements of one row gets one scale 2**s. The finest s with which nothing saturates is the one that puts
 the largest magnitude at 4 or 6, the top binade of E2M1; a coarser one would only drop low bits. So a group has an
-exact form if and only if it is exact with that s (or with the smallest legal s, 2**-127, if that is larger): decoding
-what was encoded and comparing decides it. An upcast checkpoint always goes back to equal values this way.
+exact form if and only if it is exact with that s (or with the smallest legal s, 2**-127, if that is larger).
+An upcast checkpoint always goes back to equal values this way.
+
+Everything that depends on a code is a table over its 256 values: the binade of its magnitude, and its nearest FP4
+code for each distance between the FP8 scale and the group's. Scales that are no powers of two have no exact form
+anyway and take a slower way, by values.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,23 +29,85 @@ class Fp4Form(NamedTuple):
 
 GROUP = Block(1, e2m1.GROUP_SIZE)
 TOP_EXPONENT = 2  # 4 and 6 are 1.0 and 1.5 * 2**2
+# k = group exponent - FP8 block exponent: 2**-9 = 4 * 2**-11 at the fine end; from 11 on all of E4M3 rounds to zero.
+TABLE_K_MIN, TABLE_K_MAX = -11, 11
+INEXACT = 0x80  # flag in the table: the FP4 code is not of equal value
 
 
-def _encode(values: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Codes of values / 2**exponent, one exponent per group."""
-    return e2m1.encode(torch.ldexp(values, -expand_scale(exponent, tuple(values.shape), GROUP)))
+@cache
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """k of the finest group scale by largest magnitude, int16 [128]; FP4 codes by k and E4M3 code, uint8 [.. * 256]."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    codes[e4m3.is_nan(codes)] = 0  # refused before the table is asked
+    values = e4m3.decode(codes)
+    finest = torch.frexp(values[:128]).exponent - 1 - TOP_EXPONENT
+    rows = []
+    for k in range(TABLE_K_MIN, TABLE_K_MAX + 1):
+        scaled = values * 2.0**-k
+        nearest = e2m1.encode(scaled)
+        rows.append(nearest | (e2m1.decode(nearest) != scaled).to(torch.uint8) * INEXACT)
+    return torch.where(values[:128] == 0, 0, finest).to(torch.int16), torch.cat(rows)
 
 
-def _group_exponents(scale: torch.Tensor, shape: tuple[int, ...], block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block scales as significand in [1, 2) and exponent, float32 and int32, one per element and one per group."""
-    significand, exponent = torch.frexp(decode_scale(scale))
-    wide = expand_scale(significand * 2, shape, block)
-    groups = expand_scale(exponent - 1, shape, block)[..., :: e2m1.GROUP_SIZE]
-    return wide, groups
+def _padded(codes: torch.Tensor) -> torch.Tensor:
+    """Columns filled up with zeros to whole groups, [..., rows, groups, 32]."""
+    short = -codes.shape[-1] % e2m1.GROUP_SIZE
+    return torch.nn.functional.pad(codes, (0, short)).unflatten(-1, (-1, e2m1.GROUP_SIZE))
+
+
+def _lookup(groups: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """FP4 codes with the INEXACT flag for E4M3 codes [..., groups, 32] at k [..., groups]."""
+    _, table = _tables(groups.device)
+    start = (k.clamp(TABLE_K_MIN, TABLE_K_MAX).to(torch.int32) - TABLE_K_MIN) * 256
+    return torch.index_select(table, 0, (groups + start.unsqueeze(-1)).flatten()).view(groups.shape)
+
+
+def _group_bytes(block_bytes: torch.Tensor, shape: tuple[int, ...], block: Block) -> torch.Tensor:
+    """The FP8 scale byte over each group, int16 [..., rows, groups]."""
+    by_row = block_bytes.to(torch.int16).repeat_interleave(block.rows, -2)[..., : shape[-2], :]
+    groups = -(-shape[-1] // e2m1.GROUP_SIZE)
+    return by_row.repeat_interleave(block.columns // e2m1.GROUP_SIZE, -1)[..., :groups]
+
+
+def _cast_by_codes(codes: torch.Tensor, block_bytes: torch.Tensor, block: Block) -> Fp4Form:
+    finest_k, _ = _tables(codes.device)
+    groups = _padded(codes)
+    base = _group_bytes(block_bytes, tuple(codes.shape), block)
+    largest = (groups & 0b0_1111_111).amax(-1)
+    scale = (base + finest_k[largest.int()]).clamp(0, e8m0.MAX_BYTE)
+    found = _lookup(groups, scale - base)
+    exact = (found & INEXACT).amax(-1) == 0
+    if not exact.all():
+        # Rounding: 7 stands between 6 and 8, so a group that exceeds 6 * 2**s goes one step coarser.
+        over = e4m3.decode(largest) > torch.ldexp(torch.full_like(base, 6, dtype=torch.float32), (scale - base).float())
+        scale = torch.where(~exact & over, scale + 1, scale).clamp(max=e8m0.MAX_BYTE)
+        found = _lookup(groups, scale - base)
+    return Fp4Form(_pack(found & 0x0F, codes.shape[-1]), scale.to(torch.uint8), exact)
+
+
+def _pack(groups: torch.Tensor, columns: int) -> torch.Tensor:
+    return e2m1.pack(groups.flatten(-2)[..., :columns])
+
+
+def _cast_by_values(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Form:
+    """For float32 scales: nothing but zero has an exact form where the scale is no power of two."""
+    significand, exponent = torch.frexp(scale)
+    shape = tuple(codes.shape)
+    values = e4m3.decode(codes) * expand_scale(2 * significand, shape, block)  # exact: 4 + 24 bits, then rounded once
+    base = expand_scale(exponent - 1, shape, block)[..., :: e2m1.GROUP_SIZE]
+    amax = block_amax(values, GROUP)
+    k = torch.where(amax == 0, 0, torch.frexp(amax).exponent - 1 - TOP_EXPONENT)
+    k = torch.where(amax > torch.ldexp(torch.full_like(amax, e2m1.MAX), k.float()), k + 1, k)
+    k = (base + k).clamp(-e8m0.BIAS, e8m0.MAX_BYTE - e8m0.BIAS) - base
+    found = e2m1.encode(torch.ldexp(values, -expand_scale(k, shape, GROUP).float()))
+    whole = expand_scale(significand == 0.5, shape, block)[..., :: e2m1.GROUP_SIZE]
+    same = e2m1.decode(found) == torch.ldexp(values, -expand_scale(k, shape, GROUP).float())
+    exact = (block_amax((~same).float(), GROUP) == 0) & (whole | (amax == 0))
+    return Fp4Form(e2m1.pack(found), (base + k + e8m0.BIAS).to(torch.uint8), exact)
 
 
 def cast(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Form:
-    """E4M3 codes (uint8 [..., rows, columns], columns even) with block scales (E8M0 or float32) -> nearest FP4 form.
+    """E4M3 codes (uint8 [..., rows, even columns]) with block scales (E8M0 bytes or float32) -> nearest FP4 form.
 
     block.columns must be a multiple of 32. Groups that are not `exact` are rounded to nearest, ties to even, with the
     smallest scale with which nothing saturates. Raises ValueError on NaN codes and on scales that are not legal.
@@ -49,21 +116,13 @@ def cast(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Form:
         raise ValueError(f"groups of {e2m1.GROUP_SIZE} do not fit into blocks of {block.columns} columns")
     if e4m3.is_nan(codes).any():
         raise ValueError("a code is NaN, which FP4 cannot hold")
-    significand, base = _group_exponents(scale, tuple(codes.shape), block)
-    # The exponents of block and group are taken apart from the values, so that nothing overflows float32.
-    values = e4m3.decode(codes) * significand
-    amax = block_amax(values, GROUP)
-    relative = torch.frexp(amax).exponent - 1 - TOP_EXPONENT
-    relative = torch.where(amax == 0, 0, relative)
-    finest = (base + relative).clamp(-e8m0.BIAS, e8m0.MAX_BYTE - e8m0.BIAS) - base
-    trial = _encode(values, finest)
-    same = torch.ldexp(e2m1.decode(trial), expand_scale(finest, tuple(codes.shape), GROUP)) == values
-    exact = block_amax((~same).float(), GROUP) == 0
-    # Rounding: 6 * 2**finest may be exceeded (7 stands between 6 and 8); one step coarser then.
-    safe = torch.where(amax > torch.ldexp(torch.full_like(amax, e2m1.MAX), finest), finest + 1, finest)
-    rounded = torch.where(exact, finest, safe)
-    final = torch.where(expand_scale(exact, tuple(codes.shape), GROUP), trial, _encode(values, rounded))
-    return Fp4Form(e2m1.pack(final), (rounded + base + e8m0.BIAS).to(torch.uint8), exact)
+    values = decode_scale(scale)
+    if scale.dtype != torch.float32:
+        return _cast_by_codes(codes, scale.view(torch.uint8), block)
+    try:
+        return _cast_by_codes(codes, e8m0.exact(values), block)
+    except ValueError:
+        return _cast_by_values(codes, values, block)
 
 
 class Fp4Error(NamedTuple):

@@ -1,15 +1,17 @@
 """FP4 and FP8 -> BF16.
 
 E2M1 and E4M3 have at most four significant bits and BF16 has eight, so with power-of-two scales the product is exact
-within BF16's exponent range, which is float32's. With any other float32 scale it rounds, once: the float32 product is
-nudged before it is cut to BF16 where rounding twice would give another result than rounding once.
+within BF16's exponent range, which is float32's. A code and its scale byte together are sixteen bits: the products
+are a table. With any other float32 scale the product rounds, once: the float32 product is nudged before it is cut to
+BF16 where rounding twice would give another result than rounding once.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from dsv4.quant import e2m1, e4m3
+from dsv4.quant import e2m1, e4m3, e8m0
 from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, expand_scale
 
 HALF_WAY = 0x8000  # the low 16 bits of a float32 that lies midway between two BF16 values
@@ -52,14 +54,47 @@ def always_exact(scale: torch.Tensor) -> bool:
     return bool(((significand == 0.5) & (exponent.abs() <= 110)).all())
 
 
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """BF16 bits of exact products, as int32."""
+    return values.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+
+
+@cache
+def _fp4_pairs(device: torch.device) -> torch.Tensor:
+    """int32 [256 * 256]: the two BF16 values of a byte of codes, by scale byte and byte; the even element low."""
+    scale = e8m0.decode(torch.arange(256, dtype=torch.uint8, device=device))[:, None]
+    byte = torch.arange(256, dtype=torch.uint8, device=device)
+    low, high = (_bits(e2m1.decode(nibble) * scale) for nibble in (byte & 0x0F, byte >> 4))
+    return (low | high << 16).flatten()
+
+
+@cache
+def _fp8_values(device: torch.device) -> torch.Tensor:
+    """int16 [256 * 256]: BF16 bits by scale byte and E4M3 code."""
+    scale = e8m0.decode(torch.arange(256, dtype=torch.uint8, device=device))[:, None]
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    return (e4m3.decode(codes) * scale).to(torch.bfloat16).view(torch.int16).flatten()
+
+
 def from_fp4(packed: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
-    """Packed E2M1 [..., rows, columns/2] with E8M0 scales [..., rows, ceil(columns/32)] -> BF16."""
+    """Packed E2M1 uint8 [..., rows, columns/2] with E8M0 scale bytes uint8 [..., rows, ceil(columns/32)] -> BF16."""
+    decoded, half = decode_scale(scale), e2m1.GROUP_SIZE // 2
+    if always_exact(decoded) and packed.shape[-1] % half == 0:
+        index = packed.unflatten(-1, (-1, half)) + scale.to(torch.int32).unsqueeze(-1) * 256
+        pairs = torch.index_select(_fp4_pairs(packed.device), 0, index.flatten())
+        return Bf16Form(pairs.view(torch.bfloat16).view(*packed.shape[:-1], -1), 0)
     values = e2m1.decode(e2m1.unpack(packed))
-    return _from_power_of_two(values, expand_scale(decode_scale(scale), tuple(values.shape), FP4_BLOCK))
+    return _from_power_of_two(values, expand_scale(decoded, tuple(values.shape), FP4_BLOCK))
 
 
 def from_fp8(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Bf16Form:
-    """E4M3 [..., rows, columns] with block scales (E8M0 or float32) -> BF16. NaN stays NaN."""
+    """E4M3 uint8 [..., rows, columns] with block scales (E8M0 bytes uint8, or float32) -> BF16. NaN stays NaN."""
+    decoded = decode_scale(scale)
+    if always_exact(decoded):
+        index = expand_scale(e8m0.exact(decoded).to(torch.int32) * 256, tuple(codes.shape), block) + codes
+        return Bf16Form(
+            torch.index_select(_fp8_values(codes.device), 0, index.flatten()).view(torch.bfloat16).view(codes.shape), 0
+        )
     values = e4m3.decode(codes)
-    wide = expand_scale(decode_scale(scale), tuple(values.shape), block)
+    wide = expand_scale(decoded, tuple(values.shape), block)
     return _from_any(values, wide) if scale.dtype == torch.float32 else _from_power_of_two(values, wide)
