@@ -3,9 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversion import convert as convert
     from .verification import verify as verify
 
-_LAZY = {"verify": "verification"}  # public name -> module, imported when first used: torch takes a second
+_LAZY = {
+    "convert": "conversion",
+    "verify": "verification",
+}  # public name -> module, imported when first used: torch takes a second
 
 
 def __getattr__(name: str) -> Any:

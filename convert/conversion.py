@@ -24,7 +24,17 @@ from .journal import FinishedShard, Journal, check_same_job
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
 from .output_folder import check_finished, clear, files_of, look, usable_shards
 from .plan import OutputShard, Plan, make_plan
-from .settings import Settings
+from .settings import (
+    DEFAULT_MAX_SHARD_BYTES,
+    Layout,
+    OnInexact,
+    ScaleDtype,
+    Settings,
+    TargetName,
+    To,
+    WoA,
+    resolve,
+)
 from .shard_writer import Workers, write_shard
 from .side_files import config_file, copied_files, index_file, index_names, read_side_file
 from .storage import Folder
@@ -195,7 +205,8 @@ def _run_locked(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Res
             result.kept_tensors = run.kept_tensors()
             result.summary = run.publish(job, copied)
         except BaseException:
-            journal.close()
+            # A journal without shards would only bind the next run to this one's options.
+            journal.close() if run.finished else journal.discard()
             raise
         journal.discard()
     finally:
@@ -248,3 +259,30 @@ def run_conversion(
         result = _run_locked(checkpoint, plan, output, resources, advance)
     result.seconds = time.monotonic() - started
     return result
+
+
+def convert(
+    source: Path | str,
+    output: Path | str,
+    *,
+    to: To = "fp8",
+    layout: Layout = "hf",
+    model_parallel: int | None = None,
+    target: TargetName | None = None,
+    scale_dtype: ScaleDtype | None = None,
+    wo_a: WoA | None = None,
+    on_inexact: OnInexact = "error",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_workers: int | None = None,
+    max_memory_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: Advance = lambda count: None,
+) -> Result:
+    """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors (see `run_conversion`)."""
+    settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, max_shard_bytes)
+    checkpoint = Checkpoint.open(source)
+    try:
+        resources = decide_resources(max_workers, max_memory_bytes)
+        return run_conversion(checkpoint, settings, Path(output), resources, overwrite, progress)
+    finally:
+        checkpoint.close()

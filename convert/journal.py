@@ -82,9 +82,17 @@ def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
     return f"{printable(where)}: {printable(repr(old)[:80])} before, {printable(repr(new)[:80])} now"
 
 
+def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old job, with the new one's `on_inexact` if its own was "error": what that let through is exact anyway."""
+    options, wanted = old.get("options"), new.get("options")
+    if not isinstance(options, dict) or not isinstance(wanted, dict) or options.get("on_inexact") != "error":
+        return old
+    return {**old, "options": {**options, "on_inexact": wanted.get("on_inexact")}}
+
+
 def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     """Raises UsageError naming what differs if the folder holds another job's output."""
-    difference = describe_difference(old, new)
+    difference = describe_difference(_as_resumed_by(old, new), new)
     if difference:
         raise UsageError(
             f"{printable(str(folder))} holds the output of another conversion ({difference})",
