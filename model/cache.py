@@ -1,0 +1,159 @@
+"""The key cache: per sequence and layer exactly what the architecture needs, grown as the sequence grows.
+
+    window       the last sliding_window keys, [<= W, c]; never [max_position_embeddings, c]
+    compressed   one key per finished block of `ratio` tokens, [length // ratio, c]
+    index keys   the same at index_head_dim, on layers with an indexer
+    unfinished   the raw `kv` and `g` of the tokens whose block is not finished (and of the block before, ratio 4)
+
+A sequence has its own length, so that prompts of unequal length share a batch. A call of `forward` appends; up to
+MAX_UNDO tokens of the latest call can be taken back with `truncate`, which is what a rejected draft needs. For that,
+a call of s tokens leaves min(s, MAX_UNDO) keys more than the next token will look at.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dsv4.errors import UsageError
+
+from .config import OVERLAP_RATIO, Config
+
+MAX_UNDO = 8
+SMALLEST_GROWTH = 64  # entries
+
+
+class GrowingRows:
+    """A [n, width] tensor that grows at the end, in steps of an eighth, without moving on every append."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffer = torch.empty(0, width, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Add rows [m, width] at the end."""
+        needed = self.length + len(rows)
+        if needed > len(self._buffer):
+            spare = max(SMALLEST_GROWTH, needed // 8) if self.length else 0
+            grown = self._buffer.new_empty(needed + spare, self._buffer.shape[1])
+            grown[: self.length] = self._buffer[: self.length]
+            self._buffer = grown
+        self._buffer[self.length : needed] = rows
+        self.length = needed
+
+    def rows(self) -> torch.Tensor:
+        """All rows, [length, width]."""
+        return self._buffer[: self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._buffer.nbytes
+
+
+class CompressorState:
+    """The compressed keys of one compressor and the raw tokens that are not compressed yet."""
+
+    def __init__(self, ratio: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.ratio, self.overlap = ratio, ratio == OVERLAP_RATIO
+        width = head_dim * (2 if self.overlap else 1)
+        self.raw = torch.empty(0, 2, width, dtype=torch.float32, device=device)  # [tokens, (kv, g), width]
+        self.raw_start = 0
+        self.entries = GrowingRows(head_dim, dtype, device)
+
+    def trim(self, length: int) -> None:
+        """Forget raw tokens that no block from `length` on will need."""
+        first = max(0, (length // self.ratio - self.overlap) * self.ratio)
+        if first > self.raw_start:
+            self.raw = self.raw[first - self.raw_start :].clone()
+            self.raw_start = first
+
+    def truncate(self, length: int) -> None:
+        """Take back everything from position `length` on."""
+        self.raw = self.raw[: max(0, length - self.raw_start)]
+        self.entries.length = min(self.entries.length, length // self.ratio)
+
+
+class LayerCache:
+    """One layer of one sequence."""
+
+    def __init__(self, config: Config, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        ratio = config.ratio(layer)
+        self.window = torch.empty(0, config.head_dim, dtype=dtype, device=device)
+        self.window_start = 0  # position of the first key in `window`
+        self.compressor = CompressorState(ratio, config.head_dim, dtype, device) if ratio else None
+        indexed = ratio == OVERLAP_RATIO
+        self.indexer = CompressorState(ratio, config.index_head_dim, dtype, device) if indexed else None
+
+    def states(self) -> list[CompressorState]:
+        """The compressors of the layer: none, one, or two with the indexer's."""
+        return [state for state in (self.compressor, self.indexer) if state is not None]
+
+    def trim(self, length: int, window: int) -> None:
+        """Forget what no token from position `length` on will look at."""
+        first = max(0, length - window + 1)
+        if first > self.window_start:
+            self.window = self.window[first - self.window_start :].clone()
+            self.window_start = first
+        for state in self.states():
+            state.trim(length)
+
+    def truncate(self, length: int) -> None:
+        """Take back everything from position `length` on."""
+        self.window = self.window[: max(0, length - self.window_start)]
+        for state in self.states():
+            state.truncate(length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.window.nbytes + sum(state.raw.nbytes + state.entries.nbytes for state in self.states())
+
+
+@dataclass
+class Sequence:
+    """All layers of one sequence. `floor` is the shortest length that `truncate` can go back to."""
+
+    layers: list[LayerCache]
+    length: int = 0
+    floor: int = 0
+
+
+@dataclass
+class Cache:
+    """Key caches of a batch, for the main stack or for one MTP block. Made by Transformer.new_cache."""
+
+    config: Config
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens seen so far, per sequence."""
+        return [sequence.length for sequence in self.sequences]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and states."""
+        return sum(layer.nbytes for sequence in self.sequences for layer in sequence.layers)
+
+    def advance(self, row: int, count: int) -> None:
+        """Note that `count` tokens were added to a sequence, and forget what can no longer be needed."""
+        sequence = self.sequences[row]
+        sequence.length += count
+        sequence.floor = sequence.length - min(count, MAX_UNDO)
+        for layer in sequence.layers:
+            layer.trim(sequence.floor, self.config.sliding_window)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Take a sequence back to `length` tokens. Raises UsageError beyond the last MAX_UNDO of the latest call."""
+        sequence = self.sequences[row]
+        if not sequence.floor <= length <= sequence.length:
+            raise UsageError(f"cannot go from {sequence.length} back to {length} tokens, at most to {sequence.floor}")
+        for layer in sequence.layers:
+            layer.truncate(length)
+        sequence.length = length
+
+
+def new_cache(config: Config, layers: range, batch_size: int, dtype: torch.dtype, device: torch.device) -> Cache:
+    """An empty cache for `batch_size` sequences over the given layers."""
+    rows = [Sequence([LayerCache(config, layer, dtype, device) for layer in layers]) for _ in range(batch_size)]
+    return Cache(config, rows)

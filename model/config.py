@@ -1,0 +1,153 @@
+"""config.json of a DeepSeek-V4 release as one frozen dataclass, fields named as the release names them.
+
+Only what the forward pass needs is kept. Keys that would change the arithmetic must have the value that this engine
+implements (`FIXED`); anything else in the file, from generation defaults to fields of other programs, is left alone.
+The number of MTP blocks is not read from `num_nextn_predict_layers`, which is wrong in several releases, but from the
+tensor names (`weights.mtp_stages`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dsv4.errors import InputError, printable
+
+# What the forward pass takes for granted. A config that says otherwise describes another architecture.
+FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "model_type": "deepseek_v4",
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "scoring_func": "sqrtsoftplus",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+COMPRESS_RATIOS = (0, 4, 128)
+OVERLAP_RATIO = 4  # the ratio whose blocks overlap and have an indexer
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN, applied on layers with a compress ratio only."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Dimensions and constants of one model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    num_hash_layers: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    max_position_embeddings: int
+    rope_scaling: RopeScaling | None
+    weight_block_size: tuple[int, int]
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+        """The parsed config.json of a checkpoint. Raises InputError for a missing, mistyped or impossible value."""
+        for key, value in FIXED.items():
+            if key in config and config[key] != value:
+                raise InputError(
+                    f"config.json: {key} is {printable(repr(config[key]))}, this engine runs {key} = {value!r}"
+                )
+        special = {"compress_ratios", "rope_scaling", "weight_block_size"}
+        values = {f.name: _number(config, f.name, f.type is int) for f in fields(cls) if f.name not in special}
+        result = cls(
+            **values,
+            compress_ratios=_ratios(config),
+            rope_scaling=_rope_scaling(config.get("rope_scaling")),
+            weight_block_size=_block_size(config),
+        )
+        _check(result)
+        return result
+
+    def ratio(self, layer: int) -> int:
+        """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
+        return self.compress_ratios[layer]
+
+
+def _number(config: Mapping[str, Any], key: str, integer: bool) -> Any:
+    if key not in config:
+        raise InputError(f"config.json: {key} is missing")
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        kind = "an integer" if integer else "a number"
+        raise InputError(f"config.json: {key} must be {kind}, it is {printable(repr(value))}")
+    if value < 0 or (value == 0 and key != "num_hash_layers"):
+        raise InputError(f"config.json: {key} must be positive, it is {value}")
+    return value
+
+
+def _ratios(config: Mapping[str, Any]) -> tuple[int, ...]:
+    ratios = config.get("compress_ratios")
+    if not isinstance(ratios, list) or any(r not in COMPRESS_RATIOS or isinstance(r, bool) for r in ratios):
+        raise InputError(f"config.json: compress_ratios must be a list of {COMPRESS_RATIOS}, one per layer")
+    return tuple(ratios)
+
+
+def _rope_scaling(scaling: Any) -> RopeScaling | None:
+    if scaling is None:
+        return None
+    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
+    if kind != "yarn":
+        raise InputError(f"config.json: rope_scaling must be of type 'yarn', it is {printable(repr(kind))}")
+    return RopeScaling(
+        factor=_number(scaling, "factor", False),
+        beta_fast=_number(scaling, "beta_fast", False),
+        beta_slow=_number(scaling, "beta_slow", False),
+        original_max_position_embeddings=_number(scaling, "original_max_position_embeddings", True),
+    )
+
+
+def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    quantization = config.get("quantization_config") or {}
+    size = quantization.get("weight_block_size", [128, 128]) if isinstance(quantization, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise InputError("config.json: quantization_config.weight_block_size must be two positive integers")
+    return size[0], size[1]
+
+
+def _check(config: Config) -> None:
+    """What must divide or be at most what. Raises InputError."""
+    problems = [
+        (len(config.compress_ratios) < config.num_hidden_layers, "compress_ratios has fewer entries than layers"),
+        (config.num_attention_heads % config.o_groups, "o_groups does not divide num_attention_heads"),
+        (config.qk_rope_head_dim % 2, "qk_rope_head_dim is odd"),
+        (config.qk_rope_head_dim > config.head_dim, "qk_rope_head_dim exceeds head_dim"),
+        (config.qk_rope_head_dim > config.index_head_dim, "qk_rope_head_dim exceeds index_head_dim"),
+        (config.index_head_dim & (config.index_head_dim - 1), "index_head_dim is not a power of two"),
+        (config.num_experts_per_tok > config.n_routed_experts, "num_experts_per_tok exceeds n_routed_experts"),
+    ]
+    for wrong, text in problems:
+        if wrong:
+            raise InputError(f"config.json: {text}")

@@ -1,0 +1,49 @@
+"""From a folder to a model: open, check, decide what fits into memory, read."""
+
+from pathlib import Path
+
+import torch
+from dsv4.convert.checkpoint import Checkpoint
+
+from dsv4.errors import MachineError, printable
+
+from .config import Config
+from .layers import Arithmetic
+from .ops import choose
+from .residency import Progress, WeightStore
+from .transformer import Transformer
+from .weights import check, mtp_stages
+
+
+def find_device(name: str) -> torch.device:
+    """A torch device by name, tried out. Raises MachineError if torch does not know it or it is not there."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = printable(str(error).splitlines()[0]) if str(error) else "no reason given"
+        raise MachineError(f"device '{printable(name)}' cannot be used: {reason}", "Use --device cpu.") from None
+    return device
+
+
+def load(
+    folder: str | Path | Checkpoint,
+    device: str = "cpu",
+    simulation: bool = True,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Transformer:
+    """Load a checkpoint in the Hugging Face layout, in any stored format.
+
+    simulation: bfloat16 activations and the release's simulated quantizations; False computes in float32 without.
+    max_memory: bytes that weights may occupy; the rest is read from the files when needed. None means no limit.
+    progress: called with bytes read and bytes to read. Raises InputError, UsageError, MachineError.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
+    config = Config.from_json(checkpoint.config)
+    stages = mtp_stages(checkpoint.tensors)
+    check(config, checkpoint.tensors, stages)
+    place = find_device(device)
+    store = WeightStore(checkpoint, config, stages, place, max_memory)
+    store.load(progress)
+    return Transformer(config, stages, store, Arithmetic(simulation, choose(place)))

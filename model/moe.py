@@ -1,0 +1,62 @@
+"""The mixture of experts: gate, chosen experts, shared expert.
+
+The gate scores are `sqrt(softplus(W x))`. On the first `num_hash_layers` layers a table says which experts a token id
+uses; elsewhere the top k of score + bias are chosen. In both cases an expert's weight is its score WITHOUT the bias,
+over the sum of the chosen scores, and it multiplies the activation BEFORE the expert's last matrix.
+Experts are added up in the order of their number, which is also how tensor parallelism splits them.
+"""
+
+import torch
+
+from .config import Config
+from .layers import Arithmetic
+from .numerics import silu, softplus, tree_sum
+from .residency import Scope
+
+
+class Gate:
+    """Which experts each token uses, and how much."""
+
+    def __init__(self, config: Config, layer: int, weights: Scope, arithmetic: Arithmetic) -> None:
+        self._config, self._weights, self._arithmetic = config, weights, arithmetic
+        self._hash = layer < config.num_hash_layers
+
+    def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D], ids [T] -> experts int64 [T, k], weights float32 [T, k]."""
+        scores = softplus(self._arithmetic.linear(x, self._weights.matrix("weight"))).sqrt()
+        if self._hash:
+            experts = self._weights.vector("tid2eid")[token_ids]
+        else:
+            biased = scores + self._weights.vector("bias")
+            experts = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self._config.num_experts_per_tok]
+        chosen = scores.gather(1, experts)
+        return experts, chosen / tree_sum(chosen).unsqueeze(-1) * self._config.routed_scaling_factor
+
+
+class MixtureOfExperts:
+    """One feed-forward sublayer."""
+
+    def __init__(self, config: Config, layer: int, weights: Scope, arithmetic: Arithmetic) -> None:
+        self._config, self._weights, self._arithmetic = config, weights, arithmetic
+        self.gate = Gate(config, layer, weights.scope("gate."), arithmetic)
+
+    def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None) -> torch.Tensor:
+        """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert."""
+        linear, limit = self._arithmetic.quantized_linear, self._config.swiglu_limit
+        gate = linear(x, weights.matrix("w1.weight")).to(torch.float32).clamp(max=limit)
+        up = linear(x, weights.matrix("w3.weight")).to(torch.float32).clamp(-limit, limit)
+        activation = silu(gate) * up
+        if share is not None:
+            activation = share.unsqueeze(-1) * activation
+        return linear(activation.to(self._arithmetic.dtype), weights.matrix("w2.weight"))
+
+    def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
+        experts, shares = self.gate(x, token_ids)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in experts.unique().tolist():
+            rows, slot = (experts == expert).nonzero(as_tuple=True)
+            output = self._expert(x[rows], self._weights.scope(f"experts.{expert}."), shares[rows, slot])
+            total[rows] += output.to(torch.float32)
+        shared = self._expert(x, self._weights.scope("shared_experts."), None)
+        return (total + shared.to(torch.float32)).to(x.dtype), experts
