@@ -2,8 +2,8 @@
 
 Queries of a layer see the last `sliding_window` keys and, on layers with a ratio, compressed keys of the blocks that
 lie fully in the past: all of them with ratio 128 (HCA), those the indexer chose with ratio 4 (CSA).
-A query's keys are always listed in the same order, window first, oldest first, so sums over them have one order
-whatever else is computed in the same call.
+A query's keys are always listed in the same order, the window first, oldest first, then compressed keys (HCA: oldest
+first, CSA: best first), so sums over them have one order whatever else is computed in the same call.
 Tensor parallelism splits heads (wq_b, sink, indexer heads) and o_groups (wo_a rows, wo_b columns).
 """
 
@@ -18,6 +18,8 @@ from .indexer import Indexer
 from .layers import Arithmetic, Rotary, rms_norm
 from .numerics import tree_sum
 from .residency import Scope
+
+BFLOAT16_VECTOR = 32  # elements of a 512-bit register
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,29 @@ class Segment:
 
 
 def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
-    """q [T, H, c] over its root mean square per head. In bfloat16 the squares, the mean and the factor are rounded."""
+    """q [T, H, c] over its root mean square per head. In bfloat16 the squares, the mean and the factor are rounded.
+
+    One more rounding belongs to the expected results, which a CPU computed: torch's bfloat16 `rsqrt` works on
+    BFLOAT16_VECTOR elements at a time, and for those left over it rounds the square root too. A single step of a
+    model with 64 or 128 heads has none left over; one with 8 heads has nothing else.
+    """
     dtype = q.dtype
     squares = (q * q).to(torch.float32)
     mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
-    shifted = (mean.to(torch.float32) + eps).to(dtype).to(torch.float32)
-    return q * (1.0 / shifted.sqrt()).to(dtype).unsqueeze(-1)
+    root = (mean.to(torch.float32) + eps).to(dtype).to(torch.float32).sqrt()
+    left_over = q.shape[1] // BFLOAT16_VECTOR * BFLOAT16_VECTOR
+    root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
+    return q * (1.0 / root).to(dtype).unsqueeze(-1)
 
 
 def window_rows(position: int, count: int, first: int, window: int) -> torch.Tensor:
-    """Rows of the window keys of queries `position` ... when the pool starts at position `first`: int32 [count, W]."""
+    """Rows of the window keys of queries `position` ... when the pool starts at position `first`: int32 [count, W].
+
+    Oldest first, and -1 at the end where fewer than W tokens have been seen.
+    """
     query = torch.arange(position, position + count)[:, None]
-    key = query + torch.arange(-window + 1, 1)
-    return torch.where(key >= 0, key - first, -1).to(torch.int32)
+    key = (query - window + 1).clamp(min=0) + torch.arange(window)
+    return torch.where(key <= query, key - first, -1).to(torch.int32)
 
 
 class Attention:

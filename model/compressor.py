@@ -8,6 +8,7 @@ block's FIRST token. A block enters the cache when its last token does.
 """
 
 import torch
+
 from dsv4.quant.activation import hadamard, simulate_fp4, simulate_fp8
 
 from .cache import CompressorState

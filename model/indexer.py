@@ -13,25 +13,22 @@ from .layers import Arithmetic, Rotary
 from .residency import Scope
 
 
-def select(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """scores [T, N], -inf where a block is out of reach -> the best `count` blocks of each row, bool [T, N]."""
-    reachable = scores > -torch.inf
-    if scores.shape[1] <= count:
-        return reachable
-    threshold = scores.topk(count, dim=-1).values[:, -1:]
-    above, ties = scores > threshold, scores == threshold
-    room = count - above.sum(-1, keepdim=True)
-    return (above | (ties & (ties.cumsum(-1) <= room))) & reachable
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """scores [T, N], -inf where out of reach -> the best blocks, int32 [T, min(count, N)], best first, then -1.
 
-
-def as_rows(selected: torch.Tensor) -> torch.Tensor:
-    """bool [T, N] -> int32 [T, most]: the selected columns of each row in ascending order, then -1."""
-    counts = selected.sum(-1)
-    most = int(counts.max()) if len(counts) else 0
-    rows = torch.full((len(selected), most), -1, dtype=torch.int32, device=selected.device)
-    row, column = selected.nonzero(as_tuple=True)
-    rows[row, (selected.cumsum(-1) - 1)[row, column]] = column.to(torch.int32)
-    return rows
+    Of equal scores the older block is first, whatever N is.
+    """
+    count = min(count, scores.shape[1])
+    if count < scores.shape[1]:
+        threshold = scores.topk(count, dim=-1).values[:, -1:]
+        above, ties = scores > threshold, scores == threshold
+        keep = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+        columns = keep.nonzero()[:, 1].view(len(scores), count)
+        order = scores.gather(1, columns).sort(dim=-1, descending=True, stable=True)
+        rows, values = columns.gather(1, order.indices), order.values
+    else:
+        values, rows = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return torch.where(values > -torch.inf, rows, -1).to(torch.int32)
 
 
 class Indexer:
@@ -51,15 +48,13 @@ class Indexer:
         return simulate_index(q, self._arithmetic), (weights * scale).to(dtype)
 
     def choose(self, cache: LayerCache, q: torch.Tensor, weights: torch.Tensor, position: int) -> torch.Tensor:
-        """The blocks that each query of one sequence attends to, int32 [S, most], ascending, then -1.
+        """The blocks that each query of one sequence attends to, int32 [S, most], best first, then -1.
 
         The first query is at `position`; `cache` already holds the blocks that this call finished.
         """
         assert cache.indexer is not None
         keys = cache.indexer.entries.rows()
         past = (torch.arange(position, position + len(q), device=q.device) + 1) // OVERLAP_RATIO
-        reachable = torch.arange(len(keys), device=q.device) < past[:, None]
-        if len(keys) <= self._config.index_topk:
-            return as_rows(reachable)
+        out_of_reach = torch.arange(len(keys), device=q.device) >= past[:, None]
         scores = self._arithmetic.operations.index_scores(q, weights, keys)
-        return as_rows(select(scores.masked_fill(~reachable, -torch.inf), self._config.index_topk))
+        return best(scores.masked_fill(out_of_reach, -torch.inf), self._config.index_topk)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from dsv4.quant.activation import FP8_GROUP, simulate_fp8
 
 from .config import Config

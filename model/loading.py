@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from dsv4.convert.checkpoint import Checkpoint
 
+from dsv4.convert.checkpoint import Checkpoint
 from dsv4.errors import MachineError, printable
 
 from .config import Config

@@ -18,6 +18,7 @@ from .weights import Matrix
 
 # Elements of the largest temporary of the reference forms. Bounds memory and keeps the work in cache.
 TILE_ELEMENTS = 1 << 18
+KEYS_PER_BLOCK = 64  # of the released attention kernel
 
 
 def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -38,17 +39,25 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
 def _attend(
     q: torch.Tensor, keys: torch.Tensor, masked: torch.Tensor, sink: torch.Tensor, scale: float, rounded: bool
 ) -> torch.Tensor:
-    """q [t, H, c], keys [t, J, c] float32, masked [t, J] -> float32 [t, H, c]."""
+    """q [t, H, c], keys [t, J, c] float32, masked [t, J] -> float32 [t, H, c].
+
+    Online softmax over blocks of KEYS_PER_BLOCK, as the released kernel does it: the probabilities are rounded
+    relative to the largest score SO FAR, which is why the block length is part of the result.
+    """
     scores = (lane_dot(q, keys) * scale).masked_fill(masked.unsqueeze(1), -torch.inf)  # [t, H, J]
-    largest = scores.amax(-1, keepdim=True)
-    weights = exp(scores - largest)
-    total = lane_sum(weights) + exp(sink - largest.squeeze(-1))
-    if rounded:
-        weights = weights.to(torch.bfloat16).to(torch.float32)
-    sums = torch.zeros_like(q)
-    for j in range(keys.shape[1]):
-        sums += weights[:, :, j, None] * keys[:, None, j]
-    return sums / total.unsqueeze(-1)
+    sums, total = torch.zeros_like(q), torch.zeros_like(scores[..., :1])
+    largest = torch.full_like(total, -torch.inf)
+    for first in range(0, keys.shape[1], KEYS_PER_BLOCK):
+        block = scores[..., first : first + KEYS_PER_BLOCK]
+        before, largest = largest, torch.maximum(largest, block.amax(-1, keepdim=True))
+        weights, shrink = exp(block - largest), exp(before - largest)
+        total = total * shrink + lane_sum(weights).unsqueeze(-1)
+        sums = sums * shrink
+        if rounded:
+            weights = weights.to(torch.bfloat16).to(torch.float32)
+        for j in range(weights.shape[-1]):
+            sums += weights[:, :, j, None] * keys[:, None, first + j]
+    return sums / (total + exp(sink.unsqueeze(-1) - largest))
 
 
 def sparse_attention(

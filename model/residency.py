@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from dsv4.convert.checkpoint import Checkpoint
 
+from dsv4.convert.checkpoint import Checkpoint
 from dsv4.errors import InputError, MachineError
 
 from .config import Config

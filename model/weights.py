@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
 from dsv4.convert.checkpoint import Checkpoint, TensorInfo
+from dsv4.errors import InputError
 from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize_fp8, scale_shape
 from dsv4.quant.e4m3 import is_nan
-
-from dsv4.errors import InputError
 
 from .config import OVERLAP_RATIO, Config
 

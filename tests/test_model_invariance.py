@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.model import load
 from dsv4.model.transformer import Transformer
