@@ -25,7 +25,7 @@ from .architecture import (
     weight_block,
 )
 from .checkpoint import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, TensorInfo, layout_bytes, read_json
-from .parameters import SCALE_SUFFIXES, block_of, family, is_scale, logical_shape, packs_fp4, sibling_scale
+from .parameters import SCALE_SUFFIXES, block_of, family, is_fp4, is_scale, logical_shape, packs_fp4, sibling_scale
 
 Level = Literal["problem", "note"]
 
@@ -60,7 +60,7 @@ def _grouped(faults: Iterable[tuple[str, str]], level: Level, hint: str = "") ->
 
 def _expected_scale(info: TensorInfo, tensors: dict[str, TensorInfo], block: tuple[int, int]) -> tuple[int, ...]:
     *batch, rows, columns = logical_shape(info, tensors)
-    if packs_fp4(info, sibling_scale(info, tensors)):
+    if is_fp4(info, sibling_scale(info, tensors)):
         return (*batch, rows, -(-columns // FP4_GROUP))
     return (*batch, -(-rows // block[0]), -(-columns // block[1]))
 
@@ -82,14 +82,15 @@ def _scale_fault(info: TensorInfo, tensors: dict[str, TensorInfo], block: tuple[
     return None
 
 
-def _scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> Iterator[Finding]:
+def scale_findings(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> Iterator[Finding]:
+    """Weights without a fitting block scale, and scales without a weight."""
     faults = []
     for info in tensors.values():
         if is_scale(info.name):
             stem = next(info.name.removesuffix(suffix) for suffix in SCALE_SUFFIXES if info.name.endswith(suffix))
             if f"{stem}.weight" not in tensors:
                 faults.append((info.name, "a block scale without its weight"))
-        elif info.dtype.startswith("F8_E4M3") or packs_fp4(info):
+        elif info.dtype == "F8_E4M3" or is_fp4(info):
             fault = _scale_fault(info, tensors, block)
             if fault:
                 faults.append((info.name, fault))
@@ -102,7 +103,7 @@ def routed_expert_dtypes(tensors: dict[str, TensorInfo]) -> set[str]:
     for info in tensors.values():
         block = block_of(info.name)
         if block and block[2].startswith("ffn.experts.") and info.name.endswith(".weight"):
-            fp4 = packs_fp4(info, sibling_scale(info, tensors)) or info.dtype == "F4"
+            fp4 = is_fp4(info, sibling_scale(info, tensors))
             found.add("fp4" if fp4 else {"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
     return found
 
@@ -138,7 +139,8 @@ def _quantization(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Ite
         yield Finding("problem", "quantization_config.weight_block_size is missing or not two counts")
 
 
-def _against_config(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Iterator[Finding]:
+def structure_findings(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Iterator[Finding]:
+    """Names and shapes of the tensors against the dimensions of the config."""
     if not describes_v4(config):
         shown = printable(str(config.get("model_type"))[:40])
         yield Finding("note", f"model_type {shown}: names and shapes are not checked against the config")
@@ -199,8 +201,8 @@ def what_looks_wrong(checkpoint: Checkpoint) -> list[Finding]:
     found = [
         *_quantization(config, tensors),
         *_expert_dtype(config, tensors),
-        *_against_config(config, tensors),
-        *_scales(tensors, weight_block(config) or (128, 128)),
+        *structure_findings(config, tensors),
+        *scale_findings(tensors, weight_block(config) or (128, 128)),
         *_files(checkpoint),
     ]
     return sorted(found, key=lambda finding: finding.level != "problem")

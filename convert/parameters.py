@@ -63,6 +63,11 @@ def packs_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
     return info.name.endswith(".weight") and (info.dtype == "I8" or (info.dtype == "U8" and scale is not None))
 
 
+def is_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
+    """Whether a weight holds FP4 codes: packed, or under the reference engine's tag F4, which counts elements."""
+    return info.dtype == "F4" or packs_fp4(info, scale)
+
+
 def sibling_scale(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
     """The block scale of a weight, by name; None if there is none."""
     stem = info.name.removesuffix(".weight")

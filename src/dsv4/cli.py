@@ -15,7 +15,16 @@ from typing import Annotated
 
 import typer
 
-from dsv4 import __version__, command_convert, command_download, command_encode, command_inspect, command_verify, output
+from dsv4 import (
+    __version__,
+    command_convert,
+    command_doctor,
+    command_download,
+    command_encode,
+    command_inspect,
+    command_verify,
+    output,
+)
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -57,6 +66,7 @@ app.command("convert", epilog=command_convert.EPILOG)(command_convert.convert)
 app.command("download", epilog=command_download.EPILOG)(command_download.download)
 app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
 app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
+app.command("doctor", epilog=command_doctor.EPILOG)(command_doctor.doctor)
 app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
 
 

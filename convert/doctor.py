@@ -1,0 +1,367 @@
+"""Will this engine load this folder and compute the right thing? The engines' rules as data, and the checks over them.
+
+A row of ENGINES says what one engine accepts. Most come from what its loader does with published checkpoints; what
+`transformers` does was tried (its row is checked by a test that loads checkpoints with it). Where nobody knows, the
+verdict says so and is not a yes.
+
+Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte into float32, a missing expert_dtype
+means fp4 to one engine and fp8 to another, and a BF16 checkpoint with a leftover quantization_config loads and babbles.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsv4.errors import printable
+
+from .architecture import architecture_name, compress_ratios, expert_dtype, quantization, text, weight_block
+from .doctor_facts import Facts, gather
+
+EngineName = Literal["sglang", "vllm", "transformers", "reference"]
+Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
+
+# wrong: it loads and computes something else. refuses: it stops with an error. unknown: nobody has shown that it works.
+FAILURES = ("wrong", "refuses")
+ABSENT = None
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Something to know about an engine when the experts are stored as `experts` with scales of `scales`."""
+
+    experts: str
+    text: str
+    scales: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one engine accepts.
+
+    expert_scales: format of the experts -> dtypes of their block scales that it reads right. A format that is not a
+    key is not known to work. declared: format -> values of expert_dtype that make it read that format (ABSENT: no
+    key); a missing key means that the engine looks at the tensors. needs: side files without which it stops;
+    wants: files that somebody will miss. divided: config keys that the number of ranks must divide.
+    split_blocks: products of keys whose share of a rank must consist of whole FP8 blocks.
+    """
+
+    layout: Literal["hf", "mp"]
+    expert_scales: dict[str, tuple[str, ...]]
+    declared: dict[str, tuple[str | None, ...]]
+    undeclared: str  # what it takes the experts for when the key is absent
+    wo_a: tuple[str, ...]
+    needs: tuple[str, ...]
+    wants: tuple[str, ...]
+    divided: tuple[str, ...]
+    split_blocks: tuple[tuple[str, ...], ...]
+    traps: tuple[Trap, ...]
+
+
+_SERVED = ("encoding/encoding_dsv4.py", "generation_config.json")
+_SPLIT = (("moe_intermediate_size",), ("num_attention_heads", "head_dim"), ("o_groups", "o_lora_rank"))
+
+ENGINES: dict[EngineName, Engine] = {
+    "sglang": Engine(
+        layout="hf",
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},
+        declared={},  # it looks into the header of one routed expert
+        undeclared="",
+        wo_a=("fp8", "bf16"),
+        needs=TOKENIZER,
+        wants=_SERVED,
+        divided=("num_attention_heads", "o_groups"),
+        split_blocks=_SPLIT,
+        traps=(
+            Trap("fp8", "start it with SGLANG_DSV4_FP4_EXPERTS=0: it takes the experts for FP4 when it cannot probe"),
+            Trap("fp8", "float32 scales, the layout of Base: SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1", "F32"),
+        ),
+    ),
+    "vllm": Engine(
+        layout="hf",
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F32",)},  # E8M0 bytes would be copied into float32 as they are
+        declared={"fp4": ("fp4", ABSENT), "fp8": ("fp8",)},
+        undeclared="fp4",
+        wo_a=("fp8",),
+        needs=TOKENIZER,
+        wants=_SERVED,
+        divided=("num_attention_heads", "o_groups"),
+        split_blocks=_SPLIT,
+        traps=(Trap("fp8", "vLLM sets VLLM_USE_DEEP_GEMM_E8M0=0 for float32 scales by itself: leave it"),),
+    ),
+    "transformers": Engine(
+        layout="hf",
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32"), "bf16": ()},
+        declared={"fp4": ("fp4",), "fp8": ("fp8", ABSENT)},
+        undeclared="fp8",
+        wo_a=("fp8", "bf16"),
+        needs=(),
+        wants=(*TOKENIZER, "generation_config.json"),
+        divided=(),
+        split_blocks=(("moe_intermediate_size",),),
+        traps=(
+            Trap("fp4", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
+            Trap("fp8", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
+        ),
+    ),
+    "reference": Engine(
+        layout="mp",
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0",)},
+        declared={"fp4": ("fp4",), "fp8": (ABSENT,)},
+        undeclared="fp8",
+        wo_a=("bf16",),
+        needs=("config.json", *TOKENIZER),
+        wants=(),
+        divided=("vocab_size", "num_attention_heads", "o_groups", "n_routed_experts", "index_n_heads"),
+        split_blocks=_SPLIT[1:],
+        traps=(),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of one rule: what was found, what to do about it if it is a failure, and the command that does it."""
+
+    rule: str
+    status: Status
+    text: str
+    fix: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What every rule gets to see."""
+
+    facts: Facts
+    name: EngineName
+    engine: Engine
+    tensor_parallel: int | None
+
+    @property
+    def convert(self) -> str:
+        """The command that writes this checkpoint for this engine."""
+        where = f"dsv4 convert {self.facts.folder} NEW"
+        if self.engine.layout == "mp":
+            return f"{where} --to same --layout mp --model-parallel {self.tensor_parallel or 'N'}"
+        return f"{where} --target {self.name}"
+
+
+def _layout(p: Patient) -> Iterator[Check]:
+    wanted = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp"}
+    if p.facts.layout == p.engine.layout:
+        yield Check("layout", "ok", wanted[p.facts.layout])
+    elif p.facts.layout == "mp":
+        fix = "Convert the release again, without --layout mp."
+        found = f"rank files; {p.name} reads {wanted['hf']}"
+        yield Check("layout", "refuses", found, fix, f"dsv4 convert RELEASE NEW --target {p.name}")
+    else:
+        found = f"a Hugging Face folder; {p.name} reads {wanted['mp']}"
+        yield Check("layout", "refuses", found, command=p.convert)
+
+
+def _architecture(p: Patient) -> Iterator[Check]:
+    if p.facts.layout == "mp":
+        return
+    model, architecture = text(p.facts.config, "model_type"), architecture_name(p.facts.config)
+    shown = printable(f"{architecture} ({model})")
+    if p.name == "transformers" and model != "deepseek_v4":
+        yield Check("architecture", "refuses", f"{shown}; transformers knows deepseek_v4", "Correct model_type.")
+    elif architecture != "DeepseekV4ForCausalLM":
+        yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
+    else:
+        yield Check("architecture", "ok", shown)
+    ratios = compress_ratios(p.facts.config) or ()
+    if p.name == "transformers" and set(ratios) - {0, 4, 128}:
+        yield Check("architecture", "refuses", "transformers knows compress ratios 0, 4 and 128 only")
+
+
+def _tensors(p: Patient) -> Iterator[Check]:
+    for finding in p.facts.problems[:5]:
+        yield Check("tensors", "wrong", finding.text, finding.hint)
+    if len(p.facts.problems) > 5:
+        yield Check("tensors", "wrong", f"{len(p.facts.problems) - 5} more such faults: dsv4 inspect lists them")
+    if not p.facts.problems:
+        yield Check("tensors", "ok", "names, shapes and block scales fit the config")
+
+
+def _experts(p: Patient) -> Iterator[Check]:
+    stored = sorted(p.facts.experts)
+    if len(stored) > 1:
+        text_ = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
+        yield Check("experts", "wrong", text_, "Convert without --on-inexact keep.")
+    elif stored and stored[0] not in p.engine.expert_scales:
+        yield Check("experts", "unknown", f"{stored[0]}: no checkpoint like this is known that {p.name} loads")
+    elif stored:
+        yield Check("experts", "ok", stored[0])
+
+
+def _expert_dtype(p: Patient) -> Iterator[Check]:
+    if len(p.facts.experts) != 1:
+        return
+    (stored,) = p.facts.experts
+    declared = expert_dtype(p.facts.config)
+    shown = "no expert_dtype" if declared is None else f'"expert_dtype": "{printable(declared)}"'
+    allowed = p.engine.declared.get(stored)
+    if allowed is None or declared in allowed:
+        yield Check("expert_dtype", "ok", shown)
+        return
+    means = p.engine.undeclared if declared is None else declared
+    edit = "remove the key from" if allowed == (ABSENT,) else f'write "expert_dtype": "{allowed[0]}" into'
+    yield Check(
+        "expert_dtype",
+        "wrong",
+        f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}",
+        f"{edit[0].upper()}{edit[1:]} config.json, or convert.",
+        p.convert,
+    )
+
+
+def _expert_scales(p: Patient) -> Iterator[Check]:
+    if len(p.facts.experts) != 1:
+        return
+    (stored,) = p.facts.experts
+    allowed = p.engine.expert_scales.get(stored)
+    found = sorted(p.facts.expert_scales)
+    if allowed is None or not found:
+        return
+    if set(found) <= set(allowed):
+        yield Check("expert scales", "ok", ", ".join(found))
+    else:
+        text_ = f"{', '.join(found)}; {p.name} reads {' or '.join(allowed)}, without an error for anything else"
+        yield Check("expert scales", "wrong", text_, command=p.convert)
+
+
+def _wo_a(p: Patient) -> Iterator[Check]:
+    found = sorted(p.facts.wo_a)
+    if set(found) <= set(p.engine.wo_a):
+        yield Check("wo_a", "ok", ", ".join(found))
+    elif p.name == "reference":
+        yield Check("wo_a", "wrong", f"{', '.join(found)}; the reference engine holds it in bf16", command=p.convert)
+    else:
+        yield Check("wo_a", "unknown", f"{', '.join(found)}: only fp8 is known to load in {p.name}")
+
+
+def _quantization_config(p: Patient) -> Iterator[Check]:
+    if p.facts.layout == "mp":
+        return
+    declared, rule = quantization(p.facts.config), "quantization_config"
+    if not p.facts.quantized:
+        if declared:
+            fix = "Remove quantization_config (and expert_dtype) from config.json."
+            yield Check(rule, "wrong", "there, but no tensor is quantized: weights are rescaled or misread", fix)
+        else:
+            yield Check(rule, "ok", "none, as for plain weights")
+        return
+    fix = "Copy quantization_config from the release."
+    if text(declared, "quant_method") != "fp8":
+        yield Check(rule, "wrong", "does not say quant_method fp8, but there are quantized weights", fix)
+    elif weight_block(p.facts.config) is None:
+        yield Check(rule, "wrong", "has no weight_block_size", fix)
+    elif p.name == "transformers" and declared.get("scale_fmt", "float") not in ("float", "ue8m0"):
+        yield Check(rule, "refuses", "scale_fmt is neither float nor ue8m0", fix)
+    else:
+        rows, columns = p.facts.block
+        yield Check(rule, "ok", f"fp8 in blocks of {rows} x {columns}")
+
+
+def _ragged(p: Patient) -> Iterator[Check]:
+    if p.facts.ragged and p.name == "transformers":
+        name = printable(p.facts.ragged[0])
+        text_ = f"{len(p.facts.ragged)} FP8 weights are not whole blocks ({name}): it misplaces their scales"
+        yield Check("block edges", "wrong", text_, command=f"dsv4 convert {p.facts.folder} NEW --to bf16")
+
+
+def _side_files(p: Patient) -> Iterator[Check]:
+    absent = [name for name in p.engine.needs if name not in p.facts.files]
+    missed = [name for name in p.engine.wants if name not in p.facts.files]
+    if absent:
+        yield Check("side files", "refuses", f"missing: {', '.join(absent)}", "Copy them from the release.")
+    if missed:
+        yield Check("side files", "note", f"missing: {', '.join(missed)}", "Copy them from the release.")
+    if not absent and not missed:
+        yield Check("side files", "ok", "all there")
+
+
+def _share(p: Patient, keys: tuple[str, ...]) -> int | None:
+    total = 1
+    for key in keys:
+        value = p.facts.dimension(key)
+        if value is None:
+            return None
+        total *= value
+    return total
+
+
+def _tensor_parallel(p: Patient) -> Iterator[Check]:
+    ranks, rule = p.tensor_parallel, "tensor parallel"
+    if ranks is None:
+        return
+    if p.facts.layout == "mp" and p.facts.ranks != ranks:
+        text_ = f"the files are for {p.facts.ranks} ranks, not {ranks}"
+        yield Check(rule, "refuses", text_, command=f"dsv4 convert RELEASE NEW --layout mp --model-parallel {ranks}")
+        return
+    faults = []
+    for key in p.engine.divided:
+        value = p.facts.dimension(key)
+        if value is not None and value % ranks:
+            faults.append(f"{key} {value} cannot be divided by {ranks}")
+    for keys in p.engine.split_blocks if p.facts.quantized else ():
+        width = _share(p, keys)
+        if width is not None and (width % ranks or width // ranks % p.facts.block[0]):
+            faults.append(f"{' x '.join(keys)} = {width} over {ranks} ranks is no multiple of {p.facts.block[0]}")
+    for fault in faults:
+        yield Check(rule, "refuses", fault, "Use fewer ranks.")
+    if not faults:
+        yield Check(rule, "ok", f"{ranks} ranks")
+
+
+def _traps(p: Patient) -> Iterator[Check]:
+    for trap in p.engine.traps:
+        if p.facts.experts == {trap.experts} and (not trap.scales or trap.scales in p.facts.expert_scales):
+            yield Check("start", "note", trap.text)
+    if p.facts.mtp and p.name == "transformers":
+        yield Check("mtp", "note", "transformers leaves out the draft blocks mtp.*: no speculative decoding")
+
+
+RULES: tuple[Callable[[Patient], Iterator[Check]], ...] = (
+    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _ragged,
+    _side_files, _tensor_parallel, _traps,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All verdicts about one folder and one engine."""
+
+    folder: str
+    engine: EngineName
+    checks: tuple[Check, ...]
+
+    @property
+    def loads(self) -> bool | None:
+        """Whether the engine will load it and compute the right thing; None if it may, but nobody has shown it."""
+        found = {check.status for check in self.checks}
+        return False if found & set(FAILURES) else None if "unknown" in found else True
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        checks = [
+            {"rule": c.rule, "status": c.status, "text": c.text, "fix": c.fix, "command": c.command}
+            for c in self.checks
+        ]
+        return {"folder": self.folder, "engine": self.engine, "loads": self.loads, "checks": checks}
+
+
+def diagnose(folder: str | Path, engine: EngineName, tensor_parallel: int | None = None) -> Diagnosis:
+    """Apply every rule. Raises InputError if the folder is not there or holds no safetensors file."""
+    facts = gather(Path(folder))
+    patient = Patient(facts, engine, ENGINES[engine], tensor_parallel)
+    checks = list(_layout(patient))
+    if facts.unreadable is not None:
+        checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
+    elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
+        checks += [check for rule in RULES for check in rule(patient)]
+    return Diagnosis(facts.folder, engine, tuple(checks))

@@ -1,0 +1,76 @@
+"""`dsv4 doctor`: will an engine load a folder and compute the right thing?"""
+
+import textwrap
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import EXIT_DIFFERENCE
+from dsv4.options import Json, example
+
+if TYPE_CHECKING:
+    from dsv4.convert.doctor import Check
+
+WIDTH = 80
+
+
+class Engine(StrEnum):
+    """The engines whose rules are known."""
+
+    sglang = "sglang"
+    vllm = "vllm"
+    transformers = "transformers"
+    reference = "reference"
+
+
+def _print(out: output.Output, check: "Check") -> None:
+    head = f"{check.status:9}{check.rule:21}"
+    indent = " " * len(head)
+    wrap = textwrap.TextWrapper(WIDTH, head, indent, break_long_words=False, break_on_hyphens=False)
+    for line in wrap.wrap(check.text):
+        out.text(line)
+    if check.status != "ok" and check.fix:
+        wrap.initial_indent = indent
+        for line in wrap.wrap(check.fix):
+            out.text(line)
+    if check.command:
+        out.text(f"  {check.command}")  # one line, however long: it is there to be pasted
+
+
+def doctor(
+    folder: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of a checkpoint, converted or not.")],
+    engine: Annotated[Engine, typer.Option("--for", help="The engine that is to load it.")],
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", metavar="N", min=1, help="Also check the split over N ranks.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say whether an engine will load a folder and compute the right thing, and what to change if not.
+
+    Exit code 0 if it will, 1 if not or if that is not known.
+    """
+    out = output.configure(json)
+    from dsv4.convert.doctor import diagnose
+
+    diagnosis = diagnose(folder, engine.value, tensor_parallel)
+    out.result(diagnosis.to_json())
+    for check in diagnosis.checks:
+        _print(out, check)
+    out.text()
+    if diagnosis.loads:
+        out.text(f"{engine.value} will load it and compute the right thing.")
+        return
+    if diagnosis.loads is None:
+        out.text(f"Nobody has shown that {engine.value} loads this and computes the right thing.")
+    else:
+        out.text(f"{engine.value} will NOT load this as it is and compute the right thing.")
+    raise typer.Exit(EXIT_DIFFERENCE)
+
+
+EPILOG = example(
+    "dsv4 doctor ./Flash-FP8 --for vllm",
+    "dsv4 doctor ./Flash-FP8 --for sglang --tensor-parallel 8",
+    "dsv4 doctor ./Flash-mp8 --for reference",
+)
