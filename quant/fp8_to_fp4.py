@@ -6,8 +6,8 @@ exact form if and only if it is exact with that s (or with the smallest legal s,
 An upcast checkpoint always goes back to equal values this way.
 
 Everything that depends on a code is a table over its 256 values: the binade of its magnitude, and its nearest FP4
-code for each distance between the FP8 scale and the group's. Scales that are no powers of two have no exact form
-anyway and take a slower way, by values.
+code for each distance between the FP8 scale and the group's. Scales that are no powers of two take a slower way, by
+values.
 """
 
 from functools import cache
@@ -90,7 +90,7 @@ def _pack(groups: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _cast_by_values(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> Fp4Form:
-    """For float32 scales: nothing but zero has an exact form where the scale is no power of two."""
+    """For float32 scales that are no powers of two. Exact is rare, and possible: 1.0 under a scale of 1.5."""
     significand, exponent = torch.frexp(scale)
     shape = tuple(codes.shape)
     values = e4m3.decode(codes) * expand_scale(2 * significand, shape, block)  # exact: 4 + 24 bits, then rounded once
@@ -100,9 +100,9 @@ def _cast_by_values(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> F
     k = torch.where(amax > torch.ldexp(torch.full_like(amax, e2m1.MAX), k.float()), k + 1, k)
     k = (base + k).clamp(-e8m0.BIAS, e8m0.MAX_BYTE - e8m0.BIAS) - base
     found = e2m1.encode(torch.ldexp(values, -expand_scale(k, shape, GROUP).float()))
-    whole = expand_scale(significand == 0.5, shape, block)[..., :: e2m1.GROUP_SIZE]
     same = e2m1.decode(found) == torch.ldexp(values, -expand_scale(k, shape, GROUP).float())
-    exact = (block_amax((~same).float(), GROUP) == 0) & (whole | (amax == 0))
+    same &= values == e4m3.decode(codes) * expand_scale(2 * significand, shape, block).double()  # nothing was rounded
+    exact = block_amax((~same).float(), GROUP) == 0
     return Fp4Form(e2m1.pack(found), (base + k + e8m0.BIAS).to(torch.uint8), exact)
 
 
