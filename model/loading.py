@@ -7,9 +7,11 @@ import torch
 from dsv4.convert.checkpoint import Checkpoint
 from dsv4.errors import MachineError, printable
 
+from .accelerated import ACCELERATED
 from .config import Config
 from .layers import Arithmetic
-from .ops import choose
+from .native import NATIVE, library
+from .ops import REFERENCE, Operations
 from .residency import Progress, WeightStore
 from .transformer import Transformer
 from .weights import check, mtp_stages
@@ -24,6 +26,13 @@ def find_device(name: str) -> torch.device:
         reason = printable(str(error).splitlines()[0]) if str(error) else "no reason given"
         raise MachineError(f"device '{printable(name)}' cannot be used: {reason}", "Use --device cpu.") from None
     return device
+
+
+def choose(device: torch.device) -> Operations:
+    """The fastest row of the table of operations that works for `device` on this machine."""
+    if device.type != "cpu":
+        return ACCELERATED
+    return REFERENCE if library() is None else NATIVE
 
 
 def load(

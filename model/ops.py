@@ -4,8 +4,9 @@
     sparse_attention  attention of every query over its own list of keys, with a sink
     index_scores      the lightning indexer's score of every compressed block
 
-The reference forms define the result to the bit (see numerics.py for the order of sums). `OPERATIONS` has a row per
-backend; the row is chosen once, by `choose`, when a model is loaded.
+The reference forms define the result to the bit (see numerics.py for the order of sums). The table has three rows,
+`REFERENCE`, `native.NATIVE` with the same bits, and `accelerated.ACCELERATED` for devices other than the CPU; one is
+chosen, once, when a model is loaded (`loading.choose`).
 """
 
 from collections.abc import Callable
@@ -113,8 +114,3 @@ class Operations:
 
 
 REFERENCE = Operations(linear, sparse_attention, index_scores)
-
-
-def choose(device: torch.device) -> Operations:
-    """The fastest row that this machine can run for `device`."""
-    return REFERENCE

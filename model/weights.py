@@ -10,7 +10,7 @@ Names are the release's. `tensor_shapes` lists them all from the config, `check`
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,7 @@ class Matrix:
     values: torch.Tensor
     scale: torch.Tensor | None = None
     block: Block = FP4_BLOCK
+    powers_of_two: bool = True  # every scale; then a decoded value has as few significant bits as its code
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +61,7 @@ class Matrix:
     def to(self, device: torch.device) -> "Matrix":
         """The same matrix with its tensors on `device`."""
         scale = None if self.scale is None else self.scale.to(device)
-        return Matrix(self.name, self.format, self.shape, self.values.to(device), scale, self.block)
+        return replace(self, values=self.values.to(device), scale=scale)
 
 
 def _hyper_shapes(config: Config, prefix: str) -> dict[str, Shape]:
@@ -248,7 +249,8 @@ def read_matrix(checkpoint: Checkpoint, config: Config, name: str) -> Matrix:
     if stored == FLOAT8_E4M3FN and is_nan(values).any():
         raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
     scale = checkpoint.read_tensor(scale_name(name))
-    return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored))
+    powers = scale.dtype != torch.float32 or not (scale.view(torch.int32) & 0x7FFFFF).any()
+    return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored), bool(powers))
 
 
 def read_vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -1,0 +1,381 @@
+/* The hot operations in C, in the order of summation that numerics.py defines, so that they give the same bits.
+ *
+ * A dot product has sixteen lanes; lane l adds the products of elements l, l + 16, l + 32, ... in that order. Sixteen
+ * float32 are one vector type of gcc and clang, which every CPU can run. Products and sums are rounded one by one
+ * (-ffp-contract=off); where the product of the inputs is exact in float32 (8 significant bits times 8), a fused
+ * multiply-add rounds the same, and is used. Work is split over outputs only, never inside a sum.
+ * Every length that enters a dot product is a multiple of 16; the caller fills up with zeros.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define HAVE_AVX512 1
+#include <immintrin.h>
+#endif
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t ilanes __attribute__((vector_size(64)));
+
+enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
+
+/* A weight [rows, columns] as stored. Scales are E8M0 bytes or float32, one per block_rows x block_columns. */
+struct matrix {
+    const void *values;
+    const void *scale;
+    int64_t rows, columns;
+    int64_t block_rows, block_columns, scale_columns;
+    int32_t format, scale_is_float32;
+};
+
+static inline float bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float e8m0(uint8_t code) {
+    uint32_t bits = code ? (uint32_t)code << 23 : 1u << 22;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline lanes load(const float *p) {
+    lanes v;
+    memcpy(&v, p, 64);
+    return v;
+}
+
+static inline lanes splat(float x) { return (lanes){0} + x; }
+
+static inline float fold(lanes v) {
+    float a[16];
+    memcpy(a, &v, 64);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+
+static inline lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
+#ifdef HAVE_AVX512
+    if (exact) return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    (void)exact;
+#endif
+    lanes product = a * b;
+    return product + c;
+}
+
+/* Sixteen weights of one row, from column k on, decoded to their exact float32 values. */
+static inline lanes decode_bf16(const uint16_t *p) {
+#ifdef HAVE_AVX512
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+    lanes v;
+    for (int i = 0; i < 16; i++) v[i] = bf16(p[i]);
+    return v;
+#endif
+}
+
+static inline lanes decode_e4m3(const uint8_t *p, float scale) {
+#ifdef HAVE_AVX512
+    /* Through float16, bias 15, which hardware widens subnormals and all: 2**8 too small. */
+    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+    __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7),
+                                   _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8));
+    lanes v = (lanes)_mm512_cvtph_ps(half) * 256.0f;
+#else
+    /* Exponent and mantissa at their places in a float32, whose bias is 127 and not 7: 2**120 too small. */
+    ilanes bits;
+    for (int i = 0; i < 16; i++) bits[i] = ((int32_t)(p[i] & 0x80) << 24) | ((int32_t)(p[i] & 0x7f) << 20);
+    lanes v = (lanes)bits * 0x1p120f;
+#endif
+    return v * scale;
+}
+
+static inline lanes decode_e2m1(const uint8_t *p, float scale) {
+    /* Eight bytes, the even element in the low nibble. */
+#ifdef HAVE_AVX512
+    const __m512 table = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f,
+                                        -4.f, -6.f);
+    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    __m512i packed = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)p));
+    __m512i codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, packed), shift);
+    return (lanes)_mm512_permutexvar_ps(codes, table) * scale;
+#else
+    static const float table[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                    -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+    lanes v;
+    for (int i = 0; i < 8; i++) {
+        v[2 * i] = table[p[i] & 15];
+        v[2 * i + 1] = table[p[i] >> 4];
+    }
+    return v * scale;
+#endif
+}
+
+static inline float scale_at(const struct matrix *w, int64_t row, int64_t column) {
+    int64_t place = row / w->block_rows * w->scale_columns + column / w->block_columns;
+    return w->scale_is_float32 ? ((const float *)w->scale)[place] : e8m0(((const uint8_t *)w->scale)[place]);
+}
+
+/* Columns that share one scale, and by how many columns a step may go on without looking again. */
+static inline int64_t step_columns(const struct matrix *w) {
+    int64_t all = (w->columns + 15) / 16 * 16;
+    return w->format == FLOAT8_E4M3FN || w->format == FLOAT4_E2M1FN ? w->block_columns : all;
+}
+
+static inline lanes decode(const struct matrix *w, int format, int64_t row, int64_t k, float scale) {
+    int64_t at = row * w->columns + k;
+    if (format == FLOAT4_E2M1FN) return decode_e2m1((const uint8_t *)w->values + at / 2, scale);
+    if (format == FLOAT8_E4M3FN) return decode_e4m3((const uint8_t *)w->values + at, scale);
+    if (format == BFLOAT16) return decode_bf16((const uint16_t *)w->values + at);
+    return load((const float *)w->values + at);
+}
+
+/* One tile: MT rows of x times OT rows of the weight, the accumulators in registers. */
+#define TILE(MT, OT)                                                                                                   \
+    static inline __attribute__((always_inline)) void tile_##MT##_##OT(                                                \
+        const struct matrix *w, int format, int exact, const float *x, int64_t stride, int64_t row, float *y,          \
+        int64_t y_stride) {                                                                                            \
+        lanes sum[MT][OT];                                                                                             \
+        for (int m = 0; m < MT; m++)                                                                                   \
+            for (int o = 0; o < OT; o++) sum[m][o] = splat(0.f);                                                       \
+        int64_t step = step_columns(w);                                                                                \
+        for (int64_t start = 0; start < w->columns; start += step) {                                                   \
+            int64_t stop = start + step < w->columns ? start + step : w->columns;                                      \
+            float scale[OT];                                                                                           \
+            for (int o = 0; o < OT; o++) scale[o] = w->scale ? scale_at(w, row + o, start) : 1.f;                      \
+            for (int64_t k = start; k < stop; k += 16) {                                                               \
+                lanes weight[OT];                                                                                      \
+                for (int o = 0; o < OT; o++) weight[o] = decode(w, format, row + o, k, scale[o]);                      \
+                for (int m = 0; m < MT; m++) {                                                                         \
+                    lanes value = load(x + m * stride + k);                                                            \
+                    for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);         \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int m = 0; m < MT; m++)                                                                                   \
+            for (int o = 0; o < OT; o++) y[m * y_stride + o] = fold(sum[m][o]);                                        \
+    }
+
+TILE(1, 1)
+TILE(1, 4)
+TILE(6, 1)
+TILE(6, 4)
+
+/* `count` (at most 4) weight rows from `row` on, for all rows of x. */
+#define ROWS(NAME, FORMAT, EXACT)                                                                                      \
+    static void NAME(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t row,             \
+                     int64_t count, float *y, int64_t y_stride) {                                                      \
+        int64_t m = 0;                                                                                                 \
+        for (; m + 6 <= m_count; m += 6)                                                                               \
+            if (count == 4)                                                                                            \
+                tile_6_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
+            else                                                                                                       \
+                for (int64_t o = 0; o < count; o++)                                                                    \
+                    tile_6_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
+        for (; m < m_count; m++)                                                                                       \
+            if (count == 4)                                                                                            \
+                tile_1_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
+            else                                                                                                       \
+                for (int64_t o = 0; o < count; o++)                                                                    \
+                    tile_1_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
+    }
+
+ROWS(rows_f32, FLOAT32, 0)
+ROWS(rows_f32_exact, FLOAT32, 1)
+ROWS(rows_bf16, BFLOAT16, 0)
+ROWS(rows_bf16_exact, BFLOAT16, 1)
+ROWS(rows_fp8, FLOAT8_E4M3FN, 0)
+ROWS(rows_fp8_exact, FLOAT8_E4M3FN, 1)
+ROWS(rows_fp4, FLOAT4_E2M1FN, 0)
+ROWS(rows_fp4_exact, FLOAT4_E2M1FN, 1)
+
+typedef void (*rows_function)(const struct matrix *, const float *, int64_t, int64_t, int64_t, int64_t, float *, int64_t);
+
+/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. `exact`: x has bfloat16 values. */
+void dsv4_linear(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t start, int64_t stop,
+                 float *y, int32_t exact, int32_t threads) {
+    static const rows_function table[4][2] = {
+        {rows_f32, rows_f32_exact}, {rows_bf16, rows_bf16_exact}, {rows_fp8, rows_fp8_exact}, {rows_fp4, rows_fp4_exact}};
+    rows_function rows = table[w->format][exact ? 1 : 0];
+    int64_t y_stride = stop - start, tiles = (y_stride + 3) / 4;
+    /* As many rows of x at a time as stay in the cache beside the weight's. */
+    int64_t piece = 65536 / stride / 6 * 6;
+    if (piece < 6) piece = 6;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        int64_t row = start + tile * 4, count = stop - row < 4 ? stop - row : 4;
+        for (int64_t m = 0; m < m_count; m += piece) {
+            int64_t n = m_count - m < piece ? m_count - m : piece;
+            rows(w, x + m * stride, n, stride, row, count, y + m * y_stride + tile * 4, y_stride);
+        }
+    }
+}
+
+/* exp of float32 through float64, the polynomial of numerics.py. */
+static inline float exponential(float x) {
+    double v = x < -700.f ? -700.0 : x > 700.f ? 700.0 : (double)x;
+    double n = floor(v * 0x1.71547652b82fep+0 + 0.5);
+    double r = (v - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+    static const double factorials[14] = {1.0, 1.0, 2.0, 6.0, 24.0, 120.0, 720.0, 5040.0, 40320.0, 362880.0, 3628800.0,
+                                          39916800.0, 479001600.0, 6227020800.0};
+    double value = 1.0 / factorials[13];
+    for (int k = 12; k >= 0; k--) value = value * r + 1.0 / factorials[k];
+    int64_t bits = ((int64_t)n + 1023) << 52;
+    double power;
+    memcpy(&power, &bits, 8);
+    return (float)(value * power);
+}
+
+#define KEYS_PER_BLOCK 64
+#define HEADS_PER_TILE 4
+
+static void gather(const void *pool, int is_bf16, int64_t row, int64_t c, float *out) {
+    if (!is_bf16) {
+        memcpy(out, (const float *)pool + row * c, c * sizeof(float));
+        return;
+    }
+    const uint16_t *p = (const uint16_t *)pool + row * c;
+    for (int64_t k = 0; k < c; k += 16) {
+        lanes v = decode_bf16(p + k);
+        memcpy(out + k, &v, 64);
+    }
+}
+
+/* out[h] = out[h] * shrink[h] + sum over the block's keys, oldest first, of weights[h][j] * keys[j]. */
+static void add_values(const float *keys, int64_t n, int64_t c, float weights[][KEYS_PER_BLOCK], const float *shrink,
+                       int64_t heads, int exact, float *out) {
+    for (int64_t k = 0; k < c; k += 16) {
+        lanes sum[HEADS_PER_TILE];
+        for (int64_t h = 0; h < heads; h++) sum[h] = load(out + h * c + k) * shrink[h];
+        for (int64_t j = 0; j < n; j++) {
+            lanes key = load(keys + j * c + k);
+            for (int64_t h = 0; h < heads; h++) sum[h] = multiply_add(splat(weights[h][j]), key, sum[h], exact);
+        }
+        for (int64_t h = 0; h < heads; h++) memcpy(out + h * c + k, &sum[h], 64);
+    }
+}
+
+/* Scores of a block to probabilities relative to the largest score so far. Returns the factor for what came before. */
+static float soften(float *scores, int64_t n, float *largest, float *total, int rounded) {
+    float before = *largest;
+    for (int64_t j = 0; j < n; j++)
+        if (scores[j] > *largest) *largest = scores[j];
+    lanes sums = splat(0.f);
+    for (int64_t j = 0; j < KEYS_PER_BLOCK; j++) scores[j] = j < n ? exponential(scores[j] - *largest) : 0.f;
+    for (int64_t j = 0; j < KEYS_PER_BLOCK; j += 16) sums = sums + load(scores + j);
+    float shrink = exponential(before - *largest);
+    *total = *total * shrink + fold(sums);
+    if (rounded)
+        for (int64_t j = 0; j < n; j++) scores[j] = bf16(to_bf16(scores[j]));
+    return shrink;
+}
+
+/* Up to HEADS_PER_TILE heads of one query: q and out [heads, c], keys [listed, c] with zeros where index is -1. */
+static void attend(const float *q, const float *keys, const int32_t *index, int64_t listed, int64_t c, int64_t heads,
+                   const float *sink, float scale, int rounded, float *out) {
+    float largest[HEADS_PER_TILE], total[HEADS_PER_TILE] = {0}, shrink[HEADS_PER_TILE];
+    float scores[HEADS_PER_TILE][KEYS_PER_BLOCK];
+    for (int64_t h = 0; h < heads; h++) largest[h] = -INFINITY;
+    memset(out, 0, heads * c * sizeof(float));
+    for (int64_t first = 0; first < listed; first += KEYS_PER_BLOCK) {
+        int64_t n = listed - first < KEYS_PER_BLOCK ? listed - first : KEYS_PER_BLOCK, seen = 0;
+        for (int64_t j = 0; j < n; j++) seen += index[first + j] >= 0;
+        if (!seen) continue; /* would multiply by one and add zeros */
+        struct matrix block = {keys + first * c, 0, n, c, 1, c, 1, FLOAT32, 0};
+        for (int64_t j = 0; j < n; j += 4)
+            (rounded ? rows_f32_exact : rows_f32)(&block, q, heads, c, j, n - j < 4 ? n - j : 4, &scores[0][j],
+                                                  KEYS_PER_BLOCK);
+        for (int64_t h = 0; h < heads; h++) {
+            for (int64_t j = 0; j < n; j++) scores[h][j] = index[first + j] < 0 ? -INFINITY : scores[h][j] * scale;
+            shrink[h] = soften(scores[h], n, &largest[h], &total[h], rounded);
+        }
+        add_values(keys + first * c, n, c, scores, shrink, heads, rounded, out);
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        float divisor = total[h] + exponential(sink[h] - largest[h]);
+        for (int64_t k = 0; k < c; k++) out[h * c + k] = out[h * c + k] / divisor;
+    }
+}
+
+/* q, out [queries, heads, c]; window [window_rows, c], compressed [.., c]; index [queries, listed]; see ops.py.
+ * `scratch` holds threads * (listed + 2 * HEADS_PER_TILE) * c floats. */
+void dsv4_sparse_attention(const void *q, const void *window, const void *compressed, const int32_t *index,
+                           const float *sink, float scale, int64_t queries, int64_t heads, int64_t c, int64_t listed,
+                           int64_t window_rows, int32_t is_bf16, void *out, float *scratch, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t share = 0; share < threads; share++) {
+        float *keys = scratch + share * (listed + 2 * HEADS_PER_TILE) * c;
+        float *tile_q = keys + listed * c, *tile_out = tile_q + HEADS_PER_TILE * c;
+        /* Queries are shared out, or the heads of each query if there are too few of them. */
+        int by_head = queries < threads;
+        int64_t from = by_head ? 0 : queries * share / threads, to = by_head ? queries : queries * (share + 1) / threads;
+        int64_t first = by_head ? heads * share / threads : 0, last = by_head ? heads * (share + 1) / threads : heads;
+        for (int64_t query = from; query < to; query++) {
+            const int32_t *list = index + query * listed;
+            for (int64_t j = 0; j < listed; j++) {
+                int in_window = list[j] < window_rows;
+                if (list[j] < 0) memset(keys + j * c, 0, c * sizeof(float));
+                else gather(in_window ? window : compressed, is_bf16, in_window ? list[j] : list[j] - window_rows, c,
+                            keys + j * c);
+            }
+            for (int64_t h = first; h < last; h += HEADS_PER_TILE) {
+                int64_t n = last - h < HEADS_PER_TILE ? last - h : HEADS_PER_TILE, at = query * heads + h;
+                for (int64_t i = 0; i < n; i++) gather(q, is_bf16, at + i, c, tile_q + i * c);
+                attend(tile_q, keys, list, listed, c, n, sink + h, scale, is_bf16, tile_out);
+                if (is_bf16)
+                    for (int64_t k = 0; k < n * c; k++) ((uint16_t *)out)[at * c + k] = to_bf16(tile_out[k]);
+                else
+                    memcpy((float *)out + at * c, tile_out, n * c * sizeof(float));
+            }
+        }
+    }
+}
+
+static float tree_sum(float *x, int64_t n) {
+    while (n > 1) {
+        int64_t half = n / 2;
+        for (int64_t i = 0; i < half; i++) x[i] = x[i] + x[i + half];
+        if (n % 2) x[half] = x[n - 1];
+        n = half + n % 2;
+    }
+    return x[0];
+}
+
+/* scores [queries, keys->rows]; q float32 [queries, heads, columns], weights float32 [queries, heads]; see ops.py.
+ * `scratch` holds threads * heads * 5 floats. */
+void dsv4_index_scores(const struct matrix *keys, const float *q, const float *weights, int64_t queries, int64_t heads,
+                       int32_t rounded, float *scores, float *scratch, int32_t threads) {
+    int64_t tiles = (keys->rows + 3) / 4;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t share = 0; share < threads; share++) {
+        float *dots = scratch + share * heads * 5, *products = dots + heads * 4;
+        for (int64_t job = queries * tiles * share / threads; job < queries * tiles * (share + 1) / threads; job++) {
+            int64_t query = job / tiles, row = job % tiles * 4, n = keys->rows - row < 4 ? keys->rows - row : 4;
+            rows_function rows = keys->format == FLOAT32 ? rows_f32 : rows_bf16_exact;
+            rows(keys, q + query * heads * keys->columns, heads, keys->columns, row, n, dots, 4);
+            for (int64_t j = 0; j < n; j++) {
+                for (int64_t h = 0; h < heads; h++) {
+                    float dot = rounded ? bf16(to_bf16(dots[h * 4 + j])) : dots[h * 4 + j];
+                    float product = (dot > 0.f ? dot : 0.f) * weights[query * heads + h];
+                    products[h] = rounded ? bf16(to_bf16(product)) : product;
+                }
+                float sum = tree_sum(products, heads);
+                scores[query * keys->rows + row + j] = rounded ? bf16(to_bf16(sum)) : sum;
+            }
+        }
+    }
+}
