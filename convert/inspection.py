@@ -13,6 +13,7 @@ from dsv4.errors import InputError, printable
 
 from .architecture import architecture_name, compress_ratios, count, describes_v4, expert_dtype, text, weight_block
 from .checkpoint import Checkpoint, Shard, TensorInfo, read_header
+from .conversion_sizes import sizes_after_conversion
 from .findings import Finding, routed_expert_dtypes, what_looks_wrong
 from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
 from .parameters import FAMILIES, ROUTED_EXPERT, Parameters, block_of, count_parameters, family, parameters_of
@@ -69,6 +70,7 @@ class Inspection:
     mtp_blocks: int
     expert_formats: list[str]
     cache: CacheLayout | None
+    sizes: dict[str, int] | None  # after each conversion; None where none is possible
     findings: list[Finding]
 
 
@@ -78,7 +80,7 @@ def open_file(path: Path) -> Checkpoint:
         raise InputError(f"{printable(str(path))}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
     check_component(path.name, str(path.parent))
     folder = Folder(path.parent)
-    size = folder.size(path.name)
+    size = path.stat().st_size
     header, digest = read_header(folder, path.name, size)
     tensors = {
         name: TensorInfo(name, e.dtype, e.shape, path.name, header.data_start + e.begin, e.end - e.begin)
@@ -136,6 +138,13 @@ def _amounts(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Amount], dict
     return dict(by_bytes), {name: amount for name, amount in families.items() if amount.tensors}
 
 
+def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
+    try:
+        return sizes_after_conversion(checkpoint)
+    except InputError:
+        return None  # the findings say what is wrong
+
+
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Facts about an opened checkpoint and what looks wrong with it; of a single file only the facts."""
     tensors, config = checkpoint.tensors, checkpoint.config
@@ -155,6 +164,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         mtp_blocks=mtp_blocks,
         expert_formats=sorted(routed_expert_dtypes(tensors)),
         cache=_cache_layout(layers, config),
+        sizes=_sizes(checkpoint) if config else None,
         findings=what_looks_wrong(checkpoint) if config else [],
     )
 
@@ -206,5 +216,6 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
         "experts": {"stored": inspection.expert_formats, "declared": expert_dtype(config)},
         "weight_block_size": list(block) if block else None,
         **_cache_json(inspection.cache),
+        "converted_bytes": inspection.sizes,
         "findings": [{"level": f.level, "text": f.text, "hint": f.hint} for f in inspection.findings],
     }

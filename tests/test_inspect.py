@@ -15,8 +15,11 @@ from safetensors import safe_open
 
 from dsv4 import cli
 from dsv4.convert.checkpoint import Checkpoint
+from dsv4.convert.conversion_sizes import CONVERSIONS, sizes_after_conversion
 from dsv4.convert.findings import what_looks_wrong
 from dsv4.convert.inspection import as_json, inspect_checkpoint
+from dsv4.convert.plan import make_plan
+from dsv4.convert.settings import resolve
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 
 SMALL = Geometry(compress_ratios=(0, 4, 128, 0), n_routed_experts=4)
@@ -75,6 +78,21 @@ def test_kv_cache_by_the_definition(flash_facts: dict) -> None:
     share = facts["kv_cache"]["share_of_deepseek_v3_2_at_1048576"]
     assert share["BF16 latent and rotary, no index keys"] == million / (61 * 2 * 576 * 2**20)
     assert round(share["FP8 latent, BF16 rotary, FP8 index keys"], 2) == 0.07
+
+
+def test_sizes_after_conversion(flash_facts: dict, small: Path, tmp_path: Path) -> None:
+    # Published: the totals of Flash-Base, whose layout is the default, and of SGLang's own conversion of Flash.
+    assert flash_facts["converted_bytes"]["--to fp8"] == 292_555_345_480
+    assert flash_facts["converted_bytes"]["--to fp8 --target sglang"] == 293_978_643_016
+    base = make_checkpoint(tmp_path / "base", geometry=SMALL, experts="fp8")
+    for folder, conversions in ((small, 5), (base, 6)):
+        checkpoint = Checkpoint.open(folder)
+        sizes = sizes_after_conversion(checkpoint)
+        assert len(sizes) == conversions
+        for options, (to, target) in CONVERSIONS.items():
+            if options in sizes:
+                plan = make_plan(checkpoint, resolve(to, target=target))
+                assert sizes[options] == sum(shard.data_bytes for shard in plan.shards)
 
 
 def test_parameters_are_elements(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

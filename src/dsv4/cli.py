@@ -21,6 +21,7 @@ from dsv4 import (
     command_doctor,
     command_download,
     command_encode,
+    command_env,
     command_inspect,
     command_verify,
     output,
@@ -67,6 +68,7 @@ app.command("download", epilog=command_download.EPILOG)(command_download.downloa
 app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
 app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
 app.command("doctor", epilog=command_doctor.EPILOG)(command_doctor.doctor)
+app.command("env", epilog=command_env.EPILOG)(command_env.env)
 app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
 
 

@@ -92,6 +92,14 @@ def _cache(out: output.Output, inspection: "Inspection") -> None:
     _section(out, "Share of DeepSeek-V3.2's cache at 1M tokens, if that is stored as", rows, (1, 2))
 
 
+def _sizes(out: output.Output, inspection: "Inspection") -> None:
+    if inspection.sizes is None:
+        return
+    now = inspection.total.bytes
+    rows = [[how, output.human_bytes(size), f"{size / now:.2f} x"] for how, size in inspection.sizes.items()]
+    _section(out, "What dsv4 convert would make of it", rows, (1, 2))
+
+
 def _findings(out: output.Output, inspection: "Inspection") -> None:
     out.text()
     if not inspection.config:
@@ -116,6 +124,7 @@ def _report(out: output.Output, checkpoint: "Checkpoint") -> None:
     _amounts(out, "dtype", inspection.dtypes)
     _amounts(out, "part", inspection.families)
     _cache(out, inspection)
+    _sizes(out, inspection)
     _findings(out, inspection)
     out.hint(f"List the tensors: dsv4 inspect {inspection.label} --tensors 'layers.0.*'")
 
@@ -198,7 +207,7 @@ def _open(source: str) -> "Checkpoint":
 
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or one .safetensors file.")],
-    pattern: Annotated[str | None, typer.Argument(metavar="[GLOB]", help="With --tensors: which names.")] = None,
+    pattern: Annotated[str | None, typer.Argument(metavar="GLOB", help="With --tensors: which names.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors, those that match GLOB.")] = False,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="NAME", help="Look into one tensor.")] = None,
     json: Json = False,
