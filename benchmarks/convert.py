@@ -1,0 +1,213 @@
+"""How fast is `dsv4 convert`, and how much memory does it take? Ratios, measured side by side in one run.
+
+    python benchmarks/convert.py [FOLDER] [--gigabytes 0.5] [--rounds 5]
+
+Makes a checkpoint of real V4-Flash expert dimensions (2048 x 4096) in FOLDER, reads everything once so that the page
+cache is warm, and then compares, in turns:
+
+- the whole conversion with the obvious one: whole files in memory, table lookup into float32, multiply, cast;
+- the whole conversion with a plain copy (`cp`) of the source and of the result, both made durable with fsync;
+- the kernel alone, two threads, with a memcpy of its output by two threads.
+
+Peak memory is that of a child process, less that of one that only imports torch; once for the checkpoint and once
+for one eight times as large.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsv4.convert import convert
+from dsv4.convert.safetensors_format import build_header
+from dsv4.quant import e2m1, fp4_to_fp8
+from dsv4.quant.block_scales import Block
+
+ROWS, COLUMNS = 2048, 4096
+BLOCK = Block(128, 128)
+CONFIG = {
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
+def make_source(folder: Path, gigabytes: float) -> None:
+    """Experts of random codes and scales that span 2^2, as measured in the real ones; 16 of them to a shard."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    experts = max(1, round(gigabytes * 1e9 / (ROWS * COLUMNS // 2)))
+    shards = [range(start, min(start + 16, experts)) for start in range(0, experts, 16)]
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        stems = [f"layers.{e // 256}.ffn.experts.{e % 256}.w1" for e in members]
+        scales = {f"{s}.scale": ("F8_E8M0", (ROWS, COLUMNS // 32)) for s in stems}
+        weights = {f"{s}.weight": ("I8", (ROWS, COLUMNS // 2)) for s in stems}
+        with (folder / file).open("wb") as out:
+            out.write(build_header(scales | weights))
+            for _ in stems:
+                out.write(random.integers(119, 122, (ROWS, COLUMNS // 32), dtype=np.uint8))
+            for _ in stems:
+                out.write(random.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8))
+        weight_map |= dict.fromkeys([*scales, *weights], file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def obvious(source: Path, output: Path) -> None:
+    """The converter anybody would write first: a whole shard in memory, float32 in between."""
+    from safetensors.torch import load_file, save_file
+
+    output.mkdir()
+    table = torch.tensor(e2m1.VALUES)
+    for file in sorted(source.glob("*.safetensors")):
+        tensors, made = load_file(file), {}
+        for name in [n for n in tensors if n.endswith(".weight")]:
+            packed, scale = tensors[name].view(torch.uint8), tensors[name.replace(".weight", ".scale")].float()
+            values = table[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).long()]
+            values = values * scale.repeat_interleave(32, 1)
+            block = scale.view(ROWS // 128, 128, COLUMNS // 128, 4).amax((1, 3)) / 64
+            wide = block.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            made[name] = (values / wide).to(torch.float8_e4m3fn)
+            made[name.replace(".weight", ".scale")] = block
+        save_file(made, output / file.name)
+        with (output / file.name).open("rb+") as out:
+            os.fsync(out.fileno())
+
+
+def copy_all(folders: list[Path], output: Path, durable: bool) -> None:
+    """`cp` of every shard, then fsync of every copy if `durable`."""
+    output.mkdir()
+    for folder in folders:
+        target = output / folder.name
+        subprocess.run(["cp", "-r", str(folder), str(target)], check=True)
+        for file in target.iterdir() if durable else ():
+            with file.open("rb+") as out:
+                os.fsync(out.fileno())
+
+
+def seconds(work: Callable[[Path], object], scratch: Path) -> float:
+    """Wall time of one run into a fresh folder."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    started = time.perf_counter()
+    work(scratch)
+    taken = time.perf_counter() - started
+    shutil.rmtree(scratch, ignore_errors=True)
+    return taken
+
+
+def row(name: str, a: list[float], b: list[float], target: str) -> None:
+    """One line of the table: medians, and the median of the ratios of neighbouring runs."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    middle = statistics.median
+    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+    print(f"| {name} | {middle(a):.3f} s | {middle(b):.3f} s | {middle(ratios):.2f} ({spread}) | {target} |")
+
+
+def kernel_times(rounds: int) -> tuple[list[float], list[float]]:
+    """The cast and a memcpy of its output, both on two threads over 512 MiB of output."""
+    pieces = 64
+    packed = [torch.randint(0, 256, (ROWS, COLUMNS // 2), dtype=torch.uint8) for _ in range(4)]
+    groups = torch.randint(119, 122, (ROWS, COLUMNS // 32), dtype=torch.uint8)
+    scales = fp4_to_fp8.scales_if_safe(groups, BLOCK)
+    assert scales is not None
+    made = torch.empty(pieces, ROWS * COLUMNS, dtype=torch.uint8)
+    other = torch.ones_like(made)
+
+    def cast(piece: int) -> None:
+        out = made[piece].view(ROWS, COLUMNS)
+        for a in range(0, ROWS, 256):
+            chosen = scales.scale_bytes[a // 128 : a // 128 + 2]
+            out[a : a + 256] = fp4_to_fp8.cast(packed[piece % 4][a : a + 256], groups[a : a + 256], chosen, BLOCK)
+
+    def copy(piece: int) -> None:
+        made[piece].copy_(other[piece])
+
+    times: dict[str, list[float]] = {"cast": [], "copy": []}
+    with ThreadPoolExecutor(2, initializer=lambda: torch.set_num_threads(1)) as pool:
+        for _ in range(rounds + 1):
+            for name, function in (("cast", cast), ("copy", copy)):
+                started = time.perf_counter()
+                list(pool.map(function, range(pieces)))
+                times[name].append(time.perf_counter() - started)
+    return times["cast"][1:], times["copy"][1:]
+
+
+def peak_bytes(code: str) -> int:
+    """Largest resident size of a Python that runs `code`."""
+    tail = "\nfrom dsv4.convert.conversion import peak_memory_bytes; print(peak_memory_bytes())"
+    run = subprocess.run([sys.executable, "-c", code + tail], check=True, capture_output=True, text=True)
+    return int(run.stdout.split()[-1])
+
+
+def peak_of_conversion(source: Path, scratch: Path) -> int:
+    """Bytes that a conversion takes over an imported torch."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    code = f"from dsv4.convert import convert\nconvert({str(source)!r}, {str(scratch)!r})"
+    peak = peak_bytes(code) - peak_bytes("import torch")
+    shutil.rmtree(scratch, ignore_errors=True)
+    return peak
+
+
+def main() -> None:
+    """Make the checkpoint, measure, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        measure(Path(name), options.gigabytes, options.rounds)
+
+
+def measure(work: Path, gigabytes: float, rounds: int) -> None:
+    """All measurements, in the folder `work`."""
+    source, result, scratch = work / "source", work / "result", work / "scratch"
+    make_source(source, gigabytes)
+    convert(source, result)
+    times: dict[str, list[float]] = {"dsv4": [], "obvious": [], "cp+fsync": [], "cp": []}
+    jobs: dict[str, Callable[[Path], object]] = {
+        "dsv4": lambda out: convert(source, out),
+        "obvious": lambda out: obvious(source, out),
+        "cp+fsync": lambda out: copy_all([source, result], out, durable=True),
+        "cp": lambda out: copy_all([source, result], out, durable=False),
+    }
+    for turn in range(rounds + 1):
+        for name, job in jobs.items():
+            taken = seconds(job, scratch)
+            times[name] += [taken] if turn else []
+    print(f"{gigabytes} GB of FP4 experts, {len(os.sched_getaffinity(0))} cores, {rounds} rounds\n")
+    print("| compared | first | second | ratio, median (range) | wanted |\n|---|---|---|---|---|")
+    row("obvious code / dsv4 convert", times["obvious"], times["dsv4"], "at least 10")
+    row("dsv4 convert / cp of source and result, fsynced", times["dsv4"], times["cp+fsync"], "at most 1.5")
+    row("dsv4 convert / cp of source and result, not fsynced", times["dsv4"], times["cp"], "")
+    cast, copy = kernel_times(rounds)
+    row("cast kernel / memcpy of its output, 2 threads", cast, copy, "at most 4")
+    small = peak_of_conversion(source, scratch)
+    shutil.rmtree(result)
+    shutil.rmtree(source)
+    make_source(source, 8 * gigabytes)
+    large = peak_of_conversion(source, scratch)
+    print(f"\nPeak memory over an imported torch: {small / 2**20:.0f} MiB for {gigabytes} GB of experts,", end=" ")
+    print(f"{large / 2**20:.0f} MiB for {8 * gigabytes} GB (wanted: at most 1024 MiB, the same for both).")
+
+
+if __name__ == "__main__":
+    main()
