@@ -18,6 +18,7 @@ import typer
 from dsv4 import (
     __version__,
     command_convert,
+    command_demo,
     command_doctor,
     command_download,
     command_encode,
@@ -63,13 +64,14 @@ def _options(
     pass
 
 
-app.command("convert", epilog=command_convert.EPILOG)(command_convert.convert)
+app.command("demo", epilog=command_demo.EPILOG)(command_demo.demo)
+app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
 app.command("download", epilog=command_download.EPILOG)(command_download.download)
-app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
+app.command("convert", epilog=command_convert.EPILOG)(command_convert.convert)
 app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
 app.command("doctor", epilog=command_doctor.EPILOG)(command_doctor.doctor)
+app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
 app.command("env", epilog=command_env.EPILOG)(command_env.env)
-app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
 
 
 def explain_os_error(error: OSError) -> Dsv4Error:

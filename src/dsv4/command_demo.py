@@ -1,0 +1,53 @@
+"""`dsv4 demo [FOLDER]`: the whole program on a small checkpoint, made on the spot."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import UsageError, printable
+from dsv4.options import example
+
+EPILOG = example("dsv4 demo", "dsv4 demo ./demo")
+
+
+def _steps(folder: Path) -> list[list[str]]:
+    """The commands of the demo, in order, as one would type them."""
+    source, converted = str(folder / "source"), str(folder / "fp8")
+    return [
+        ["inspect", source],
+        ["convert", source, converted],
+        ["verify", source, converted],
+    ]
+
+
+def _choose_folder(folder: Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="dsv4-demo-"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{printable(str(folder))} is not an empty folder", "Name a new folder for the demo.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def demo(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Where to put it all. Default: new.")
+    ] = None,
+) -> None:
+    """Make a small checkpoint in the release's format, convert it, prove it; every command is shown as it runs."""
+    from dsv4.cli import run
+    from dsv4.convert.synthetic import make_checkpoint
+
+    out = output.configure()
+    place = _choose_folder(folder)
+    out.say(f"A small DeepSeek-V4 checkpoint with random weights, FP4 experts and FP8 rest, in {place / 'source'}")
+    make_checkpoint(place / "source")
+    for step in _steps(place):
+        out.say(f"\n$ dsv4 {' '.join(step)}")
+        code = run(step)
+        if code:
+            raise typer.Exit(code)
+    out.say(f"\nEverything is in {place}")
