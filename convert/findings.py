@@ -30,6 +30,7 @@ from .parameters import SCALE_SUFFIXES, block_of, family, is_fp4, is_scale, logi
 Level = Literal["problem", "note"]
 
 FP4_GROUP = 32
+MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -155,8 +156,9 @@ def structure_findings(config: dict[str, Any], tensors: dict[str, TensorInfo]) -
         yield Finding("problem", f"compress_ratios: {found}; {needed}")
         return
     mtp = 1 + max((b[1] for b in map(block_of, tensors) if b and b[0] == "mtp"), default=-1)
-    if max(dimensions.num_hidden_layers + mtp, dimensions.n_routed_experts) > 10_000:
-        yield Finding("problem", "config.json names more than 10000 layers or experts")
+    blocks = dimensions.num_hidden_layers + mtp
+    if blocks * max(dimensions.n_routed_experts, 1) > MAX_EXPERTS:
+        yield Finding("problem", f"{blocks} layers of {dimensions.n_routed_experts} experts are not believable")
         return
     yield from _names_and_shapes(expected_tensors(dimensions, ratios, mtp), tensors)
 

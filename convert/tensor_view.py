@@ -5,6 +5,7 @@ in pieces of bounded size: how often each FP4 code or scale byte occurs, and for
 many values lie in each power of two, [2**e, 2**(e+1)), which is the histogram that says whether a format can hold them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize
 
 from .architecture import weight_block
 from .checkpoint import Checkpoint, TensorInfo
-from .parameters import is_scale, logical_shape, packs_fp4, sibling_scale
+from .parameters import is_fp4, is_scale, logical_shape, sibling_scale
 
 CORNER_ROWS, CORNER_COLUMNS = 4, 6
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB as float32
@@ -68,7 +69,7 @@ def _block(info: TensorInfo, scale: TensorInfo, declared: tuple[int, int] | None
 def _describe(info: TensorInfo, checkpoint: Checkpoint) -> TensorView:
     scale = sibling_scale(info, checkpoint.tensors)
     shape = logical_shape(info, checkpoint.tensors)
-    if scale and packs_fp4(info, scale) and scale.dtype == "F8_E8M0":
+    if scale and is_fp4(info, scale) and scale.dtype == "F8_E8M0":
         if scale.shape != scale_shape(shape, FP4_BLOCK):
             raise InputError(f"{printable(info.name)}: its scale has shape {list(scale.shape)}")
         return TensorView(info, "float4_e2m1fn, two to a byte", shape, scale, FP4_BLOCK)
@@ -112,7 +113,7 @@ def _corner(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _count(values: torch.Tensor, into: dict[int, int]) -> None:
-    for value, count in zip(*(t.tolist() for t in values.unique(return_counts=True)), strict=True):
+    for value, count in zip(*(t.tolist() for t in values.unique(return_counts=True)), strict=True):  # type: ignore[no-untyped-call]
         into[value] = into.get(value, 0) + count
 
 
@@ -172,9 +173,13 @@ def _ordered(counts: dict[int, int]) -> dict[str, int]:
     return {str(key): counts[key] for key in sorted(counts)}
 
 
+def _plain(value: float | None) -> float | str | None:
+    """JSON has no NaN and no infinity: they become text."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
 def as_json(view: TensorView) -> dict[str, Any]:
-    """The object that `--tensor NAME --json` prints. NaN and infinity of the corner become text."""
-    corner = [[value if value - value == 0 else str(value) for value in row] for row in view.values]
+    """The object that `--tensor NAME --json` prints."""
     return {
         "name": view.info.name,
         "dtype": view.info.dtype,
@@ -186,16 +191,16 @@ def as_json(view: TensorView) -> dict[str, Any]:
             "name": view.scale.name, "dtype": view.scale.dtype, "shape": list(view.scale.shape),
             "block": list(view.block or ()),
         },
-        "values": corner,
+        "values": [[_plain(value) for value in row] for row in view.values],
         "codes": view.codes,
-        "scales": view.scales,
+        "scales": [[_plain(value) for value in row] for row in view.scales],
         "elements": view.elements,
         "zeros": view.zeros,
         "negative_zeros": view.negative_zeros,
         "nans": view.nans,
-        "minimum": view.minimum,
-        "maximum": view.maximum,
-        "root_mean_square": view.root_mean_square,
+        "minimum": _plain(view.minimum),
+        "maximum": _plain(view.maximum),
+        "root_mean_square": _plain(view.root_mean_square),
         "code_counts": _ordered(view.code_counts),
         "scale_exponents": _ordered(view.scale_counts),
         "value_exponents": _ordered(view.exponent_counts),
