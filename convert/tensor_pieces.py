@@ -22,7 +22,7 @@ from .plan import Op, OutputTensor
 from .roles import Format, Weight
 
 PIECE_BYTES = 8 * 2**20  # output bytes of a piece: an expert matrix of V4-Flash is one
-CACHE_BYTES = 2**20  # output bytes computed at once, so that intermediate tensors stay in the L2 cache
+CACHE_BYTES = 2**21  # output bytes computed at once: intermediate tensors stay in cache, calls are few
 # Reading a piece, its output and the intermediate tensors of one block, for every operation.
 PIECE_MEMORY = 6 * PIECE_BYTES
 
@@ -191,7 +191,7 @@ def _fp8_codes(checkpoint: Checkpoint, piece: Piece, scales: BlockScales) -> Mad
     for a, b in _blocks(len(raw), piece.tensor.shape[1], block.rows):
         over = slice(first + a // block.rows, first + -(-b // block.rows))
         chosen = scales.scale_bytes[over]
-        data[a:b] = fp4_to_fp8.cast(packed[a:b], group_bytes[a:b], chosen, block)
+        fp4_to_fp8.cast(packed[a:b], group_bytes[a:b], chosen, block, out=data[a:b])
         if scales.inexact[over].any():
             exact = fp4_to_fp8.exact_values(packed[a:b], group_bytes[a:b], chosen, block)
             counts.changed += int(torch.count_nonzero(exact != e4m3.decode(data[a:b])))

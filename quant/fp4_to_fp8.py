@@ -88,12 +88,23 @@ def _exact_range(packed: torch.Tensor, scale_bytes: torch.Tensor, block: Block) 
     return _per_block(s - high_k, block, -2000).amax(-1), _per_block(s - low_k, block, 2000).amin(-1)
 
 
+def _block_extreme(scale_bytes: torch.Tensor, block: Block, largest: bool) -> torch.Tensor:
+    """Largest (or smallest) group scale byte of each block, int16. Rows first: that reduction runs along memory."""
+    wide = block.columns // e2m1.GROUP_SIZE
+    pad = (0, -scale_bytes.shape[-1] % wide, 0, -scale_bytes.shape[-2] % block.rows)
+    padded = torch.nn.functional.pad(scale_bytes, pad, value=0 if largest else e8m0.NAN)
+    by_rows = padded.unflatten(-2, (-1, block.rows))
+    by_rows = by_rows.amax(-2) if largest else by_rows.amin(-2)
+    tiles = by_rows.unflatten(-1, (-1, wide))
+    return (tiles.amax(-1) if largest else tiles.amin(-1)).to(torch.int16)
+
+
 def _extremes(scale_bytes: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest and smallest group scale byte of each block, int16."""
-    if (scale_bytes == e8m0.NAN).any():
+    """Largest and smallest group scale byte of each block, int16. Raises ValueError if one is NaN."""
+    largest = _block_extreme(scale_bytes, block, largest=True)
+    if (largest == e8m0.NAN).any():
         raise ValueError("a group scale is byte 255, the NaN of float8_e8m0fnu")
-    s = scale_bytes.to(torch.int16)
-    return _per_block(s, block, -1).amax(-1), _per_block(s, block, 1000).amin(-1)
+    return largest, _block_extreme(scale_bytes, block, largest=False)
 
 
 def scales_if_safe(scale_bytes: torch.Tensor, block: Block) -> BlockScales | None:
@@ -153,26 +164,37 @@ def _k_of_groups(scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Bl
     return scale_bytes.to(torch.int16) - by_row.repeat_interleave(wide, -1)[..., :groups]
 
 
-def cast(packed: torch.Tensor, scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Block) -> torch.Tensor:
+def cast(
+    packed: torch.Tensor,
+    scale_bytes: torch.Tensor,
+    block_bytes: torch.Tensor,
+    block: Block,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """E2M1 pairs and their group scales, and the FP8 block scales chosen for them -> E4M3 codes.
 
     packed: uint8 [..., rows, columns/2], contiguous. scale_bytes: uint8 [..., rows, ceil(columns/32)].
     block_bytes: uint8 [..., ceil(rows/block.rows), ceil(columns/block.columns)]. Returns uint8 [..., rows, columns].
-    Exact where `choose_block_scales` said so; elsewhere rounded to nearest, ties to even, saturating.
+    out: contiguous memory for the result, uint8. Exact where `choose_block_scales` said so; elsewhere rounded to
+    nearest, ties to even, saturating.
     """
     if not packed.numel():
         return packed.new_empty((*packed.shape[:-1], 2 * packed.shape[-1]))
     short = -packed.shape[-1] % (e2m1.GROUP_SIZE // 2)
     if short:
         whole = cast(torch.nn.functional.pad(packed, (0, short)), scale_bytes, block_bytes, block)
-        return whole[..., : 2 * packed.shape[-1]].contiguous()
-    k = _k_of_groups(scale_bytes, block_bytes, block).clamp(TABLE_K_MIN, TABLE_K_MAX).to(torch.int64)
-    start = (k - TABLE_K_MIN) * 65536 + 32768
+        codes = whole[..., : 2 * packed.shape[-1]]
+        return codes.contiguous() if out is None else out.copy_(codes)
+    k = _k_of_groups(scale_bytes, block_bytes, block).clamp_(TABLE_K_MIN, TABLE_K_MAX)
+    start = k.to(torch.int64).sub_(TABLE_K_MIN).mul_(65536).add_(32768)
     # A group is eight pairs of bytes: each int64 carries the start of its table twice, for two of them.
-    twice = (start | start << 32).unsqueeze(-1).expand(*start.shape, 4)
-    index = packed.view(torch.int16).to(torch.int32)
-    index += twice.contiguous().view(torch.int32).view(index.shape)
-    return torch.index_select(_table(packed.device), 0, index.flatten()).view(torch.uint8).view(*packed.shape[:-1], -1)
+    twice = start.mul_(1 | 1 << 32).unsqueeze(-1).expand(*start.shape, 4).contiguous()
+    index = twice.view(torch.int32).view(*packed.shape[:-1], -1)
+    index += packed.view(torch.int16)
+    shape = (*packed.shape[:-1], 2 * packed.shape[-1])
+    codes = torch.empty(shape, dtype=torch.uint8, device=packed.device) if out is None else out
+    torch.index_select(_table(packed.device), 0, index.view(-1), out=codes.view(torch.int32).view(-1))
+    return codes
 
 
 def exact_values(
