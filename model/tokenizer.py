@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from dsv4.errors import InputError, printable
 
@@ -48,19 +47,41 @@ class TextTokenizer:
 
     def stream(self) -> "TextStream":
         """A decoder for ids that arrive one by one."""
-        return TextStream(self._tokenizer)
+        return TextStream(self)
+
+
+MOST_TOKENS_OF_A_CHARACTER = 4  # as many as UTF-8 has bytes; what is still no character then never becomes one
 
 
 class TextStream:
-    """Ids in, text out as soon as it is certain: a character that several tokens share waits for its last one."""
+    """Ids in, text out as soon as it is certain: a character that several tokens share waits for its last one.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Not the library's DecodeStream, which fails on bytes that are no UTF-8, as a poor model writes them.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
+        self._shown: list[int] = []  # the tokens of the last piece: a decoder may look at what comes before
+        self._waiting: list[int] = []
 
     def step(self, token: int) -> str:
         """The text that `token` adds, "" while a character is incomplete."""
-        return self._stream.step(self._tokenizer, token) or ""
+        self._waiting.append(token)
+        text = self._text()
+        if text.endswith("\ufffd") and len(self._waiting) < MOST_TOKENS_OF_A_CHARACTER:
+            return ""
+        self._shown, self._waiting = self._waiting, []
+        return text
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode([*self._shown, *self._waiting])[len(before) :]
+
+    def rest(self) -> str:
+        """The text of what is waiting, at the end."""
+        text = self._text()
+        self._waiting = []
+        return text
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:

@@ -24,6 +24,7 @@ from dsv4 import (
     command_encode,
     command_env,
     command_inspect,
+    command_run,
     command_verify,
     output,
 )
@@ -69,6 +70,7 @@ app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
 app.command("download", epilog=command_download.EPILOG)(command_download.download)
 app.command("convert", epilog=command_convert.EPILOG)(command_convert.convert)
 app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
+app.command("run", epilog=command_run.EPILOG)(command_run.run)
 app.command("doctor", epilog=command_doctor.EPILOG)(command_doctor.doctor)
 app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
 app.command("env", epilog=command_env.EPILOG)(command_env.env)

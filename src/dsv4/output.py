@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from dsv4.errors import Dsv4Error
+from dsv4.errors import Dsv4Error, printable
 
 Mode = Literal["human", "json", "quiet"]
 
@@ -128,6 +128,16 @@ class Output:
         """Data for stdout, in human mode. JSON mode has `result` instead."""
         if self.mode == "human":
             self._write(sys.stdout, line, end)
+
+    def data(self, text: str = "", end: str = "\n") -> None:
+        """Data for stdout that is the whole point of the command, such as an answer: -q does not silence it.
+
+        On a terminal, control characters are escaped: nobody vouches for what a model writes.
+        """
+        if sys.stdout.isatty():
+            text = "".join(c if c in "\n\t" or c.isprintable() else printable(c) for c in text)
+        if self.mode != "json":
+            self._write(sys.stdout, text, end)
 
     def result(self, value: dict[str, Any]) -> None:
         """The one JSON object of a command that was given `--json`; nothing in the other modes."""

@@ -1,0 +1,55 @@
+"""From new tokens to text while they arrive, stop strings included, and to a parsed message at the end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsv4.errors import InputError
+
+from .completion import parse_completion
+from .protocol import EOS, MODES
+from .tokenizer import TextTokenizer
+
+
+class AnswerText:
+    """The text of one answer as it grows. Text that might be the start of a stop string is held back."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str], stop_ids: frozenset[int]) -> None:
+        self._stream, self._stop, self._stop_ids = tokenizer.stream(), [s for s in stop if s], stop_ids
+        self.text = ""  # everything so far, up to a stop string
+        self._shown = 0
+        self.stopped = False
+
+    def _held_back(self) -> int:
+        """How many characters at the end begin a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        tails = range(min(longest, len(self.text)), 0, -1)
+        return next((n for n in tails if any(s.startswith(self.text[-n:]) for s in self._stop)), 0)
+
+    def add(self, token: int) -> str:
+        """Take one token and return the text that may be shown now. Sets `stopped` at a stop string."""
+        if token in self._stop_ids or self.stopped:
+            return self.rest()
+        self.text += self._stream.step(token)
+        found = [at for s in self._stop if (at := self.text.find(s)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+            return self.rest()
+        return self._show(len(self.text) - self._held_back())
+
+    def rest(self) -> str:
+        """What was held back, at the end of the answer."""
+        if not self.stopped:
+            self.text += self._stream.rest()
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        shown, self._shown = self.text[self._shown : max(end, self._shown)], max(end, self._shown)
+        return shown
+
+
+def parse_answer(text: str, mode: str) -> tuple[dict[str, Any] | None, str | None]:
+    """The answer's text, without its EOS, as an assistant message; or None and why it is none."""
+    try:
+        return parse_completion(text + EOS, MODES[mode][0]), None
+    except InputError as error:
+        return None, str(error)

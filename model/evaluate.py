@@ -1,0 +1,105 @@
+"""Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dsv4.errors import InputError
+
+from .trace import PositionedTrace, positioned
+from .transformer import Transformer
+
+TOKENS_PER_CALL = 512  # of the prefill: how often progress is reported
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`logits` float32 [n, V]; `mtp_logits` float32 [n - 1, V], whose row p comes from position p and token p + 1."""
+
+    token_ids: list[int]
+    logits: torch.Tensor
+    mtp_logits: torch.Tensor | None
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def check_tokens(tokens: Sequence[int], vocabulary: int, context: int) -> None:
+    """Raise InputError unless `tokens` is a prompt that the model can read."""
+    if not tokens:
+        raise InputError("the prompt is empty", "Give at least one token.")
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocabulary:
+            raise InputError(f"token {position} is {token}, the vocabulary has ids 0 to {vocabulary - 1}")
+    if len(tokens) > context:
+        raise InputError(
+            f"the prompt has {len(tokens)} tokens, the model's context {context}", "max_position_embeddings says so."
+        )
+
+
+def _spans(count: int, prefill: int) -> list[tuple[int, int]]:
+    """Begin and end of each call: the prefill in large steps, the rest one by one."""
+    large = [(begin, min(begin + TOKENS_PER_CALL, prefill)) for begin in range(0, prefill, TOKENS_PER_CALL)]
+    return large + [(begin, begin + 1) for begin in range(prefill, count)]
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: Transformer,
+    tokens: Sequence[int],
+    prefill: int | None = None,
+    mtp: bool = True,
+    trace: PositionedTrace | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
+
+    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens each call computed.
+    """
+    check_tokens(tokens, model.config.vocab_size, model.config.max_position_embeddings)
+    prefill = len(tokens) if prefill is None else min(prefill, len(tokens))
+    ids = torch.tensor([list(tokens)], dtype=torch.int64)
+    cache = model.new_cache(1)
+    mtp_cache = model.new_mtp_cache(1) if mtp and model.has_mtp else None
+    logits, mtp_logits = [], []
+    started = prefilled = time.perf_counter()
+    for begin, end in _spans(len(tokens), prefill):
+        output = model.forward(ids[:, begin:end], cache, trace=positioned(trace, end))
+        assert output.logits is not None
+        logits.append(output.logits[0].cpu())
+        following = ids[:, begin + 1 : end + 1]
+        count = following.shape[1]
+        if mtp_cache is not None and count:
+            report = positioned(trace, begin + count, "mtp.0.")
+            drafted = model.mtp_logits(output.hidden[:, :count], following, mtp_cache, trace=report)
+            assert drafted is not None
+            mtp_logits.append(drafted[0].cpu())
+        if end <= prefill:
+            prefilled = time.perf_counter()
+        if on_progress:
+            on_progress(end - begin)
+    return Evaluation(
+        token_ids=list(tokens),
+        logits=torch.cat(logits),
+        mtp_logits=torch.cat(mtp_logits) if mtp_logits else None,
+        prefill_tokens=prefill,
+        prefill_seconds=prefilled - started,
+        decode_seconds=time.perf_counter() - prefilled,
+    )
+
+
+def write_logits(evaluation: Evaluation, path: str | Path) -> None:
+    """Write `token_ids` [n] int64, `logits` [n, V] and, with an MTP block, `mtp_logits` [n - 1, V] float32."""
+    tensors = {"token_ids": torch.tensor(evaluation.token_ids, dtype=torch.int64), "logits": evaluation.logits}
+    if evaluation.mtp_logits is not None:
+        tensors["mtp_logits"] = evaluation.mtp_logits
+    Path(path).touch()  # a path that cannot be written is an OSError here, a vague one in the library
+    save_file(tensors, path)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)  # the library writes files that only their owner can read

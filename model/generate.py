@@ -1,0 +1,240 @@
+"""Answers, token by token: prefill, then decode, for a batch of prompts of unequal length.
+
+With `mtp`, the MTP block drafts one token ahead and the main model checks it in the same call that computes the next
+one. A draft counts only if the main model, drawing as it would have anyway, arrives at the same token, so the answer
+is the one without drafts, at any temperature; drafts only decide how many calls it takes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from .cache import Cache
+from .sampling import Sampler, Sampling
+from .trace import PositionedTrace, positioned
+from .transformer import Rows, Transformer
+
+Finish = Literal["stop", "length"]
+OnToken = Callable[[int, int], bool]
+"""Called with (row, token) for every new token; returning True ends that row's answer."""
+
+PREFILL_CHUNK = 512  # tokens per sequence and call: enough to use every matrix well, little enough to report progress
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends: after `max_new_tokens`, or with a token of `stop_ids`."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass
+class Statistics:
+    """What a call of `generate` did. Seconds of wall-clock time; `first_token` is from the start to the first one."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    decoded_tokens: int = 0  # new tokens without each row's first, which prefill computes
+
+    def add(self, other: "Statistics") -> None:
+        """Sum up, keeping the first time to a first token."""
+        first = self.first_token_seconds or other.first_token_seconds
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_token_seconds = first
+
+
+@dataclass
+class Answer:
+    """The new tokens of one prompt (its stop token included) and why they end."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+@dataclass
+class Session:
+    """What is computed already: `tokens` are in the cache, a longer prompt that starts with them goes on from there."""
+
+    cache: Cache
+    tokens: list[int]
+
+
+class _Row:
+    """One sequence while it is generated."""
+
+    def __init__(self, prompt: Sequence[int], sampler: Sampler, index: int) -> None:
+        self.prompt, self.sampler, self.index = list(prompt), sampler, index
+        self.answer = Answer()
+        self.draft: int | None = None
+
+
+def select(cache: Cache, rows: Sequence[int]) -> Cache:
+    """The same sequences of a batch's cache, only some of them."""
+    return replace(cache, sequences=[cache.sequences[row] for row in rows])
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+    longest = max(map(len, lists))
+    return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in lists], dtype=torch.int64)
+
+
+class Generator:
+    """The state of one batch. Use `generate`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        rows: list[_Row],
+        limits: Limits,
+        mtp: bool,
+        on_token: OnToken | None,
+        trace: PositionedTrace | None,
+    ) -> None:
+        self.model, self.rows, self.limits, self.on_token, self.trace = model, rows, limits, on_token, trace
+        self.cache = model.new_cache(len(rows))
+        self.mtp_cache = model.new_mtp_cache(len(rows)) if mtp else None
+        self.statistics = Statistics(prompt_tokens=sum(len(row.prompt) for row in rows))
+        self._started = time.perf_counter()
+
+    def _forward(
+        self, rows: list[_Row], tokens: list[list[int]], which: Rows
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits (of all tokens, or [1, V] of the last) and hidden states of more tokens of some rows."""
+        lengths = [len(t) for t in tokens]
+        cache = select(self.cache, [row.index for row in rows])
+        report = positioned(self.trace, cache.lengths[0] + lengths[0])
+        output = self.model.forward(_padded(tokens), cache, lengths=lengths, rows=which, trace=report)
+        assert output.logits is not None
+        return [(output.logits[i], output.hidden[i, :n]) for i, n in enumerate(lengths)]
+
+    def _draft(self, rows: list[_Row], hidden: list[torch.Tensor], following: list[list[int]]) -> None:
+        """Set each row's draft, given the hidden states of its newest positions and the tokens after them."""
+        if self.mtp_cache is None or not rows:
+            return
+        cache = select(self.mtp_cache, [row.index for row in rows])
+        states = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+        lengths = [len(t) for t in following]
+        logits = self.model.mtp_logits(states, _padded(following), cache, lengths=lengths, rows="last")
+        assert logits is not None
+        for row, row_logits in zip(rows, logits, strict=True):
+            row.draft = int(row_logits[0].argmax())
+
+    def _left(self, row: _Row) -> int:
+        """How many more tokens the row may get: the limit, and what is left of the context (but always one)."""
+        room = max(self.model.config.max_position_embeddings - len(row.prompt), 1)
+        return min(self.limits.max_new_tokens, room) - len(row.answer.tokens)
+
+    def _emit(self, row: _Row, logits: torch.Tensor) -> int:
+        """Draw the next token of a row and note whether it is its last."""
+        token = row.sampler.choose(logits)
+        answer = row.answer
+        answer.tokens.append(token)
+        if not self.statistics.first_token_seconds:
+            self.statistics.first_token_seconds = time.perf_counter() - self._started
+        asked_to_stop = self.on_token is not None and self.on_token(row.index, token)
+        if asked_to_stop or token in self.limits.stop_ids:
+            answer.finish = "stop"
+        elif self._left(row) <= 0:
+            answer.finish = "length"
+        return token
+
+    def prefill(self, known: int, on_progress: Callable[[int], None] | None) -> None:
+        """Compute all prompts, of which the first `known` tokens are in the cache, and draw each first token."""
+        for begin in range(known, max(len(row.prompt) for row in self.rows), PREFILL_CHUNK):
+            end = begin + PREFILL_CHUNK
+            rows = [row for row in self.rows if len(row.prompt) > begin]
+            results = self._forward(rows, [row.prompt[begin:end] for row in rows], "last")
+            following = [row.prompt[begin + 1 : end + 1] for row in rows]
+            for row, (logits, _), after in zip(rows, results, following, strict=True):
+                if len(row.prompt) <= end:
+                    after.append(self._emit(row, logits[-1]))
+            self._draft(rows, [hidden for _, hidden in results], following)
+            if on_progress:
+                on_progress(sum(len(hidden) for _, hidden in results))
+        self.statistics.prefill_seconds = time.perf_counter() - self._started
+
+    def _accept(self, row: _Row, fed: list[int], logits: torch.Tensor) -> list[int]:
+        """Draw the token after the fed one, and after the draft if it was right; takes a wrong draft back."""
+        drawn = [self._emit(row, logits[0])]
+        if len(fed) == 2:
+            self.statistics.drafted += 1
+            if drawn[0] == fed[1] and row.answer.finish is None:
+                self.statistics.accepted += 1
+                drawn.append(self._emit(row, logits[1]))
+            else:
+                self.cache.truncate(row.index, self.cache.lengths[row.index] - 1)
+        return drawn
+
+    def step(self) -> bool:
+        """One call of the main model for all unfinished rows; False if there are none."""
+        rows = [row for row in self.rows if row.answer.finish is None]
+        if not rows:
+            return False
+        fed = []
+        for row in rows:
+            drafts = [row.draft] if row.draft is not None and self._left(row) > 1 else []
+            fed.append([row.answer.tokens[-1], *drafts])
+        results = self._forward(rows, fed, "all")
+        drawn = [self._accept(row, f, logits) for row, f, (logits, _) in zip(rows, fed, results, strict=True)]
+        going = [i for i, row in enumerate(rows) if row.answer.finish is None]
+        hidden = [results[i][1][: len(drawn[i])] for i in going]
+        self._draft([rows[i] for i in going], hidden, [drawn[i] for i in going])
+        return True
+
+
+def _resume(generator: Generator, session: Session | None) -> int:
+    """Take over a session's cache if the only prompt goes on where it stands. Returns how many tokens that saves."""
+    if session is None or len(generator.rows) != 1 or generator.mtp_cache is not None:
+        return 0
+    known = len(session.tokens)
+    if known >= len(generator.rows[0].prompt) or generator.rows[0].prompt[:known] != session.tokens:
+        return 0
+    generator.cache = session.cache
+    return known
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    sampling: Sampling,
+    *,
+    mtp: bool = False,
+    first_row: int = 0,
+    session: Session | None = None,
+    on_token: OnToken | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    trace: PositionedTrace | None = None,
+) -> tuple[list[Answer], Statistics, Session | None]:
+    """Answer every prompt (lists of token ids, none empty) and say what it took.
+
+    `first_row` is the place of the first prompt among all that share a seed: prompt i draws the same tokens whatever
+    the batches are. `session` is what an earlier call returned; it is used up. The third result is the session to go on
+    with after a single prompt without `mtp`. `on_progress` hears how many prompt tokens each call computed; `trace`,
+    for a single prompt, what the main model's modules put out.
+    """
+    rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
+    generator = Generator(model, rows, limits, mtp, on_token, trace)
+    generator.prefill(_resume(generator, session), on_progress)
+    began = time.perf_counter()
+    while generator.step():
+        pass
+    statistics = generator.statistics
+    statistics.decode_seconds = time.perf_counter() - began
+    statistics.new_tokens = sum(len(row.answer.tokens) for row in rows)
+    statistics.decoded_tokens = statistics.new_tokens - len(rows)
+    after = None
+    if len(rows) == 1 and not mtp:
+        after = Session(generator.cache, [*rows[0].prompt, *rows[0].answer.tokens[:-1]])
+    return [row.answer for row in rows], statistics, after

@@ -1,0 +1,94 @@
+"""What every module of a run computed, position by position: to a file, or as fingerprints for a comparison.
+
+The engine reports flat outputs, [T, ...] for the T tokens of a call. Here each report gets the position of its first
+token, so that two runs that split the same tokens differently can be laid side by side.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+PositionedTrace = Callable[[str, int, torch.Tensor], None]
+"""Called with (module, position of the first row, output [T, ...])."""
+
+
+def positioned(trace: PositionedTrace | None, end: int, stage: str = "") -> Callable[[str, torch.Tensor], None] | None:
+    """The callback for one call of the engine on one sequence whose last token is at position `end` - 1.
+
+    `stage` goes in front of the name "logits", which main model and MTP block share.
+    """
+    if trace is None:
+        return None
+
+    def report(name: str, output: torch.Tensor) -> None:
+        trace(stage + name if name == "logits" else name, end - len(output), output)
+
+    return report
+
+
+def _row_digests(output: torch.Tensor) -> list[bytes]:
+    rows = output.detach().cpu().contiguous().flatten(1) if output.dim() > 1 else output.detach().cpu()[:, None]
+    raw = rows.contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in raw]
+
+
+class Fingerprints:
+    """A trace that keeps 8 bytes per module and position: enough to say where two runs part, for any model size."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, dict[int, bytes]] = {}
+
+    def __call__(self, name: str, position: int, output: torch.Tensor) -> None:
+        """Keep the digests of one report."""
+        rows = self.digests.setdefault(name, {})
+        rows.update(enumerate(_row_digests(output), start=position))
+
+    def first_difference(self, other: "Fingerprints") -> tuple[str, int] | None:
+        """The first module, in the order of computation, whose output differs, and the first such position."""
+        for name, rows in self.digests.items():
+            others = other.digests.get(name, {})
+            for position, digest in rows.items():
+                if others.get(position) != digest:
+                    return name, position
+        extra = [name for name in other.digests if name not in self.digests]
+        return (extra[0], min(other.digests[extra[0]])) if extra else None
+
+
+def _statistics(output: torch.Tensor) -> dict[str, float]:
+    wide = output.detach().cpu().to(torch.float64)
+    return {
+        "mean": float(wide.mean()),
+        "root_mean_square": float((wide * wide).mean().sqrt()),
+        "min": float(wide.min()),
+        "max": float(wide.max()),
+    }
+
+
+class TraceWriter:
+    """A trace as JSON lines: module, positions and the output's statistics, or the experts chosen.
+
+    `sha256` is over the output's bytes, so equal lines mean equal bits.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file: TextIO = open(path, "w", encoding="utf-8")  # closed by `close`
+        self.prompt = 0
+
+    def __call__(self, name: str, position: int, output: torch.Tensor) -> None:
+        """Write one report."""
+        line: dict[str, Any] = {"prompt": self.prompt, "module": name, "positions": [position, position + len(output)]}
+        if output.is_floating_point():
+            raw = output.detach().cpu().contiguous().view(torch.uint8).numpy()
+            line |= {"shape": list(output.shape), "dtype": str(output.dtype).removeprefix("torch.")}
+            line |= _statistics(output) | {"sha256": hashlib.sha256(raw.tobytes()).hexdigest()}
+        else:
+            line["experts"] = output.tolist()
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()

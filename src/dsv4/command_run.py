@@ -1,0 +1,194 @@
+"""`dsv4 run`: talk to a checkpoint, compute its logits, or compare it with another one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4 import output
+from dsv4.command_encode import Mode, ModeOption
+from dsv4.errors import UsageError
+from dsv4.options import Json, MaxMemory, Verbose, example, parse_size
+from dsv4.run_answers import Answers, Generation, Loading, answer_prompts, check_folder, load_model
+from dsv4.run_compare import compare_checkpoints, save_logits
+from dsv4.run_prompts import Dialogue, Prompt, Sources, gather
+
+if TYPE_CHECKING:
+    from dsv4.model.tokenizer import TextTokenizer
+    from dsv4.model.trace import TraceWriter
+
+EPILOG = example(
+    "dsv4 run DeepSeek-V4-Flash",
+    'dsv4 run DeepSeek-V4-Flash -p "Why is the sky blue?" --mode think',
+    "dsv4 run DeepSeek-V4-Flash --tokens 0,17,4 --logits logits.safetensors",
+    'dsv4 run DeepSeek-V4-Flash -p "Hello" --compare DeepSeek-V4-Flash-FP8 --report compare.html',
+)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One command line, sorted by what the parts decide."""
+
+    checkpoint: str
+    sources: Sources
+    dialogue: Dialogue
+    loading: Loading
+    generation: Generation
+    logits: str | None
+    compare: str | None
+    prefill: int | None
+    tolerance: float
+    report: str | None
+    trace: str | None
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.logits and self.compare, "--logits and --compare cannot be used together"),
+            (self.prefill and not (self.logits or self.compare), "--prefill belongs to --logits and --compare"),
+            (self.report and not self.compare, "--report belongs to --compare"),
+            (self.trace and self.compare, "--compare traces both by itself, leave out --trace"),
+            (self.generation.mtp and (self.logits or self.compare), "--logits and --compare run the MTP block anyway"),
+            (self.logits and self.sources.interactive, "--logits needs a prompt: a text, --messages or --tokens"),
+            (self.compare and self.sources.interactive, "--compare needs a prompt: a text, --messages or --tokens"),
+            (self.trace and self.sources.interactive, "--trace needs a prompt: a text, --messages or --tokens"),
+        ]
+        for wrong, text in problems:
+            if wrong:
+                raise UsageError(text)
+        if self.sources.tokens is not None and (self.generation.stop or self.dialogue != Dialogue()):
+            raise UsageError("--tokens needs no encoding", "Leave out --mode, --system, --tools, --raw and --stop.")
+
+
+@contextmanager
+def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
+    """The trace file, if one was asked for, closed at the end."""
+    if path is None:
+        yield None
+        return
+    from dsv4.model.trace import TraceWriter
+
+    writer = TraceWriter(path)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _single(prompts: list[Prompt]) -> list[int]:
+    if len(prompts) != 1:
+        raise UsageError(f"--logits and --compare work on one prompt, there are {len(prompts)}")
+    return prompts[0].tokens
+
+
+def _chat(request: _Request, tokenizer: "TextTokenizer", out: output.Output) -> int:
+    from dsv4.run_chat import Chat, talk
+
+    if out.mode == "json":
+        raise UsageError("--json needs a prompt", "A chat has no one result: add -p, --messages, --file or --tokens.")
+    model = load_model(request.checkpoint, request.loading, out)
+    return talk(Chat(model, request.checkpoint, tokenizer, request.dialogue, request.generation, out))
+
+
+def _answer(request: _Request, prompts: list[Prompt], tokenizer: "TextTokenizer | None", out: output.Output) -> int:
+    model = load_model(request.checkpoint, request.loading, out)
+    answers = Answers(model, request.checkpoint, request.generation, tokenizer, out)
+    with _tracing(request.trace) as writer:
+        return answer_prompts(answers, prompts, request.dialogue, writer)
+
+
+def _execute(request: _Request, out: output.Output) -> int:
+    """Do what was asked for; the exit code."""
+    from dsv4.model.tokenizer import load_tokenizer
+
+    check_folder(request.checkpoint)
+    tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
+    if request.sources.interactive and tokenizer is not None:
+        return _chat(request, tokenizer, out)
+    prompts = gather(request.sources, request.dialogue, tokenizer)
+    if request.compare is not None:
+        folders = (request.checkpoint, request.compare)
+        tolerance, report = request.tolerance, request.report
+        return compare_checkpoints(folders, request.loading, _single(prompts), request.prefill, tolerance, report, out)
+    if request.logits is not None:
+        tokens = _single(prompts)
+        model = load_model(request.checkpoint, request.loading, out)
+        with _tracing(request.trace) as writer:
+            return save_logits(model, tokens, request.prefill, request.logits, out, writer)
+    return _answer(request, prompts, tokenizer, out)
+
+
+def run(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")],
+    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A question; none starts a chat.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="A prompt per line, or a JSON list of message lists.")
+    ] = None,
+    messages: Annotated[
+        str | None, typer.Option("--messages", metavar="FILE", help="OpenAI-style messages; - reads stdin.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="IDS", help="Token ids, 0,17,4 or a file; needs no tokenizer.")
+    ] = None,
+    mode: ModeOption = Mode.chat,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
+    tools: Annotated[
+        str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the encoding.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 1024,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens that reach this share.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same tokens again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
+    ] = None,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Draft tokens with the MTP block; same answer.")] = False,
+    logits: Annotated[
+        str | None, typer.Option("--logits", metavar="FILE", help="Write the logits of every position (safetensors).")
+    ] = None,
+    prefill: Annotated[
+        int | None, typer.Option("--prefill", metavar="K", min=1, help="Compute K tokens at once, the rest one by one.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="OTHER", help="Run another checkpoint on the same tokens.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Largest difference of a logit that counts as the same.")
+    ] = 0.0,
+    report: Annotated[str | None, typer.Option("--report", metavar="FILE", help="Comparison as HTML.")] = None,
+    trace: Annotated[
+        str | None, typer.Option("--trace", metavar="FILE", help="Write every module's statistics (JSON lines).")
+    ] = None,
+    no_simulation: Annotated[
+        bool, typer.Option("--no-simulation", help="Compute in float32, without the simulated quantizations.")
+    ] = False,
+    max_memory: MaxMemory = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps or any other torch device.")] = "cpu",
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and errors only.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
+    out = output.configure(json, quiet, verbose)
+    if text is not None and prompt is not None:
+        raise UsageError("the prompt is given twice", "Use either PROMPT or -p.")
+    request = _Request(
+        checkpoint=checkpoint,
+        sources=Sources(text if prompt is None else prompt, file, messages, tokens),
+        dialogue=Dialogue(mode.value, system, tools, raw),
+        loading=Loading(device, not no_simulation, None if max_memory is None else parse_size(max_memory)),
+        generation=Generation(temperature, top_p, seed, max_new_tokens, tuple(stop or ()), mtp),
+        logits=logits,
+        compare=compare,
+        prefill=prefill,
+        tolerance=tolerance,
+        report=report,
+        trace=trace,
+    )
+    if code := _execute(request, out):
+        raise typer.Exit(code)

@@ -1,0 +1,167 @@
+"""Interactive chat: history, commands, streaming, and Ctrl-C that stops the answer and not the program.
+
+Every turn builds the whole prompt again, because the protocol drops old reasoning. When the new prompt starts with
+what is in the cache (always in chat mode), only the rest is computed.
+"""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dsv4.errors import EXIT_DONE, Dsv4Error, Interrupted, UsageError
+from dsv4.output import Output
+from dsv4.run_answers import Generation, prefill_progress, stop_ids, tell_statistics
+from dsv4.run_prompts import Dialogue, encode, starting_messages
+
+if TYPE_CHECKING:
+    from dsv4.model.answer import AnswerText
+    from dsv4.model.generate import Session
+    from dsv4.model.tokenizer import TextTokenizer
+    from dsv4.model.transformer import Transformer
+
+HELP = """\
+/mode chat|think|think-max   how the model answers
+/system TEXT                 set the system message, or remove it when TEXT is empty; starts again
+/clear                       forget the conversation
+/exit                        leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+class Chat:
+    """One conversation."""
+
+    def __init__(
+        self,
+        model: "Transformer",
+        folder: str,
+        tokenizer: "TextTokenizer",
+        dialogue: Dialogue,
+        generation: Generation,
+        out: Output,
+    ) -> None:
+        if generation.mtp and not model.has_mtp:
+            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
+        self.model, self.tokenizer, self.generation, self.out = model, tokenizer, generation, out
+        self.dialogue = dialogue
+        self.stop_ids, self.sampling = stop_ids(folder), generation.sampling()
+        self.messages: list[dict[str, Any]] = starting_messages(dialogue)
+        self.raw_text = ""
+        self.session: Session | None = None
+        self.turns = 0
+
+    def _prompt(self, line: str) -> list[int]:
+        if self.dialogue.raw:
+            self.raw_text += line
+            return self.tokenizer.encode(self.raw_text)
+        self.messages.append({"role": "user", "content": line})
+        return self.tokenizer.encode(encode(self.messages, self.dialogue))
+
+    def _remember(self, text: str) -> None:
+        from dsv4.model.answer import parse_answer
+
+        if self.dialogue.raw:
+            self.raw_text += text
+            return
+        message, _ = parse_answer(text, self.dialogue.mode)
+        self.messages.append(message or {"role": "assistant", "content": text})
+
+    def _generate(self, prompt: list[int], text: "AnswerText") -> None:
+        from dsv4.model.evaluate import check_tokens
+        from dsv4.model.generate import Limits, generate
+
+        def on_token(row: int, token: int) -> bool:
+            self.out.data(text.add(token), end="")
+            return text.stopped
+
+        check_tokens(prompt, self.model.config.vocab_size, self.model.config.max_position_embeddings)
+        session, self.session = self.session, None  # an interrupted answer leaves a cache that cannot be used
+        with prefill_progress(self.out, len(prompt)) as advance:
+            _, statistics, self.session = generate(
+                self.model,
+                [prompt],
+                Limits(self.generation.max_new_tokens, self.stop_ids),
+                self.sampling,
+                mtp=self.generation.mtp,
+                first_row=self.turns,
+                session=session,
+                on_token=on_token,
+                on_progress=advance,
+            )
+        self.out.data(text.rest())
+        tell_statistics(self.out, statistics, self.generation.mtp)
+
+    def answer(self, line: str) -> None:
+        """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""
+        from dsv4.model.answer import AnswerText
+
+        before, before_raw = list(self.messages), self.raw_text
+        text = AnswerText(self.tokenizer, self.generation.stop, self.stop_ids)
+        try:
+            self._generate(self._prompt(line), text)
+        except Interrupted:
+            self.out.data(text.rest())
+            self.out.say("(stopped)")
+        except Dsv4Error as error:
+            self.messages, self.raw_text = before, before_raw
+            self.out.error(error)
+            return
+        self._remember(text.text)
+        self.turns += 1
+
+    def clear(self) -> None:
+        """Back to the start."""
+        self.messages, self.raw_text, self.session = starting_messages(self.dialogue), "", None
+
+    def command(self, line: str) -> bool:
+        """A line that starts with a slash; False to leave."""
+        from dsv4.model.protocol import MODES
+
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/exit":
+            return False
+        if name == "/clear":
+            self.clear()
+            self.out.say("cleared")
+        elif name == "/mode" and rest in MODES and not self.dialogue.raw:
+            self.dialogue = replace(self.dialogue, mode=rest)
+            self.out.say(f"mode {rest}")
+        elif name == "/system" and not self.dialogue.raw:
+            self.dialogue = replace(self.dialogue, system=rest or None)
+            self.clear()
+            self.out.say("system message set, conversation cleared" if rest else "no system message")
+        else:
+            self.out.say(HELP)
+        return True
+
+
+def _read_line(out: Output) -> str | None:
+    """One line from the user; None at the end of input, "" after Ctrl-C."""
+    try:
+        if sys.stdin.isatty():
+            try:
+                import readline  # noqa: F401  # line editing for input(), where the platform has it
+            except ImportError:
+                pass
+            return input("> ")
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    except EOFError:
+        out.say()
+        return None
+    except Interrupted:
+        out.say("(/exit or Ctrl-D leaves)")
+        return ""
+
+
+def talk(chat: Chat) -> int:
+    """Read lines and answer them until /exit or the end of input; the exit code."""
+    if sys.stdin.isatty():
+        chat.out.say("Talk to the model. /help lists the commands.")
+    while (line := _read_line(chat.out)) is not None:
+        if line.startswith("/"):
+            if not chat.command(line):
+                break
+        elif line.strip():
+            chat.answer(line)
+    return EXIT_DONE

@@ -1,0 +1,165 @@
+"""`dsv4 run --logits` and `--compare`: teacher-forced logits, to a file or side by side with another checkpoint."""
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from dsv4 import __version__
+from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
+from dsv4.machine import peak_memory
+from dsv4.output import Output, human_bytes, human_seconds
+from dsv4.run_answers import Loading, load_model, rate
+
+if TYPE_CHECKING:
+    from dsv4.model.compare import Comparison, Run
+    from dsv4.model.evaluate import Evaluation
+    from dsv4.model.trace import PositionedTrace
+    from dsv4.model.transformer import Transformer
+
+
+def _evaluate(
+    model: "Transformer",
+    tokens: list[int],
+    prefill: int | None,
+    out: Output,
+    trace: "PositionedTrace | None",
+    mtp: bool = True,
+) -> "Evaluation":
+    from dsv4.model.evaluate import teacher_forced
+
+    with out.progress(len(tokens), "computing", " tokens") as bar:
+        return teacher_forced(model, tokens, prefill, mtp=mtp, trace=trace, on_progress=bar.advance)
+
+
+def _timing(evaluation: "Evaluation") -> dict[str, Any]:
+    decoded = len(evaluation.token_ids) - evaluation.prefill_tokens
+    return {
+        "tokens": len(evaluation.token_ids),
+        "prefill_tokens": evaluation.prefill_tokens,
+        "prefill_tokens_per_second": rate(evaluation.prefill_tokens, evaluation.prefill_seconds),
+        "decode_tokens_per_second": rate(decoded, evaluation.decode_seconds),
+        "first_token_seconds": evaluation.prefill_seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _tell_timing(evaluation: "Evaluation", out: Output) -> None:
+    timing = _timing(evaluation)
+    decoded = timing["tokens"] - timing["prefill_tokens"]
+    line = f"prefill {timing['prefill_tokens']} tokens, {timing['prefill_tokens_per_second']:.1f} tokens/s"
+    if decoded:
+        line += f"; single steps {decoded} tokens, {timing['decode_tokens_per_second']:.1f} tokens/s"
+    line += f"; first token after {human_seconds(timing['first_token_seconds'])}"
+    peak = timing["peak_memory_bytes"]
+    out.say(line + (f"; peak memory {human_bytes(peak)}" if peak else ""))
+
+
+def save_logits(
+    model: "Transformer",
+    tokens: list[int],
+    prefill: int | None,
+    path: str,
+    out: Output,
+    trace: "PositionedTrace | None",
+) -> int:
+    """Write the logits of every position to `path`; the exit code."""
+    from dsv4.model.evaluate import write_logits
+
+    evaluation = _evaluate(model, tokens, prefill, out, trace)
+    write_logits(evaluation, path)
+    out.say(f"wrote logits of {len(tokens)} positions to {path}")
+    _tell_timing(evaluation, out)
+    shapes: dict[str, Any] = {"logits": list(evaluation.logits.shape)}
+    if evaluation.mtp_logits is not None:
+        shapes["mtp_logits"] = list(evaluation.mtp_logits.shape)
+    out.result({"file": path, "shapes": shapes, "statistics": _timing(evaluation)})
+    return EXIT_DONE
+
+
+def _has_mtp(folder: str) -> bool:
+    from dsv4.convert.checkpoint import Checkpoint
+    from dsv4.model.weights import mtp_stages
+
+    return mtp_stages(Checkpoint.open(folder).tensors) > 0
+
+
+def _check_size(folder: str, vocabulary: int | None) -> int:
+    from dsv4.convert.checkpoint import Checkpoint
+
+    found = Checkpoint.open(folder).config.get("vocab_size")
+    if not isinstance(found, int) or (vocabulary is not None and found != vocabulary):
+        raise InputError(f"{folder}: the vocabulary has {found} tokens, not {vocabulary}", "Compare the same model.")
+    return found
+
+
+def _run(folder: str, loading: Loading, tokens: list[int], prefill: int | None, mtp: bool, out: Output) -> "Run":
+    """One checkpoint on the tokens, loaded and let go of, so that memory holds one at a time."""
+    from dsv4.model.compare import Run
+    from dsv4.model.trace import Fingerprints
+
+    out.say(f"running {folder}")
+    model = load_model(folder, loading, out)
+    fingerprints = Fingerprints()
+    evaluation = _evaluate(model, tokens, prefill, out, fingerprints, mtp)
+    _tell_timing(evaluation, out)
+    del model
+    gc.collect()
+    return Run(evaluation, fingerprints)
+
+
+def verdict(comparison: "Comparison", tolerance: float) -> str:
+    """The one sentence that the comparison ends in."""
+    if comparison.bit_equal:
+        return "BIT-EQUAL: every logit of every position has the same bits in both checkpoints"
+    if comparison.within(tolerance):
+        return f"within tolerance: no logit differs by more than {tolerance:g}, though not all bits are equal"
+    return "DIFFERENT: the logits are not the same"
+
+
+def _tell(comparison: "Comparison", tolerance: float, out: Output) -> None:
+    out.data(verdict(comparison, tolerance))
+    if comparison.bit_equal:
+        return
+    positions = len(comparison.difference)
+    out.data(f"max |difference|    {comparison.max_difference:.6g}")
+    if comparison.mtp_max_difference is not None:
+        out.data(f"  of the MTP block  {comparison.mtp_max_difference:.6g}")
+    out.data(f"KL divergence       mean {comparison.mean_kl:.3g}, max {comparison.max_kl:.3g} nats")
+    out.data(f"top-1 agreement     {sum(comparison.top1)} of {positions} positions")
+    if comparison.first_module is not None:
+        out.data(f"first difference    {comparison.first_module}, position {comparison.first_position}")
+    for position, (difference, kl, same) in enumerate(
+        zip(comparison.difference, comparison.kl, comparison.top1, strict=True)
+    ):
+        top1 = "same" if same else "differs"
+        out.detail(f"position {position}: max |difference| {difference:.6g}, KL {kl:.3g}, top-1 {top1}")
+
+
+def compare_checkpoints(
+    folders: tuple[str, str],
+    loading: Loading,
+    tokens: list[int],
+    prefill: int | None,
+    tolerance: float,
+    report: str | None,
+    out: Output,
+) -> int:
+    """Run both on the same tokens, say whether the logits are bit-equal; the exit code."""
+    from dsv4.model.compare import compare
+
+    _check_size(folders[1], _check_size(folders[0], None))
+    mtp = all(_has_mtp(folder) for folder in folders)
+    one, other = (_run(folder, loading, tokens, prefill, mtp, out) for folder in folders)
+    comparison = compare(one, other)
+    _tell(comparison, tolerance, out)
+    if report is not None:
+        from dsv4.run_report import write_report
+
+        write_report(report, folders, tokens, comparison, verdict(comparison, tolerance), __version__)
+        out.say(f"wrote {report}")
+    same = comparison.within(tolerance)
+    out.result(
+        {"checkpoints": list(folders), "token_ids": tokens, "tolerance": tolerance, "same": same}
+        | {"peak_memory_bytes": peak_memory()}
+        | comparison.as_json()
+    )
+    return EXIT_DONE if same else EXIT_DIFFERENCE

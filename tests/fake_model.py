@@ -1,0 +1,86 @@
+"""A stand-in for the engine: logits are a hash of all tokens before, so a slip in bookkeeping changes the answer."""
+
+import hashlib
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from dsv4.model.transformer import Output
+
+VOCABULARY = 40
+FORGET = 8  # how far back a cache may be truncated
+
+
+@dataclass
+class FakeCache:
+    """The tokens of each sequence."""
+
+    sequences: list[list[int]] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.sequences]
+
+    def truncate(self, row: int, length: int) -> None:
+        assert len(self.sequences[row]) - FORGET <= length <= len(self.sequences[row])
+        del self.sequences[row][length:]
+
+
+def logits_after(tokens: list[int]) -> torch.Tensor:
+    """The logits that follow `tokens`, float32 [V]."""
+    digest = hashlib.sha256(repr(tokens).encode()).digest()
+    seed = int.from_bytes(digest[:4], "little")
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+class FakeModel:
+    """Next tokens by hash; the MTP block is right about two times of three, and only if it is fed rightly."""
+
+    def __init__(self, context: int = 100) -> None:
+        self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context)
+        self.has_mtp = True
+        self.calls = 0
+        self._states: list[list[int]] = []  # what a hidden state stands for: the tokens up to its position
+
+    def new_cache(self, batch_size: int) -> FakeCache:
+        return FakeCache([[] for _ in range(batch_size)])
+
+    new_mtp_cache = new_cache
+
+    def _hidden(self, tokens: list[int]) -> float:
+        self._states.append(list(tokens))
+        return float(len(self._states) - 1)
+
+    def forward(self, token_ids, cache, *, lengths=None, rows="all", trace=None) -> Output:
+        self.calls += 1
+        batch, width = token_ids.shape
+        hidden = torch.zeros(batch, width, 1, 1)
+        logits = torch.zeros(batch, width, VOCABULARY)
+        for row, (count, sequence) in enumerate(zip(lengths or [width] * batch, cache.sequences, strict=True)):
+            for i in range(count):
+                sequence.append(int(token_ids[row, i]))
+                assert len(sequence) <= self.config.max_position_embeddings
+                hidden[row, i] = self._hidden(sequence)
+                logits[row, i] = logits_after(sequence)
+            if rows == "last":
+                logits[row, 0] = logits[row, count - 1]
+        if trace is not None:
+            trace("logits", logits[0, :1] if rows == "last" else logits[0, : (lengths or [width])[0]])
+        return Output(logits[:, :1] if rows == "last" else logits, hidden)
+
+    def mtp_logits(self, hidden, next_token_ids, cache, *, lengths=None, rows="all", trace=None) -> torch.Tensor:
+        batch, width = next_token_ids.shape
+        logits = torch.zeros(batch, width, VOCABULARY)
+        for row, (count, sequence) in enumerate(zip(lengths or [width] * batch, cache.sequences, strict=True)):
+            for i in range(count):
+                state = self._states[int(hidden[row, i])]
+                assert len(state) == len(sequence) + 1, "the MTP block skipped or repeated a position"
+                sequence.append(int(next_token_ids[row, i]))
+                following = [*state, sequence[-1]]
+                logits[row, i] = logits_after(following)
+                if sum(following) % 3 == 0:
+                    logits[row, i] = -logits[row, i]
+            if rows == "last":
+                logits[row, 0] = logits[row, count - 1]
+        return logits[:, :1] if rows == "last" else logits

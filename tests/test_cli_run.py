@@ -1,0 +1,375 @@
+"""`dsv4 run` from the command line, on a checkpoint small enough to answer in milliseconds."""
+
+import io
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsv4 import cli, run_chat
+from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.errors import Interrupted
+from dsv4.model import load
+from dsv4.model.encoding import encode_messages
+from dsv4.model.generate import Limits, generate
+from dsv4.model.sampling import Sampling
+from dsv4.model.tokenizer import load_tokenizer
+
+GEOMETRY = Geometry(
+    hidden_size=128, compress_ratios=(0, 4, 0), n_routed_experts=2, num_experts_per_tok=1, num_attention_heads=2,
+    head_dim=64, qk_rope_head_dim=32, q_lora_rank=64, o_groups=1, o_lora_rank=64, index_n_heads=2, index_head_dim=64,
+    hc_mult=2, hc_sinkhorn_iters=2, moe_intermediate_size=64, max_position_embeddings=200,
+)  # fmt: skip
+FEW = ("--max-new-tokens", "4", "--temperature", "0")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "small", geometry=GEOMETRY))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "other", geometry=GEOMETRY, seed=1))
+
+
+def run(capfd: Capture, *arguments: str, code: int = 0) -> tuple[str, str]:
+    found = cli.run(["run", *arguments])
+    captured = capfd.readouterr()
+    assert found == code, captured.err
+    return captured.out, captured.err
+
+
+def run_json(capfd: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
+    return json.loads(run(capfd, *arguments, "--json", code=code)[0])
+
+
+def greedy(folder: str, ids: list[int], count: int = 4) -> list[int]:
+    return generate(load(folder), [ids], Limits(count, frozenset([1])), Sampling(temperature=0))[0][0].tokens
+
+
+# --- prompts ---
+
+
+def test_a_prompt_in_each_mode(capfd: Capture, folder: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    modes = (("chat", "chat", None), ("think", "thinking", None), ("think-max", "thinking", "max"))
+    for mode, thinking, effort in modes:
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello"}]
+        ids = tokenizer.encode(encode_messages(messages, thinking_mode=thinking, reasoning_effort=effort))
+        if len(ids) > GEOMETRY.max_position_embeddings:
+            assert "context" in run(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW, code=3)[1]
+            continue
+        answer = run_json(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW)["answers"][0]
+        assert answer["prompt_tokens"] == len(ids)
+        assert answer["tokens"] == greedy(folder, ids)
+        assert answer["text"] == tokenizer.decode(answer["tokens"])
+
+
+def test_positional_p_and_messages_are_the_same(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_text(json.dumps([{"role": "user", "content": "Hello"}]))
+    answers = [
+        run_json(capfd, folder, *how, *FEW)["answers"]
+        for how in (("Hello",), ("-p", "Hello"), ("--messages", str(path)))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(capfd: Capture, folder: str) -> None:
+    text = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    out, err = run(capfd, folder, "Hello", *FEW)
+    assert out == text + "\n"
+    number = r"\d+(\.\d+)?"
+    closing = rf"prefill \d+ tokens, {number} tokens/s; decode 3 tokens, {number} tokens/s; first token after \S+ s"
+    assert re.search(closing + r"; peak memory [\d.]+ [MG]B\n", err)
+    assert run(capfd, folder, "Hello", *FEW, "-q") == (out, "")
+
+
+def test_raw_sends_the_text_as_it_is(capfd: Capture, folder: str) -> None:
+    ids = load_tokenizer(folder).encode("Hello<think>")
+    answer = run_json(capfd, folder, "Hello<think>", "--raw", *FEW)["answers"][0]
+    assert answer["prompt_tokens"] == len(ids) and answer["tokens"] == greedy(folder, ids)
+    assert "message" not in answer
+
+
+def test_tokens_inline_and_from_a_file(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    expected = greedy(folder, [0, 17, 4])
+    for text in ("0,17,4", " [0, 17, 4]\n", "0 17\n4"):
+        path = tmp_path / "ids"
+        path.write_text(text)
+        assert run_json(capfd, folder, "--tokens", str(path), *FEW)["answers"][0]["tokens"] == expected
+    assert run(capfd, folder, "--tokens", "0,17,4", *FEW, "-q")[0] == ",".join(map(str, expected)) + "\n"
+
+
+def test_tokens_need_no_tokenizer(capfd: Capture, tmp_path: Path) -> None:
+    bare = str(make_checkpoint(tmp_path / "bare", geometry=GEOMETRY, tokenizer=False))
+    assert len(run_json(capfd, bare, "--tokens", "0,17,4", *FEW)["answers"][0]["tokens"]) == 4
+    assert "--tokens" in run(capfd, bare, "Hello", code=3)[1]
+
+
+def test_a_file_of_prompts(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    alone = [run_json(capfd, folder, text, *FEW)["answers"][0] for text in ("Hello", "The world of the", "a")]
+    lines, lists = tmp_path / "lines.txt", tmp_path / "lists.json"
+    lines.write_text("Hello\n\nThe world of the\na\n")
+    lists.write_text(json.dumps([[{"role": "user", "content": "Hello"}], "The world of the", "a"]))
+    for path in (lines, lists):
+        assert run_json(capfd, folder, "--file", str(path), *FEW)["answers"] == alone
+    out, err = run(capfd, folder, "--file", str(lines), *FEW)
+    assert out == "".join(answer["text"] + "\n" for answer in alone)
+    assert "[3]" in err
+
+
+def test_tools_reach_the_prompt(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    tools, messages = [{"type": "function", "function": {"name": "f"}}], [{"role": "user", "content": "Hello"}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    (tmp_path / "messages.json").write_text(json.dumps({"messages": messages, "tools": tools}))
+    prompt = encode_messages([{"role": "system", "content": "", "tools": tools}, *messages], thinking_mode="chat")
+    needed = len(load_tokenizer(folder).encode(prompt))
+    for how in (("Hello", "--tools", str(tmp_path / "tools.json")), ("--messages", str(tmp_path / "messages.json"))):
+        _, err = run(capfd, folder, *how, code=3)  # longer than this model's context, which is what we can see it by
+        assert f"the prompt has {needed} tokens, the model's context 200" in err
+
+
+# --- drawing and stopping ---
+
+
+def test_the_seed_is_reported_and_repeats_the_answer(capfd: Capture, folder: str) -> None:
+    first = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6")
+    again = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6", "--seed", str(first["seed"]))
+    assert again["answers"] == first["answers"]
+    other = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6", "--seed", str(first["seed"] + 1))
+    assert other["answers"] != first["answers"]
+
+
+def test_mtp_changes_nothing_and_is_counted(capfd: Capture, folder: str) -> None:
+    arguments = (folder, "--tokens", "0,5,9", "--max-new-tokens", "8")
+    for how in (("--temperature", "0"), ("--seed", "3")):
+        plain, drafting = run_json(capfd, *arguments, *how), run_json(capfd, *arguments, *how, "--mtp")
+        assert plain["answers"] == drafting["answers"]
+        assert plain["statistics"]["acceptance_rate"] is None
+        assert drafting["statistics"]["drafted_tokens"] > 0
+    assert re.search(r"drafts: \d+ of \d+ accepted \(\d+%\)", run(capfd, *arguments, "--mtp")[1])
+
+
+def test_stop_strings(capfd: Capture, folder: str) -> None:
+    arguments = (folder, "Hello", "--seed", "6", "--max-new-tokens", "24")
+    whole = run_json(capfd, *arguments)["answers"][0]["text"]
+    stop = next(c for i, c in enumerate(whole) if i and c.isalnum() and c not in whole[:i])
+    answer = run_json(capfd, *arguments, "--stop", stop, "--stop", "never in there")["answers"][0]
+    assert answer["text"] == whole[: whole.index(stop)]
+    assert answer["finish"] == "stop"
+    assert run(capfd, *arguments, "--stop", stop, "-q")[0] == answer["text"] + "\n"
+
+
+def test_the_end_token_ends_the_answer(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    tokens = greedy(folder, [0, 17, 4])
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, tokens[1]]}))
+    answer = run_json(capfd, str(copy), "--tokens", "0,17,4", *FEW)["answers"][0]
+    assert answer["tokens"] == tokens[: tokens.index(tokens[1]) + 1] and answer["finish"] == "stop"
+
+
+# --- logits, traces, comparison ---
+
+
+@pytest.mark.parametrize("how", [(), ("--no-simulation",), ("--max-memory", "900KB"), ("--prefill", "3")])
+def test_logits_of_every_position(capfd: Capture, folder: str, tmp_path: Path, how: tuple[str, ...]) -> None:
+    ids = [0, 5, 9, 200, 7, 7, 31]
+    path = tmp_path / "logits.safetensors"
+    run(capfd, folder, "--tokens", ",".join(map(str, ids)), "--logits", str(path), "-q", *how)
+    tensors = load_file(path)
+    model = load(folder, simulation="--no-simulation" not in how)
+    output = model.forward(torch.tensor([ids]), model.new_cache(1))
+    mtp = model.mtp_logits(output.hidden[:, :-1], torch.tensor([ids[1:]]), model.new_mtp_cache(1))
+    assert tensors["token_ids"].tolist() == ids and tensors["token_ids"].dtype == torch.int64
+    assert torch.equal(tensors["logits"], output.logits[0]) and tensors["logits"].dtype == torch.float32
+    assert torch.equal(tensors["mtp_logits"], mtp[0])
+
+
+def test_trace(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    run(capfd, folder, "--tokens", "0,5,9,4", "--logits", str(tmp_path / "l"), "--trace", str(path), "--prefill", "3")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    modules = [line["module"] for line in lines if line["positions"] == [0, 3]]
+    assert modules[0] == "embed" and {"layers.0", "layers.1.attn", "mtp.0", "mtp.0.logits", "logits"} <= set(modules)
+    experts = [line for line in lines if "experts" in line]
+    assert all(len(line["experts"]) == line["positions"][1] - line["positions"][0] for line in experts)
+    layer = next(line for line in lines if line["module"] == "layers.1" and line["positions"] == [3, 4])
+    assert layer["shape"] == [1, 2, 128] and layer["min"] <= layer["mean"] <= layer["max"]
+    assert len(layer["sha256"]) == 64
+    again = tmp_path / "again.jsonl"
+    run(capfd, folder, "--tokens", "0,5,9,4", "--logits", str(tmp_path / "l"), "--trace", str(again), "--prefill", "3")
+    assert again.read_text() == path.read_text()
+    run(capfd, folder, "--tokens", "0,5,9,4", *FEW, "--trace", str(again))
+    assert {tuple(json.loads(line)["positions"]) for line in again.read_text().splitlines()} >= {(0, 4), (4, 5), (6, 7)}
+
+
+def test_compare_with_a_copy(capfd: Capture, folder: str) -> None:
+    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder)
+    assert out == "BIT-EQUAL: every logit of every position has the same bits in both checkpoints\n"
+    assert err.count("running") == 2
+
+
+def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
+    report = tmp_path / "report <1>.html"
+    result = run_json(capfd, folder, "--tokens", "0,5,9", "--compare", other, "--report", str(report), code=1)
+    assert not result["bit_equal"] and not result["same"]
+    assert result["first_module"] == "embed" and result["first_position"] == 0
+    ids, models = torch.tensor([[0, 5, 9]]), [load(folder), load(other)]
+    a, b = (model.forward(ids, model.new_cache(1)).logits[0].double() for model in models)
+    assert result["difference"] == (a - b).abs().amax(-1).tolist()
+    assert result["max_difference"] == max(result["difference"])
+    p, q = torch.softmax(a, -1), torch.softmax(b, -1)
+    assert result["kl"] == pytest.approx((p * (p / q).log()).sum(-1).tolist(), rel=1e-9)
+    assert result["top1"] == (a.argmax(-1) == b.argmax(-1)).tolist()
+    out, _ = run(capfd, folder, "--tokens", "0,5,9", "--compare", other, code=1)
+    assert out.startswith("DIFFERENT") and "first difference    embed, position 0" in out
+    page = report.read_text()
+    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+
+
+def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    shard = next(path for path in copy.glob("*.safetensors") if "norm.weight" in load_file(path))
+    raw = bytearray(shard.read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    at = 8 + int.from_bytes(raw[:8], "little") + header["norm.weight"]["data_offsets"][0]
+    raw[at] ^= 1  # the last bit of one weight of the final norm
+    shard.write_bytes(raw)
+    arguments = (folder, "--tokens", "0,5,9", "--compare", str(copy))
+    found = run_json(capfd, *arguments, code=1)
+    assert found["first_module"] == "logits" and 0 < found["max_difference"] < 1
+    assert found["mtp_max_difference"] == 0
+    within = run_json(capfd, *arguments, "--tolerance", str(found["max_difference"]))
+    assert within["same"] and not within["bit_equal"]
+    assert "within tolerance" in run(capfd, *arguments, "--tolerance", "1")[0]
+    run(capfd, *arguments, "--tolerance", str(found["max_difference"] * 0.99), code=1)
+
+
+# --- chat ---
+
+
+def chat(capfd: Capture, monkeypatch: pytest.MonkeyPatch, lines: str, *arguments: str) -> tuple[str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return run(capfd, *arguments)
+
+
+def test_chat_remembers(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path: Path) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    path = tmp_path / "history.json"
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    path.write_text(json.dumps([*history, {"role": "user", "content": "and"}]))
+    second = run_json(capfd, folder, "--messages", str(path), *FEW)["answers"][0]["text"]
+    out, err = chat(capfd, monkeypatch, "Hello\n\nand\n/clear\nHello\n/exit\nnever read\n", folder, *FEW)
+    assert out == f"{first}\n{second}\n{first}\n"
+    assert "cleared" in err and err.count("prefill") == 3
+
+
+def test_chat_commands(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    think = run_json(capfd, folder, "Hello", "--mode", "think", "--system", "S s", *FEW)["answers"][0]["text"]
+    lines = "/mode think\n/system S s\nHello\n/mode loud\n/help\n"
+    out, err = chat(capfd, monkeypatch, lines, folder, *FEW)
+    assert out == think + "\n"
+    assert "mode think" in err and err.count("/clear") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    real = run_chat.Chat._generate
+    turns = []
+
+    def interrupted_once(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
+        turns.append(prompt)
+        if len(turns) == 1:
+            monkeypatch.setattr(text, "add", lambda token: signal.raise_signal(signal.SIGINT))
+        real(self, prompt, text)
+
+    monkeypatch.setattr(run_chat.Chat, "_generate", interrupted_once)
+    before = signal.signal(signal.SIGINT, cli._on_signal)
+    try:
+        out, err = chat(capfd, monkeypatch, "Hello\n/clear\nHello\n", folder, *FEW)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "(stopped)" in err
+    assert out == f"\n{first}\n"
+
+
+def test_ctrl_c_without_a_chat_ends_the_program(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr("dsv4.model.generate.generate", interrupt)
+    assert "interrupted" in run(capfd, folder, "Hello", code=130)[1]
+
+
+def test_a_turn_that_does_not_fit_is_undone(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    out, err = chat(capfd, monkeypatch, "x " * 150 + "\nHello\n", folder, *FEW)
+    assert "the model's context 200" in err
+    assert out == first + "\n"
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (("a", "-p", "b"), 2, "given twice"),
+        (("a", "--tokens", "1"), 2, "given 2 times"),
+        (("--tokens", "1", "--mode", "think"), 2, "--tokens needs no encoding"),
+        (("a", "--raw", "--system", "s"), 2, "--raw"),
+        (("--logits", "f"), 2, "--logits needs a prompt"),
+        (("--compare", "f"), 2, "--compare needs a prompt"),
+        (("a", "--prefill", "2"), 2, "--prefill belongs"),
+        (("a", "--report", "f"), 2, "--report belongs"),
+        (("a", "--compare", "b", "--logits", "f"), 2, "cannot be used together"),
+        (("--json",), 2, "--json needs a prompt"),
+        (("--tokens", "0,512"), 3, "token 1 is 512, the vocabulary has ids 0 to 511"),
+        (("--tokens", "0,x"), 3, "neither a list of token ids nor a file"),
+        (("--tokens", ""), 3, "the prompt is empty"),
+        (("--tokens", ",".join(["1"] * 201)), 3, "the prompt has 201 tokens, the model's context 200"),
+        (("--file", "missing.txt"), 3, "missing.txt"),
+        (("a", "--device", "nosuch"), 4, "nosuch"),
+        (("a", "--max-memory", "1KB"), 4, "max_memory"),
+        (("a", "--max-memory", "lots"), 2, "is not a size"),
+        (("a", "--top-p", "0"), 2, "top-p"),
+        (("a", "--compare", "nowhere"), 3, "nowhere"),
+    ],
+)
+def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: int, problem: str) -> None:
+    out, err = run(capfd, folder, *arguments, code=code)
+    assert problem in err
+    if "--json" not in arguments:
+        assert out == ""
+
+
+def test_no_checkpoint(capfd: Capture, tmp_path: Path) -> None:
+    assert "is not a folder" in run(capfd, str(tmp_path / "none"), "a", code=3)[1]
+    assert "model.safetensors.index.json" in run(capfd, str(tmp_path), "--tokens", "1", code=3)[1]
+
+
+def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
+    geometry = Geometry(**{**vars(GEOMETRY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
+    bare = str(make_checkpoint(tmp_path / "bare", geometry=geometry))
+    assert "no MTP block" in run(capfd, bare, "--tokens", "1", "--mtp", code=2)[1]
+    path = tmp_path / "l.safetensors"
+    run(capfd, bare, "--tokens", "1,2", "--logits", str(path), "-q")
+    assert set(load_file(path)) == {"token_ids", "logits"}
+    full = str(make_checkpoint(tmp_path / "full", geometry=GEOMETRY))
+    assert run(capfd, bare, "--tokens", "1,2", "--compare", full)[0].startswith("BIT-EQUAL")
