@@ -41,6 +41,11 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+def row_count(shape: tuple[int, ...], nbytes: int) -> int:
+    """Rows that a tensor can be read by: its first dimension; 1 for a scalar, and where rows are not whole bytes."""
+    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is and what its header declares. `offset` counts from the start of the file."""

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from dsv4.errors import InputError, printable
+from dsv4.quant.block_scales import Block
 
 # Names of Hugging Face conversions to the reference engine's; none of them occurs in the releases.
 RENAMES = (
@@ -22,7 +23,10 @@ SLICED_ROWS = re.compile(
 )
 SLICED_COLUMNS = re.compile(r"\.attn\.wo_b\.")
 EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.")
-SHARED_COPY = re.compile(r"^mtp\.\d+\.(embed|head)\.weight$")  # copies of embed and head are not written
+VISION = re.compile(r"^(vision|aligner)\.")  # has an `mlp` of its own: nothing is renamed in there
+# Copies of embedding and head in a draft block are not written. The older converter leaves out every name with `emb`
+# or a last `head.weight`, the younger one names the two, for the sake of a Markov head with an embedding of its own.
+DRAFT_COPY = re.compile(r"^mtp\.(?!.*\.markov_head\.).*(emb|head\.weight$)")
 NOT_ESTABLISHED = re.compile(r"\.engram\.")
 
 
@@ -47,6 +51,8 @@ class Slice:
 def mp_name(name: str) -> str:
     """The reference engine's name of a tensor."""
     name = name.removeprefix("model.")
+    if VISION.search(name):
+        return name
     for old, new in RENAMES:
         name = name.replace(old, new)
     return name
@@ -68,6 +74,16 @@ def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice 
             "Choose another --model-parallel.",
         )
     return Slice(dim, rank, ranks)
+
+
+def check_blocks(name: str, shape: tuple[int, ...], part: Slice, block: Block) -> None:
+    """Raises InputError if a slice of a weight in scaled blocks would cut one: its scale could not be divided."""
+    if shape[part.dim] // part.count % block[part.dim]:
+        raise InputError(
+            f"'{printable(name)}' has shape {list(shape)}: {part.count} ranks would cut its blocks of "
+            f"{block.rows} x {block.columns}",
+            "Choose another --model-parallel.",
+        )
 
 
 def count_experts(names: list[str]) -> dict[str, int]:
@@ -94,4 +110,4 @@ def rank_of_expert(name: str, counts: dict[str, int], ranks: int) -> int | None:
 
 def skipped(name: str) -> bool:
     """Whether the layout leaves a tensor out."""
-    return SHARED_COPY.search(mp_name(name)) is not None
+    return DRAFT_COPY.search(mp_name(name)) is not None

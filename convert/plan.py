@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
-from dsv4.errors import InputError
+from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
-from .checkpoint import Checkpoint, TensorInfo
-from .mp_layout import Slice, count_experts, mp_name, mp_slice, rank_of_expert, skipped
+from .checkpoint import Checkpoint, TensorInfo, row_count
+from .mp_layout import Slice, check_blocks, count_experts, mp_name, mp_slice, rank_of_expert, skipped
 from .roles import WO_A, Format, Weight, classify, fp8_block
 from .safetensors_format import build_header, tensor_bytes
 from .settings import Layout, Settings
@@ -63,6 +63,11 @@ class OutputTensor:
     def nbytes(self) -> int:
         """Bytes of data in the output."""
         return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows that it is made by, see `row_count`."""
+        return row_count(self.shape, self.nbytes)
 
     @property
     def source(self) -> TensorInfo:
@@ -225,22 +230,36 @@ def _mp_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
     dtype = "F4" if packed else output.dtype
     shape = output.weight.logical_shape if packed else output.shape
     if part is not None:
+        if output.weight.block is not None:
+            check_blocks(output.weight.name, output.weight.logical_shape, part, output.weight.block)
         shape = part.apply_to(shape)
-        if output.op is Op.BF16 and output.weight.block is not None and shape[0] % output.weight.block.rows:
-            raise InputError(
-                f"'{output.name}': {ranks} ranks would cut its FP8 blocks", "Choose another --model-parallel."
-            )
     return replace(output, name=mp_name(output.name), dtype=dtype, shape=shape, part=part)
 
 
-def kept_under(weight: Weight, layout: Layout) -> list[OutputTensor]:
-    """What an expert without an exact form becomes under `--on-inexact keep`: itself, in the layout's dress."""
-    return [_mp_tensor(output, 0, 1) for output in _kept(weight)] if layout == "mp" else _kept(weight)
+def kept_instead_of(output: OutputTensor, layout: Layout) -> list[OutputTensor]:
+    """What a weight without an exact form becomes under `--on-inexact keep`: itself, in the layout's dress."""
+    if layout == "hf":
+        return _kept(output.weight)
+    rank, ranks = (output.part.index, output.part.count) if output.part else (0, 1)
+    return [_mp_tensor(kept, rank, ranks) for kept in _kept(output.weight)]
+
+
+def _check_names(outputs: list[OutputTensor]) -> None:
+    """Raises InputError if two tensors would get one name, such as `model.norm.weight` and `norm.weight`."""
+    seen: dict[str, str] = {}
+    for output in outputs:
+        twin = seen.setdefault(mp_name(output.name), output.name)
+        if twin != output.name:
+            raise InputError(
+                f"'{printable(twin)}' and '{printable(output.name)}' are one name in the reference engine's layout",
+                "Remove one of them, or use --layout hf.",
+            )
 
 
 def _mp_shards(weights: list[Weight], settings: Settings, block: Block | None) -> list[OutputShard]:
     ranks = settings.model_parallel
     outputs = [o for w in weights for o in outputs_of(w, settings, block) if not skipped(o.name)]
+    _check_names(outputs)
     experts = count_experts([o.name for o in outputs])
     by_rank: list[list[OutputTensor]] = [[] for _ in range(ranks)]
     for output in outputs:
@@ -251,6 +270,17 @@ def _mp_shards(weights: list[Weight], settings: Settings, block: Block | None) -
         OutputShard(f"model{rank}-mp{ranks}.safetensors", tuple(sorted(tensors, key=output_order)))
         for rank, tensors in enumerate(by_rank)
     ]
+
+
+def _check_experts(weights: list[Weight], settings: Settings) -> None:
+    """Raises InputError if experts are neither FP4 nor FP8: they would stay, and the config would say otherwise."""
+    for weight in weights:
+        if settings.to in ("fp8", "fp4") and weight.is_routed_expert and weight.format is Format.PLAIN:
+            raise InputError(
+                f"'{printable(weight.name)}' is {weight.info.dtype}, neither FP4 nor FP8: "
+                f"--to {settings.to} would be a new quantization",
+                "--to same keeps it as it is.",
+            )
 
 
 def _notes(weights: list[Weight], settings: Settings) -> list[str]:
@@ -269,7 +299,9 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """Plan a conversion. Raises InputError when the checkpoint cannot be converted as asked."""
     weights = _in_source_order(checkpoint)
-    casts = settings.to == "fp8" and any(w.is_routed_expert and w.format is Format.FP4 for w in weights)
+    _check_experts(weights, settings)
+    source_format = {"fp8": Format.FP4, "fp4": Format.FP8}.get(settings.to)
+    casts = any(w.is_routed_expert and w.format is source_format for w in weights)
     block = fp8_block(checkpoint.config) if casts else None
     if block is not None and block.columns % FP4_BLOCK.columns:
         raise InputError(

@@ -15,8 +15,9 @@ from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
 from .checkpoint import Checkpoint, TensorInfo
 
-ROUTED_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
-WO_A = re.compile(r"\.attn\.wo_a\.weight$")
+# The release's names, and what Hugging Face conversions make of `ffn` and `attn`.
+ROUTED_EXPERT = re.compile(r"\.(ffn|mlp)\.experts\.\d+\.w[123]\.weight$")
+WO_A = re.compile(r"\.(self_)?attn\.wo_a\.weight$")
 # The n-gram table of V4.1 has one scale per 32 elements of a row although it is FP8: its own third geometry.
 ROW_SCALED_FP8 = re.compile(r"\.engram\.embed\.weight$")
 

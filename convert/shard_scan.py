@@ -17,7 +17,7 @@ from dsv4.quant.block_scales import Block, decode_scale
 from dsv4.quant.fp4_to_fp8 import BlockScales
 
 from .checkpoint import Checkpoint
-from .plan import Op, OutputShard, OutputTensor, kept_under, output_order
+from .plan import Op, OutputShard, OutputTensor, kept_instead_of, output_order
 from .settings import Layout, Settings
 from .tensor_pieces import Counts, make, split
 
@@ -135,8 +135,8 @@ def _refuse(shard: OutputShard, bad: list[Finding]) -> None:
 def _with_kept(shard: OutputShard, names: set[str], layout: Layout) -> OutputShard:
     """The shard with the weights in `names` and their scales as the source has them."""
     others = [t for t in shard.tensors if t.weight.name not in names]
-    weights = {t.weight.name: t.weight for t in shard.tensors if t.weight.name in names}
-    back = [tensor for weight in weights.values() for tensor in kept_under(weight, layout)]
+    replaced = {t.weight.name: t for t in shard.tensors if t.weight.name in names}
+    back = [kept for tensor in replaced.values() for kept in kept_instead_of(tensor, layout)]
     return replace(shard, tensors=tuple(sorted([*others, *back], key=output_order)))
 
 

@@ -77,8 +77,7 @@ def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
 
 def _make_hashed(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None) -> _Hashed:
     made = make(checkpoint, piece, scales)
-    rows = piece.tensor.shape[0] if piece.tensor.shape else 1
-    hashed = _Hashed(piece, made, whole=piece.start == 0 and piece.stop == rows)
+    hashed = _Hashed(piece, made, whole=piece.start == 0 and piece.stop == piece.tensor.rows)
     if hashed.whole:
         hashed.sha256 = hashlib.sha256(_bytes(made.data)).hexdigest()
         if made.source is not None:
@@ -109,6 +108,8 @@ def _entry(tensor: OutputTensor, file: str, state: _Tensor, digests: tuple[str, 
     }
     if digests[1]:
         entry["source_sha256"] = digests[1]
+    if tensor.part:
+        entry["slice"] = {"dim": tensor.part.dim, "index": tensor.part.index, "count": tensor.part.count}
     counts = state.counts
     if tensor.op is Op.FP8_CODES:
         entry["negative_zeros"] = counts.negative_zeros
@@ -146,7 +147,7 @@ class _ShardHasher:
             state.sha256.update(data)
             if made.source is not None:
                 state.source_sha256.update(_bytes(made.source))
-        if piece.stop == (piece.tensor.shape[0] if piece.tensor.shape else 1):
+        if piece.stop == piece.tensor.rows:
             self._close(hashed)
         self._advance(len(data))
 

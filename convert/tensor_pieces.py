@@ -17,7 +17,7 @@ from dsv4.quant import e4m3, e8m0, fp4_to_fp8, fp8_to_fp4, to_bf16
 from dsv4.quant.block_scales import Block
 from dsv4.quant.fp4_to_fp8 import BlockScales
 
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo, row_count
 from .plan import Op, OutputTensor
 from .roles import Format, Weight
 
@@ -66,15 +66,9 @@ class Made:
     counts: Counts = field(default_factory=Counts)
 
 
-def _rows_and_width(tensor: OutputTensor) -> tuple[int, int]:
-    """Rows of an output tensor and bytes in each; scalars and empty tensors are one row."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    return (rows, tensor.nbytes // rows) if rows else (0, 0)
-
-
 def split(tensor: OutputTensor) -> Iterator[Piece]:
-    """The pieces of an output tensor in order, cut between blocks of rows."""
-    rows, width = _rows_and_width(tensor)
+    """The pieces of an output tensor with elements, in order, cut between blocks of rows."""
+    rows, width = tensor.rows, tensor.nbytes // tensor.rows
     if tensor.op is Op.FP8_SCALE:
         yield Piece(tensor, 0, rows)
         return
@@ -87,8 +81,7 @@ def split(tensor: OutputTensor) -> Iterator[Piece]:
 
 def _read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
     """Rows of a source tensor as bytes, uint8 [rows, bytes of a row]."""
-    rows = info.shape[0] if info.shape else 1
-    width = info.nbytes // rows
+    width = info.nbytes // row_count(info.shape, info.nbytes)
     buffer = np.empty((stop - start, width), dtype=np.uint8)
     if buffer.size:
         checkpoint.storage.read_into(info.shard, memoryview(buffer).cast("B"), info.offset + start * width)
