@@ -54,11 +54,36 @@ def summarize(tensors: dict[str, dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def _with_slice(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    hashes = first.get("sha256_by_shard", {first["shard"]: first["sha256"]}) | {entry["shard"]: entry["sha256"]}
+    counts: dict[str, int] = {
+        key: first.get(key, 0) + entry.get(key, 0)
+        for key in ("nan_codes", "changed_elements")
+        if key in first or key in entry
+    }
+    return {**first, **counts, "sha256_by_shard": hashes}
+
+
+def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:
+    """The entries of all tensors by name.
+
+    In the reference engine's layout a name can be in several shards, as copies or as slices. The entry is then the
+    first shard's; slices add their counts to it, and `sha256_by_shard` has the hash of each.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        for name, entry in shard.tensors.items():
+            first = merged.setdefault(name, entry)
+            if first is not entry and "slice" in entry:
+                merged[name] = _with_slice(first, entry)
+    return merged
+
+
 def make_manifest(
     job: dict[str, Any], shards: list[FinishedShard], files: dict[str, bytes], kept: list[str]
 ) -> dict[str, Any]:
     """The manifest of a finished output. kept: tensors left as they were for want of an exact form."""
-    tensors = {name: entry for shard in shards for name, entry in shard.tensors.items()}
+    tensors = merge_shards(shards)
     return {
         **job,
         "summary": summarize(tensors),
