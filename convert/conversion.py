@@ -22,7 +22,7 @@ from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, write_file
 from .journal import FinishedShard, Journal, check_same_job
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
-from .output_folder import check_finished, clear, files_of, look, usable_shards
+from .output_folder import check_finished, check_in_the_way, clear, files_of, look, usable_shards
 from .plan import OutputShard, Plan, make_plan
 from .settings import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -36,7 +36,7 @@ from .settings import (
     resolve,
 )
 from .shard_writer import Workers, write_shard
-from .side_files import config_file, copied_files, index_file, index_names, read_side_file
+from .side_files import check_configs, config_file, copied_files, index_file, index_names, read_side_file
 from .storage import Folder
 from .tensor_pieces import PIECE_MEMORY
 
@@ -250,6 +250,7 @@ def run_conversion(
     if isinstance(checkpoint.storage, Folder):
         check_separate(checkpoint.storage.path, output)
     plan = make_plan(checkpoint, settings)
+    check_configs(checkpoint, plan)
     found = look(output)
     if found.manifest is not None and not overwrite:
         return _already_done(checkpoint, plan, output, found.manifest)
@@ -258,7 +259,9 @@ def run_conversion(
     with locked(output):
         remove_leftovers(output)
         if overwrite:
-            clear(output, look(output))
+            found = look(output)
+            check_in_the_way(output, found, files_of(plan, copied_files(checkpoint, plan)))
+            clear(output, found)
         result = _run_locked(checkpoint, plan, output, resources, advance)
     result.seconds = time.monotonic() - started
     return result

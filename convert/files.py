@@ -223,6 +223,8 @@ def check_separate(source: Path, output: Path) -> None:
         raise UsageError(
             f"the output {printable(str(output))} {where}", "Choose one elsewhere: the source stays as it is."
         )
+    if real_output in real_source.parents:
+        raise UsageError(f"the output {printable(str(output))} contains the source", "Choose another folder.")
     if real_source.is_dir() and real_output.is_dir() and os.path.samefile(real_source, real_output):
         raise UsageError(f"the output {printable(str(output))} is the source", "Choose another folder.")
 

@@ -59,6 +59,16 @@ def owned_files(found: Found) -> list[str]:
     return []
 
 
+def check_in_the_way(folder: Path, found: Found, names: list[str]) -> None:
+    """Raises UsageError if a file that is not ours has a name that the conversion would write."""
+    foreign = sorted(n for n in set(names) - set(owned_files(found)) if (folder / n).exists())
+    if foreign:
+        raise UsageError(
+            f"{printable(str(folder))}: {printable(foreign[0])} was not written by dsv4 and would be replaced",
+            "Move it away: --overwrite replaces only what dsv4 wrote.",
+        )
+
+
 def clear(folder: Path, found: Found) -> None:
     """Remove a former conversion's files, the config first: what is half removed must not look like a model."""
     names = owned_files(found)

@@ -8,11 +8,11 @@ import json
 import re
 from typing import Any
 
-from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from .checkpoint import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from .config_edit import dump, edit_config, edit_inference_config, make_inference_config
 from .plan import Plan
 from .roles import Format, classify
-from .safetensors_format import strict_json, tensor_bytes
+from .safetensors_format import tensor_bytes
 
 TOKENIZER = re.compile(r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab[^/]*|merges\.txt")
 BESIDE_WEIGHTS = re.compile(
@@ -37,7 +37,7 @@ def read_side_file(checkpoint: Checkpoint, name: str, plan: Plan) -> bytes:
     content = checkpoint.storage.read(name, 0, checkpoint.files[name])
     if name != INFERENCE_CONFIG:
         return content
-    config = strict_json(content, f"{checkpoint.storage.label}/{name}")
+    config = read_json(checkpoint.storage, name, checkpoint.files[name], MAX_CONFIG_BYTES)
     edited = edit_inference_config(config, plan.settings)
     return content if edited == config else dump(edited)
 
@@ -64,6 +64,13 @@ def config_file(checkpoint: Checkpoint, plan: Plan) -> bytes:
     if edited == checkpoint.config:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)
+
+
+def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Make the config files once before the work, not only after it. Raises InputError for what they lack."""
+    config_file(checkpoint, plan)
+    if INFERENCE_CONFIG in checkpoint.files:
+        read_side_file(checkpoint, INFERENCE_CONFIG, plan)
 
 
 def index_file(tensors: dict[str, dict[str, Any]]) -> bytes:

@@ -1,5 +1,6 @@
 """`dsv4 convert SOURCE OUTPUT`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,7 +92,7 @@ def _print_result(out: output.Output, result: "Result", source: str, traps: tupl
         out.say(f"{result.shards_reused} shards were there already, from an interrupted run")
     out.say(_verdict(result.summary, result.kept_tensors))
     _warn(out, result, traps)
-    out.hint(f"prove it: dsv4 verify {source} {result.output}")
+    out.hint(f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}")
 
 
 def convert(
