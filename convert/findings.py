@@ -104,7 +104,7 @@ def routed_expert_dtypes(tensors: dict[str, TensorInfo]) -> set[str]:
     for info in tensors.values():
         block = block_of(info.name)
         if block and block[2].startswith("ffn.experts.") and info.name.endswith(".weight"):
-            fp4 = is_fp4(info, sibling_scale(info, tensors))
+            fp4 = is_fp4(info, sibling_scale(info, tensors) if info.dtype == "U8" else None)
             found.add("fp4" if fp4 else {"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
     return found
 

@@ -49,6 +49,7 @@ def block_of(name: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
+@lru_cache(maxsize=1 << 18)
 def family(name: str) -> str:
     """Which of `FAMILIES` a tensor belongs to; everything under `mtp.*` is one family."""
     block = block_of(name)
@@ -60,7 +61,7 @@ def family(name: str) -> str:
 
 def packs_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
     """Whether each byte of a weight holds two FP4 codes: I8 by the release's rule; U8 when it has a block scale."""
-    return info.name.endswith(".weight") and (info.dtype == "I8" or (info.dtype == "U8" and scale is not None))
+    return (info.dtype == "I8" or (info.dtype == "U8" and scale is not None)) and info.name.endswith(".weight")
 
 
 def is_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
@@ -76,7 +77,8 @@ def sibling_scale(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Tensor
 
 def logical_shape(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     """Shape in elements: packed FP4 has twice the columns that its header says."""
-    if info.dtype in ("I8", "U8") and info.shape and packs_fp4(info, sibling_scale(info, tensors)):
+    scale = sibling_scale(info, tensors) if info.dtype == "U8" else None
+    if info.shape and packs_fp4(info, scale):
         return (*info.shape[:-1], 2 * info.shape[-1])
     return info.shape
 
