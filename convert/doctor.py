@@ -5,7 +5,7 @@ A row of ENGINES says what one engine accepts. Most come from what its loader do
 verdict says so and is not a yes.
 
 Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte into float32, a missing expert_dtype
-means fp4 to one engine and fp8 to another, and a BF16 checkpoint with a leftover quantization_config loads and babbles.
+means fp4 to one engine and fp8 to another, and a weight whose scale is missing passes as codes without a scale.
 """
 
 from collections.abc import Callable, Iterator
@@ -251,7 +251,8 @@ def _quantization_config(p: Patient) -> Iterator[Check]:
     if not p.facts.quantized:
         if declared:
             fix = "Remove quantization_config (and expert_dtype) from config.json."
-            yield Check(rule, "wrong", "there, but no tensor is quantized: weights are rescaled or misread", fix)
+            found = "there, but no tensor is quantized: FP8 layers are set up for weights that have no scales"
+            yield Check(rule, "wrong", found, fix)
         else:
             yield Check(rule, "ok", "none, as for plain weights")
         return
