@@ -328,8 +328,7 @@ class _Run:
         self._check_files()
         tallies = self._tallies(units)
         self._check_scale_format(units, tallies)
-        if self.source is None:
-            check_manifest(self.output)
+        hashed = self.source is None and check_manifest(self.output)
         results = [r for unit, tally in zip(units, tallies, strict=True) for r in _results(unit, tally)]
         problems = [p for side in (self.source, self.output) if side is not None for p in side.problems]
         return Verification(
@@ -339,6 +338,7 @@ class _Run:
             problems + _code_problems(results),
             self._statistics(units, tallies),
             inverse=self.inverse,
+            hashed=hashed,
             selection=self.selection.describe(),
             unchecked=unchecked,
             read_bytes=self.read,

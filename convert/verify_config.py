@@ -12,11 +12,18 @@ from typing import Any
 
 from dsv4.errors import printable
 
-from .verify_files import INDEX_NAME, Files, parse_json, read_bytes
+from .verify_files import INDEX_NAME, Files, Severity, parse_json, read_bytes
 from .verify_layout import Checkpoint
 from .verify_plan import Weight, understand
 
-_STORAGE_KEYS = {"expert_dtype", "quantization_config", "torch_dtype", "dtype", "transformers_version", "scale_fmt"}
+# What may differ because weights are stored in another way; `check_config` compares these with the tensors instead.
+_STORAGE_KEYS = {
+    "expert_dtype",
+    "quantization_config.expert_dtype",
+    "quantization_config.scale_fmt",
+    "quantization_config.weight_block_size",
+}
+_SCALE_FORMATS = ("ue8m0", "float")
 # Files that a loader needs to be the source's own. Others (model card, licence, inference code) may differ.
 _NEEDED = re.compile(r"(tokenizer.*|special_tokens_map\.json|generation_config\.json|.*\.jinja|encoding/.*)")
 _NEEDED_BY_ENGINE = re.compile(r"tokenizer(_config)?\.json")  # what the reference converter copies
@@ -66,16 +73,16 @@ def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
     mine, theirs = _side_files(source.files), _side_files(output.files)
     for name in sorted(mine.keys() | theirs.keys()):
         matters, shown = needed.fullmatch(name), printable(name)
-        severity = "difference" if matters else "note"
+        severity: Severity = "difference" if matters else "note"
         if name not in theirs:
-            output.problem("side file", f"{shown} is missing", severity)  # type: ignore[arg-type]
+            output.problem("side file", f"{shown} is missing", severity)
         elif name not in mine:
             if matters:
                 output.problem("side file", f"{shown} is not in the source", "note")
         elif mine[name] != theirs[name] or file_hash(source.files, name, mine[name]) != file_hash(
             output.files, name, theirs[name]
         ):
-            output.problem("side file", f"{shown} differs from the source's", severity)  # type: ignore[arg-type]
+            output.problem("side file", f"{shown} differs from the source's", severity)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -88,27 +95,28 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _is_storage(key: str) -> bool:
-    return any(part in _STORAGE_KEYS for part in key.split("."))
+def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    ours, found = _flat(mine), _flat(theirs)
+    # Whether there should be one: `check_config` knows, from the tensors.
+    unquantized = not ("quantization_config" in theirs and "quantization_config" in mine)
+    for key in sorted(ours.keys() | found.keys()):
+        if key in _STORAGE_KEYS or (key in ours and key in found and ours[key] == found[key]):
+            continue
+        if unquantized and key.startswith("quantization_config."):
+            continue
+        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (ours, found))
+        severity: Severity = "note" if key == "transformers_version" else "difference"
+        output.problem("config", f"{printable(key)} is {now}, in the source's {name} it is {was}", severity)
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
     """Every key that describes the model has to be the same."""
-    if output.layout == "mp" and source.layout != "mp":
-        mine, name = read_config(source, "inference/config.json"), "inference/config.json"
-    else:
-        mine, name = read_config(source), "config.json"
-    theirs = read_config(output)
-    if theirs is None or mine is None:
-        if mine is not None and output.layout != "mp":
-            output.problem("config", "config.json is missing")
-        return
-    ours, found = _flat(mine), _flat(theirs)
-    for key in sorted(ours.keys() | found.keys()):
-        if _is_storage(key) or (key in ours and key in found and ours[key] == found[key]):
-            continue
-        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (ours, found))
-        output.problem("config", f"{printable(key)} is {now}, in the source's {name} it is {was}")
+    name = "inference/config.json" if output.layout == "mp" and source.layout != "mp" else "config.json"
+    mine, theirs = read_config(source, name), read_config(output)
+    if mine is not None and theirs is not None:
+        _compare_keys(output, mine, theirs, name)
+    elif mine is not None and output.layout != "mp":
+        output.problem("config", "config.json is missing")
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
@@ -148,8 +156,8 @@ def _check_experts(checkpoint: Checkpoint, config: dict[str, Any], weights: dict
 
 def _check_blocks(checkpoint: Checkpoint, quantization: dict[str, Any], weights: dict[str, Weight]) -> None:
     said = quantization.get("weight_block_size")
-    rows, columns = said if isinstance(said, list) and len(said) == 2 else (0, 0)
-    known = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
+    known = said in ([128, 128], [32, 32])
+    rows, columns = said if known and isinstance(said, list) else (1, 1)
     for name, weight in weights.items():
         # The engram embedding has its own 1x32 blocks, which no config key mentions.
         if weight.number_format.name != "E4M3" or weight.scale is None or ".engram." in name:
@@ -177,9 +185,10 @@ def check_config(checkpoint: Checkpoint) -> None:
         checkpoint.problem("config", "has a quantization_config, but no tensor is quantized")
     elif isinstance(quantization, dict):
         _check_blocks(checkpoint, quantization, weights)
-        if quantization.get("quant_method") not in (None, "fp8"):
-            said = printable(repr(quantization["quant_method"]))
-            checkpoint.problem("config", f"quant_method says {said}, the tensors are fp8")
+        for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3",)), ("scale_fmt", _SCALE_FORMATS)):
+            if quantization.get(key, known[0]) not in known:
+                said = printable(repr(quantization[key]))
+                checkpoint.problem("config", f"{key} says {said}, expected {' or '.join(known)}")
     elif fp8:
         checkpoint.problem("config", f"has no quantization_config, but {len(fp8)} tensors are FP8 with block scales")
 

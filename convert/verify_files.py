@@ -268,6 +268,7 @@ class Index:
 
     weight_map: dict[str, str] = field(default_factory=dict)
     total_size: int | None = None
+    unknown: list[str] = field(default_factory=list)  # keys that no index has
     reason: str = ""
 
 
@@ -283,9 +284,13 @@ def read_index(files: Files, size: int) -> Index:
     weights = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
         return Index(reason="it has no weight_map from names to files")
-    metadata = value.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(weights, total if isinstance(total, int) else None)
+    metadata = value.get("metadata", {})
+    if not isinstance(metadata, dict):
+        return Index(reason="its metadata is not an object")
+    total, unknown = metadata.get("total_size"), sorted(value.keys() - {"metadata", "weight_map"})
+    if metadata and not _is_count(total):  # no metadata at all is what some tools write
+        unknown.append("metadata without a total_size")
+    return Index(weights, total if _is_count(total) else None, unknown)
 
 
 def shard_names(files: Files) -> Iterator[str]:

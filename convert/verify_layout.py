@@ -136,6 +136,8 @@ def _check_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: dict[str
         checkpoint.problem("index", f"{INDEX_NAME} cannot be used: {index.reason}", "unreadable")
         return
     _check_weight_map(checkpoint, index.weight_map, shards)
+    if index.unknown:
+        checkpoint.problem("index", f"has what no index has: {_some(index.unknown)}")
     total = sum(entry.size for shard in shards.values() for entry in shard.entries.values())
     if index.total_size is None:
         checkpoint.problem("index", "has no total_size", "note")

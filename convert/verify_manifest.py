@@ -68,19 +68,18 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
             _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
 
 
-def check_manifest(checkpoint: Checkpoint) -> None:
-    """Sizes and hashes of shards and side files, dtypes and shapes of tensors."""
+def check_manifest(checkpoint: Checkpoint) -> bool:
+    """Sizes and hashes of shards and side files, dtypes and shapes of tensors. False when there is no manifest."""
     sizes = checkpoint.files.sizes()
     if MANIFEST not in sizes:
-        checkpoint.problem("manifest", f"there is no {MANIFEST}, so no hashes to compare", "note")
-        return
+        return False
     manifest = read_config(checkpoint, MANIFEST)
     if manifest is None:
-        return
+        return True
     parts = [manifest.get(key, {}) for key in ("shards", "files", "tensors")]
     if manifest.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
         checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
-        return
+        return True
     shards, files, tensors = parts
     broken = {name for name, said in shards.items() if not _check_file(checkpoint, name, said, sizes)}
     for name, said in files.items():
@@ -88,3 +87,4 @@ def check_manifest(checkpoint: Checkpoint) -> None:
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {printable(name)}")
     _check_tensors(checkpoint, tensors, broken)
+    return True

@@ -148,16 +148,26 @@ def _pair_kind(unit: Unit) -> Unit:
     return replace(unit, kind="unreadable", reason=f"in {side} {reason}")
 
 
+def _has(checkpoint: Checkpoint, name: str) -> bool:
+    return name in checkpoint.tensors or name in checkpoint.unreadable
+
+
 def _scale_of(checkpoint: Checkpoint, name: str) -> str:
     """The name of a weight's block scale, when the checkpoint has that scale (readable or not)."""
     if not name.endswith(".weight"):
         return ""
     scale = name.removesuffix("weight") + "scale"
-    return scale if scale in checkpoint.tensors or scale in checkpoint.unreadable else ""
+    return scale if _has(checkpoint, scale) else ""
+
+
+def _pair_scale(source: Checkpoint, output: Checkpoint, name: str) -> str:
+    """The scale that is judged together with a weight: only when the weight is on both sides."""
+    both = _has(source, name) and _has(output, name)
+    return (_scale_of(source, name) or _scale_of(output, name)) if both else ""
 
 
 def _unit(name: str, source: Checkpoint, output: Checkpoint) -> Unit:
-    scale = _scale_of(source, name) or _scale_of(output, name)
+    scale = _pair_scale(source, output, name)
     unit = Unit(
         name,
         "bytes",
@@ -182,7 +192,7 @@ def _unit(name: str, source: Checkpoint, output: Checkpoint) -> Unit:
 def _names(source: Checkpoint, output: Checkpoint) -> list[str]:
     """Every tensor name of both sides once, scales of weights left out: their weight accounts for them."""
     names = dict.fromkeys((*source.tensors, *source.unreadable, *output.tensors, *output.unreadable))
-    scales = {_scale_of(side, name) for side in (source, output) for name in names}
+    scales = {_pair_scale(source, output, name) for name in names}
     return [name for name in names if name not in scales]
 
 

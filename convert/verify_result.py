@@ -159,6 +159,7 @@ class Verification:
     statistics: Statistics
     strict: bool = False
     inverse: bool = False
+    hashed: bool = False  # a manifest's hashes were compared
     selection: str = ""  # "" or what was left out
     unchecked: list[str] = field(default_factory=list)  # names that the selection left out
     read_bytes: int = 0
@@ -210,11 +211,10 @@ class Verification:
             return f"NOT READABLE: not everything could be read{sure}{part}"
         wrong = [problem for problem in self.problems if problem.severity == "difference"]
         if self.source is None:
-            return (
-                f"SOUND{part}: structure, config, codes and hashes agree"
-                if not code
-                else f"NOT SOUND{part}: {len(wrong)} problems"
+            checked = (
+                "structure, config, codes and hashes agree" if self.hashed else "structure, config and codes agree"
             )
+            return f"NOT SOUND{part}: {len(wrong)} problems" if code else f"SOUND{part}: {checked}"
         if code == EXIT_DONE:
             return (
                 f"IDENTICAL{part}: {counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"

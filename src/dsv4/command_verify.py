@@ -123,7 +123,9 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
 
 
 def verify(
-    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint to compare with, or to check alone.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of the checkpoint to compare with, or to check alone.")
+    ],
     converted: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder of the converted one.")] = None,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
     shard: Annotated[int | None, typer.Option("--shard", min=1, help="Only the N-th shard of OUTPUT.")] = None,
