@@ -167,11 +167,11 @@ def read_bytes(files: Files, name: str, offset: int, size: int) -> bytes:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{printable(twice)}' occurs twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key '{printable(name)}' occurs twice")
+        found[name] = value
     return found
 
 
@@ -195,7 +195,7 @@ def _entry_problem(name: str, value: object) -> str:
     """Why a header's entry cannot be understood, or nothing."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return "its header entry lacks dtype, shape or data_offsets"
-    if value["dtype"] not in DTYPE_BITS:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BITS:
         return f"its dtype '{printable(str(value['dtype']))}' is not one that safetensors has"
     shape, offsets = value["shape"], value["data_offsets"]
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
@@ -252,12 +252,14 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
         header = parse_json(read_bytes(files, name, 8, length))
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its __metadata__ does not map names to text")
     except (ValueError, InputError) as error:
         shard.broken = printable(str(error))
         return shard
     for tensor, value in header.items():
-        if tensor != "__metadata__":
-            _read_entry(shard, tensor, value, 8 + length, size)
+        _read_entry(shard, tensor, value, 8 + length, size)
     _check_order(shard, 8 + length, size)
     return shard
 
@@ -277,6 +279,8 @@ INDEX_NAME = "model.safetensors.index.json"
 
 def read_index(files: Files, size: int) -> Index:
     """The index of a folder, checked for form only: whether it tells the truth is for the caller to compare."""
+    if size > MAX_HEADER_BYTES:
+        return Index(reason=f"{size} bytes, at most {MAX_HEADER_BYTES} are believable")
     try:
         value = parse_json(read_bytes(files, INDEX_NAME, 0, size))
     except ValueError as error:
