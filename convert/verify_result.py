@@ -23,6 +23,7 @@ STATUSES = {
     "+": "extra",
     "!": "unreadable",
 }
+_SEVERITY = ".=≈+-*!"  # from not checked to unreadable: a cell of the proof grid shows the worst
 BLOCKS_LISTED = 1024  # differing blocks listed per tensor; an expert of the largest release has 1,344
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\..*")
 _MODULE = re.compile(r"((?:layers|mtp)\.\d+)\..*")
@@ -89,6 +90,10 @@ def _counts(unit: Unit, tally: Tally) -> dict[str, Any]:
     return found
 
 
+def _problems(count: int) -> str:
+    return f"{count} problem" + ("s" if count != 1 else "")
+
+
 def module_of(name: str) -> str:
     """`layers.3.attn.wq_a.weight` -> `layers.3`; what belongs to no layer -> `top`."""
     match = _MODULE.fullmatch(name)
@@ -126,7 +131,7 @@ class Statistics:
     def to_json(self) -> dict[str, Any]:
         """Histograms with empty bins left out where that is shorter."""
         scales: dict[str, dict[str, dict[str, int]]] = {}
-        for side, module in sorted(self.scales, key=lambda key: (key[0], module_order(key[1]))):
+        for side, module in sorted(self.scales, key=lambda key: (key[0] != "source", module_order(key[1]))):
             uses = {
                 str(exponent - 127): int(count) for exponent, count in enumerate(self.scales[side, module]) if count
             }
@@ -214,7 +219,7 @@ class Verification:
             checked = (
                 "structure, config, codes and hashes agree" if self.hashed else "structure, config and codes agree"
             )
-            return f"NOT SOUND{part}: {len(wrong)} problems" if code else f"SOUND{part}: {checked}"
+            return f"NOT SOUND{part}: {_problems(len(wrong))}" if code else f"SOUND{part}: {checked}"
         if code == EXIT_DONE:
             return (
                 f"IDENTICAL{part}: {counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
@@ -222,18 +227,27 @@ class Verification:
         if self._values_differ:
             return f"DIFFERENT{part}: {counts['*']} tensors differ, {counts['-']} are missing, {counts['+']} are extra"
         if wrong:
-            return f"DIFFERENT{part}: all values are equal, but there are {len(wrong)} other problems"
+            return f"DIFFERENT{part}: all values are equal, but beside the values: {_problems(len(wrong))}"
         return f"DIFFERENT{part}: all values are equal, but zeros changed sign (--strict)"
+
+    def _others(self) -> dict[str, str]:
+        """Per module the worst status of everything but its routed experts."""
+        found: dict[str, str] = {}
+        pairs = [(result.name, result.status) for result in self.results] + [(name, ".") for name in self.unchecked]
+        for name, status in pairs:
+            if not _EXPERT.fullmatch(name):
+                module = module_of(name)
+                found[module] = max(found.get(module, "."), status, key=_SEVERITY.index)
+        return {module: found[module] for module in sorted(found, key=module_order)}
 
     def _grid(self) -> dict[str, str]:
         """Per module one character per routed expert: the worst status of its tensors; `.` was not checked."""
-        order = ".=≈+-*!"
         cells: dict[str, dict[int, str]] = {}
         pairs = [(result.name, result.status) for result in self.results] + [(name, ".") for name in self.unchecked]
         for name, status in pairs:
             if match := _EXPERT.fullmatch(name):
                 row = cells.setdefault(match[1], {})
-                row[int(match[2])] = max(row.get(int(match[2]), "."), status, key=order.index)
+                row[int(match[2])] = max(row.get(int(match[2]), "."), status, key=_SEVERITY.index)
         return {
             module: "".join(cells[module].get(expert, ".") for expert in range(max(cells[module]) + 1))
             for module in sorted(cells, key=module_order)
@@ -255,6 +269,7 @@ class Verification:
             "problems": [problem.to_json() for problem in self.problems],
             "differences": [result.to_json() for result in self.results if result.status not in "=≈"],
             "experts": self._grid(),
+            "others": self._others(),
             "statistics": self.statistics.to_json(),
             "read_bytes": self.read_bytes,
             "seconds": round(self.seconds, 3),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = example(
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
-    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse",
+    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse --report proof.html",
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --tensor 'layers.3.*' --json",
     "dsv4 verify DeepSeek-V4-Flash-FP8",
 )
@@ -137,6 +137,9 @@ def verify(
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
     ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the proof.")
+    ] = None,
     max_workers: MaxWorkers = None,
     max_memory: MaxMemory = None,
     json: Json = False,
@@ -155,6 +158,8 @@ def verify(
 
     selection = Selection(tensor, shard, _share(sample), seed)
     memory = None if max_memory is None else parse_size(max_memory)
+    if report is not None:
+        report.open("a").close()  # a page that cannot be written should not be found out about after an hour
     bars: list[output.Progress] = []
 
     def start(total: int) -> None:
@@ -176,6 +181,11 @@ def verify(
         for bar in bars:
             bar.__exit__(None, None, None)
     found = result.to_json()
+    if report is not None:
+        from dsv4.convert.verify_report import render
+
+        report.write_text(render(found), encoding="utf-8")
+        out.say(f"report: {printable(str(report))}")
     out.result(found)
     _tell(out, result, found)
     raise typer.Exit(result.exit_code)
