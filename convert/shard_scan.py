@@ -22,7 +22,7 @@ from .settings import Layout, Settings
 from .tensor_pieces import Counts, make, split
 
 ELEMENTS_AT_ONCE = 2**22  # looking at codes takes about ten bytes an element
-MAX_NAMED = 20  # blocks and tensors that a message lists; the manifest counts them all
+MAX_NAMED = 20  # blocks of a tensor that a message lists; the manifest counts them all
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,9 @@ def _scan_one(checkpoint: Checkpoint, tensor: OutputTensor) -> Finding:
 
 
 def _refuse(shard: OutputShard, bad: list[Finding]) -> None:
-    shown = "\n".join(f"  {printable(f.tensor.name)}: {f.inexact}" for f in bad[:MAX_NAMED])
-    more = f"\n  and {len(bad) - MAX_NAMED} more tensors" if len(bad) > MAX_NAMED else ""
+    shown = "\n".join(f"  {printable(f.tensor.name)}: {f.inexact}" for f in bad)
     raise InputError(
-        f"{len(bad)} tensors of {shard.file} have no exact form:\n{shown}{more}",
+        f"{len(bad)} tensors of {shard.file} have no exact form:\n{shown}",
         "--on-inexact keep leaves these tensors as they are; --on-inexact round rounds them and says so.",
     )
 
