@@ -20,9 +20,9 @@ from dsv4.errors import Interrupted, MachineError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, write_file
-from .journal import FinishedShard, Journal, check_same_job
+from .journal import FinishedShard, Journal, check_same_job, read_journal
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
-from .output_folder import check_finished, check_in_the_way, clear, files_of, look, usable_shards
+from .output_folder import check_finished, check_in_the_way, clear, files_of, look, owned_bytes, usable_shards
 from .plan import OutputShard, Plan, make_plan
 from .settings import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -139,7 +139,7 @@ class _Run:
 
     def resume(self, job: dict[str, Any]) -> None:
         """Take over what an interrupted run of the same job finished."""
-        past = look(self.output).journal
+        past = read_journal(self.output)
         if past is None:
             return
         check_same_job(past.job, job, self.output)
@@ -254,7 +254,8 @@ def run_conversion(
     found = look(output)
     if found.manifest is not None and not overwrite:
         return _already_done(checkpoint, plan, output, found.manifest)
-    check_disk(plan, output, plan.output_bytes if found.journal is not None or overwrite else 0)
+    # A continued run is checked when it is known what of it can be used; a replaced one makes room first.
+    check_disk(plan, output, plan.output_bytes if found.journal and not overwrite else owned_bytes(output, found))
     create_folder(output)
     with locked(output):
         remove_leftovers(output)

@@ -169,6 +169,15 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_empty_folder(path: Path) -> None:
+    """Delete a folder if it is there and nothing is in it."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of runs that were killed. Only while holding the folder's lock."""
     for path in folder.rglob(f"{PREFIX}*{_PART_SUFFIX}"):

@@ -104,15 +104,26 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
     return (text + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
 
 
+def _is_manifest(value: Any) -> bool:
+    """Whether the parts that this program relies on are there."""
+    if not isinstance(value, dict) or value.get("format") != MANIFEST_FORMAT:
+        return False
+    if not all(isinstance(value.get(key), dict) for key in ("shards", "files", "tensors", "summary")):
+        return False
+    entries = [*value["shards"].values(), *value["files"].values()]
+    sizes = all(isinstance(entry, dict) and type(entry.get("size")) is int for entry in entries)
+    return sizes and isinstance(value.get("kept_tensors"), list)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an output folder; None if it has none. Raises InputError if it is not one of ours."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
     manifest = strict_json(read_small(path, MAX_MANIFEST_BYTES), printable(str(path)))
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+    if not _is_manifest(manifest):
         raise InputError(f"{printable(str(path))}: not a manifest of this version of dsv4", "Choose another folder.")
-    return manifest
+    return dict(manifest)
 
 
 def _stays_inside(name: Any) -> bool:

@@ -7,13 +7,13 @@ is ever touched; in ours, only the files that journal or manifest name.
 import hashlib
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsv4.errors import InputError, UsageError, printable
 
-from .checkpoint import Checkpoint, read_header
-from .files import PREFIX, remove
+from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_header
+from .files import PREFIX, remove, remove_empty_folder
 from .journal import JOURNAL_NAME, FinishedShard, Past, check_same_job, read_journal
 from .manifest import MANIFEST_NAME, check_owned, read_manifest
 from .plan import Plan
@@ -69,13 +69,25 @@ def check_in_the_way(folder: Path, found: Found, names: list[str]) -> None:
         )
 
 
+def owned_bytes(folder: Path, found: Found) -> int:
+    """Bytes on disk of the conversion found."""
+    return sum(path.stat().st_size for path in map(folder.joinpath, owned_files(found)) if path.is_file())
+
+
+def _removal_order(name: str) -> tuple[bool, bool]:
+    """Index and config first: what is half removed must not look like a model. The manifest last: it makes it ours."""
+    return name == MANIFEST_NAME, name not in (INDEX_NAME, CONFIG_NAME)
+
+
 def clear(folder: Path, found: Found) -> None:
-    """Remove a former conversion's files, the config first: what is half removed must not look like a model."""
+    """Remove a former conversion's files, and its sub-folders unless something else is in them."""
     names = owned_files(found)
-    last_written_first = sorted(names, key=lambda n: n.endswith(".safetensors"))
-    for name in last_written_first:
+    for name in sorted(names, key=_removal_order):
         remove(folder / name)
     remove(folder / JOURNAL_NAME)
+    inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
+    for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
+        remove_empty_folder(folder / sub_folder)
 
 
 def source_changed(checkpoint: Checkpoint, since_ns: int) -> set[str]:
