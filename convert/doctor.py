@@ -168,7 +168,7 @@ def _architecture(p: Patient) -> Iterator[Check]:
     model, architecture = text(p.facts.config, "model_type"), architecture_name(p.facts.config)
     shown = printable(f"{architecture} ({model})")
     if p.name == "transformers" and model != "deepseek_v4":
-        yield Check("architecture", "refuses", f"{shown}; transformers knows deepseek_v4", "Correct model_type.")
+        yield Check("architecture", "refuses", f"{shown}; of this family transformers knows model_type deepseek_v4")
     elif architecture != "DeepseekV4ForCausalLM":
         yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
     else:

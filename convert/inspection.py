@@ -7,7 +7,7 @@ where the tensors can say it (parameters, layer kinds, storage), and taken from 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dsv4.errors import InputError, printable
 
@@ -19,7 +19,7 @@ from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
 from .parameters import FAMILIES, ROUTED_EXPERT, Parameters, block_of, count_parameters, family, parameters_of
 from .storage import Folder, check_component
 
-Attention = Literal["sliding", "csa", "hca"]
+Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
 Routing = Literal["hash", "score", "none"]
 
 
@@ -95,7 +95,8 @@ def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | No
     ratio = ape.shape[0] if ape and ape.shape else declared_ratio
     indexed = any(name.startswith("attn.indexer.") for name in inner)
     compressed = bool(ratio) or any(name.startswith("attn.compressor.") for name in inner)
-    attention: Attention = "csa" if indexed else "hca" if compressed else "sliding"
+    known: Attention = "csa" if indexed else "hca" if compressed else "sliding"
+    attention: Attention = known if ratio in (None, 0, 4, 128) else "compressed"
     routing: Routing = "hash" if "ffn.gate.tid2eid" in inner else "score" if "ffn.gate.weight" in inner else "none"
     experts = {match[1] for name in inner if (match := ROUTED_EXPERT.fullmatch(name))}
     return Layer(index, ratio, attention, routing, len(experts))
@@ -174,7 +175,7 @@ def layer_counts(inspection: Inspection) -> dict[str, int]:
     layers = inspection.layers
     return {
         "total": len(layers),
-        **{kind: sum(layer.attention == kind for layer in layers) for kind in ("sliding", "csa", "hca")},
+        **{kind: sum(layer.attention == kind for layer in layers) for kind in get_args(Attention)},
         **{kind: sum(layer.routing == kind for layer in layers) for kind in ("hash", "score")},
         "mtp": inspection.mtp_blocks,
     }

@@ -49,7 +49,16 @@ def test_flash_is_what_the_release_says(flash_facts: dict) -> None:
     assert (facts["tensors"], facts["bytes"]) == FLASH_PUBLISHED
     assert round(facts["parameters"]["total"] / 1e9) == 284
     assert round(facts["parameters"]["active"] / 1e9) == 13
-    assert facts["layers"] == {"total": 43, "sliding": 2, "csa": 21, "hca": 20, "hash": 3, "score": 40, "mtp": 1}
+    assert facts["layers"] == {
+        "total": 43,
+        "sliding": 2,
+        "csa": 21,
+        "hca": 20,
+        "compressed": 0,
+        "hash": 3,
+        "score": 40,
+        "mtp": 1,
+    }
     assert {name: amount["tensors"] for name, amount in facts["dtypes"].items()} == {
         "BF16": 433, "F32": 417, "I64": 3, "F8_E4M3": 375, "F8_E8M0": 34_167, "I8": 33_792
     }  # fmt: skip
@@ -64,7 +73,16 @@ def test_pro_is_what_the_release_says(small: Path) -> None:
     assert (facts["tensors"], facts["bytes"]) == PRO_PUBLISHED
     assert round(facts["parameters"]["total"] / 1e12, 1) == 1.6
     assert round(facts["parameters"]["active"] / 1e9) == 49
-    assert facts["layers"] == {"total": 61, "sliding": 0, "csa": 30, "hca": 31, "hash": 3, "score": 58, "mtp": 1}
+    assert facts["layers"] == {
+        "total": 61,
+        "sliding": 0,
+        "csa": 30,
+        "hca": 31,
+        "compressed": 0,
+        "hash": 3,
+        "score": 58,
+        "mtp": 1,
+    }
     share = facts["kv_cache"]["share_of_deepseek_v3_2_at_1048576"]
     assert round(share["FP8 latent, BF16 rotary, FP8 index keys"], 2) == 0.10
     assert [finding["level"] for finding in facts["findings"]] == ["note"]  # the small one's index has another total

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 BAR = 40  # characters of the longest bar of a histogram
-ATTENTION = {"sliding": "sliding", "csa": "CSA", "hca": "HCA"}
+ATTENTION = {"sliding": "sliding", "csa": "CSA", "hca": "HCA", "compressed": "compressed"}
 
 
 def human_count(number: int) -> str:
