@@ -1,5 +1,6 @@
 """`dsv4 demo [FOLDER]`: the whole program on a small checkpoint, made on the spot."""
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,8 @@ def _steps(folder: Path) -> list[list[str]]:
     return [
         ["inspect", source],
         ["convert", source, converted],
-        ["verify", source, converted],
+        ["verify", source, converted, "--report", str(folder / "report.html")],
+        ["run", source, "-p", "What changed?", "--compare", converted],
     ]
 
 
@@ -33,11 +35,9 @@ def _choose_folder(folder: Path | None) -> Path:
 
 
 def demo(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="Where to put it all. Default: new.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to put it all. Default: new.")] = None,
 ) -> None:
-    """Make a small checkpoint in the release's format, convert it, prove it; every command is shown as it runs."""
+    """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
     from dsv4.cli import run
     from dsv4.convert.synthetic import make_checkpoint
 
@@ -46,8 +46,8 @@ def demo(
     out.say(f"A small DeepSeek-V4 checkpoint with random weights, FP4 experts and FP8 rest, in {place / 'source'}")
     make_checkpoint(place / "source")
     for step in _steps(place):
-        out.say(f"\n$ dsv4 {' '.join(step)}")
+        out.say(f"\n$ dsv4 {shlex.join(step)}")
         code = run(step)
         if code:
             raise typer.Exit(code)
-    out.say(f"\nEverything is in {place}")
+    out.say(f"\nEverything is in {place}; open {place / 'report.html'} in a browser.")
