@@ -15,8 +15,8 @@ from .cache import LayerCache
 from .compressor import Compressor, simulate_key
 from .config import OVERLAP_RATIO, Config
 from .indexer import Indexer
-from .layers import Arithmetic, Rotary, rms_norm
-from .numerics import tree_sum
+from .layers import Arithmetic, Rotary
+from .numerics import sqrt, tree_sum
 from .residency import Scope
 
 BFLOAT16_VECTOR = 32  # elements of a 512-bit register
@@ -47,7 +47,7 @@ def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
     dtype = q.dtype
     squares = (q * q).to(torch.float32)
     mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
-    root = (mean.to(torch.float32) + eps).to(dtype).to(torch.float32).sqrt()
+    root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
     left_over = q.shape[1] // BFLOAT16_VECTOR * BFLOAT16_VECTOR
     root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
     return q * (1.0 / root).to(dtype).unsqueeze(-1)
@@ -97,14 +97,14 @@ class Attention:
     def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config, linear = self._config, self._arithmetic.quantized_linear
         qr = linear(x, self._weights.matrix("wq_a.weight"))
-        qr = rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
+        qr = self._arithmetic.operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
         q = linear(qr, self._weights.matrix("wq_b.weight")).unflatten(-1, (-1, config.head_dim))
         return qr, self._rotary.rotate(head_norm(q, config.rms_norm_eps), positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         config = self._config
         kv = self._arithmetic.quantized_linear(x, self._weights.matrix("wkv.weight"))
-        kv = rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
+        kv = self._arithmetic.operations.rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
         return simulate_key(self._rotary.rotate(kv, positions), config.qk_rope_head_dim, self._arithmetic)
 
     def _compressed_rows(

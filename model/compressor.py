@@ -9,11 +9,11 @@ block's FIRST token. A block enters the cache when its last token does.
 
 import torch
 
-from dsv4.quant.activation import hadamard, simulate_fp4, simulate_fp8
+from dsv4.quant.activation import hadamard, simulate_fp4
 
 from .cache import CompressorState
 from .config import Config
-from .layers import Arithmetic, Rotary, rms_norm
+from .layers import Arithmetic, Rotary
 from .numerics import exp, tree_sum
 from .residency import Scope
 
@@ -24,7 +24,8 @@ def simulate_key(x: torch.Tensor, rope_dims: int, arithmetic: Arithmetic) -> tor
     """A key [..., c] as the FP8 cache would hold it: all but the rotary dims quantized in groups of 64."""
     if not arithmetic.simulation:
         return x
-    return torch.cat((simulate_fp8(x[..., :-rope_dims], KEY_GROUP), x[..., -rope_dims:]), dim=-1)
+    plain = arithmetic.operations.simulate_fp8(x[..., :-rope_dims], KEY_GROUP)
+    return torch.cat((plain, x[..., -rope_dims:]), dim=-1)
 
 
 def simulate_index(x: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
@@ -60,7 +61,8 @@ class Compressor:
         kv, gate = slots[:, 0], slots[:, 1]
         weights = exp(gate - gate.amax(-1, keepdim=True))
         pooled = tree_sum(kv * (weights / tree_sum(weights).unsqueeze(-1))).to(self._arithmetic.dtype)
-        normed = rms_norm(pooled, self._weights.vector("norm.weight"), self._config.rms_norm_eps)
+        norm, eps = self._arithmetic.operations.rms_norm, self._config.rms_norm_eps
+        normed = norm(pooled, self._weights.vector("norm.weight"), eps)
         starts = torch.arange(first, last, device=normed.device) * ratio
         key = self._rotary.rotate(normed, starts)
         if self._index:

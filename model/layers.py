@@ -1,4 +1,4 @@
-"""The small parts that every layer is made of: arithmetic mode, norm, rotary embedding, hyper-connection.
+"""What every layer is made of: arithmetic mode, rotary embedding, hyper-connection, head.
 
 `Arithmetic` carries the one decision that every part needs: with simulation, activations are bfloat16, the inputs of
 quantized layers pass through FP8, and keys and indexer through FP8 and FP4, as in the release. Without, everything is
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4.quant.activation import FP8_GROUP, simulate_fp8
+from dsv4.quant.activation import FP8_GROUP
 
 from .config import Config
-from .numerics import exp, sigmoid, tree_sum
+from .numerics import sigmoid, sqrt
 from .ops import Operations
 from .residency import Scope
 from .weights import Matrix
@@ -36,19 +36,12 @@ class Arithmetic:
 
     def quantized_linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """A layer whose input the release quantizes to FP8 in groups of 128: [T, in] -> [T, out] in `dtype`."""
-        x = simulate_fp8(x, FP8_GROUP) if self.simulation else x
+        x = self.operations.simulate_fp8(x, FP8_GROUP) if self.simulation else x
         return self.operations.linear(x, matrix).to(self.dtype)
 
     def linear(self, x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """A layer whose input stays as it is: [T, in] -> float32 [T, out], optionally of some rows only."""
         return self.operations.linear(x, matrix, start, stop)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n] over its root mean square, times weight [n]; float32 inside, rounded to x's dtype once."""
-    wide = x.to(torch.float32)
-    mean = tree_sum(wide * wide) / wide.shape[-1]
-    return (wide * (1.0 / (mean + eps).sqrt()).unsqueeze(-1) * weight).to(x.dtype)
 
 
 def rotary_frequencies(config: Config, compressed: bool) -> torch.Tensor:
@@ -76,8 +69,8 @@ def rotary_frequencies(config: Config, compressed: bool) -> torch.Tensor:
 class Rotary:
     """Cosines and sines by position, in chunks of fixed shape: a position's bits never depend on the others."""
 
-    def __init__(self, frequencies: torch.Tensor, device: torch.device) -> None:
-        self._frequencies, self._device = frequencies, device
+    def __init__(self, frequencies: torch.Tensor, device: torch.device, operations: Operations) -> None:
+        self._frequencies, self._device, self._rotate = frequencies, device, operations.rotate
         self._cos = torch.empty(0, len(frequencies), device=device)
         self._sin = torch.empty(0, len(frequencies), device=device)
 
@@ -97,55 +90,16 @@ class Rotary:
         return self._cos[positions], self._sin[positions]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """x [n, ..., c] with the last r dims rotated by their position: pairs (2i, 2i + 1), float32, x's dtype out."""
+        """x [n, ..., c] with the last r dims rotated by their position, back if `inverse`; x's dtype out."""
         cos, sin = self.table(positions)
-        shape = (len(x), *[1] * (x.dim() - 2), -1)
-        cos, sin = cos.view(shape), sin.view(shape)
-        sin = -sin if inverse else sin
-        r = 2 * cos.shape[-1]
-        pairs = x[..., -r:].to(torch.float32).unflatten(-1, (-1, 2))
-        even, odd = pairs[..., 0], pairs[..., 1]
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-        return torch.cat((x[..., :-r], turned.to(x.dtype)), dim=-1)
+        width = x.shape[-1]
+        return self._rotate(x.reshape(len(x), -1, width), cos, -sin if inverse else sin).view(x.shape)
 
 
 def _stream_mixes(h: torch.Tensor, fn: Matrix, arithmetic: Arithmetic, eps: float) -> torch.Tensor:
     """h [T, n, D] -> float32 [T, out]: the projection of all streams, over their root mean square."""
-    x = h.flatten(1).to(torch.float32)
-    mean = tree_sum(x * x) / x.shape[-1]
-    return arithmetic.linear(x, fn) * (1.0 / (mean + eps).sqrt()).unsqueeze(-1)
-
-
-def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
-    """[T, n, n] -> nearly doubly stochastic, float32: softmax over the last dim, then columns, rows, columns, ..."""
-    weights = exp(logits - logits.amax(-1, keepdim=True))
-    comb = weights / tree_sum(weights).unsqueeze(-1) + eps
-
-    def columns(c: torch.Tensor) -> torch.Tensor:
-        return c / (tree_sum(c.transpose(-1, -2)).unsqueeze(-2) + eps)
-
-    comb = columns(comb)
-    for _ in range(iterations - 1):
-        comb = columns(comb / (tree_sum(comb).unsqueeze(-1) + eps))
-    return comb
-
-
-def split_mixes(
-    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mixes [T, (2 + n) n] -> pre [T, n], post [T, n], comb [T, n (from), n (to)], float32."""
-    pre = sigmoid(mixes[:, :n] * scale[0] + base[:n]) + eps
-    post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = (mixes[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
-    return pre, post, sinkhorn(logits, iterations, eps)
-
-
-def weighted_streams(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """sum_j weights[t, j] * h[t, j] -> float32 [T, D], in the order of j."""
-    total = weights[:, 0, None] * h[:, 0].to(torch.float32)
-    for j in range(1, h.shape[1]):
-        total = total + weights[:, j, None] * h[:, j].to(torch.float32)
-    return total
+    x = h.flatten(1)
+    return arithmetic.linear(x, fn) * (1.0 / sqrt(arithmetic.operations.mean_square(x) + eps)).unsqueeze(-1)
 
 
 class HyperConnection:
@@ -159,15 +113,15 @@ class HyperConnection:
         config, prefix = self._config, f"hc_{self._part}_"
         mixes = _stream_mixes(h, self._weights.matrix(prefix + "fn"), self._arithmetic, config.rms_norm_eps)
         scale, base = self._weights.vector(prefix + "scale"), self._weights.vector(prefix + "base")
-        pre, post, comb = split_mixes(mixes, scale, base, config.hc_mult, config.hc_sinkhorn_iters, config.hc_eps)
-        return weighted_streams(pre, h).to(h.dtype), post, comb
+        operations = self._arithmetic.operations
+        pre, post, comb = operations.split_mixes(
+            mixes, scale, base, config.hc_mult, config.hc_sinkhorn_iters, config.hc_eps
+        )
+        return operations.collapse(pre, h), post, comb
 
-    @staticmethod
-    def leave(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    def leave(self, output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
         """output [T, D], old h [T, n, D] -> new h: post_k * output + sum_j comb[j, k] h_j."""
-        wide = output.to(torch.float32)
-        streams = [post[:, k, None] * wide + weighted_streams(comb[:, :, k], h) for k in range(h.shape[1])]
-        return torch.stack(streams, dim=1).to(h.dtype)
+        return self._arithmetic.operations.expand(output, h, post, comb)
 
 
 class Head:
@@ -182,5 +136,7 @@ class Head:
         mixes = _stream_mixes(h, self._weights.matrix("hc_head_fn"), self._arithmetic, config.rms_norm_eps)
         scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
         pre = sigmoid(mixes * scale + base) + config.hc_eps
-        x = rms_norm(weighted_streams(pre, h).to(h.dtype), self._weights.vector("norm.weight"), config.rms_norm_eps)
+        operations = self._arithmetic.operations
+        x = operations.collapse(pre, h)
+        x = operations.rms_norm(x, self._weights.vector("norm.weight"), config.rms_norm_eps)
         return self._arithmetic.linear(x, self._shared.matrix("head.weight"))

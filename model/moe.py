@@ -10,7 +10,7 @@ import torch
 
 from .config import Config
 from .layers import Arithmetic
-from .numerics import silu, softplus, tree_sum
+from .numerics import softplus, sqrt, tree_sum
 from .residency import Scope
 
 
@@ -23,7 +23,7 @@ class Gate:
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> experts int64 [T, k], weights float32 [T, k]."""
-        scores = softplus(self._arithmetic.linear(x, self._weights.matrix("weight"))).sqrt()
+        scores = sqrt(softplus(self._arithmetic.linear(x, self._weights.matrix("weight"))))
         if self._hash:
             experts = self._weights.vector("tid2eid")[token_ids]
         else:
@@ -42,13 +42,10 @@ class MixtureOfExperts:
 
     def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None) -> torch.Tensor:
         """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert."""
-        linear, limit = self._arithmetic.quantized_linear, self._config.swiglu_limit
-        gate = linear(x, weights.matrix("w1.weight")).to(torch.float32).clamp(max=limit)
-        up = linear(x, weights.matrix("w3.weight")).to(torch.float32).clamp(-limit, limit)
-        activation = silu(gate) * up
-        if share is not None:
-            activation = share.unsqueeze(-1) * activation
-        return linear(activation.to(self._arithmetic.dtype), weights.matrix("w2.weight"))
+        linear = self._arithmetic.quantized_linear
+        gate, up = linear(x, weights.matrix("w1.weight")), linear(x, weights.matrix("w3.weight"))
+        activation = self._arithmetic.operations.swiglu(gate, up, self._config.swiglu_limit, share)
+        return linear(activation, weights.matrix("w2.weight"))
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from . import ops
+from dsv4.quant.activation import simulate_fp8 as reference_simulate_fp8
+
+from . import ops, parts
 from .numerics import LANES
 from .weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
 
@@ -31,6 +33,7 @@ FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 CODES = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
 HEADS_PER_TILE = 4
+MOST_STREAMS = 64
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 
 
@@ -48,6 +51,22 @@ class _Matrix(ctypes.Structure):
         ("format", ctypes.c_int32),
         ("scale_is_float32", ctypes.c_int32),
     ]
+
+
+# Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
+SIGNATURES = {
+    "dsv4_linear": "mpllllpii",
+    "dsv4_sparse_attention": "pppppflllllippi",
+    "dsv4_index_scores": "mppllippi",
+    "dsv4_simulate_fp8": "ppllli",
+    "dsv4_mean_square": "ppplli",
+    "dsv4_rms_norm": "ppfpplli",
+    "dsv4_rotate": "pppplllli",
+    "dsv4_split_mixes": "pppppplllf",
+    "dsv4_collapse": "pppllli",
+    "dsv4_expand": "pppppllli",
+    "dsv4_swiglu": "ppppllfi",
+}
 
 
 def _cpu() -> str:
@@ -76,6 +95,16 @@ def _compile(compiler: str, target: Path) -> bool:
     return False
 
 
+def _open(path: Path) -> ctypes.CDLL:
+    types = {"m": ctypes.POINTER(_Matrix), "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32}
+    types["f"] = ctypes.c_float
+    loaded = ctypes.CDLL(str(path))
+    for name, letters in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [types[letter] for letter in letters], None
+    return loaded
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, built if need be; None where that is impossible."""
@@ -89,7 +118,7 @@ def library() -> ctypes.CDLL | None:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
         if target.exists() or _compile(compiler, target):
-            return ctypes.CDLL(str(target))
+            return _open(target)
     except OSError:
         pass  # a read-only home, or a compiler that builds for another machine
     return None
@@ -125,20 +154,13 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
         return ops.linear(x, matrix, start, stop)
     stop = matrix.shape[0] if stop is None else stop
     values = x.to(torch.float32).contiguous()
-    result = torch.empty(len(values), stop - start, dtype=torch.float32)
+    rows, columns = values.shape
+    result = torch.empty(rows, stop - start, dtype=torch.float32)
     # Eight significant bits times eight at most: a product that float32 holds exactly.
     exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.powers_of_two
-    loaded.dsv4_linear(
-        ctypes.byref(_describe(matrix)),
-        ctypes.c_void_p(values.data_ptr()),
-        ctypes.c_int64(len(values)),
-        ctypes.c_int64(values.shape[1]),
-        ctypes.c_int64(start),
-        ctypes.c_int64(stop),
-        ctypes.c_void_p(result.data_ptr()),
-        ctypes.c_int32(exact),
-        ctypes.c_int32(_threads(result.numel() * values.shape[1])),
-    )
+    threads = _threads(result.numel() * columns)
+    described, values_at = _describe(matrix), values.data_ptr()
+    loaded.dsv4_linear(described, values_at, rows, columns, start, stop, result.data_ptr(), exact, threads)
     return result
 
 
@@ -159,22 +181,9 @@ def sparse_attention(
     threads = _threads(2 * q.numel() * listed)
     scratch = torch.empty(threads * (listed + 2 * HEADS_PER_TILE) * width, dtype=torch.float32)
     loaded.dsv4_sparse_attention(
-        ctypes.c_void_p(q.data_ptr()),
-        ctypes.c_void_p(window.data_ptr()),
-        ctypes.c_void_p(compressed.data_ptr()),
-        ctypes.c_void_p(index.data_ptr()),
-        ctypes.c_void_p(sink.data_ptr()),
-        ctypes.c_float(scale),
-        ctypes.c_int64(queries),
-        ctypes.c_int64(heads),
-        ctypes.c_int64(width),
-        ctypes.c_int64(listed),
-        ctypes.c_int64(len(window)),
-        ctypes.c_int32(q.dtype == torch.bfloat16),
-        ctypes.c_void_p(result.data_ptr()),
-        ctypes.c_void_p(scratch.data_ptr()),
-        ctypes.c_int32(threads),
-    )
+        q.data_ptr(), window.data_ptr(), compressed.data_ptr(), index.data_ptr(), sink.data_ptr(), scale,
+        queries, heads, width, listed, len(window), _is_bfloat16(q), result.data_ptr(), scratch.data_ptr(), threads,
+    )  # fmt: skip
     return result
 
 
@@ -183,24 +192,140 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     loaded, (queries, heads, width) = library(), q.shape
     if loaded is None or width % LANES:
         return ops.index_scores(q, weights, keys)
-    rounded, keys = q.dtype == torch.bfloat16, keys.contiguous()
+    rounded, keys = _is_bfloat16(q), keys.contiguous()
     matrix = Matrix("index keys", BFLOAT16 if rounded else FLOAT32, (len(keys), width), keys)
     wide, wide_weights = q.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
     scores = torch.empty(queries, len(keys), dtype=torch.float32)
     threads = _threads(scores.numel() * heads * width)
     scratch = torch.empty(threads * heads * 5, dtype=torch.float32)
     loaded.dsv4_index_scores(
-        ctypes.byref(_describe(matrix)),
-        ctypes.c_void_p(wide.data_ptr()),
-        ctypes.c_void_p(wide_weights.data_ptr()),
-        ctypes.c_int64(queries),
-        ctypes.c_int64(heads),
-        ctypes.c_int32(rounded),
-        ctypes.c_void_p(scores.data_ptr()),
-        ctypes.c_void_p(scratch.data_ptr()),
-        ctypes.c_int32(threads),
-    )
+        _describe(matrix), wide.data_ptr(), wide_weights.data_ptr(), queries, heads, rounded,
+        scores.data_ptr(), scratch.data_ptr(), threads,
+    )  # fmt: skip
     return scores
 
 
-NATIVE = ops.Operations(linear, sparse_attention, index_scores)
+def _is_bfloat16(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
+    """See dsv4.quant.activation.simulate_fp8."""
+    loaded = library()
+    if loaded is None:
+        return reference_simulate_fp8(x, group)
+    x = x.contiguous()
+    result, columns = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // columns
+    loaded.dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x))
+    return result
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    """See parts.mean_square."""
+    loaded = library()
+    if loaded is None:
+        return parts.mean_square(x)
+    x, columns = x.contiguous(), x.shape[-1]
+    result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), torch.empty(columns, dtype=torch.float32)
+    rows = result.numel()
+    loaded.dsv4_mean_square(x.data_ptr(), result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x))
+    return result
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See parts.rms_norm."""
+    loaded = library()
+    if loaded is None:
+        return parts.rms_norm(x, weight, eps)
+    x, columns = x.contiguous(), x.shape[-1]
+    result, scratch, rows = torch.empty_like(x), torch.empty(columns, dtype=torch.float32), x.numel() // columns
+    loaded.dsv4_rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x)
+    )
+    return result
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See parts.rotate."""
+    loaded = library()
+    if loaded is None:
+        return parts.rotate(x, cos, sin)
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    result, (rows, heads, columns) = torch.empty_like(x), x.shape
+    loaded.dsv4_rotate(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), result.data_ptr(), rows, heads, columns, cos.shape[1],
+        _is_bfloat16(x),
+    )  # fmt: skip
+    return result
+
+
+def split_mixes(
+    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See parts.split_mixes."""
+    loaded = library()
+    if loaded is None or n > MOST_STREAMS:
+        return parts.split_mixes(mixes, scale, base, n, iterations, eps)
+    mixes, rows = mixes.contiguous(), len(mixes)
+    pre, post = torch.empty(rows, n, dtype=torch.float32), torch.empty(rows, n, dtype=torch.float32)
+    comb = torch.empty(rows, n, n, dtype=torch.float32)
+    loaded.dsv4_split_mixes(
+        mixes.data_ptr(), scale.data_ptr(), base.data_ptr(), pre.data_ptr(), post.data_ptr(), comb.data_ptr(),
+        rows, n, iterations, eps,
+    )  # fmt: skip
+    return pre, post, comb
+
+
+def collapse(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """See parts.collapse."""
+    loaded = library()
+    if loaded is None:
+        return parts.collapse(weights, h)
+    weights, h, (rows, n, columns) = weights.contiguous(), h.contiguous(), h.shape
+    result = torch.empty(rows, columns, dtype=h.dtype)
+    loaded.dsv4_collapse(weights.data_ptr(), h.data_ptr(), result.data_ptr(), rows, n, columns, _is_bfloat16(h))
+    return result
+
+
+def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """See parts.expand."""
+    loaded = library()
+    if loaded is None:
+        return parts.expand(output, h, post, comb)
+    output, h, post, comb = output.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous()
+    result, (rows, n, columns) = torch.empty_like(h), h.shape
+    loaded.dsv4_expand(
+        output.data_ptr(), h.data_ptr(), post.data_ptr(), comb.data_ptr(), result.data_ptr(), rows, n, columns,
+        _is_bfloat16(h),
+    )  # fmt: skip
+    return result
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tensor | None) -> torch.Tensor:
+    """See parts.swiglu."""
+    loaded = library()
+    if loaded is None:
+        return parts.swiglu(gate, up, limit, share)
+    gate, up, share = gate.contiguous(), up.contiguous(), None if share is None else share.contiguous()
+    result, (rows, columns) = torch.empty_like(gate), gate.shape
+    loaded.dsv4_swiglu(
+        gate.data_ptr(), up.data_ptr(), None if share is None else share.data_ptr(), result.data_ptr(),
+        rows, columns, limit, _is_bfloat16(gate),
+    )  # fmt: skip
+    return result
+
+
+NATIVE = ops.Operations(
+    linear=linear,
+    sparse_attention=sparse_attention,
+    index_scores=index_scores,
+    simulate_fp8=simulate_fp8,
+    mean_square=mean_square,
+    rms_norm=rms_norm,
+    rotate=rotate,
+    split_mixes=split_mixes,
+    collapse=collapse,
+    expand=expand,
+    swiglu=swiglu,
+)

@@ -8,9 +8,9 @@ gives other bits in a batch than alone. Here every order is fixed by the length 
                product and sum to float32, then the lanes are added by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1
 
 Sixteen float32 are one 512-bit register, so compiled code in the same order (`native.c`) is fast and gives the same
-bits. Additions, products, divisions and square roots are correctly rounded by IEEE 754 wherever they are computed;
-`exp` and `log1p` are not, and libraries use different code for the body and the tail of an array, so they are built
-here from correctly rounded operations in float64 and rounded to float32 once.
+bits. Additions, products and divisions are correctly rounded wherever they are computed; other functions are not, and
+libraries use different code for the body and the tail of an array, so `exp`, `log1p` and even `sqrt` (torch's is
+off by a unit in a fifth of all cases) are built here from such operations in float64 and rounded to float32 once.
 Other devices than the CPU make no such promise (and some have no float64): there torch's own functions are used.
 """
 
@@ -107,6 +107,15 @@ def softplus(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.softplus(x)
     wide = x.to(torch.float64).clamp(-700.0, 700.0)
     return torch.where(wide > 40.0, wide, _log1p64(_exp64(wide.clamp(max=40.0)))).to(torch.float32)
+
+
+def sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Square root of float32, any shape, correctly rounded.
+
+    No square root of a float32 is closer than 2**-51 (relative) to the middle between two float32, so a float64 root
+    that is off by a unit rounds to the right one.
+    """
+    return torch.sqrt(x) if x.device.type != "cpu" else torch.sqrt(x.to(torch.float64)).to(torch.float32)
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The hot operations, each in one plain reference form, and the table of faster ones.
 
+The large ones are here, the small ones in parts.py.
+
     linear            x @ W.T for a stored Matrix
     sparse_attention  attention of every query over its own list of keys, with a sink
     index_scores      the lightning indexer's score of every compressed block
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4.quant.activation import simulate_fp8
+
+from . import parts
 from .numerics import exp, lane_dot, lane_sum, tree_sum
 from .weights import Matrix
 
@@ -106,11 +111,19 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Operations:
-    """One row of the table."""
+    """One row of the table. Signatures are those of the reference forms."""
 
     linear: Callable[..., torch.Tensor]
     sparse_attention: Callable[..., torch.Tensor]
     index_scores: Callable[..., torch.Tensor]
+    simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
+    mean_square: Callable[[torch.Tensor], torch.Tensor] = parts.mean_square
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = parts.rms_norm
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = parts.rotate
+    split_mixes: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = parts.split_mixes
+    collapse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = parts.collapse
+    expand: Callable[..., torch.Tensor] = parts.expand
+    swiglu: Callable[..., torch.Tensor] = parts.swiglu
 
 
 REFERENCE = Operations(linear, sparse_attention, index_scores)

@@ -17,7 +17,7 @@ from dsv4.errors import UsageError
 from .attention import Attention, Segment
 from .cache import Cache, new_cache
 from .config import Config
-from .layers import Arithmetic, Head, HyperConnection, Rotary, rms_norm, rotary_frequencies
+from .layers import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
 from .moe import MixtureOfExperts
 from .residency import Scope, WeightStore
 
@@ -43,7 +43,7 @@ class Block:
     """Attention, then experts, each inside a hyper-connection."""
 
     def __init__(self, config: Config, layer: int, weights: Scope, rotary: Rotary, arithmetic: Arithmetic) -> None:
-        self._config, self._weights = config, weights
+        self._config, self._weights, self._arithmetic = config, weights, arithmetic
         self._attention = Attention(config, layer, weights.scope("attn."), rotary, arithmetic)
         self._experts = MixtureOfExperts(config, layer, weights.scope("ffn."), arithmetic)
         self._around_attention = HyperConnection(config, weights, "attn", arithmetic)
@@ -55,12 +55,12 @@ class Block:
         """h [T, n, D] -> [T, n, D]; `name` is the layer's place in the caches and in the trace."""
         eps = self._config.rms_norm_eps
         x, post, comb = self._around_attention.enter(h)
-        x = rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
+        x = self._arithmetic.operations.rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
         output = self._attention(x, call.positions, call.segments, call.layer_caches(name))
         h = self._around_attention.leave(output, h, post, comb)
         _tell(trace, f"{name}.attn", output)
         x, post, comb = self._around_experts.enter(h)
-        x = rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
+        x = self._arithmetic.operations.rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
         output, experts = self._experts(x, token_ids)
         h = self._around_experts.leave(output, h, post, comb)
         _tell(trace, f"{name}.ffn.gate.experts", experts)
@@ -117,8 +117,9 @@ class MtpBlock:
     ) -> torch.Tensor:
         """h [T, n, D], embeddings [T, D] of the next tokens and their ids [T] -> streams [T, n, D]."""
         eps, linear, weights = self._config.rms_norm_eps, self._arithmetic.quantized_linear, self._weights
-        token = linear(rms_norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
-        normed = rms_norm(h, weights.vector("hnorm.weight"), eps)
+        norm = self._arithmetic.operations.rms_norm
+        token = linear(norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
+        normed = norm(h, weights.vector("hnorm.weight"), eps)
         streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).unflatten(0, h.shape[:2])
         return self._block(token.unsqueeze(1) + streams, token_ids, call, self._name, trace)
 
@@ -128,7 +129,9 @@ class Transformer:
 
     def __init__(self, config: Config, stages: int, store: WeightStore, arithmetic: Arithmetic) -> None:
         self.config, self.store, self.arithmetic, self.device = config, store, arithmetic, store.device
-        rotaries = {kind: Rotary(rotary_frequencies(config, kind), self.device) for kind in (False, True)}
+        rotaries = {
+            kind: Rotary(rotary_frequencies(config, kind), self.device, arithmetic.operations) for kind in (False, True)
+        }
         self._layers = [
             Block(config, i, store.scope(f"layers.{i}."), rotaries[config.ratio(i) > 0], arithmetic)
             for i in range(config.num_hidden_layers)
