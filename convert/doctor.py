@@ -142,11 +142,13 @@ class Patient:
 
     @property
     def convert(self) -> str:
-        """The command that writes this checkpoint for this engine."""
-        where = f"dsv4 convert {self.facts.folder} NEW"
+        """The command that writes this checkpoint for this engine, from the release if this folder lost its form."""
+        facts = self.facts
         if self.engine.layout == "mp":
-            return f"{where} --to same --layout mp --model-parallel {self.tensor_parallel or 'N'}"
-        return f"{where} --target {self.name}"
+            ranks = self.tensor_parallel or "N"
+            return f"dsv4 convert {facts.folder} NEW --to same --layout mp --model-parallel {ranks}"
+        decoded = facts.layout == "mp" or facts.experts == {"bf16"} or not facts.wo_a <= set(self.engine.wo_a)
+        return f"dsv4 convert {'RELEASE' if decoded else facts.folder} NEW --target {self.name}"
 
 
 def _layout(p: Patient) -> Iterator[Check]:
@@ -154,9 +156,8 @@ def _layout(p: Patient) -> Iterator[Check]:
     if p.facts.layout == p.engine.layout:
         yield Check("layout", "ok", wanted[p.facts.layout])
     elif p.facts.layout == "mp":
-        fix = "Convert the release again, without --layout mp."
         found = f"rank files; {p.name} reads {wanted['hf']}"
-        yield Check("layout", "refuses", found, fix, f"dsv4 convert RELEASE NEW --target {p.name}")
+        yield Check("layout", "refuses", found, "Convert the release again, without --layout mp.", p.convert)
     else:
         found = f"a Hugging Face folder; {p.name} reads {wanted['mp']}"
         yield Check("layout", "refuses", found, command=p.convert)
@@ -193,7 +194,8 @@ def _experts(p: Patient) -> Iterator[Check]:
         text_ = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
         yield Check("experts", "wrong", text_, "Convert without --on-inexact keep.")
     elif stored and stored[0] not in p.engine.expert_scales:
-        yield Check("experts", "unknown", f"{stored[0]}: no checkpoint like this is known that {p.name} loads")
+        found = f"{stored[0]}: no checkpoint like this is known that {p.name} loads"
+        yield Check("experts", "unknown", found, command=p.convert)
     elif stored:
         yield Check("experts", "ok", stored[0])
 
@@ -209,14 +211,11 @@ def _expert_dtype(p: Patient) -> Iterator[Check]:
         yield Check("expert_dtype", "ok", shown)
         return
     means = p.engine.undeclared if declared is None else declared
-    edit = "remove the key from" if allowed == (ABSENT,) else f'write "expert_dtype": "{allowed[0]}" into'
-    yield Check(
-        "expert_dtype",
-        "wrong",
-        f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}",
-        f"{edit[0].upper()}{edit[1:]} config.json, or convert.",
-        p.convert,
-    )
+    edit = "Remove the key from" if allowed == (ABSENT,) else f'Write "expert_dtype": "{allowed[0]}" into'
+    found = f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}"
+    # convert refuses a config that contradicts its tensors, and does not touch experts that are FP4 for an FP4 reader
+    repairs = stored == "fp8" and declared in (stored, ABSENT) and p.engine.layout == "hf"
+    yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert if repairs else "")
 
 
 def _expert_scales(p: Patient) -> Iterator[Check]:
@@ -241,7 +240,7 @@ def _wo_a(p: Patient) -> Iterator[Check]:
     elif p.name == "reference":
         yield Check("wo_a", "wrong", f"{', '.join(found)}; the reference engine holds it in bf16", command=p.convert)
     else:
-        yield Check("wo_a", "unknown", f"{', '.join(found)}: only fp8 is known to load in {p.name}")
+        yield Check("wo_a", "unknown", f"{', '.join(found)}: only fp8 is known to load in {p.name}", command=p.convert)
 
 
 def _quantization_config(p: Patient) -> Iterator[Check]:

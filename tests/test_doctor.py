@@ -174,7 +174,7 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
     capsys.readouterr()
     assert cli.run(["doctor", for_sglang, "--for", "vllm"]) == 1
     printed = capsys.readouterr().out
-    command = f"  dsv4 convert {for_sglang} NEW --target vllm"
+    command = "  dsv4 convert RELEASE NEW --target vllm"  # wo_a was decoded for SGLang
     assert command in printed.splitlines()
     assert max(len(line) for line in printed.splitlines() if line != command) <= 80
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "--json"]) == 1
@@ -188,13 +188,28 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
     assert cli.run(["doctor", str(Path(for_sglang) / "nowhere"), "--for", "vllm"]) == 3
 
 
-def test_the_command_it_prints_makes_it_right(converted: Callable[..., Path], tmp_path: Path) -> None:
-    checks = diagnose(converted("--target", "sglang"), "vllm").checks
-    (command,) = {check.command for check in checks if check.command}
-    words = command.replace("NEW", str(tmp_path / "new")).split()
-    assert words[0] == "dsv4"
-    assert cli.run([*words[1:], "-q", "--wo-a", "fp8"]) == 0
-    assert failures(diagnose(tmp_path / "new", "vllm")) == {"wo_a"}  # it was decoded for SGLang, and stays so
+def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
+    (command,) = {check.command for check in diagnosis.checks if check.command}
+    program, *words = command.replace("RELEASE", str(release)).replace("NEW", str(new)).split()
+    assert program == "dsv4"
+    assert cli.run([*words, "-q"]) == 0
+
+
+@pytest.mark.parametrize("options", [("--target", "sglang"), ("--target", "transformers"), ("--to", "bf16")])
+def test_the_command_it_prints_makes_it_right(
+    release: Path, converted: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    diagnosis = diagnose(converted(*options), "vllm")
+    assert not diagnosis.loads
+    run_printed(diagnosis, release, tmp_path / "new")
+    assert diagnose(tmp_path / "new", "vllm").loads
+
+
+def test_the_command_for_rank_files_makes_them(release: Path, tmp_path: Path) -> None:
+    run_printed(diagnose(release, "reference", 2), release, tmp_path / "ranks")
+    assert diagnose(tmp_path / "ranks", "reference", 2).loads
+    run_printed(diagnose(tmp_path / "ranks", "sglang"), release, tmp_path / "folder")
+    assert diagnose(tmp_path / "folder", "sglang").loads
 
 
 # What follows loads checkpoints with the installed transformers.

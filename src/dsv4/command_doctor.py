@@ -35,8 +35,20 @@ def _print(out: output.Output, check: "Check") -> None:
         wrap.initial_indent = indent
         for line in wrap.wrap(check.fix):
             out.text(line)
-    if check.command:
-        out.text(f"  {check.command}")  # one line, however long: it is there to be pasted
+
+
+def _verdict(out: output.Output, engine: str, checks: "tuple[Check, ...]", loads: bool | None) -> None:
+    out.text()
+    if loads:
+        how = ", started as said above" if any(check.rule == "start" for check in checks) else ""
+        out.text(f"{engine} will load it and compute the right thing{how}.")
+        return
+    if loads is None:
+        out.text(f"Nobody has shown that {engine} loads this and computes the right thing.")
+    else:
+        out.text(f"{engine} will NOT load this as it is and compute the right thing.")
+    for command in dict.fromkeys(check.command for check in checks if check.command):
+        out.text(f"  {command}")  # one line, however long: it is there to be pasted
 
 
 def doctor(
@@ -58,15 +70,9 @@ def doctor(
     out.result(diagnosis.to_json())
     for check in diagnosis.checks:
         _print(out, check)
-    out.text()
-    if diagnosis.loads:
-        out.text(f"{engine.value} will load it and compute the right thing.")
-        return
-    if diagnosis.loads is None:
-        out.text(f"Nobody has shown that {engine.value} loads this and computes the right thing.")
-    else:
-        out.text(f"{engine.value} will NOT load this as it is and compute the right thing.")
-    raise typer.Exit(EXIT_DIFFERENCE)
+    _verdict(out, engine.value, diagnosis.checks, diagnosis.loads)
+    if not diagnosis.loads:
+        raise typer.Exit(EXIT_DIFFERENCE)
 
 
 EPILOG = example(
