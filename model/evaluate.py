@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dsv4.errors import InputError
 
-from .trace import PositionedTrace, positioned
+from .trace import PositionedTrace, counting, positioned, together
 from .transformer import Transformer
 
 TOKENS_PER_CALL = 512  # of the prefill: how often progress is reported
@@ -55,11 +55,12 @@ def teacher_forced(
     prefill: int | None = None,
     mtp: bool = True,
     trace: PositionedTrace | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
 
-    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens each call computed.
+    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens were computed, a share
+    of them after every layer.
     """
     check_tokens(tokens, model.config.vocab_size, model.config.max_position_embeddings)
     prefill = len(tokens) if prefill is None else min(prefill, len(tokens))
@@ -69,7 +70,8 @@ def teacher_forced(
     logits, mtp_logits = [], []
     started = prefilled = time.perf_counter()
     for begin, end in _spans(len(tokens), prefill):
-        output = model.forward(ids[:, begin:end], cache, trace=positioned(trace, end))
+        progress = counting(on_progress, model.config.num_hidden_layers)
+        output = model.forward(ids[:, begin:end], cache, trace=together(positioned(trace, end), progress))
         assert output.logits is not None
         logits.append(output.logits[0].cpu())
         following = ids[:, begin + 1 : end + 1]
@@ -81,8 +83,6 @@ def teacher_forced(
             mtp_logits.append(drafted[0].cpu())
         if end <= prefill:
             prefilled = time.perf_counter()
-        if on_progress:
-            on_progress(end - begin)
     return Evaluation(
         token_ids=list(tokens),
         logits=torch.cat(logits),

@@ -14,7 +14,7 @@ import torch
 
 from .cache import Cache
 from .sampling import Sampler, Sampling
-from .trace import PositionedTrace, positioned
+from .trace import PositionedTrace, counting, positioned, together
 from .transformer import Rows, Transformer
 
 Finish = Literal["stop", "length"]
@@ -103,6 +103,7 @@ class Generator:
         self.model, self.rows, self.limits, self.on_token, self.trace = model, rows, limits, on_token, trace
         self.cache = model.new_cache(len(rows))
         self.mtp_cache = model.new_mtp_cache(len(rows)) if mtp else None
+        self.progress: Callable[[str, torch.Tensor], None] | None = None
         self.statistics = Statistics(prompt_tokens=sum(len(row.prompt) for row in rows))
         self._started = time.perf_counter()
 
@@ -112,7 +113,7 @@ class Generator:
         """Logits (of all tokens, or [1, V] of the last) and hidden states of more tokens of some rows."""
         lengths = [len(t) for t in tokens]
         cache = select(self.cache, [row.index for row in rows])
-        report = positioned(self.trace, cache.lengths[0] + lengths[0])
+        report = together(positioned(self.trace, cache.lengths[0] + lengths[0]), self.progress)
         output = self.model.forward(_padded(tokens), cache, lengths=lengths, rows=which, trace=report)
         assert output.logits is not None
         return [(output.logits[i], output.hidden[i, :n]) for i, n in enumerate(lengths)]
@@ -148,8 +149,9 @@ class Generator:
             answer.finish = "length"
         return token
 
-    def prefill(self, known: int, on_progress: Callable[[int], None] | None) -> None:
+    def prefill(self, known: int, on_progress: Callable[[float], None] | None) -> None:
         """Compute all prompts, of which the first `known` tokens are in the cache, and draw each first token."""
+        self.progress = counting(on_progress, self.model.config.num_hidden_layers)
         for begin in range(known, max(len(row.prompt) for row in self.rows), PREFILL_CHUNK):
             end = begin + PREFILL_CHUNK
             rows = [row for row in self.rows if len(row.prompt) > begin]
@@ -159,8 +161,7 @@ class Generator:
                 if len(row.prompt) <= end:
                     after.append(self._emit(row, logits[-1]))
             self._draft(rows, [hidden for _, hidden in results], following)
-            if on_progress:
-                on_progress(sum(len(hidden) for _, hidden in results))
+        self.progress = None
         self.statistics.prefill_seconds = time.perf_counter() - self._started
 
     def _accept(self, row: _Row, fed: list[int], logits: torch.Tensor) -> list[int]:
@@ -214,15 +215,15 @@ def generate(
     first_row: int = 0,
     session: Session | None = None,
     on_token: OnToken | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
     trace: PositionedTrace | None = None,
 ) -> tuple[list[Answer], Statistics, Session | None]:
     """Answer every prompt (lists of token ids, none empty) and say what it took.
 
     `first_row` is the place of the first prompt among all that share a seed: prompt i draws the same tokens whatever
     the batches are. `session` is what an earlier call returned; it is used up. The third result is the session to go on
-    with after a single prompt without `mtp`. `on_progress` hears how many prompt tokens each call computed; `trace`,
-    for a single prompt, what the main model's modules put out.
+    with after a single prompt without `mtp`. `on_progress` hears how many prompt tokens were computed, a share of
+    them after every layer; `trace`, for a single prompt, what the main model's modules put out.
     """
     rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
     generator = Generator(model, rows, limits, mtp, on_token, trace)

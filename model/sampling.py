@@ -33,7 +33,8 @@ def probabilities(logits: torch.Tensor, temperature: float) -> np.ndarray:
     """Softmax of float32 logits [V] divided by `temperature`, in float64."""
     scaled = logits.cpu().numpy().astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 class Sampler:

@@ -6,11 +6,14 @@ token, so that two runs that split the same tokens differently can be laid side 
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+_LAYER = re.compile(r"layers\.\d+")
 
 PositionedTrace = Callable[[str, int, torch.Tensor], None]
 """Called with (module, position of the first row, output [T, ...])."""
@@ -26,6 +29,31 @@ def positioned(trace: PositionedTrace | None, end: int, stage: str = "") -> Call
 
     def report(name: str, output: torch.Tensor) -> None:
         trace(stage + name if name == "logits" else name, end - len(output), output)
+
+    return report
+
+
+def counting(on_progress: Callable[[float], None] | None, layers: int) -> Callable[[str, torch.Tensor], None] | None:
+    """A callback for the engine that reports progress in tokens, a share of each after every layer of the stack."""
+    if on_progress is None:
+        return None
+
+    def report(name: str, output: torch.Tensor) -> None:
+        if _LAYER.fullmatch(name):
+            on_progress(len(output) / layers)
+
+    return report
+
+
+def together(*reports: Callable[[str, torch.Tensor], None] | None) -> Callable[[str, torch.Tensor], None] | None:
+    """One callback that calls all the given ones; None if there are none."""
+    given = [report for report in reports if report is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+
+    def report(name: str, output: torch.Tensor) -> None:
+        for each in given:
+            each(name, output)
 
     return report
 

@@ -38,7 +38,7 @@ class FakeModel:
     """Next tokens by hash; the MTP block is right about two times of three, and only if it is fed rightly."""
 
     def __init__(self, context: int = 100) -> None:
-        self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context)
+        self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context, num_hidden_layers=2)
         self.has_mtp = True
         self.calls = 0
         self._states: list[list[int]] = []  # what a hidden state stands for: the tokens up to its position
@@ -66,6 +66,10 @@ class FakeModel:
             if rows == "last":
                 logits[row, 0] = logits[row, count - 1]
         if trace is not None:
+            counted = torch.zeros(sum(lengths or [batch * width]))
+            trace("layers.0", counted)
+            trace("layers.0.attn", counted)
+            trace("layers.1", counted)
             trace("logits", logits[0, :1] if rows == "last" else logits[0, : (lengths or [width])[0]])
         return Output(logits[:, :1] if rows == "last" else logits, hidden)
 

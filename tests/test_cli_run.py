@@ -305,6 +305,29 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     assert out == f"\n{first}\n"
 
 
+def test_a_terminated_chat_ends(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    def terminate(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
+        cli._on_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(run_chat.Chat, "_generate", terminate)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
+    run(capfd, folder, *FEW, code=143)
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    lines = iter(["/mode think", KeyboardInterrupt, "/mode chat", None])
+
+    def read_line(out: Any) -> str | None:
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            cli._on_signal(signal.SIGINT, None)
+        return line
+
+    monkeypatch.setattr(run_chat, "_read_line", read_line)
+    _, err = run(capfd, folder)
+    assert err.index("mode think") < err.index("(/exit or Ctrl-D leaves)") < err.index("mode chat")
+
+
 def test_ctrl_c_without_a_chat_ends_the_program(
     capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:

@@ -39,7 +39,7 @@ def test_greedy_is_the_plain_loop(mtp: bool) -> None:
 @pytest.mark.parametrize("mtp", [False, True])
 def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, mtp: bool) -> None:
     monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
-    heard: list[int] = []
+    heard: list[float] = []
     found = tokens_of(FakeModel(), PROMPTS, Limits(5), GREEDY, mtp=mtp, on_progress=heard.append)
     assert found == [plain_loop(prompt, 5) for prompt in PROMPTS]
     assert sum(heard) == sum(map(len, PROMPTS))
@@ -101,7 +101,7 @@ def test_a_session_goes_on_where_it_stands() -> None:
     answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
     assert session is not None and session.tokens == [1, 2, 3, *answers[0].tokens[:-1]]
     longer = [1, 2, 3, *answers[0].tokens, 7, 8]
-    heard: list[int] = []
+    heard: list[float] = []
     found = tokens_of(model, [longer], Limits(4), GREEDY, session=session, on_progress=heard.append)
     assert found == [plain_loop(longer, 4)]
     assert sum(heard) == 3  # the last token of the answer, and two new ones
@@ -118,7 +118,8 @@ def test_the_trace_says_which_position() -> None:
     generate(
         FakeModel(), [[1, 2, 3]], Limits(3), GREEDY, trace=lambda name, position, output: seen.append((name, position))
     )
-    assert seen == [("logits", 2), ("logits", 3), ("logits", 4)]
+    assert [at for at in seen if at[0] == "logits"] == [("logits", 2), ("logits", 3), ("logits", 4)]
+    assert [at for at in seen if at[0] == "layers.1"] == [("layers.1", 0), ("layers.1", 3), ("layers.1", 4)]
 
 
 def test_statistics() -> None:

@@ -24,6 +24,7 @@ class ClosedPipe(Dsv4Error):
     """The reader of stdout went away (`dsv4 … | head`). Nothing to say to anybody; 128 + SIGPIPE, as a shell has it."""
 
     exit_code = 141
+SECONDS_UNTIL_A_PASSING_BAR = 0.5
 
 
 def human_bytes(count: float) -> str:
@@ -59,10 +60,13 @@ def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[st
 class Progress:
     """A bar over `total` bytes on a terminal, a line every few seconds in a file, nothing when switched off.
 
-    Use as a context manager and call `advance(n)`. Safe to call from one thread at a time.
+    Use as a context manager and call `advance(n)`. Safe to call from one thread at a time. A `passing` bar appears only
+    if the work takes a while, and is wiped out at the end: what follows on the terminal is what counts.
     """
 
-    def __init__(self, total: int, what: str, stream: TextIO, enabled: bool, unit: str = "B") -> None:
+    def __init__(
+        self, total: int, what: str, stream: TextIO, enabled: bool, unit: str = "B", passing: bool = False
+    ) -> None:
         self.total, self.what, self.unit, self.done = total, what, unit, 0
         self._stream, self._started = stream, time.monotonic()
         self._printed = self._started
@@ -71,7 +75,11 @@ class Progress:
         if enabled and stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True)
+            delay = SECONDS_UNTIL_A_PASSING_BAR if passing else 0
+            self._bar = tqdm(
+                total=total, desc=what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True,
+                leave=not passing, delay=delay,
+            )  # fmt: skip
 
     def advance(self, count: int) -> None:
         """`count` more are done."""
@@ -171,9 +179,9 @@ class Output:
             self._write(sys.stderr, f"  {error.hint}")
         self.result({"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
 
-    def progress(self, total: int, what: str, unit: str = "B") -> Progress:
+    def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> Progress:
         """A progress bar on stderr, human mode only."""
-        return Progress(total, what, sys.stderr, self.mode == "human", unit)
+        return Progress(total, what, sys.stderr, self.mode == "human", unit, passing)
 
 
 _current = Output()

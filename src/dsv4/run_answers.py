@@ -1,11 +1,10 @@
 """`dsv4 run` with prompts: load, generate in batches, show the answers and what they took."""
 
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.errors import EXIT_DONE, InputError, UsageError, printable
 from dsv4.machine import peak_memory, usable_memory
@@ -79,11 +78,28 @@ def load_model(folder: str, loading: Loading, out: Output) -> "Transformer":
     return model
 
 
-@contextmanager
-def prefill_progress(out: Output, tokens: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over `tokens` prompt tokens, as a callback."""
-    with out.progress(tokens, "prefill", " tokens") as bar:
-        yield bar.advance
+class TokenProgress:
+    """A passing bar over tokens, told of shares of them. `close` may be called again."""
+
+    def __init__(self, out: Output, tokens: int, what: str) -> None:
+        self._bar, self._done, self._closed = out.progress(tokens, what, " tokens", passing=True), 0.0, False
+
+    def advance(self, tokens: float) -> None:
+        """So many more are done."""
+        self._done += tokens
+        self._bar.advance(round(self._done) - self._bar.done)
+
+    def close(self) -> None:
+        """Wipe the bar out: from here on the terminal belongs to the answer."""
+        if not self._closed:
+            self._closed = True
+            self._bar.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def stop_ids(folder: str) -> frozenset[int]:
@@ -169,6 +185,8 @@ class Answers:
         self._new_texts(len(prompts))
 
         def on_token(row: int, token: int) -> bool:
+            if show is not None:
+                bar.close()
             if not self.texts:
                 return False
             piece = self.texts[row].add(token)
@@ -176,7 +194,7 @@ class Answers:
                 show(piece)
             return self.texts[row].stopped
 
-        with prefill_progress(self.out, sum(len(prompt.tokens) for prompt in prompts)) as advance:
+        with TokenProgress(self.out, sum(len(prompt.tokens) for prompt in prompts), "prefill") as bar:
             answers, statistics, _ = generate(
                 self.model,
                 [prompt.tokens for prompt in prompts],
@@ -185,7 +203,7 @@ class Answers:
                 mtp=self.generation.mtp,
                 first_row=first,
                 on_token=on_token,
-                on_progress=advance,
+                on_progress=bar.advance,
                 trace=trace,
             )
         if show is not None and self.texts:

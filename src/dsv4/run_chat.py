@@ -8,9 +8,9 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dsv4.errors import EXIT_DONE, Dsv4Error, Interrupted, UsageError
+from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted, UsageError
 from dsv4.output import Output
-from dsv4.run_answers import Generation, prefill_progress, stop_ids, tell_statistics
+from dsv4.run_answers import Generation, TokenProgress, stop_ids, tell_statistics
 from dsv4.run_prompts import Dialogue, encode, starting_messages
 
 if TYPE_CHECKING:
@@ -25,6 +25,12 @@ HELP = """\
 /clear                       forget the conversation
 /exit                        leave (so does Ctrl-D)
 Ctrl-C stops an answer."""
+
+
+def _only_ctrl_c(error: Interrupted) -> None:
+    """Raise the interruption again unless it is Ctrl-C: whoever sends SIGTERM wants the program to end."""
+    if error.exit_code != EXIT_INTERRUPTED:
+        raise error
 
 
 class Chat:
@@ -70,12 +76,13 @@ class Chat:
         from dsv4.model.generate import Limits, generate
 
         def on_token(row: int, token: int) -> bool:
+            bar.close()
             self.out.data(text.add(token), end="")
             return text.stopped
 
         check_tokens(prompt, self.model.config.vocab_size, self.model.config.max_position_embeddings)
         session, self.session = self.session, None  # an interrupted answer leaves a cache that cannot be used
-        with prefill_progress(self.out, len(prompt)) as advance:
+        with TokenProgress(self.out, len(prompt), "prefill") as bar:
             _, statistics, self.session = generate(
                 self.model,
                 [prompt],
@@ -85,7 +92,7 @@ class Chat:
                 first_row=self.turns,
                 session=session,
                 on_token=on_token,
-                on_progress=advance,
+                on_progress=bar.advance,
             )
         self.out.data(text.rest())
         tell_statistics(self.out, statistics, self.generation.mtp)
@@ -98,7 +105,8 @@ class Chat:
         text = AnswerText(self.tokenizer, self.generation.stop, self.stop_ids)
         try:
             self._generate(self._prompt(line), text)
-        except Interrupted:
+        except Interrupted as error:
+            _only_ctrl_c(error)
             self.out.data(text.rest())
             self.out.say("(stopped)")
         except Dsv4Error as error:
@@ -136,32 +144,42 @@ class Chat:
 
 
 def _read_line(out: Output) -> str | None:
-    """One line from the user; None at the end of input, "" after Ctrl-C."""
-    try:
-        if sys.stdin.isatty():
-            try:
-                import readline  # noqa: F401  # line editing for input(), where the platform has it
-            except ImportError:
-                pass
-            return input("> ")
+    """One line from the user; None at the end of input."""
+    if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
+    try:
+        import readline  # noqa: F401  # line editing for input(), where the platform has it
+    except ImportError:
+        pass
+    try:
+        return input("> ")
     except EOFError:
         out.say()
         return None
-    except Interrupted:
-        out.say("(/exit or Ctrl-D leaves)")
-        return ""
+
+
+def _turn(chat: Chat) -> bool:
+    """One line from the user and what it asks for; False to leave."""
+    line = _read_line(chat.out)
+    if line is None:
+        return False
+    if line.startswith("/"):
+        return chat.command(line)
+    if line.strip():
+        chat.answer(line)
+    return True
 
 
 def talk(chat: Chat) -> int:
     """Read lines and answer them until /exit or the end of input; the exit code."""
     if sys.stdin.isatty():
         chat.out.say("Talk to the model. /help lists the commands.")
-    while (line := _read_line(chat.out)) is not None:
-        if line.startswith("/"):
-            if not chat.command(line):
-                break
-        elif line.strip():
-            chat.answer(line)
+    going = True
+    while going:
+        try:
+            going = _turn(chat)
+        except Interrupted as error:
+            _only_ctrl_c(error)
+            chat.out.say("(/exit or Ctrl-D leaves)")
     return EXIT_DONE

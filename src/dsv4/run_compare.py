@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 from dsv4 import __version__
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
-from dsv4.output import Output, human_bytes, human_seconds
-from dsv4.run_answers import Loading, load_model, rate
+from dsv4.output import Output, aligned, human_bytes, human_seconds
+from dsv4.run_answers import Loading, TokenProgress, load_model, rate
 
 if TYPE_CHECKING:
     from dsv4.model.compare import Comparison, Run
     from dsv4.model.evaluate import Evaluation
     from dsv4.model.trace import PositionedTrace
     from dsv4.model.transformer import Transformer
+POSITIONS_SHOWN = 20  # without -v
 
 
 def _evaluate(
@@ -26,7 +27,7 @@ def _evaluate(
 ) -> "Evaluation":
     from dsv4.model.evaluate import teacher_forced
 
-    with out.progress(len(tokens), "computing", " tokens") as bar:
+    with TokenProgress(out, len(tokens), "computing") as bar:
         return teacher_forced(model, tokens, prefill, mtp=mtp, trace=trace, on_progress=bar.advance)
 
 
@@ -127,11 +128,15 @@ def _tell(comparison: "Comparison", tolerance: float, out: Output) -> None:
     out.data(f"top-1 agreement     {sum(comparison.top1)} of {positions} positions")
     if comparison.first_module is not None:
         out.data(f"first difference    {comparison.first_module}, position {comparison.first_position}")
-    for position, (difference, kl, same) in enumerate(
-        zip(comparison.difference, comparison.kl, comparison.top1, strict=True)
-    ):
-        top1 = "same" if same else "differs"
-        out.detail(f"position {position}: max |difference| {difference:.6g}, KL {kl:.3g}, top-1 {top1}")
+    rows = [["position", "max |difference|", "KL", "top-1"]]
+    for position in range(positions if out.verbose else min(positions, POSITIONS_SHOWN)):
+        top1 = "same" if comparison.top1[position] else "differs"
+        values = (comparison.difference[position], comparison.kl[position])
+        rows.append([str(position), f"{values[0]:.6g}", f"{values[1]:.3g}", top1])
+    for line in aligned(rows, right=(0, 1, 2)):
+        out.data(line)
+    if len(rows) <= positions:
+        out.data(f"and {positions - len(rows) + 1} more positions (-v lists all, --json has the numbers)")
 
 
 def compare_checkpoints(
