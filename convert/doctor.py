@@ -107,7 +107,7 @@ ENGINES: dict[EngineName, Engine] = {
     ),
     "reference": Engine(
         layout="mp",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0",)},
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},  # F32: its converter passes Base through
         declared={"fp4": ("fp4",), "fp8": (ABSENT,)},
         undeclared="fp8",
         wo_a=("bf16",),

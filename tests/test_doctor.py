@@ -184,6 +184,8 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
         "expert_dtype",
         "expert scales",
     }
+    assert cli.run(["doctor", for_sglang, "--for", "vllm", "-q"]) == 1
+    assert capsys.readouterr() == ("", "")
     assert cli.run(["doctor", for_sglang, "--for", "ollama"]) == 2
     assert cli.run(["doctor", str(Path(for_sglang) / "nowhere"), "--for", "vllm"]) == 3
 
@@ -205,9 +207,10 @@ def test_the_command_it_prints_makes_it_right(
     assert diagnose(tmp_path / "new", "vllm").loads
 
 
-def test_the_command_for_rank_files_makes_them(release: Path, tmp_path: Path) -> None:
-    run_printed(diagnose(release, "reference", 2), release, tmp_path / "ranks")
-    assert diagnose(tmp_path / "ranks", "reference", 2).loads
+def test_the_command_for_rank_files_makes_them(release: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
+    for source, ranks in ((converted(), tmp_path / "from-fp8"), (release, tmp_path / "ranks")):
+        run_printed(diagnose(source, "reference", 2), release, ranks)
+        assert diagnose(ranks, "reference", 2).loads
     run_printed(diagnose(tmp_path / "ranks", "sglang"), release, tmp_path / "folder")
     assert diagnose(tmp_path / "folder", "sglang").loads
 

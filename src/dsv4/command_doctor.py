@@ -8,7 +8,7 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import EXIT_DIFFERENCE
-from dsv4.options import Json, example
+from dsv4.options import Json, Quiet, example
 
 if TYPE_CHECKING:
     from dsv4.convert.doctor import Check
@@ -58,12 +58,13 @@ def doctor(
         int | None, typer.Option("--tensor-parallel", metavar="N", min=1, help="Also check the split over N ranks.")
     ] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say whether an engine will load a folder and compute the right thing, and what to change if not.
 
     Exit code 0 if it will, 1 if not or if that is not known.
     """
-    out = output.configure(json)
+    out = output.configure(json, quiet)
     from dsv4.convert.doctor import diagnose
 
     diagnosis = diagnose(folder, engine.value, tensor_parallel)
