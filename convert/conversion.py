@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_disk(plan: Plan, output: Path, done_bytes: int = 0) -> None:
-    """Raises MachineError with both numbers if the rest of the output does not fit."""
-    needed, free = plan.output_bytes - done_bytes + SPARE_DISK_BYTES, free_bytes(output)
+def check_disk(checkpoint: Checkpoint, plan: Plan, output: Path, done_bytes: int = 0) -> None:
+    """Raises MachineError with both numbers if the rest of the output, and what the source needs, do not fit."""
+    needed = plan.output_bytes - done_bytes + checkpoint.storage.disk_bytes() + SPARE_DISK_BYTES
+    free = free_bytes(output)
     if needed > free:
         raise MachineError(
             f"the output needs {needed} bytes, {free} are free where {printable(str(output))} is",
@@ -177,20 +179,20 @@ class _Run:
 
 def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
     """Write what is not finished yet. Returns how many shards were written."""
-    written = 0
+    pending = [shard for shard in run.plan.shards if shard.file not in run.finished]
+    advance(sum(shard.data_bytes for shard in run.plan.shards if shard.file in run.finished))
+    storage = run.checkpoint.storage
     try:
-        for shard in run.plan.shards:
-            if shard.file in run.finished:
-                advance(shard.data_bytes)
-                continue
+        for shard, after in zip_longest(pending, pending[1:]):
+            storage.prepare(shard.source_shards, after.source_shards if after else ())
             run.write(shard, journal, advance)
-            written += 1
+        storage.prepare(())
     except Interrupted as error:
         done, total = len(run.finished), len(run.plan.shards)
         error.args = (f"interrupted: {done} of {total} shards are finished and kept",)
         error.hint = "Run the same command again to continue."
         raise
-    return written
+    return len(pending)
 
 
 def _run_locked(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources, advance: Advance) -> Result:
@@ -201,15 +203,17 @@ def _run_locked(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Res
     try:
         run.resume(job)
         result.shards_reused = len(run.finished)
-        check_disk(plan, output, sum(shard.size for shard in run.finished.values()))
+        check_disk(checkpoint, plan, output, sum(shard.size for shard in run.finished.values()))
         journal = Journal(output, job, files_of(plan, copied))
         try:
             result.shards_written = _convert_shards(run, journal, advance)
             result.kept_tensors = run.kept_tensors()
             result.summary = run.publish(job, copied)
         except BaseException:
-            # A journal without shards would only bind the next run to this one's options.
-            journal.close() if run.finished else journal.discard()
+            # A journal without shards would only bind the next run to this one's options. Look at the folder: a run
+            # may be stopped between a shard's rename and its line in the journal.
+            begun = any((output / shard.file).exists() for shard in plan.shards)
+            journal.close() if begun else journal.discard()
             raise
         journal.discard()
     finally:
@@ -255,7 +259,8 @@ def run_conversion(
     if found.manifest is not None and not overwrite:
         return _already_done(checkpoint, plan, output, found.manifest)
     # A continued run is checked when it is known what of it can be used; a replaced one makes room first.
-    check_disk(plan, output, plan.output_bytes if found.journal and not overwrite else owned_bytes(output, found))
+    done_bytes = plan.output_bytes if found.journal and not overwrite else owned_bytes(output, found)
+    check_disk(checkpoint, plan, output, done_bytes)
     create_folder(output)
     with locked(output):
         remove_leftovers(output)

@@ -19,7 +19,7 @@ from typing import Any
 
 from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
 
-from .hub_fetch import Counter, FileMeter, Place, Stopped, fetch_checked, is_checked, sync
+from .hub_fetch import Counter, FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials, sync
 from .hub_files import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot, open_hub, open_snapshot, other_hub
 from .hub_source import HubSource
 
@@ -251,8 +251,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             text = f"{printable(str(folder))}: another dsv4 download is writing there"
             raise MachineError(text, "Wait for it, or choose another folder.") from None
-        for partial in (staging / ".cache" / "huggingface").rglob("*.incomplete"):
-            partial.unlink()  # a killed run's; the library never continues them
+        remove_partials(folder)
         yield
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -87,6 +87,12 @@ def is_checked(path: Path, file: RemoteFile, label: str) -> bool:
     return True
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed run of huggingface_hub left half-fetched: it never continues such files."""
+    for partial in (folder / STAGING / ".cache" / "huggingface").rglob("*.incomplete"):
+        partial.unlink(missing_ok=True)
+
+
 def discard(path: Path) -> None:
     """Remove a bad file, and in a cache the blob that its link points to."""
     blob = path.resolve()

@@ -6,11 +6,12 @@ which names are acceptable, and how the bytes on disk are compared with what the
 """
 
 import hashlib
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from dsv4.errors import InputError, MachineError, printable
 
@@ -162,43 +163,48 @@ def check_remote_name(name: str, label: str) -> None:
         raise InputError(f"{label}: refusing the file name '{printable(name[:120])}'", hint)
 
 
-def _digest(path: Path, kind: str, prefix: bytes = b"") -> str:
+def _digest(stream: BinaryIO, kind: str, prefix: bytes = b"") -> str:
     digest = hashlib.new(kind, prefix, usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-def _check_safetensors(path: Path, where: str) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(LENGTH_BYTES)
-        try:
-            parse_header(stream.read(header_length(prefix, size, where)), size, where)
-        except InputError as error:
-            raise BadFile(str(error), _BAD) from None
-
-
-def check_file(path: Path, file: RemoteFile, label: str) -> None:
-    """Compare a file on disk with the hub's listing: size, hash, and the header of a shard. Raises InputError.
-
-    git's SHA-1 (of "blob", the size and the bytes) is what Hugging Face lists for small files.
-    """
-    where = f"{label}/{printable(file.name)}"
-    size = path.stat().st_size
+def _check_hash(stream: BinaryIO, size: int, file: RemoteFile, where: str) -> None:
+    """git's SHA-1 (of "blob", the size and the bytes) is what Hugging Face lists for small files."""
     if size != file.size:
         raise BadFile(f"{where}: {size} bytes arrived, the hub lists {file.size}", _BAD)
     if file.sha256 is not None:
-        kind, expected, found = "SHA-256", file.sha256, _digest(path, "sha256")
+        kind, expected, found = "SHA-256", file.sha256, _digest(stream, "sha256")
     elif file.git_sha1 is not None:
-        kind, expected, found = "git SHA-1", file.git_sha1, _digest(path, "sha1", b"blob %d\0" % size)
+        kind, expected, found = "git SHA-1", file.git_sha1, _digest(stream, "sha1", b"blob %d\0" % size)
     else:
-        kind, expected, found = "", "", ""
+        return
     if found != expected.lower():
         raise BadFile(f"{where}: the bytes are not those that the hub lists: {kind} {expected}, found {found}", _BAD)
-    if file.name.endswith(".safetensors"):
-        _check_safetensors(path, where)
+
+
+def _check_header(stream: BinaryIO, size: int, where: str) -> None:
+    prefix = stream.read(LENGTH_BYTES)
+    try:
+        parse_header(stream.read(header_length(prefix, size, where)), size, where)
+    except InputError as error:
+        raise BadFile(str(error), _BAD) from None
+
+
+def check_bytes(data: bytes, file: RemoteFile, label: str) -> None:
+    """Compare a file in memory with the hub's listing: size and hash. Raises BadFile."""
+    _check_hash(io.BytesIO(data), len(data), file, f"{label}/{printable(file.name)}")
+
+
+def check_file(path: Path, file: RemoteFile, label: str) -> None:
+    """Compare a file on disk with the hub's listing: size, hash, and the header of a shard. Raises BadFile."""
+    where, size = f"{label}/{printable(file.name)}", path.stat().st_size
+    with path.open("rb") as stream:
+        _check_hash(stream, size, file, where)
+        if file.name.endswith(".safetensors"):
+            stream.seek(0)
+            _check_header(stream, size, where)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,17 @@ from .checkpoint import Checkpoint, TensorInfo, row_count
 from .mp_layout import Slice, check_blocks, count_experts, mp_name, mp_slice, rank_of_expert, skipped
 from .roles import WO_A, Format, Weight, classify, fp8_block
 from .safetensors_format import build_header, tensor_bytes
-from .settings import Layout, Settings
+from .settings import DEFAULT_MAX_SHARD_BYTES, Layout, Settings
 
 # The order of the safetensors library: alignment first, so that every tensor starts at a multiple of its element size.
 DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
+
+# Unless larger shards than usual are asked for, one draws on at most two source shards: a source that arrives shard by
+# shard then needs room for two, whatever their sizes.
+MAX_SOURCE_SHARDS = 2
 
 
 class Op(Enum):
@@ -202,15 +206,19 @@ def _in_source_order(checkpoint: Checkpoint) -> list[Weight]:
 def _groups(weights: list[Weight], settings: Settings, block: Block | None) -> Iterator[list[OutputTensor]]:
     """Tensors of each shard of the Hugging Face layout, filled up to the limit; weight and scale stay together."""
     group: list[OutputTensor] = []
-    filled = 0
+    filled, sources = 0, set[str]()
+    merges = settings.max_shard_bytes > DEFAULT_MAX_SHARD_BYTES
     for weight in weights:
         outputs = outputs_of(weight, settings, block)
         size = sum(o.nbytes for o in outputs)
-        if group and filled + size > settings.max_shard_bytes:
+        needs = {info.shard for o in outputs for info in o.reads}
+        crowded = not merges and len(sources | needs) > MAX_SOURCE_SHARDS
+        if group and (filled + size > settings.max_shard_bytes or crowded):
             yield group
-            group, filled = [], 0
+            group, filled, sources = [], 0, set()
         group += outputs
         filled += size
+        sources |= needs
     if group:
         yield group
 

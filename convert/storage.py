@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -47,6 +48,14 @@ class Storage(Protocol):
 
     def changed_ns(self, name: str) -> int:
         """When a file last changed, ns since 1970; 0 if it cannot change."""
+        ...
+
+    def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
+        """Make the shards in `now` readable, begin with `upcoming`, and let go of all others: for remote sources."""
+        ...
+
+    def disk_bytes(self) -> int:
+        """Disk that reading the shards needs beside the output."""
         ...
 
     def close(self) -> None:
@@ -119,6 +128,13 @@ class Folder:
     def changed_ns(self, name: str) -> int:
         """See Storage. The inode's change time: unlike the modification time, it cannot be set back."""
         return os.fstat(self._descriptor(name)).st_ctime_ns
+
+    def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
+        """See Storage. A local file is always there."""
+
+    def disk_bytes(self) -> int:
+        """See Storage."""
+        return 0
 
     def close(self) -> None:
         """See Storage."""

@@ -143,6 +143,7 @@ class _Crew:
                     yield found
         finally:
             self.stopped.set()
+            self.held.abandon()
             for thread in threads:
                 thread.join()
 
@@ -165,6 +166,11 @@ class _Held:
         """Every shard of the unit is readable afterwards."""
         for side, shard in sorted(self._shards(unit)):
             self._files[side].fetch(shard)
+
+    def abandon(self) -> None:
+        """The run is over: nobody may go on waiting for a shard."""
+        for files in self._files.values():
+            files.abandon()
 
     def done(self, unit: Unit) -> None:
         """One piece of the unit is done."""

@@ -100,10 +100,13 @@ class Files(Protocol):
         """Fill `buffer` from `offset` on. Raises InputError when the file ends before."""
 
     def fetch(self, name: str) -> None:
-        """Called before a shard is read: make it readable. May be called again for the same shard."""
+        """Called before tensors of a shard are read (headers need no call). May be called again for the same shard."""
 
     def drop(self, name: str) -> None:
         """Called once after the last read of a shard: it may be let go."""
+
+    def abandon(self) -> None:
+        """Called when nothing more will be read: whoever waits in `fetch` must return or raise."""
 
 
 class LocalFiles:
@@ -152,6 +155,9 @@ class LocalFiles:
         descriptor = self._open.pop(name, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Nobody waits for a local file."""
 
     def close(self) -> None:
         """Close whatever is still open."""

@@ -93,7 +93,6 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 def _read_shards(checkpoint: Checkpoint, sizes: dict[str, int], names: list[str]) -> dict[str, Shard]:
     shards = {}
     for name in names:
-        checkpoint.files.fetch(name)
         shards[name] = shard = read_shard(checkpoint.files, name, sizes[name])
         shown = printable(name)
         if shard.broken:

@@ -13,6 +13,7 @@ The libraries read HF_ENDPOINT and the like when they are imported, so every run
 """
 
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,7 +86,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        self.hub.requests.append(Request(self.host, self.command, self.path, dict(self.headers)))
+        request = Request(self.host, self.command, self.path, dict(self.headers))
+        self.hub.requests.append(request)
+        self.hub.watch(request)
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         path = unquote(parts.path)
@@ -122,12 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X_Error_Code": code, "X_Error_Message": code} if code else {}
         self._send(status, json.dumps(message).encode(), Content_Type="application/json", **headers)
 
+    def _struck(self, fault: str, name: str) -> bool:
+        return self.hub.struck(fault, name, whole=not self.headers.get("Range"))
+
     def _busy(self, name: str) -> bool:
         for status in (429, 500):
-            if self.hub.struck(str(status), name):
+            if self._struck(str(status), name):
                 self._error(status)
                 return True
-        if self.hub.struck("stall", name):
+        if self._struck("stall", name):
             time.sleep(self.hub.stall_seconds)
         return False
 
@@ -196,19 +203,19 @@ class _Handler(BaseHTTPRequestHandler):
         self._body((self.hub.repositories[f"{owner}/{name}"].commits[commit] / file).read_bytes(), file)
 
     def _body(self, data: bytes, name: str, **headers: str) -> None:
-        if self.hub.struck("wrong", name, only=self.command == "GET"):
+        if self.command == "GET" and self._struck("wrong", name):
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        if self.hub.struck("short", name):
+        if self._struck("short", name):
             data = data[:-7]
         status, start = 200, 0
         wanted = self.headers.get("Range", "")
-        if wanted and not self.hub.struck("norange", name):
+        if wanted and not self._struck("norange", name):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
             status, headers["Content_Range"] = 206, f"bytes {start}-{end}/{len(data)}"
             data = data[start : end + 1]
-        if self.command == "GET" and self.hub.struck("cut", name):
+        if self.command == "GET" and self._struck("cut", name):
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key.replace("_", "-"), value)
@@ -265,6 +272,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.stall_seconds = 0.0
+        self.watch: Callable[[Request], None] = lambda request: None
         self._strikes: list[list[Any]] = []
         self._moves: list[tuple[str, str, str]] = []
         self._servers = []
@@ -303,14 +311,17 @@ class HubServer:
             self.repositories[name].branches[branch] = commit
         self._moves.clear()
 
-    def strike(self, fault: str, pattern: str = "*", times: int = 1) -> None:
-        """Switch on a fault for the next `times` requests of files (or `revision`, `tree`, `files`) that match."""
-        self._strikes.append([fault, pattern, times])
+    def strike(self, fault: str, pattern: str = "*", times: int = 1, whole_only: bool = False) -> None:
+        """Switch on a fault for the next `times` requests of files (or `revision`, `tree`, `files`) that match.
 
-    def struck(self, fault: str, name: str, only: bool = True) -> bool:
+        Faults: 429, 500, stall, cut, norange, wrong, short. `whole_only`: requests without a range.
+        """
+        self._strikes.append([fault, pattern, times, whole_only])
+
+    def struck(self, fault: str, name: str, whole: bool) -> bool:
         """Whether this request is to fail, counted down."""
         for strike in self._strikes:
-            if only and strike[0] == fault and strike[2] > 0 and fnmatch.fnmatch(name, strike[1]):
+            if strike[0] == fault and strike[2] > 0 and fnmatch.fnmatch(name, strike[1]) and (whole or not strike[3]):
                 strike[2] -= 1
                 return True
         return False
@@ -357,6 +368,11 @@ class HubServer:
             entries.append({"Name": name, "Path": name, "Type": "blob", "Size": size, "Sha256": "0" * 64})
         return entries
 
+    def whole_shards(self) -> list[str]:
+        """Names of the shards that were asked for whole, one entry a request."""
+        asked = [r for r in self.requests if r.host == "storage" and r.method == "GET"]
+        return [r.path.rsplit("/", 1)[1] for r in asked if not any(h.lower() == "range" for h in r.headers)]
+
     def fetched(self, pattern: str) -> int:
         """How many GET requests for whole or partial files matched."""
         return sum(
@@ -381,11 +397,26 @@ def hub_environment(server: HubServer, home: Path, modelscope: HubServer | None 
     }
 
 
+@functools.cache
+def _runner() -> subprocess.Popen[str]:
+    """See warm_dsv4.py. It ends with this process, which holds its stdin."""
+    script = Path(__file__).with_name("warm_dsv4.py")
+    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run_dsv4(
     server: HubServer, home: Path, *arguments: object, modelscope: HubServer | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m dsv4 …` in the folder `home`, with both hubs at `server` (ModelScope at `modelscope` if given)."""
-    return subprocess.run(
-        [sys.executable, "-m", "dsv4", *map(str, arguments)],
-        env=hub_environment(server, home, modelscope, **more), cwd=home, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    """`dsv4 …` in the folder `home` and a process of its own, with both hubs at `server` or ModelScope elsewhere."""
+    runner, files = _runner(), [home / f".{name}" for name in ("stdout", "stderr")]
+    job = {
+        "arguments": [str(a) for a in arguments],
+        "environment": hub_environment(server, home, modelscope, **more),
+        "folder": str(home),
+        "stdout": str(files[0]),
+        "stderr": str(files[1]),
+    }
+    assert runner.stdin is not None and runner.stdout is not None
+    print(json.dumps(job), file=runner.stdin, flush=True)
+    code = int(runner.stdout.readline())
+    return subprocess.CompletedProcess(job["arguments"], code, *(f.read_text() for f in files))

@@ -316,9 +316,15 @@ def test_shards_are_no_larger_than_asked(size: str, sources: dict[str, Path], tm
         assert all(scale_of(n, tensors) is not None for n in tensors if tensors[n].dtype == "F8_E4M3")
 
 
-def test_as_few_shards_as_fit(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_of_the_default_size_draw_on_two_source_shards(sources: dict[str, Path], tmp_path: Path) -> None:
+    """So that a source on a hub needs room for two. Larger shards than the default merge as many as fit."""
     convert(sources["release"], tmp_path / "out")
-    assert sorted(read_folder(tmp_path / "out")) == ["model-00001-of-00001.safetensors"]
+    origin = {name: shard for shard, tensors in read_folder(sources["release"]).items() for name in tensors}
+    drawn = [{origin[name] for name in tensors} for tensors in read_folder(tmp_path / "out").values()]
+    assert max(map(len, drawn)) == 2
+    assert len(drawn) == -(-len(set(origin.values())) // 2)
+    convert(sources["release"], tmp_path / "merged", "--max-shard-size", "6GB")
+    assert sorted(read_folder(tmp_path / "merged")) == ["model-00001-of-00001.safetensors"]
 
 
 class TestConfig:
@@ -366,7 +372,7 @@ def test_the_closing_lines(sources: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "out folder"
     said = convert(sources["release"], output)
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    assert re.search(r"[\d.]+ MB -> [\d.]+ MB in 1 shards, [\d.]+ s, [\d.]+ [MG]B/s, peak memory [\d.]+ [MG]B", said)
+    assert re.search(r"[\d.]+ MB -> [\d.]+ MB in 2 shards, [\d.]+ s, [\d.]+ [MG]B/s, peak memory [\d.]+ [MG]B", said)
     assert f"{size / 1e6:.1f} MB in" in said
     blocks = sum(scale_of(n, tensors_of(output)).array().size for n in experts(tensors_of(output)))  # type: ignore[union-attr]
     assert f"every block exact: {blocks} blocks" in said
@@ -407,7 +413,7 @@ class TestDryRun:
         assert code == 0 and tree(tmp_path) == {}
         for word in ("source", "output", "shards", "free disk", "peak memory"):
             assert word in out
-        assert "model-00001-of-00001.safetensors" in err
+        assert "model-00001-of-00002.safetensors" in err
 
     def test_bounded_memory_is_planned(self, sources: dict[str, Path], tmp_path: Path) -> None:
         arguments = ("convert", sources["release"], tmp_path, "--dry-run", "--json", "--max-memory", "600MB")

@@ -1,36 +1,79 @@
 """`dsv4 convert SOURCE OUTPUT`."""
 
 import shlex
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv4 import output
 from dsv4.convert.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
 from dsv4.errors import printable
-from dsv4.options import Json, MaxMemory, MaxWorkers, Quiet, Verbose, example, parse_size
+from dsv4.options import (
+    CacheDir,
+    Json,
+    MaxMemory,
+    MaxWorkers,
+    Quiet,
+    Revision,
+    Scratch,
+    Token,
+    Verbose,
+    example,
+    parse_size,
+)
 from dsv4.output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from dsv4.convert.conversion import Resources, Result
     from dsv4.convert.plan import Plan
+    from dsv4.convert.storage import Storage
 
 EPILOG = example(
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8",
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8 --target vllm --dry-run",
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-mp8 --layout mp --model-parallel 8",
+    "dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
 )
 
 
-def _print_plan(out: output.Output, plan: "Plan", resources: "Resources", free: int) -> None:
+def _check_remote(storage: "Storage", plan: "Plan") -> dict[str, Any]:
+    """What reading from a hub takes, {} for a folder. Raises UsageError if --scratch is too little for the plan."""
+    from dsv4.convert.hub_storage import HubStorage
+
+    if not isinstance(storage, HubStorage):
+        return {}
+    storage.check_needs([shard.source_shards for shard in plan.shards])
+    source = storage.identity()
+    return {
+        "source": f"{source['hub']}:{source['repository']}@{source['commit']}",
+        "scratch_bytes": storage.disk_bytes(),
+        "seconds_to_fetch": round(storage.seconds_to_fetch(), 1),
+    }
+
+
+def _remote_rows(remote: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if not remote:
+        return []
+    time = human_seconds(remote["seconds_to_fetch"])
+    return [
+        ("fetched from", "", remote["source"]),
+        ("scratch disk", human_bytes(remote["scratch_bytes"]), "beside the output"),
+        ("time to fetch", time, "if it goes on as fast as the headers came"),
+    ]
+
+
+def _print_plan(out: output.Output, plan: "Plan", resources: "Resources", free: int, remote: dict[str, Any]) -> None:
+    needed = plan.output_bytes + remote.get("scratch_bytes", 0)
     tensors = sum(len(shard.tensors) for shard in plan.shards)
     rows = [
         ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
         ("output", human_bytes(plan.output_bytes), f"{plan.output_bytes:,} bytes"),
         ("shards", str(len(plan.shards)), f"{tensors:,} tensors"),
-        ("free disk", human_bytes(free), "enough" if free > plan.output_bytes else "TOO LITTLE"),
+        ("free disk", human_bytes(free), "enough" if free > needed else "TOO LITTLE"),
         ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
+        *_remote_rows(remote),
     ]
     for line in output.aligned(rows, right=[1]):
         out.text(line)
@@ -50,6 +93,7 @@ def _print_plan(out: output.Output, plan: "Plan", resources: "Resources", free: 
             "options": plan.settings.to_json(),
             "files": {shard.file: shard.size for shard in plan.shards},
             "notes": list(plan.notes),
+            **remote,
         }
     )
 
@@ -96,7 +140,7 @@ def _print_result(out: output.Output, result: "Result", source: str, traps: tupl
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a checkpoint.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")],
     output_folder: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; new, empty or ours.")],
     to: Annotated[
         To,
@@ -119,6 +163,13 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what dsv4 wrote into OUTPUT before.")] = False,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    scratch: Scratch = 2,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Leave a hub's shards in its library's cache.")
+    ] = False,
+    token: Token = None,
     max_workers: MaxWorkers = None,
     max_memory: MaxMemory = None,
     json_mode: Json = False,
@@ -127,23 +178,29 @@ def convert(
 ) -> None:
     """Convert a DeepSeek-V4 checkpoint: FP4 experts to FP8 without changing a value, or to BF16, or back.
 
-    Interrupted, the same command continues and ends in the same bytes.
+    Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
+    from its headers, and only --scratch of its shards are on disk at once.
     """
     out = output.configure(json_mode, quiet, verbose)
     from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.conversion import decide_resources, peak_memory_bytes, run_conversion
     from dsv4.convert.files import free_bytes
+    from dsv4.convert.hub_storage import SCRATCH_NAME, HubOptions, open_storage
     from dsv4.convert.plan import make_plan
 
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))
     resources = decide_resources(max_workers, parse_size(max_memory) if max_memory else None)
-    checkpoint = Checkpoint.open(source)
-    plan = make_plan(checkpoint, settings)
-    if dry_run:
-        _print_plan(out, plan, resources, free_bytes(output_folder))
-        return
-    with out.progress(sum(shard.data_bytes for shard in plan.shards), "convert") as progress:
-        result = run_conversion(checkpoint, settings, output_folder, resources, overwrite, progress.advance)
+    options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail)
+    with closing(open_storage(source, revision, output_folder / SCRATCH_NAME, options)) as storage:
+        checkpoint = Checkpoint.open(storage)
+        plan = make_plan(checkpoint, settings)
+        remote = _check_remote(storage, plan)
+        if dry_run:
+            _print_plan(out, plan, resources, free_bytes(output_folder), remote)
+            return
+        with out.progress(sum(shard.data_bytes for shard in plan.shards), "convert") as progress:
+            result = run_conversion(checkpoint, settings, output_folder, resources, overwrite, progress.advance)
+    source = remote["source"] if remote else source
     traps = TARGETS[settings.target].traps if settings.layout == "hf" and settings.to == "fp8" else ()
     _print_result(out, result, source, traps, peak_memory_bytes())
     out.result({**result.to_json(), "traps": list(traps)})

@@ -7,7 +7,7 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError
-from dsv4.options import Json, Quiet, Verbose, example
+from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, example
 
 if TYPE_CHECKING:
     from dsv4.convert.hub_download import DownloadPlan
@@ -17,14 +17,6 @@ EPILOG = example(
     "dsv4 download ms:deepseek-ai/DeepSeek-V4-Flash --include '*.json' --dry-run",
     "dsv4 download hf:deepseek-ai/DeepSeek-V4-Flash@main flash --fallback",
 )
-
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")]
-CacheDir = Annotated[
-    Path | None, typer.Option("--cache-dir", help="The hub library's cache, if not where it usually is.")
-]
-Token = Annotated[
-    str | None, typer.Option("--token", help="Access token, if not from the environment or the hub's own login.")
-]
 
 
 def _target(folder: Path | None, local_dir: Path | None, cache_dir: Path | None) -> Path | None:

@@ -1,16 +1,33 @@
 """`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv4 import output
-from dsv4.errors import UsageError, printable
-from dsv4.options import Json, MaxMemory, MaxWorkers, Quiet, Verbose, example, parse_size
+from dsv4.errors import InputError, UsageError, printable
+from dsv4.options import (
+    CacheDir,
+    Json,
+    MaxMemory,
+    MaxWorkers,
+    Quiet,
+    Revision,
+    Scratch,
+    Token,
+    Verbose,
+    example,
+    parse_size,
+)
 from dsv4.output import aligned, human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from dsv4.convert.hub_proof import HubFiles
+    from dsv4.convert.hub_storage import HubOptions
     from dsv4.convert.verify_result import Verification
 
 EPILOG = example(
@@ -18,6 +35,7 @@ EPILOG = example(
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse --report proof.html",
     "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --tensor 'layers.3.*' --json",
     "dsv4 verify DeepSeek-V4-Flash-FP8",
+    "dsv4 verify hf:deepseek-ai/DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
 )
 SHOWN = 20  # differing tensors listed without -v
 BLOCKS_SHOWN = 8
@@ -122,9 +140,31 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     out.say(f"{human_bytes(result.read_bytes)} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
 
 
+@contextmanager
+def _opened(
+    source: str, revision: str | None, converted: Path | None, options: "HubOptions"
+) -> Iterator["Path | HubFiles"]:
+    """SOURCE as a folder, or as files of a hub that pass through a temporary folder beside the output's shards."""
+    from dsv4.convert.hub_source import parse_source
+
+    where = parse_source(source, revision)
+    if isinstance(where, Path):
+        yield where
+        return
+    from dsv4.convert.hub_proof import HubFiles
+    from dsv4.convert.hub_storage import open_hub_storage
+
+    if converted is not None and not converted.is_dir():
+        raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
+    with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
+        with closing(open_hub_storage(where, Path(scratch) / "shards", options)) as storage:
+            yield HubFiles(storage)
+
+
 def verify(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Folder of the checkpoint to compare with, or to check alone.")
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."),
     ],
     converted: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder of the converted one.")] = None,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
@@ -140,6 +180,10 @@ def verify(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the proof.")
     ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    scratch: Scratch = 2,
+    token: Token = None,
     max_workers: MaxWorkers = None,
     max_memory: MaxMemory = None,
     json: Json = False,
@@ -150,9 +194,11 @@ def verify(
 
     Trusts nothing that `convert` said and shares no code with it. Understands other people's conversions too: the
     reference converter's `model{i}-mp{N}.safetensors`, float32 or E8M0 scales, merged or split shards, `model.` names.
-    With one checkpoint only: are its structure, config, codes and hashes sound?
+    With one checkpoint only: are its structure, config, codes and hashes sound? A source on a hub is streamed, with
+    --scratch of its shards on disk at once.
     """
     out = output.configure(json, quiet, verbose)
+    from dsv4.convert.hub_storage import HubOptions
     from dsv4.convert.verification import Selection
     from dsv4.convert.verification import verify as run
 
@@ -165,18 +211,20 @@ def verify(
     def start(total: int) -> None:
         bars.append(out.progress(total, "verify"))
 
+    options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
     try:
-        result = run(
-            source,
-            converted,
-            selection=selection,
-            strict=strict,
-            inverse=inverse,
-            max_workers=max_workers,
-            max_memory=memory,
-            on_start=start,
-            advance=lambda count: bars[0].advance(count),
-        )
+        with _opened(source, revision, converted, options) as files:
+            result = run(
+                files,
+                converted,
+                selection=selection,
+                strict=strict,
+                inverse=inverse,
+                max_workers=max_workers,
+                max_memory=memory,
+                on_start=start,
+                advance=lambda count: bars[0].advance(count),
+            )
     finally:
         for bar in bars:
             bar.__exit__(None, None, None)

@@ -1,5 +1,6 @@
 """Options that several commands share, defined once so that their wording never drifts."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,16 @@ MaxWorkers = Annotated[
 ]
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Bound on working memory, such as 2GB.")
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="The hub library's cache, if not where it usually is.")
+]
+Token = Annotated[
+    str | None, typer.Option("--token", help="Access token, if not from the environment or the hub's own login.")
+]
+Scratch = Annotated[
+    int, typer.Option("--scratch", min=1, metavar="N", help="Shards of a hub's source that are on disk at once.")
 ]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
