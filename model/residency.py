@@ -95,7 +95,7 @@ class WeightStore:
         total = sum(self._sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
         for name in self._vector_names:
-            self._vectors[name] = read_vector(self.checkpoint, name).to(self.device)
+            self._vectors[name] = read_vector(self.checkpoint, self.config, name).to(self.device)
             done += self._sizes[name]
         for name in self._pinned_names:
             self._pinned[name] = self._read(name)

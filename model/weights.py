@@ -16,7 +16,7 @@ import torch
 
 from dsv4.convert.checkpoint import Checkpoint, TensorInfo
 from dsv4.errors import InputError
-from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize_fp8, scale_shape
+from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, dequantize_fp4, dequantize_fp8, scale_shape
 from dsv4.quant.e4m3 import is_nan
 
 from .config import OVERLAP_RATIO, Config
@@ -239,8 +239,15 @@ def block_of(config: Config, stored: str) -> Block:
     return FP4_BLOCK if stored == FLOAT4_E2M1FN else Block(*config.weight_block_size)
 
 
+def _check_scale_values(scale: torch.Tensor, name: str) -> None:
+    try:
+        decode_scale(scale)
+    except ValueError:
+        raise InputError(f"'{name}' holds a NaN or a value that is not positive and finite") from None
+
+
 def read_matrix(checkpoint: Checkpoint, config: Config, name: str) -> Matrix:
-    """A weight as stored, from the files. Raises InputError if an FP8 weight holds a NaN."""
+    """A weight as stored, from the files. Raises InputError for a NaN or an impossible scale."""
     info = checkpoint.tensors[name]
     stored, shape = FORMATS[info.dtype], logical_shape(info)
     values = checkpoint.read_tensor(name)
@@ -249,11 +256,20 @@ def read_matrix(checkpoint: Checkpoint, config: Config, name: str) -> Matrix:
     if stored == FLOAT8_E4M3FN and is_nan(values).any():
         raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
     scale = checkpoint.read_tensor(scale_name(name))
+    _check_scale_values(scale, scale_name(name))
     powers = scale.dtype != torch.float32 or not (scale.view(torch.int32) & 0x7FFFFF).any()
     return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored), bool(powers))
 
 
-def read_vector(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A norm, bias, sink, table or other small tensor: float32, or int64 for a table of expert ids."""
+def read_vector(checkpoint: Checkpoint, config: Config, name: str) -> torch.Tensor:
+    """A norm, bias, sink or other small tensor as float32, or a table of expert ids as int64.
+
+    Raises InputError if a table names an expert that does not exist.
+    """
     tensor = checkpoint.read_tensor(name)
-    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
+    if tensor.is_floating_point():
+        return tensor.to(torch.float32)
+    wrong = tensor[(tensor < 0) | (tensor >= config.n_routed_experts)]
+    if len(wrong):
+        raise InputError(f"'{name}' names expert {int(wrong[0])}, there are {config.n_routed_experts}")
+    return tensor.to(torch.int64)
