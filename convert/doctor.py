@@ -102,6 +102,7 @@ ENGINES: dict[EngineName, Engine] = {
         split_blocks=(("moe_intermediate_size",),),
         traps=(
             Trap("fp4", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
+            Trap("fp4", "DeepGEMM has FP4 kernels for Blackwell only: on a Hopper GPU its advice is an FP8 checkpoint"),
             Trap("fp8", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
         ),
     ),
