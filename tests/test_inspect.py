@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hub_servers import HubServer, run_dsv4
 from release_headers import FLASH, FLASH_PUBLISHED, PRO, PRO_PUBLISHED, make_released, released_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -335,3 +336,19 @@ def test_a_rank_file(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert view["dtype"] == "F4"
     same = ("shape", "values", "codes", "scales", "code_counts", "value_exponents", "root_mean_square")
     assert {key: view[key] for key in same} == {key: released[key] for key in same}
+
+
+@pytest.mark.parametrize("hub", ["hf", "ms"])
+def test_a_checkpoint_on_a_hub(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: str) -> None:
+    local = inspect_json(capsys, str(small)), inspect_json(capsys, str(small), "--tensor", EXPERT)
+    with HubServer() as server:
+        server.publish("acme/Tiny-V4", small)
+        remote = [
+            json.loads(run_dsv4(server, tmp_path, "inspect", f"{hub}:acme/Tiny-V4", *arguments, "--json").stdout)
+            for arguments in ([], ["--tensor", EXPERT])
+        ]
+        assert server.whole_shards() == []  # by range requests
+    assert remote[0].pop("checkpoint").startswith(f"{hub}:acme/Tiny-V4@")  # and the commit
+    assert remote[0] == {key: value for key, value in local[0].items() if key != "checkpoint"}
+    assert remote[1] == local[1]
+    assert not list(tmp_path.rglob("*.safetensors*"))

@@ -9,10 +9,11 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError, printable
-from dsv4.options import Json, example
+from dsv4.options import CacheDir, Json, Revision, Token, example
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint import Checkpoint, TensorInfo
+    from dsv4.convert.hub_storage import HubOptions
     from dsv4.convert.inspection import Inspection
     from dsv4.convert.tensor_view import TensorView
 
@@ -198,27 +199,46 @@ def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     _histogram(out, "Magnitudes from", {f"2**{e}": n for e, n in sorted(view.exponent_counts.items())})
 
 
-def _open(source: str) -> "Checkpoint":
+def _open(source: str, revision: str | None, options: "HubOptions") -> "Checkpoint":
     from dsv4.convert.checkpoint import Checkpoint
+    from dsv4.convert.hub_storage import SCRATCH_NAME, open_storage
     from dsv4.convert.inspection import open_file
 
-    return open_file(Path(source)) if Path(source).is_file() else Checkpoint.open(source)
+    if Path(source).is_file():
+        return open_file(Path(source))
+    storage = open_storage(source, revision, Path(SCRATCH_NAME), options)  # headers need no scratch area: none is made
+    try:
+        return Checkpoint.open(storage)
+    except BaseException:
+        storage.close()
+        raise
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or one .safetensors file.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Folder, org/name, hf:org/name, ms:org/name or .safetensors file."),
+    ],
     pattern: Annotated[str | None, typer.Argument(metavar="GLOB", help="With --tensors: which names.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors, those that match GLOB.")] = False,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="NAME", help="Look into one tensor.")] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    token: Token = None,
     json: Json = False,
 ) -> None:
-    """Show what is in a checkpoint, from its headers alone: parameters, layers, storage, KV cache, faults."""
+    """Show what is in a checkpoint, from its headers alone: parameters, layers, storage, KV cache, faults.
+
+    Of a checkpoint on a hub only the headers are fetched, a few MB.
+    """
     out = output.configure(json)
     if pattern is not None and not tensors:
         raise UsageError(f"'{printable(pattern)}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
     if tensors and tensor is not None:
         raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
-    opened = _open(checkpoint)
+    from dsv4.convert.hub_storage import HubOptions
+
+    opened = _open(checkpoint, revision, HubOptions(token, cache_dir, warn=out.warn, detail=out.detail))
     try:
         if tensor is not None:
             _look(out, opened, tensor)
@@ -232,6 +252,7 @@ def inspect(
 
 EPILOG = example(
     "dsv4 inspect ./DeepSeek-V4-Flash",
+    "dsv4 inspect hf:deepseek-ai/DeepSeek-V4-Pro",
     "dsv4 inspect ./DeepSeek-V4-Flash --tensors 'layers.0.ffn.experts.0.*'",
     "dsv4 inspect ./DeepSeek-V4-Flash --tensor layers.0.ffn.experts.0.w1.weight",
 )
