@@ -98,7 +98,7 @@ class Attention:
         config, linear = self._config, self._arithmetic.quantized_linear
         qr = linear(x, self._weights.matrix("wq_a.weight"))
         qr = self._arithmetic.operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
-        q = linear(qr, self._weights.matrix("wq_b.weight")).unflatten(-1, (-1, config.head_dim))
+        q = torch.unflatten(linear(qr, self._weights.matrix("wq_b.weight")), -1, (-1, config.head_dim))
         return qr, self._rotary.rotate(head_norm(q, config.rms_norm_eps), positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Attention:
         """[T, H, c] -> [T, D]: each group of heads through its rows of wo_a, all groups through wo_b."""
         config, rank = self._config, self._config.o_lora_rank
         matrix = self._weights.matrix("wo_a.weight")
-        groups = output.unflatten(1, (config.o_groups, -1)).flatten(2)
+        groups = torch.unflatten(output, 1, (config.o_groups, -1)).flatten(2)
         low = [self._arithmetic.linear(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(config.o_groups)]
         return self._arithmetic.quantized_linear(
             torch.cat(low, dim=-1).to(self._arithmetic.dtype), self._weights.matrix("wo_b.weight")

@@ -73,7 +73,7 @@ class Compressor:
 def _slots(state: CompressorState, first: int, last: int) -> torch.Tensor:
     """The tokens that blocks [first, last) see: float32 [blocks, 2, dims, tokens]."""
     ratio, start = state.ratio, state.raw_start
-    own = state.raw[first * ratio - start : last * ratio - start].unflatten(0, (last - first, ratio))
+    own = torch.unflatten(state.raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
     if not state.overlap:
         return own.permute(0, 2, 3, 1)
     dims = own.shape[-1] // 2

@@ -51,7 +51,7 @@ class MixtureOfExperts:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in experts.unique().tolist():
+        for expert in sorted(set(experts.flatten().tolist())):
             rows, slot = (experts == expert).nonzero(as_tuple=True)
             output = self._expert(x[rows], self._weights.scope(f"experts.{expert}."), shares[rows, slot])
             total[rows] += output.to(torch.float32)

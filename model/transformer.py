@@ -15,7 +15,7 @@ import torch
 from dsv4.errors import UsageError
 
 from .attention import Attention, Segment
-from .cache import Cache, new_cache
+from .cache import Cache, LayerCache, new_cache
 from .config import Config
 from .layers import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
 from .moe import MixtureOfExperts
@@ -91,7 +91,7 @@ class Call:
         self.sequence = torch.cat([torch.full((s.count,), s.sequence) for s in self.segments]).to(device)
         self.column = torch.cat(rows).to(device)
 
-    def layer_caches(self, name: str) -> list:
+    def layer_caches(self, name: str) -> list[LayerCache]:
         """The cache of the layer called `layers.L` or `mtp.M`, for each segment."""
         layer = int(name.rpartition(".")[2]) if name.startswith("layers.") else 0
         return [self.cache.sequences[s.sequence].layers[layer] for s in self.segments]
@@ -120,7 +120,7 @@ class MtpBlock:
         norm = self._arithmetic.operations.rms_norm
         token = linear(norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
         normed = norm(h, weights.vector("hnorm.weight"), eps)
-        streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).unflatten(0, h.shape[:2])
+        streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).view(h.shape)
         return self._block(token.unsqueeze(1) + streams, token_ids, call, self._name, trace)
 
 

@@ -35,7 +35,7 @@ def _grouped(x: torch.Tensor, group: int) -> torch.Tensor:
     padding = -x.shape[-1] % group
     if padding:
         values = torch.nn.functional.pad(values, (0, padding))
-    return values.unflatten(-1, (-1, group))
+    return torch.unflatten(values, -1, (-1, group))
 
 
 def quantize_fp8(x: torch.Tensor, group: int = FP8_GROUP) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +80,9 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a Hadamard rotation needs a power of two, the last dimension is {n}")
     values, half = x.to(torch.float32), 1
     while half < n:
-        pairs = values.unflatten(-1, (n // (2 * half), 2, half))
+        pairs = torch.unflatten(values, -1, (n // (2 * half), 2, half))
         upper, lower = pairs[..., 0, :], pairs[..., 1, :]
         values = torch.stack((upper + lower, upper - lower), dim=-2).flatten(-3)
         half *= 2
-    return (values * n**-0.5).to(x.dtype)
+    orthonormal: float = n**-0.5
+    return (values * orthonormal).to(x.dtype)
