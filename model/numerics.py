@@ -41,7 +41,7 @@ def in_lanes(x: torch.Tensor) -> torch.Tensor:
     padding = -x.shape[-1] % LANES
     if padding:
         x = torch.nn.functional.pad(x, (0, padding))
-    return x.unflatten(-1, (-1, LANES)).movedim(-2, 0).contiguous()
+    return torch.unflatten(x, -1, (-1, LANES)).movedim(-2, 0).contiguous()
 
 
 def lane_sum(x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """x [T, m, c] with its last r dims turned: pairs (2i, 2i + 1) by the angle of cos and sin, float32 [T, r / 2]."""
     r = 2 * cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    pairs = x[..., -r:].to(torch.float32).unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(x[..., -r:].to(torch.float32), -1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     return torch.cat((x[..., :-r], turned.to(x.dtype)), dim=-1)
@@ -52,7 +52,7 @@ def split_mixes(
     """mixes [T, (2 + n) n] -> pre [T, n], post [T, n], comb [T, n (from), n (to)], float32."""
     pre = sigmoid(mixes[:, :n] * scale[0] + base[:n]) + eps
     post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = (mixes[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
+    logits = torch.unflatten(mixes[:, 2 * n :] * scale[2] + base[2 * n :], -1, (n, n))
     return pre, post, sinkhorn(logits, iterations, eps)
 
 
