@@ -1,5 +1,8 @@
 """Input that is not what it claims: each time a message with the file or tensor in it, the right exit code, no file
-under a final name, and the source as it was."""
+under a final name, and the source as it was.
+
+The fine print of headers, names and indexes is in test_hostile.py, for every command at once.
+"""
 
 import errno
 import json
@@ -93,15 +96,10 @@ class TestShards:
         (source / LAYER).write_bytes(length.to_bytes(8, "little") + data[8:])
         refused(source, tmp_path / "out", LAYER, str(length), "100000000")
 
-    @pytest.mark.parametrize("text", ["not json at all", "[1, 2]", '{"a": ', '{"a": NaN}', "{" * 9000])
+    @pytest.mark.parametrize("text", ["not json at all", '{"a": ', "{" * 9000])
     def test_a_header_that_is_not_json(self, text: str, source: Path, tmp_path: Path) -> None:
         write_file(source / EMBED, {}, text)
         refused(source, tmp_path / "out", EMBED)
-
-    def test_not_utf8(self, source: Path, tmp_path: Path) -> None:
-        data = (source / EMBED).read_bytes()
-        (source / EMBED).write_bytes(data.replace(b"embed", b"\xff\xfebed"))
-        refused(source, tmp_path / "out", EMBED, "JSON")
 
     def test_overlapping(self, source: Path, tmp_path: Path) -> None:
         def overlap(header: dict[str, Any]) -> None:
@@ -125,42 +123,6 @@ class TestShards:
 
         change_header(source / EMBED, grow)
         refused(source, tmp_path / "out", EMBED, "truncated")
-
-    @pytest.mark.parametrize(
-        ("key", "value", "word"),
-        [
-            ("dtype", "F7", "F7"),
-            ("dtype", ["F32"], "dtype"),
-            ("shape", [64, -256], "shape"),
-            ("shape", [64.0, 256], "shape"),
-            ("shape", [2**62, 2**62], "bytes"),
-            ("shape", [64, 255], "needs"),
-            ("data_offsets", [0], "data_offsets"),
-            ("data_offsets", [32768, 0], "bytes"),
-            ("data_offsets", [True, 32768], "data_offsets"),
-        ],
-    )
-    def test_an_entry_that_makes_no_sense(self, key: str, value: Any, word: str, source: Path, tmp_path: Path) -> None:
-        def change(header: dict[str, Any]) -> None:
-            header["embed.weight"][key] = value
-
-        change_header(source / EMBED, change)
-        refused(source, tmp_path / "out", EMBED, "embed.weight", word)
-
-    @pytest.mark.parametrize("name", ["../x", "a/b", "", "x\ny", "x\x1b[2J", "C:x", "..", "a\\b", "x" * 600])
-    def test_names_that_are_no_names(self, name: str, source: Path, tmp_path: Path) -> None:
-        change_header(source / EMBED, lambda header: {name: header.pop("embed.weight"), **header})
-        err = refused(source, tmp_path / "out", EMBED, "tensor name")
-        assert "\x1b" not in err and "x\ny" not in err
-
-    def test_a_name_twice(self, source: Path, tmp_path: Path) -> None:
-        entry = json.dumps(header_of(source / EMBED)["embed.weight"])
-        write_file(source / EMBED, read_file(source / EMBED), f'{{"embed.weight": {entry}, "embed.weight": {entry}}}')
-        refused(source, tmp_path / "out", EMBED, "embed.weight", "twice")
-
-    def test_names_that_differ_by_case(self, source: Path, tmp_path: Path) -> None:
-        edit_tensors(source, {"Norm.weight": raw("F32", np.zeros(3, np.float32))})
-        refused(source, tmp_path / "out", "Norm.weight", "case")
 
     def test_a_tensor_in_two_shards(self, source: Path, tmp_path: Path) -> None:
         tensors = read_file(source / HEAD) | read_file(source / EMBED)
@@ -211,16 +173,6 @@ class TestIndex:
     def test_a_tensor_in_another_shard(self, source: Path, tmp_path: Path) -> None:
         self.change(source, lambda index: index["weight_map"].update({"norm.weight": EMBED}))
         refused(source, tmp_path / "out", INDEX, "norm.weight")
-
-    @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".", "x\0", "a.bin"])
-    def test_a_shard_elsewhere(self, shard: str, source: Path, tmp_path: Path) -> None:
-        self.change(source, lambda index: index["weight_map"].update({"norm.weight": shard}))
-        refused(source, tmp_path / "out", INDEX)
-
-    @pytest.mark.parametrize("value", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}, None])
-    def test_not_an_index(self, value: Any, source: Path, tmp_path: Path) -> None:
-        (source / INDEX).write_text(json.dumps(value))
-        refused(source, tmp_path / "out", INDEX)
 
     def test_missing_with_several_shards(self, source: Path, tmp_path: Path) -> None:
         (source / INDEX).unlink()

@@ -1,0 +1,118 @@
+"""The plan, on the true headers of the releases: sizes against published totals, order, shards."""
+
+import math
+from pathlib import Path
+
+import pytest
+import release_headers
+from release_headers import BITS, FLASH, PRO
+
+from dsv4.convert.checkpoint import Checkpoint
+from dsv4.convert.plan import Plan, make_plan
+from dsv4.convert.settings import resolve
+
+# Payload of the FP8 layouts in bytes: the Base releases, and published conversions of others (their size lists).
+FLASH_BASE, PRO_BASE = 292_555_345_480, 1_602_325_824_632
+FLASH_SGLANG = 293_978_643_016
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(release_headers.make_released(tmp_path_factory.mktemp("flash") / "flash", FLASH))
+
+
+@pytest.fixture(scope="module")
+def default(flash: Checkpoint) -> Plan:
+    return make_plan(flash, resolve())
+
+
+def data_bytes(plan: Plan) -> int:
+    return sum(shard.data_bytes for shard in plan.shards)
+
+
+def test_pro_from_its_headers(tmp_path: Path) -> None:
+    """145,116 tensors in; the bytes of the Pro-Base layout out."""
+    checkpoint = Checkpoint.open(release_headers.make_released(tmp_path / "pro", PRO))
+    plan = make_plan(checkpoint, resolve())
+    assert sum(len(shard.tensors) for shard in plan.shards) == 145_116
+    assert data_bytes(plan) == PRO_BASE
+    assert plan.source_bytes == sum(path.stat().st_size for path in (tmp_path / "pro").glob("*.safetensors"))
+
+
+def test_flash_in_published_layouts(flash: Checkpoint, default: Plan) -> None:
+    assert data_bytes(default) == FLASH_BASE
+    assert data_bytes(make_plan(flash, resolve(target="sglang"))) == FLASH_SGLANG
+    assert data_bytes(make_plan(flash, resolve(to="same"))) == release_headers.FLASH_PUBLISHED[1]
+
+
+def elements(dtype: str, shape: list[int]) -> int:
+    return math.prod(shape) * (2 if dtype == "I8" else 1)
+
+
+def test_flash_in_bf16(flash: Checkpoint) -> None:
+    """Two bytes for each element of a quantized weight, no scales; all else as it is."""
+    expected = 0
+    for tensors in release_headers.shards(FLASH):
+        for name, (dtype, shape) in tensors.items():
+            if dtype in ("I8", "F8_E4M3"):
+                expected += 2 * elements(dtype, shape)
+            elif not name.endswith(".scale"):
+                expected += math.prod(shape) * BITS[dtype] // 8
+    assert data_bytes(make_plan(flash, resolve(to="bf16"))) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_flash_on_ranks(ranks: int, flash: Checkpoint) -> None:
+    """Sliced or owned by one rank: once. Everything else: in every rank. wo_a in BF16 without its scale."""
+    once, everywhere = 0, 0
+    sliced = ("wq_b.weight", "wq_b.scale", "wo_a.weight", "wo_b.weight", "wo_b.scale", "attn_sink")
+    for tensors in release_headers.shards(FLASH):
+        for name, (dtype, shape) in tensors.items():
+            size = math.prod(shape) * BITS[dtype] // 8
+            if name.endswith("wo_a.scale"):
+                continue
+            if name.endswith("wo_a.weight"):
+                size *= 2
+            mine = ".experts." in name or name in ("embed.weight", "head.weight") or "weights_proj" in name
+            if mine or name.endswith(sliced):
+                once += size
+            else:
+                everywhere += size
+    plan = make_plan(flash, resolve(to="same", layout="mp", model_parallel=ranks))
+    assert [shard.file for shard in plan.shards] == [f"model{rank}-mp{ranks}.safetensors" for rank in range(ranks)]
+    assert data_bytes(plan) == once + ranks * everywhere
+
+
+def test_shards_are_filled_in_the_order_of_the_source(default: Plan) -> None:
+    """Layer after layer, expert 2 before expert 10, each shard as full as the next weight allows."""
+    plan = default
+    seen: list[str] = []
+    for shard in plan.shards:
+        for number in sorted({int(name.split("-")[1]) for name in shard.source_shards}):
+            seen.append(f"model-{number:05d}")
+    assert seen == sorted(seen)
+    limit = resolve().max_shard_bytes
+    for shard, following in zip(plan.shards, plan.shards[1:], strict=False):
+        assert shard.data_bytes <= limit
+        smallest_next = min(sum(t.nbytes for t in following.tensors if t.weight is w.weight) for w in following.tensors)
+        assert shard.data_bytes + max(smallest_next, 1) > limit * 0.9
+    first = next(shard for shard in plan.shards if any(".experts.2." in t.name for t in shard.tensors))
+    assert any(".experts.10." in t.name for t in first.tensors)
+
+
+def test_a_weight_and_its_scale_stay_together(default: Plan) -> None:
+    for shard in default.shards:
+        names = {tensor.name for tensor in shard.tensors}
+        for tensor in shard.tensors:
+            if tensor.weight.scale is not None:
+                assert {tensor.weight.name, tensor.weight.scale.name} <= names
+
+
+def test_the_header_is_what_the_file_will_have(default: Plan) -> None:
+    assert default.output_bytes == sum(len(shard.header) + shard.data_bytes for shard in default.shards)
+    assert all(len(shard.header) % 8 == 0 for shard in default.shards)
+
+
+def test_notes(flash: Checkpoint, default: Plan) -> None:
+    assert default.notes == ()
+    assert "no routed expert is FP8" in make_plan(flash, resolve(to="fp4")).notes[0]
