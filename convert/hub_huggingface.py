@@ -5,6 +5,7 @@ instead of resuming it, so what a second run saves are whole files.
 """
 
 import difflib
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import huggingface_hub
 from huggingface_hub import errors, file_download, hf_api
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, http_stream_backoff, logging
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    disable_progress_bars,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 
@@ -124,7 +130,9 @@ class HuggingFace:
         self._token = token
         self._api = huggingface_hub.HfApi(token=token)
         disable_progress_bars()
-        logging.set_verbosity_error()  # its retries are reported by us if they do not help
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # its retries are reported by us if they do not help
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
         try:
@@ -180,7 +188,7 @@ class HuggingFace:
     def _read(self, url: str, headers: dict[str, str], offset: int, length: int) -> bytes:
         timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
         with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
-            huggingface_hub.utils.hf_raise_for_status(response)
+            hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else offset
             received = bytearray()
             for chunk in response.iter_bytes(1 << 16):

@@ -19,6 +19,7 @@ import modelscope_hub
 import requests
 from modelscope_hub import _download as client_download
 from modelscope_hub import errors
+from tqdm.auto import tqdm
 
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 
@@ -63,7 +64,7 @@ def _raise(error: Exception, repository: str) -> NoReturn:
 
 
 def _callback_for(meter: Meter) -> type[Any]:
-    class Callback(client_download.ProgressCallback):  # type: ignore[misc]
+    class Callback(client_download.ProgressCallback):
         def update(self, size: int) -> None:
             meter.update(size)
 
@@ -84,7 +85,7 @@ class ModelScope:
     def __init__(self, token: str | None) -> None:
         self._api = modelscope_hub.HubApi(token=token)
         # The client draws a bar of its own for every file, also where nobody looks; ours counts all of them.
-        client_download.tqdm = functools.partial(client_download.tqdm, disable=True)
+        vars(client_download)["tqdm"] = functools.partial(tqdm, disable=True)
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
@@ -199,8 +200,8 @@ class ModelScope:
         """See Hub."""
         owner, name = repository.split("/")
         try:
-            found = {m.repo_id for m in self._api.list_repos("model", owner=owner, page_size=100).items}
-            found |= {m.repo_id for m in self._api.list_repos("model", search=name, page_size=20).items}
+            found = {str(m.repo_id) for m in self._api.list_repos("model", owner=owner, page_size=100).items}
+            found |= {str(m.repo_id) for m in self._api.list_repos("model", search=name, page_size=20).items}
         except Exception:  # a suggestion is a courtesy; the error that led here is what the user must see
             return []
         return difflib.get_close_matches(repository, sorted(found), n=3, cutoff=0.6)
