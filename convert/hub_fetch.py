@@ -130,11 +130,20 @@ def _stage(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter,
     return staged
 
 
+def _arrive(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, again: bool) -> Path:
+    """The file on disk, unchecked: in the cache, or in the hidden sub-folder."""
+    try:
+        if place.folder is not None:
+            return _stage(snapshot, file, place, meter, again)
+        return snapshot.hub.fetch_to_cache(snapshot.source.repository, snapshot.commit, file, place.cache, meter, again)
+    except OSError as error:
+        if error.filename is None:  # a full disk, met in the middle of a library
+            error.filename = str(place.root(snapshot) / file.name)
+        raise
+
+
 def _attempt(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, again: bool) -> Path:
-    if place.folder is None:
-        path = snapshot.hub.fetch_to_cache(snapshot.source.repository, snapshot.commit, file, place.cache, meter, again)
-    else:
-        path = _stage(snapshot, file, place, meter, again)
+    path = _arrive(snapshot, file, place, meter, again)
     try:
         check_file(path, file, snapshot.label)
     except BadFile:

@@ -269,6 +269,7 @@ def test_disk_full(server: HubServer, tmp_path: Path, source: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 4
     assert "file size limit" in done.stderr
+    assert f"out/{SHARDS[0]}" in done.stderr
     assert not set(SHARDS) & contents(tmp_path / "out").keys()
     assert_second_run_completes(server, tmp_path, source)
     server.repositories[REPOSITORY].extra_listed["huge.bin"] = 10**18
