@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -235,6 +236,9 @@ def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path:
     assert out.startswith("DIFFERENT") and "first difference    embed, position 0" in out
     page = report.read_text()
     assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        curve = ElementTree.fromstring(svg).find("polyline")
+        assert curve is not None and len(curve.attrib["points"].split()) == 3
 
 
 def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
@@ -373,6 +377,8 @@ def test_a_turn_that_does_not_fit_is_undone(
         (("a", "--max-memory", "lots"), 2, "is not a size"),
         (("a", "--top-p", "0"), 2, "top-p"),
         (("a", "--compare", "nowhere"), 3, "nowhere"),
+        (("a", "--logits", "no/such/folder/l"), 3, "no/such/folder/l: the folder does not exist"),
+        (("a", "--compare", "a", "--report", "no/such/folder/r"), 3, "the folder does not exist"),
     ],
 )
 def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: int, problem: str) -> None:
@@ -385,6 +391,16 @@ def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: i
 def test_no_checkpoint(capfd: Capture, tmp_path: Path) -> None:
     assert "is not a folder" in run(capfd, str(tmp_path / "none"), "a", code=3)[1]
     assert "model.safetensors.index.json" in run(capfd, str(tmp_path), "--tokens", "1", code=3)[1]
+
+
+@pytest.mark.parametrize(("value", "problem"), [("[]", "a JSON object"), ('{"eos_token_id": "x"}', "eos_token_id")])
+def test_a_strange_generation_config(capfd: Capture, folder: str, tmp_path: Path, value: str, problem: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text(value)
+    assert problem in run(capfd, str(copy), "--tokens", "1", code=3)[1]
 
 
 def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """`dsv4 run`: talk to a checkpoint, compute its logits, or compare it with another one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4 import output
 from dsv4.command_encode import Mode, ModeOption
-from dsv4.errors import UsageError
+from dsv4.errors import InputError, UsageError, printable
 from dsv4.options import Json, MaxMemory, Verbose, example, parse_size
 from dsv4.run_answers import Answers, Generation, Loading, answer_prompts, check_folder, load_model
 from dsv4.run_compare import compare_checkpoints, save_logits
@@ -76,6 +77,13 @@ def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
         writer.close()
 
 
+def _check_outputs(paths: Iterable[str | None]) -> None:
+    """Raise InputError for a file that cannot be written, before hours of computing and not after."""
+    for path in paths:
+        if path is not None and not Path(path).parent.is_dir():
+            raise InputError(f"{printable(path)}: the folder does not exist", "Create it first.")
+
+
 def _single(prompts: list[Prompt]) -> list[int]:
     if len(prompts) != 1:
         raise UsageError(f"--logits and --compare work on one prompt, there are {len(prompts)}")
@@ -103,6 +111,7 @@ def _execute(request: _Request, out: output.Output) -> int:
     from dsv4.model.tokenizer import load_tokenizer
 
     check_folder(request.checkpoint)
+    _check_outputs((request.logits, request.report, request.trace))
     tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
     if request.sources.interactive and tokenizer is not None:
         return _chat(request, tokenizer, out)

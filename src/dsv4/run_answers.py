@@ -108,11 +108,14 @@ def stop_ids(folder: str) -> frozenset[int]:
 
     for name in ("config.json", "generation_config.json"):
         path = Path(folder) / name
-        value = read_json(str(path)).get("eos_token_id") if path.is_file() else None
+        content = read_json(str(path)) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise InputError(f"{printable(str(path))}: a JSON object is expected")
+        value = content.get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) for i in ids):
-                raise InputError(f"{name}: eos_token_id must be a token id or a list of them")
+                raise InputError(f"{printable(str(path))}: eos_token_id must be a token id or a list of them")
             return frozenset(ids)
     return frozenset()
 
@@ -120,6 +123,11 @@ def stop_ids(folder: str) -> frozenset[int]:
 def rate(tokens: int, seconds: float) -> float:
     """Tokens per second, 0 if there was nothing to do."""
     return tokens / seconds if tokens and seconds else 0.0
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.04 s`, `3.2 s`, `1:15`: the first token of a small model comes fast."""
+    return f"{seconds:.2f} s" if seconds < 1 else human_seconds(seconds)
 
 
 def statistics_json(statistics: "Statistics") -> dict[str, Any]:
@@ -146,7 +154,7 @@ def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
     out.say(
         f"prefill {statistics.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
         f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s; "
-        f"first token after {human_seconds(statistics.first_token_seconds)}"
+        f"first token after {seconds_text(statistics.first_token_seconds)}"
         + (f"; peak memory {human_bytes(peak)}" if peak else "")
     )
     if mtp:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from dsv4 import __version__
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
-from dsv4.output import Output, aligned, human_bytes, human_seconds
-from dsv4.run_answers import Loading, TokenProgress, load_model, rate
+from dsv4.output import Output, aligned, human_bytes
+from dsv4.run_answers import Loading, TokenProgress, load_model, rate, seconds_text
 
 if TYPE_CHECKING:
     from dsv4.model.compare import Comparison, Run
@@ -49,7 +49,7 @@ def _tell_timing(evaluation: "Evaluation", out: Output) -> None:
     line = f"prefill {timing['prefill_tokens']} tokens, {timing['prefill_tokens_per_second']:.1f} tokens/s"
     if decoded:
         line += f"; single steps {decoded} tokens, {timing['decode_tokens_per_second']:.1f} tokens/s"
-    line += f"; first token after {human_seconds(timing['first_token_seconds'])}"
+    line += f"; first token after {seconds_text(timing['first_token_seconds'])}"
     peak = timing["peak_memory_bytes"]
     out.say(line + (f"; peak memory {human_bytes(peak)}" if peak else ""))
 
