@@ -22,6 +22,7 @@ from .parameters import is_fp4, is_scale, logical_shape, sibling_scale
 
 CORNER_ROWS, CORNER_COLUMNS = 4, 6
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB as float32
+LOWEST_EXPONENT = -1074  # of the smallest subnormal float64
 RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))
 
 
@@ -112,40 +113,42 @@ def _corner(tensor: torch.Tensor) -> torch.Tensor:
     return flat[:CORNER_ROWS, :CORNER_COLUMNS]
 
 
-def _count(values: torch.Tensor, into: dict[int, int]) -> None:
-    for value, count in zip(*(t.tolist() for t in values.unique(return_counts=True)), strict=True):  # type: ignore[no-untyped-call]
-        into[value] = into.get(value, 0) + count
+def _add_counts(values: torch.Tensor, lowest: int, into: dict[int, int]) -> None:
+    """How often each whole number occurs; none is below `lowest`, and the largest is not far above."""
+    counts = torch.bincount(values.flatten() - lowest)
+    for position in counts.nonzero().flatten().tolist():
+        into[position + lowest] = into.get(position + lowest, 0) + int(counts[position])
 
 
-def _exponents(values: torch.Tensor) -> torch.Tensor:
-    """floor(log2(|v|)) of positive and negative finite values, exact."""
-    return torch.frexp(values.double())[1] - 1
+def _add_exponents(values: torch.Tensor, into: dict[int, int]) -> None:
+    """floor(log2(|v|)) of nonzero finite values, exact, subnormals included."""
+    if values.numel():
+        _add_counts(torch.frexp(values)[1] - 1, LOWEST_EXPONENT, into)
 
 
 def _add_values(view: TensorView, values: torch.Tensor) -> None:
     view.elements += values.numel()
     if not values.numel():
         return
-    wide = values.double()
-    nan = torch.isnan(wide)
-    numbers = wide[~nan]
+    # float32 holds every value of every format here but float64 and the integers
+    numbers = values.flatten().to(
+        torch.float32 if values.is_floating_point() and values.itemsize <= 4 else torch.float64
+    )
+    nan = torch.isnan(numbers)
+    if nan.any():
+        view.nans += int(nan.sum())
+        numbers = numbers[~nan]
     zero = numbers == 0
-    view.nans += int(nan.sum())
     view.zeros += int(zero.sum())
-    view.negative_zeros += int((zero & torch.signbit(numbers)).sum())
+    view.negative_zeros += int(torch.signbit(numbers[zero]).sum())
     if not numbers.numel():
         return
-    low, high = float(numbers.min()), float(numbers.max())
+    low, high = (float(edge) for edge in numbers.aminmax())
     view.minimum = low if view.minimum is None else min(view.minimum, low)
     view.maximum = high if view.maximum is None else max(view.maximum, high)
-    view.sum_of_squares += float(numbers.square().sum())
-    finite = numbers[~zero & torch.isfinite(numbers)]
-    _count(_exponents(finite), view.exponent_counts)
-
-
-def _add_scales(view: TensorView, scales: torch.Tensor) -> None:
-    if scales.numel():
-        _count(_exponents(scales.float()), view.scale_counts)
+    view.sum_of_squares += float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
+    shown = ~zero if math.isfinite(high - low) else ~zero & torch.isfinite(numbers)
+    _add_exponents(numbers[shown], view.exponent_counts)
 
 
 def look(checkpoint: Checkpoint, name: str, advance: Callable[[int], None] = lambda count: None) -> TensorView:
@@ -162,9 +165,9 @@ def look(checkpoint: Checkpoint, name: str, advance: Callable[[int], None] = lam
             view.codes = _corner(codes).tolist() if codes.numel() else []
             view.scales = _corner(scales.float()).tolist() if scales.numel() else []
         if view.format.startswith("float4"):
-            _count(codes, view.code_counts)
+            _add_counts(codes, 0, view.code_counts)
         _add_values(view, values)
-        _add_scales(view, scales)
+        _add_exponents(scales.float(), view.scale_counts)
         advance(view.info.nbytes * (stop - start) // max(view.shape[0] if view.shape else 1, 1))
     return view
 
