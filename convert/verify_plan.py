@@ -9,6 +9,7 @@ the two sides declare different floating point dtypes; then values decide.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from .verify_files import DTYPE_BITS
@@ -71,10 +72,18 @@ class Unit:
                 if tensor is not None:
                     yield side, tensor
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes to read."""
         return sum(tensor.size * (1 + len(tensor.copies)) for _, tensor in self.tensors())
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of the tensor, scales not counted."""
+        if self.output_weight is not None:
+            return self.output_weight.rows * self.output_weight.columns
+        tensor = self.output or self.source
+        return math.prod(tensor.shape) if tensor is not None else 0
 
 
 def row_bytes(tensor: Tensor) -> int:

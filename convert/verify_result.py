@@ -117,16 +117,22 @@ class Statistics:
     sizes: dict[str, Counter[str]] = field(default_factory=lambda: {"source": Counter(), "output": Counter()})
     rebuilt: Counter[str] = field(default_factory=Counter)
 
-    def add(self, name: str, tally: Tally) -> None:
-        """Count one tensor in."""
-        self.spans.update(tally.spans)
-        self.other_scale += tally.other_scale
-        self.rebuilt.update(tally.rebuilt)
+    def take_histograms(self, name: str, tally: Tally) -> None:
+        """Add the tally's histograms to those of its module, out of the tally: one per tensor would fill memory."""
         for key, uses in tally.codes.items():
             self.codes[key] = self.codes[key] + uses if key in self.codes else uses
         for side, uses in tally.scale_codes.items():
             at = side, module_of(name)
             self.scales[at] = self.scales[at] + uses if at in self.scales else uses
+        tally.codes, tally.scale_codes = {}, {}
+
+    def add(self, unit: Unit, tally: Tally) -> None:
+        """Count one whole tensor in."""
+        self.spans.update(tally.spans)
+        self.other_scale += tally.other_scale
+        self.rebuilt.update(tally.rebuilt)
+        for side, tensor in unit.tensors():
+            self.sizes[side][tensor.dtype] += tensor.size * (1 + len(tensor.copies))
 
     def to_json(self) -> dict[str, Any]:
         """Histograms with empty bins left out where that is shorter."""

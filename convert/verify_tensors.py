@@ -39,7 +39,10 @@ class Piece:
 
 @dataclass
 class Tally:
-    """Counts over some rows of a unit; `add` merges another one of the same unit."""
+    """Counts over some rows of a unit; `add` merges another one of the same unit.
+
+    The two histograms at the end are not merged per unit: `Statistics` takes them out of every finished tally.
+    """
 
     elements: int = 0
     different: int = 0
@@ -69,9 +72,6 @@ class Tally:
         for name in ("special", "bad_scales", "odd_scales", "blocks", "spans", "rebuilt"):
             getattr(self, name).update(getattr(other, name))
         self.first = sorted(self.first + other.first, key=lambda d: d["at"])[:FIRST_DIFFERENCES]
-        for mine, theirs in ((self.codes, other.codes), (self.scale_codes, other.scale_codes)):
-            for key, uses in theirs.items():
-                mine[key] = mine[key] + uses if key in mine else uses  # type: ignore[index]
 
 
 class Reader:

@@ -167,14 +167,14 @@ def _torch_table(narrow: Format, wide: Format, table: ConversionTable, signed: b
     return _torch_tables[key]
 
 
-def _differences(narrow: Band, wide: Band, unit: int) -> Array:
+def exponent_differences(narrow: Band, wide: Band, unit: int) -> Array:
     """Exponent of the narrow block minus that of the wide block, `[rows, columns / unit]` int32."""
     rows, columns = narrow.rows, narrow.columns
     a = _expand(narrow.scales.exponent, narrow.block, rows, columns, unit)
     return np.subtract(a, _expand(wide.scales.exponent, wide.block, rows, columns, unit), dtype=np.int32)
 
 
-def _unit(narrow: Band, wide: Band) -> int:
+def common_unit(narrow: Band, wide: Band) -> int:
     """Columns that share both scales everywhere, or 0 when the lookup cannot be used."""
     unit = min(narrow.block[1], wide.block[1], narrow.columns)
     per_byte = 8 // narrow.number_format.bits
@@ -235,7 +235,7 @@ def _explain(narrow: Band, wide: Band, expected: Array, index: torch.Tensor, tab
 
 def _compare_lookup(narrow: Band, wide: Band, unit: int) -> Comparison:
     table = conversion_table(narrow.number_format, wide.number_format)
-    difference = _differences(narrow, wide, unit)
+    difference = exponent_differences(narrow, wide, unit)
     index = _row_index(narrow, difference, table, unit)
     expected = _lookup(_torch_table(narrow.number_format, wide.number_format, table, True), index, narrow.rows)
     if _same(expected, wide.data) and (_no_gaps(table, difference) or not has_special(wide)):
@@ -248,15 +248,15 @@ def _swapped(result: Comparison) -> Comparison:
     return result
 
 
-def _plain(band: Band) -> bool:
+def is_plain(band: Band) -> bool:
     return band.scales.mantissa is None and band.scales.bad is None
 
 
 def compare(first: Band, second: Band) -> Comparison:
     """Where do the values of two bands of equal shape differ, and which zeros changed sign from first to second?"""
-    if _plain(first) and _plain(second):
+    if is_plain(first) and is_plain(second):
         narrow, wide = (first, second) if first.number_format.bits <= second.number_format.bits else (second, first)
-        if has_table(narrow.number_format, wide.number_format) and (unit := _unit(narrow, wide)):
+        if has_table(narrow.number_format, wide.number_format) and (unit := common_unit(narrow, wide)):
             result = _compare_lookup(narrow, wide, unit)
             return result if narrow is first else _swapped(result)
     return _compare_integers(first, second)

@@ -13,8 +13,9 @@ from raw_safetensors import raw, read_folder, write_folder
 
 from dsv4.cli import run
 from dsv4.convert.synthetic import make_checkpoint
-from dsv4.convert.verification import Selection, verify
+from dsv4.convert.verification import verify
 from dsv4.convert.verify_report import render
+from dsv4.convert.verify_selection import Selection
 
 VOID = {"meta", "br", "path", "rect"}
 

@@ -199,8 +199,8 @@ def verify(
     """
     out = output.configure(json, quiet, verbose)
     from dsv4.convert.hub_storage import HubOptions
-    from dsv4.convert.verification import Selection
     from dsv4.convert.verification import verify as run
+    from dsv4.convert.verify_selection import Selection
 
     selection = Selection(tensor, shard, _share(sample), seed)
     memory = None if max_memory is None else parse_size(max_memory)
