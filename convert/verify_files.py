@@ -65,7 +65,7 @@ class Problem:
         return {"area": self.area, "where": self.where, "severity": self.severity, "text": self.text}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of one shard: what the header says, and where its bytes are in the file."""
 
@@ -116,20 +116,22 @@ class LocalFiles:
         self.folder = folder
         self.label = printable(str(folder))
         self._open: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise InputError(f"{self.label} {what}", "Give the folder of a checkpoint.")
 
     def sizes(self) -> dict[str, int]:
-        """Regular files (links are followed, as hub caches consist of links), hidden files and folders left out."""
-        found = {}
+        """Regular files (links are followed, as hub caches consist of links), hidden ones left out; looked up once."""
+        if self._sizes:
+            return self._sizes
         for parent, folders, names in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(parent, name)
                 if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
-                    found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
-        return found
+                    self._sizes[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return self._sizes
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Loops over short reads; a file that ends early is an InputError that names it."""

@@ -35,7 +35,7 @@ _SLICED_ROWS = re.compile(
 _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """A whole tensor: `parts` follow each other along `axis`; `copies` are further copies of all of it."""
 

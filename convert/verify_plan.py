@@ -25,7 +25,7 @@ _FP8_BLOCKS = ((128, 128), (32, 32), (1, 32))
 _SCALE_DTYPES = ("F8_E8M0", "F32")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A tensor whose values can be compared: `rows` x `columns` elements in `number_format`, and its scales."""
 

@@ -38,7 +38,8 @@ class Selection:
 
     def takes(self, unit: Unit, shard: str | None) -> bool:
         """Whether the unit is to be compared."""
-        names = [name for name in (unit.name, unit.scale_name) if name]
+        stored = {part.name for _, tensor in unit.tensors() for part in tensor.parts}  # `model.layers…` works too
+        names = {unit.name, unit.scale_name, *stored}
         if self.tensor and not any(fnmatch.fnmatchcase(name, self.tensor) for name in names):
             return False
         if shard is not None and not any(side == "output" and shard in t.shards for side, t in unit.tensors()):

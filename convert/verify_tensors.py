@@ -27,7 +27,7 @@ COUNTED_BANDS = 8  # codes are counted in the first of this many bands: counting
 E4M3_SPAN = 14  # FP4 scales of a block may differ by 2^14 before a code can lose its exact FP8 form
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Rows `start` to `stop` of a unit. `row_bytes` is 0 for values; for bytes, the granularity of the rows."""
 
@@ -206,17 +206,21 @@ def coarse_block(unit: Unit) -> tuple[int, int] | None:
     return max(blocks, key=lambda block: block[0] * block[1], default=None)
 
 
-def _count_blocks(different: Array, row0: int, block: tuple[int, int]) -> Counter[tuple[int, int]]:
-    rows, columns = np.nonzero(different)
-    found, counts = np.unique(np.stack(((rows + row0) // block[0], columns // block[1])), axis=1, return_counts=True)
-    return Counter({(int(r), int(c)): int(n) for (r, c), n in zip(found.T, counts, strict=True)})
-
-
 def _reduce_blocks(operation: np.ufunc, values: Array, rows: int, columns: int) -> Array:
     """`operation` over tiles of `rows` x `columns`, ragged at the edges."""
     down = operation.reduceat(values, np.arange(0, values.shape[0], rows), axis=0)
     reduced: Array = operation.reduceat(down, np.arange(0, values.shape[1], columns), axis=1)
     return reduced
+
+
+def _count_blocks(different: Array, row0: int, block: tuple[int, int]) -> Counter[tuple[int, int]]:
+    """Differing elements per block; the band starts with a row of blocks."""
+    if block[1] >= different.shape[1]:
+        block = block[0], different.shape[1]
+    counts = _reduce_blocks(np.add, different.astype(np.int64), *block)
+    rows, columns = np.nonzero(counts)
+    top = row0 // block[0]
+    return Counter({(top + int(r), int(c)): int(counts[r, c]) for r, c in zip(rows, columns, strict=True)})
 
 
 def _count_spans(tally: Tally, fp4: Band, fp8: Band) -> None:
@@ -299,6 +303,10 @@ class PieceWork:
             scales = source.scales.mantissa, output.scales.mantissa
             if scales[0] is None or scales[1] is None or not np.array_equal(scales[0], scales[1]):
                 return False
+        if (source.scales.bad is not None or output.scales.bad is not None) and self._scale_bytes_differ(
+            source, output
+        ):
+            return False
         same = np.array_equal(source.scales.exponent, output.scales.exponent)
         return same and np.array_equal(source.data, output.data)
 

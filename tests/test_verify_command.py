@@ -1,6 +1,7 @@
 """`dsv4 verify` from the command line: exit codes, streams, selections, the manifest, and its independence."""
 
 import ast
+import errno
 import hashlib
 import json
 import shutil
@@ -224,6 +225,37 @@ def test_alone_finds_nan(tmp_path: Path) -> None:
     found = [problem.text for problem in result.problems if problem.area == "codes"]
     assert result.exit_code == 1 and len(found) == 2
     assert found[0].startswith("a.weight holds 1 codes") and found[1].startswith("a.weight has 1 scales")
+
+
+def test_what_the_machine_refuses(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error", "the shard")
+
+    monkeypatch.setattr("os.preadv", refuse)
+    code, _, err = command(capsys, *pair)
+    assert code == 4 and "the shard: Input/output error" in err
+
+
+def test_the_same_folder_is_said(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = command(capsys, pair[0], pair[0])
+    assert code == 0 and "are the same folder" in err
+
+
+def test_everything_differs(tmp_path: Path) -> None:
+    """Counting must not depend on how much there is to count: every element, every block."""
+    random = np.random.default_rng(0)
+    codes = random.integers(1, 100, (300, 256), dtype=np.uint8)
+    scale = raw("F8_E8M0", np.full((3, 2), 120, np.uint8))
+    for place, found in (("a", codes), ("b", codes + np.uint8(1))):
+        tensors = {"x.weight": raw("F8_E4M3", found), "x.scale": scale}
+        write_folder(tmp_path / place, {"model.safetensors": tensors}, index=False)
+    (result, _) = verify(tmp_path / "a", tmp_path / "b").results
+    sizes = (128, 128, 44)
+    assert result.tally.different == codes.size
+    assert result.tally.blocks == {(r, c): rows * 128 for r, rows in enumerate(sizes) for c in range(2)}
+    assert [first["at"] for first in result.tally.first] == [[0, c] for c in range(5)]
 
 
 def test_hostile_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

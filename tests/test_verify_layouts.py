@@ -168,6 +168,88 @@ def test_float32_instead_of_bf16_norms(source: Path, tmp_path: Path, tensors: Te
     assert_identical(verify(source, tmp_path), len(norms))
 
 
+# Ranks that do not fit together.
+
+
+@pytest.fixture
+def ranks(source: Path, tmp_path: Path) -> tuple[Path, list[Tensors]]:
+    """A folder for two ranks, and the ranks' tensors to be harmed and written there."""
+    reference_converter.convert(source, tmp_path, 2)
+    return tmp_path, list(read_folder(tmp_path).values())
+
+
+def verify_ranks(source: Path, ranks: tuple[Path, list[Tensors]]) -> Verification:
+    folder, tensors = ranks
+    write_folder(folder, {f"model{rank}-mp2.safetensors": found for rank, found in enumerate(tensors)}, index=False)
+    return verify(source, folder)
+
+
+@pytest.mark.parametrize("name", ["layers.0.attn.wq_a.weight", "layers.0.attn.wq_a.scale", "norm.weight"])
+def test_a_copy_that_one_rank_changed(source: Path, ranks: tuple[Path, list[Tensors]], name: str) -> None:
+    second = ranks[1][1]
+    second[name] = second[name].like(second[name].array() ^ 1)
+    result = verify_ranks(source, ranks)
+    found = {r.name: r.reason for r in result.results if r.status == "*"}
+    assert result.exit_code == 1
+    assert found == {name.replace("scale", "weight"): "ranks hold different copies: model1-mp2.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["layers.0.attn.wo_b.weight", "embed.weight", "layers.0.attn.attn_sink"])
+def test_slices_in_the_wrong_order(source: Path, ranks: tuple[Path, list[Tensors]], name: str) -> None:
+    first, second = ranks[1]
+    first[name], second[name] = second[name], first[name]
+    result = verify_ranks(source, ranks)
+    assert (result.exit_code, {r.name for r in result.results if r.status == "*"}) == (1, {name})
+
+
+def test_a_slice_that_is_missing(source: Path, ranks: tuple[Path, list[Tensors]]) -> None:
+    del ranks[1][1]["embed.weight"]
+    result = verify_ranks(source, ranks)
+    assert (result.exit_code, {r.name for r in result.results if r.status == "*"}) == (1, {"embed.weight"})
+    assert complaints(result) == ["embed.weight is not in rank 1"]
+
+
+def test_an_expert_in_the_wrong_rank(source: Path, ranks: tuple[Path, list[Tensors]]) -> None:
+    first, second = ranks[1]
+    name = next(name for name in first if ".experts.0.w1.weight" in name)
+    second[name] = first.pop(name)
+    result = verify_ranks(source, ranks)
+    assert result.exit_code == 1 and result.counts["*"] == 0
+    assert complaints(result) == [f"{name} belongs to rank 0, it is in rank 1"]
+
+
+def test_a_rank_that_is_not_there(source: Path, ranks: tuple[Path, list[Tensors]]) -> None:
+    (ranks[0] / "model1-mp2.safetensors").unlink()
+    result = verify(source, ranks[0])
+    assert result.exit_code == 3 and "model1-mp2.safetensors is not there" in complaints(result)
+    assert result.counts["-"] > 0
+
+
+def test_two_conversions_in_one_folder(ranks: tuple[Path, list[Tensors]]) -> None:
+    shutil.copy(ranks[0] / "model0-mp2.safetensors", ranks[0] / "model0-mp4.safetensors")
+    with pytest.raises(InputError, match="files of several conversions"):
+        verify(ranks[0])
+
+
+def test_what_only_some_releases_have(tmp_path: Path) -> None:
+    """Draft heads and indexer, sliced by rows; 1x32 scales on FP8; experts of an MTP stage."""
+    random = np.random.default_rng(5)
+    tensors: Tensors = {
+        "mtp.2.markov_head.markov_w1.weight": raw("BF16", random.integers(0, 1 << 15, (8, 4), dtype=np.uint16)),
+        "layers.2.attn.indexer.weights_proj.weight": raw("BF16", random.integers(0, 99, (4, 4), dtype=np.uint16)),
+        "layers.1.engram.embed.weight": raw("F8_E4M3", random.integers(0, 127, (6, 64), dtype=np.uint8)),
+        "layers.1.engram.embed.scale": raw("F8_E8M0", random.integers(99, 130, (6, 2), dtype=np.uint8)),
+    }
+    for expert in range(4):
+        tensors[f"mtp.0.ffn.experts.{expert}.w1.weight"] = raw("I8", random.integers(0, 256, (4, 16), dtype=np.uint8))
+        tensors[f"mtp.0.ffn.experts.{expert}.w1.scale"] = raw("F8_E8M0", np.full((4, 1), 120 + expert, np.uint8))
+    write_folder(tmp_path / "source", {"model.safetensors": tensors}, index=False)
+    reference_converter.convert(tmp_path / "source", tmp_path / "output", 2)
+    split = read_folder(tmp_path / "output")["model1-mp2.safetensors"]
+    assert split["mtp.2.markov_head.markov_w1.weight"].shape == (4, 4)
+    assert_identical(verify(tmp_path / "source", tmp_path / "output"), 4)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no safetensors file"):
         verify(tmp_path, tmp_path)

@@ -206,6 +206,8 @@ def verify(
     memory = None if max_memory is None else parse_size(max_memory)
     if report is not None:
         report.open("a").close()  # a page that cannot be written should not be found out about after an hour
+    if converted is not None and converted.resolve() == Path(source).resolve():
+        out.warn("SOURCE and OUTPUT are the same folder")
     bars: list[output.Progress] = []
 
     def start(total: int) -> None:
