@@ -49,9 +49,14 @@ class Sampler:
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         chance = probabilities(logits, self._sampling.temperature)
+        if self._sampling.top_p == 1:
+            return self._draw(np.cumsum(chance))  # sorting a vocabulary takes longer than all the rest here
         order = np.argsort(-chance, kind="stable")
         reached = np.cumsum(chance[order])
         kept = int(np.searchsorted(reached, self._sampling.top_p * reached[-1])) + 1
-        reached = reached[:kept]
-        drawn = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
-        return int(order[min(int(drawn), len(reached) - 1)])
+        return int(order[self._draw(reached[:kept])])
+
+    def _draw(self, reached: np.ndarray) -> int:
+        """An index, each as often as its step in the running sums `reached`."""
+        drawn = int(np.searchsorted(reached, self._random.random() * reached[-1], side="right"))
+        return min(drawn, len(reached) - 1)

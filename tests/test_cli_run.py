@@ -18,7 +18,7 @@ from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.errors import Interrupted
 from dsv4.model import load
 from dsv4.model.encoding import encode_messages
-from dsv4.model.generate import Limits, generate
+from dsv4.model.generate import Answer, Limits, Statistics, generate
 from dsv4.model.sampling import Sampling
 from dsv4.model.tokenizer import load_tokenizer
 
@@ -139,6 +139,39 @@ def test_tools_reach_the_prompt(capfd: Capture, folder: str, tmp_path: Path) -> 
         assert f"the prompt has {needed} tokens, the model's context 200" in err
 
 
+def scripted(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """Make every answer these tokens."""
+
+    def answer(model: Any, prompts: Any, *_: Any, on_token: Any, **__: Any) -> Any:
+        for token in tokens:
+            on_token(0, token)
+        return [Answer(tokens, "stop")], Statistics(), None
+
+    monkeypatch.setattr("dsv4.model.generate.generate", answer)
+
+
+def test_the_reply_is_parsed(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    called = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1, "city": "Zürich"}'}}]
+    reply = {"role": "assistant", "content": "Wait. 🌍", "reasoning_content": "hm", "tool_calls": called}
+    question = [{"role": "user", "content": "q"}]
+    prompt, whole = (encode_messages(messages, thinking_mode="thinking") for messages in (question, [*question, reply]))
+    scripted(monkeypatch, load_tokenizer(folder).encode(whole.removeprefix(prompt)))
+    answer = run_json(capfd, folder, "q", "--mode", "think")["answers"][0]
+    expected = [{"type": "function", "function": called[0]["function"]}]
+    assert answer["message"] == {**reply, "tool_calls": expected}
+    assert answer["text"] == whole.removeprefix(prompt).removesuffix("<｜end▁of▁sentence｜>")
+    assert run(capfd, folder, "q", "--mode", "think", "-q")[0] == answer["text"] + "\n"
+
+
+def test_a_reply_that_breaks_the_protocol_is_shown_all_the_same(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    scripted(monkeypatch, load_tokenizer(folder).encode("hello<think>"))
+    answer = run_json(capfd, folder, "q")["answers"][0]
+    assert answer["message"] is None and answer["text"] == "hello<think>"
+    assert answer["problem"] == "completion, character 5: <think> inside the content"
+
+
 # --- drawing and stopping ---
 
 
@@ -257,6 +290,18 @@ def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tm
     assert within["same"] and not within["bit_equal"]
     assert "within tolerance" in run(capfd, *arguments, "--tolerance", "1")[0]
     run(capfd, *arguments, "--tolerance", str(found["max_difference"] * 0.99), code=1)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) -> None:
+    source = str(make_checkpoint(tmp_path / "source", geometry=GEOMETRY, mixed_scales=mixed))
+    ids = ",".join(str(i * 37 % 512) for i in range(11))
+    for target in ("fp8", "bf16"):
+        converted = str(tmp_path / target)
+        assert cli.run(["convert", source, converted, "--to", target, "--on-inexact", "keep", "-q"]) == 0
+        for how in ((), ("--no-simulation",)):
+            out, _ = run(capfd, source, "--tokens", ids, "--prefill", "8", "--compare", converted, "-q", *how)
+            assert out.startswith("BIT-EQUAL")
 
 
 # --- chat ---

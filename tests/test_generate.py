@@ -1,5 +1,6 @@
 """Generation: against a plain loop without cache, in batches, with drafts, with stops, and drawing as it should."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ from fake_model import VOCABULARY, FakeModel, logits_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import generate as generate_module
 from dsv4.model.generate import Limits, generate
+from dsv4.model.loading import load
 from dsv4.model.sampling import Sampler, Sampling
+from dsv4.model.transformer import Transformer
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8]]
@@ -126,6 +130,33 @@ def test_statistics() -> None:
     _, statistics, _ = generate(FakeModel(), PROMPTS, Limits(5), GREEDY)
     assert (statistics.prompt_tokens, statistics.new_tokens, statistics.decoded_tokens) == (12, 15, 12)
     assert 0 < statistics.first_token_seconds <= statistics.prefill_seconds
+
+
+class Oracle:
+    """The real engine with an MTP block that is right two times of three."""
+
+    def __init__(self, model: Transformer, answer: list[int], prompt: int) -> None:
+        self._model, self._answer, self._prompt = model, answer, prompt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def mtp_logits(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> torch.Tensor:
+        logits = self._model.mtp_logits(hidden, ids, cache, **how)
+        drafted = cache.lengths[0] + 1 - self._prompt  # the place in the answer of the token that is drafted
+        right = self._answer[min(drafted, len(self._answer) - 1)]
+        logits[0, -1, right if drafted % 3 else (right + 1) % 512] = 1e9
+        return logits
+
+
+def test_right_and_wrong_drafts_on_the_real_engine(tmp_path: Path) -> None:
+    model = load(make_checkpoint(tmp_path / "small", geometry=Geometry(compress_ratios=(4, 0), n_routed_experts=4)))
+    prompt, limits = [(i * 37) % 300 + 3 for i in range(123)], Limits(14)  # past the window, and over blocks of 4
+    plain = tokens_of(model, [prompt], limits, GREEDY)[0]
+    oracle = Oracle(model, plain, len(prompt))
+    answers, statistics, _ = generate(oracle, [prompt], limits, GREEDY, mtp=True)
+    assert answers[0].tokens == plain
+    assert 0 < statistics.accepted < statistics.drafted
 
 
 # --- drawing ---

@@ -11,7 +11,7 @@ import typer
 from dsv4 import output
 from dsv4.command_encode import Mode, ModeOption
 from dsv4.errors import InputError, UsageError, printable
-from dsv4.options import Json, MaxMemory, Verbose, example, parse_size
+from dsv4.options import Json, Verbose, example, parse_size
 from dsv4.run_answers import Answers, Generation, Loading, answer_prompts, check_folder, load_model
 from dsv4.run_compare import compare_checkpoints, save_logits
 from dsv4.run_prompts import Dialogue, Prompt, Sources, gather
@@ -176,7 +176,14 @@ def run(
     no_simulation: Annotated[
         bool, typer.Option("--no-simulation", help="Compute in float32, without the simulated quantizations.")
     ] = False,
-    max_memory: MaxMemory = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Weights kept in memory; the rest is read when needed. Default: what is free, with a margin.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps or any other torch device.")] = "cpu",
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and errors only.")] = False,

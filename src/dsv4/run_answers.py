@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.errors import EXIT_DONE, InputError, UsageError, printable
-from dsv4.machine import peak_memory, usable_memory
+from dsv4.machine import MARGIN, peak_memory, usable_memory
 from dsv4.output import Output, human_bytes, human_seconds
 from dsv4.run_prompts import Dialogue, Prompt
 
@@ -55,12 +55,26 @@ def check_folder(folder: str) -> None:
         raise InputError(f"{printable(folder)} is not a folder", "Name the folder of a checkpoint.")
 
 
+def memory_limit(loading: Loading) -> int | None:
+    """Bytes that weights may occupy: as asked for, or what is free where they will be, with a margin."""
+    if loading.max_memory is not None:
+        return loading.max_memory
+    kind = loading.device.partition(":")[0]
+    if kind != "cpu":
+        import torch
+
+        backend = getattr(torch, kind, None)
+        if hasattr(backend, "mem_get_info") and backend.is_available():
+            return int(backend.mem_get_info()[0] * MARGIN)
+    return usable_memory()
+
+
 def load_model(folder: str, loading: Loading, out: Output) -> "Transformer":
     """The model in `folder`, with a progress bar while its weights are read."""
     from dsv4.model import load
 
     check_folder(folder)
-    limit = usable_memory() if loading.max_memory is None else loading.max_memory
+    limit = memory_limit(loading)
     bar, done = None, 0
 
     def advance(read: int, total: int) -> None:
