@@ -20,13 +20,14 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+STALL_SECONDS = 30.0  # longer than any test waits; `heal` ends it
 
 
 def git_sha1(data: bytes) -> str:
@@ -135,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(status)
                 return True
         if self._struck("stall", name):
-            time.sleep(self.hub.stall_seconds)
+            self.hub.healed.wait(STALL_SECONDS)
         return False
 
     # Hugging Face
@@ -280,7 +281,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
-        self.stall_seconds = 0.0
+        self.healed = threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
         self._strikes: list[list[Any]] = []
         self._moves: list[tuple[str, str, str]] = []
@@ -324,6 +325,7 @@ class HubServer:
 
         Faults: 429, 500, stall, cut, norange, wrong, short. `whole_only`: requests without a range.
         """
+        self.healed.clear()
         self._strikes.append([fault, pattern, times, whole_only])
 
     def struck(self, fault: str, name: str, whole: bool) -> bool:
@@ -335,8 +337,9 @@ class HubServer:
         return False
 
     def heal(self) -> None:
-        """Switch off every fault."""
+        """Switch off every fault, and let go of what is stalled."""
         self._strikes.clear()
+        self.healed.set()
 
     def lies_about_size(self, name: str) -> bool:
         """A file that is served short is also announced short."""

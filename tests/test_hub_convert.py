@@ -144,12 +144,13 @@ def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.Com
     while not ready.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    server.heal()
     _, words = running.communicate(timeout=60)
     return subprocess.CompletedProcess(command, running.returncode, "", words)
 
 
 def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    server.stall_seconds = 3.0
     server.strike("stall", SHARDS[4], whole_only=True)
     first = tmp_path / "out" / "model-00001-of-00004.safetensors"
     stopped = interrupt_when(server, tmp_path, first)

@@ -280,7 +280,6 @@ def test_disk_full(server: HubServer, tmp_path: Path, source: Path) -> None:
 
 
 def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
-    server.stall_seconds = 2.0
     server.strike("stall", SHARDS[2])
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out"]
     running = subprocess.Popen(
@@ -290,6 +289,8 @@ def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
     while len(contents(tmp_path / "out")) < 6 and time.monotonic() < deadline:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    server.heal()
     _, words = running.communicate(timeout=30)
     assert running.returncode == 130
     assert "interrupted" in words
@@ -298,7 +299,6 @@ def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
 
 
 def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
-    server.stall_seconds = 3.0
     server.strike("stall", SHARDS[0])
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out", "-q"]
     first = subprocess.Popen(command, env=hub_environment(server, tmp_path), cwd=tmp_path)
@@ -307,6 +307,7 @@ def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
     second = run_dsv4(server, tmp_path, "download", REPOSITORY, "out")
     assert second.returncode == 4
     assert "another dsv4 download" in second.stderr
+    server.heal()
     assert first.wait(30) == 0
 
 
