@@ -4,6 +4,8 @@ One JSON object a line on stdin: arguments, environment, folder, files for stdou
 its exit code is the answer. Only what reads no environment is imported before the fork: the hub libraries are not.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -28,6 +30,8 @@ def run(job: dict[str, object]) -> int:
 
 def main() -> None:
     """Serve until stdin ends."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.run(["convert", "--help"])  # makes the command-line library import what it needs
     for line in sys.stdin:
         child = os.fork()
         if not child:
