@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from dsv4.errors import Interrupted, MachineError, printable
+from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, write_file
-from .journal import FinishedShard, Journal, check_same_job, read_journal
+from .journal import FinishedShard, Journal, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
 from .output_folder import check_finished, check_in_the_way, clear, files_of, look, owned_bytes, usable_shards
+from .parts import Part, deal
 from .plan import OutputShard, Plan, make_plan
 from .settings import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -118,9 +119,9 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_disk(checkpoint: Checkpoint, plan: Plan, output: Path, done_bytes: int = 0) -> None:
-    """Raises MachineError with both numbers if the rest of the output, and what the source needs, do not fit."""
-    needed = plan.output_bytes - done_bytes + checkpoint.storage.disk_bytes() + SPARE_DISK_BYTES
+def check_disk(checkpoint: Checkpoint, missing_bytes: int, output: Path) -> None:
+    """Raises MachineError with both numbers if what is to be written, and what the source needs, do not fit."""
+    needed = missing_bytes + checkpoint.storage.disk_bytes() + SPARE_DISK_BYTES
     free = free_bytes(output)
     if needed > free:
         raise MachineError(
@@ -130,26 +131,54 @@ def check_disk(checkpoint: Checkpoint, plan: Plan, output: Path, done_bytes: int
 
 
 class _Run:
-    """One run into a locked folder: what is finished, and how to finish the rest."""
+    """One run into a locked folder: what is finished, and how to finish the rest.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources) -> None:
-        self.checkpoint, self.plan, self.output = checkpoint, plan, output
+    part: write only the shards of one part, and leave publishing to another run. finish: write no shards at all.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        output: Path,
+        resources: Resources,
+        part: Part | None = None,
+        finish: bool = False,
+    ) -> None:
+        self.checkpoint, self.plan, self.output, self.part, self.finish = checkpoint, plan, output, part, finish
+        self.shards = list(plan.shards) if part is None else deal(plan, part.count)[part.index]
         self.finished: dict[str, FinishedShard] = {}
-        self.kept: set[str] = set()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
         self.workers = Workers(self.pool, resources.window)
 
+    @property
+    def pending(self) -> list[OutputShard]:
+        """Shards of this run that are not finished."""
+        return [shard for shard in self.shards if shard.file not in self.finished]
+
     def resume(self, job: dict[str, Any]) -> None:
-        """Take over what an interrupted run of the same job finished."""
+        """Take over what interrupted runs, or other parts, of the same job finished. Reads it all to be sure."""
         past = read_journal(self.output)
         if past is None:
             return
-        check_same_job(past.job, job, self.output)
-        self.finished = usable_shards(self.output, past, self.plan, self.checkpoint, self.pool)
+        for old in past.jobs:
+            check_same_job(old, job, self.output)
+        self.finished = usable_shards(self.output, past, self.shards, self.checkpoint, self.pool)
+
+    def check_complete(self) -> None:
+        """Raises InputError if shards are missing though this run is only to publish."""
+        missing = [shard.file for shard in self.pending]
+        if self.finish and missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise InputError(
+                f"{printable(str(self.output))} is not complete: {len(missing)} of {len(self.shards)} shards are not "
+                f"there or not whole: {shown}",
+                "Run the parts that write them again (the same --part commands), then --finish.",
+            )
 
     def write(self, shard: OutputShard, journal: Journal, advance: Advance) -> None:
         """Write one shard, make it final and record it."""
-        file, finished, _ = write_shard(self.checkpoint, shard, self.plan.settings, self.output, self.workers, advance)
+        file, finished = write_shard(self.checkpoint, shard, self.plan.settings, self.output, self.workers, advance)
         with file:
             file.commit()
         journal.add(finished)
@@ -179,8 +208,8 @@ class _Run:
 
 def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
     """Write what is not finished yet. Returns how many shards were written."""
-    pending = [shard for shard in run.plan.shards if shard.file not in run.finished]
-    advance(sum(shard.data_bytes for shard in run.plan.shards if shard.file in run.finished))
+    pending = run.pending
+    advance(sum(shard.data_bytes for shard in run.shards if shard.file in run.finished))
     storage = run.checkpoint.storage
     try:
         for shard, after in zip_longest(pending, pending[1:]):
@@ -188,38 +217,35 @@ def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
             run.write(shard, journal, advance)
         storage.prepare(())
     except Interrupted as error:
-        done, total = len(run.finished), len(run.plan.shards)
-        error.args = (f"interrupted: {done} of {total} shards are finished and kept",)
+        error.args = (f"interrupted: {len(run.finished)} of {len(run.shards)} shards are finished and kept",)
         error.hint = "Run the same command again to continue."
         raise
     return len(pending)
 
 
-def _run_locked(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources, advance: Advance) -> Result:
-    job = describe_job(checkpoint, plan.settings)
-    copied = copied_files(checkpoint, plan)
-    result = Result(output, plan)
-    run = _Run(checkpoint, plan, output, resources)
+def _work(run: _Run, result: Result, advance: Advance) -> None:
+    job = describe_job(run.checkpoint, run.plan.settings)
+    copied = copied_files(run.checkpoint, run.plan)
+    run.resume(job)
+    run.check_complete()
+    result.shards_reused = len(run.finished)
+    check_disk(run.checkpoint, sum(shard.size for shard in run.pending), run.output)
+    journal = Journal(run.output, job, files_of(run.plan, copied), run.part.tag if run.part else "")
     try:
-        run.resume(job)
-        result.shards_reused = len(run.finished)
-        check_disk(checkpoint, plan, output, sum(shard.size for shard in run.finished.values()))
-        journal = Journal(output, job, files_of(plan, copied))
-        try:
-            result.shards_written = _convert_shards(run, journal, advance)
-            result.kept_tensors = run.kept_tensors()
+        result.shards_written = _convert_shards(run, journal, advance)
+        result.kept_tensors = run.kept_tensors()
+        if run.part is None:
             result.summary = run.publish(job, copied)
-        except BaseException:
-            # A journal without shards would only bind the next run to this one's options. Look at the folder: a run
-            # may be stopped between a shard's rename and its line in the journal.
-            begun = any((output / shard.file).exists() for shard in plan.shards)
-            journal.close() if begun else journal.discard()
-            raise
-        journal.discard()
-    finally:
-        run.pool.shutdown(wait=True, cancel_futures=True)
+    except BaseException:
+        # A journal without shards would only bind the next run to this one's options. Look at the folder: a run
+        # may be stopped between a shard's rename and its line in the journal.
+        begun = any((run.output / shard.file).exists() for shard in run.shards)
+        journal.close() if begun else journal.discard()
+        raise
+    journal.close()
+    if run.part is None:
+        remove_journals(run.output)
     result.output_bytes = sum(shard.size for shard in run.finished.values())
-    return result
 
 
 def _already_done(checkpoint: Checkpoint, plan: Plan, output: Path, manifest: dict[str, Any]) -> Result:
@@ -236,6 +262,19 @@ def _already_done(checkpoint: Checkpoint, plan: Plan, output: Path, manifest: di
     )
 
 
+def _clear(output: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    found = look(output)
+    check_in_the_way(output, found, files_of(plan, copied_files(checkpoint, plan)))
+    clear(output, found)
+
+
+def clear_output(checkpoint: Checkpoint, plan: Plan, output: Path) -> None:
+    """Remove a former conversion, for runs that share the work and cannot each do it. Errors as in `run_conversion`."""
+    if output.is_dir():
+        with locked(output):
+            _clear(output, plan, checkpoint)
+
+
 def run_conversion(
     checkpoint: Checkpoint,
     settings: Settings,
@@ -243,32 +282,39 @@ def run_conversion(
     resources: Resources,
     overwrite: bool = False,
     advance: Advance = lambda count: None,
+    part: Part | None = None,
+    finish: bool = False,
 ) -> Result:
     """Convert an opened checkpoint into `output`, or continue doing so, or find it done.
 
-    advance: told of data bytes as they are written; they add up to the data of the plan.
+    advance: told of data bytes as they are written; they add up to the data of the plan (or of the part).
+    part: write only this part's shards; a run without `part` (with `finish`, one that writes no shards) publishes.
     Raises Dsv4Error: UsageError for a folder that is not ours or holds another conversion, InputError for a source
     that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
     """
     started = time.monotonic()
     if isinstance(checkpoint.storage, Folder):
         check_separate(checkpoint.storage.path, output)
+    if overwrite and (part or finish):
+        raise UsageError("--overwrite does not go with parts", "Remove the former output first.")
     plan = make_plan(checkpoint, settings)
     check_configs(checkpoint, plan)
     found = look(output)
     if found.manifest is not None and not overwrite:
         return _already_done(checkpoint, plan, output, found.manifest)
-    # A continued run is checked when it is known what of it can be used; a replaced one makes room first.
-    done_bytes = plan.output_bytes if found.journal and not overwrite else owned_bytes(output, found)
-    check_disk(checkpoint, plan, output, done_bytes)
+    result, run = Result(output, plan), _Run(checkpoint, plan, output, resources, part, finish)
+    if overwrite or not found.journal:  # a continued run is checked when it is known what of it can be used
+        missing = 0 if finish else sum(shard.size for shard in run.shards)
+        check_disk(checkpoint, missing - owned_bytes(output, found), output)
     create_folder(output)
-    with locked(output):
-        remove_leftovers(output)
-        if overwrite:
-            found = look(output)
-            check_in_the_way(output, found, files_of(plan, copied_files(checkpoint, plan)))
-            clear(output, found)
-        result = _run_locked(checkpoint, plan, output, resources, advance)
+    try:
+        with locked(output, part.tag if part else ""):
+            remove_leftovers(output, [shard.file for shard in run.shards] if part else ("*",))
+            if overwrite:
+                _clear(output, plan, checkpoint)
+            _work(run, result, advance)
+    finally:
+        run.pool.shutdown(wait=True, cancel_futures=True)
     result.seconds = time.monotonic() - started
     return result
 

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -178,10 +178,11 @@ def remove_empty_folder(path: Path) -> None:
             raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of runs that were killed. Only while holding the folder's lock."""
-    for path in folder.rglob(f"{PREFIX}*{_PART_SUFFIX}"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """Delete temporary files of runs that were killed, of files with the given names. Only while holding the lock."""
+    for name in names:
+        for path in folder.rglob(f"{PREFIX}{name}.*{_PART_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def _holder(descriptor: int) -> str:
@@ -191,9 +192,9 @@ def _holder(descriptor: int) -> str:
     return "another process"
 
 
-def _take_lock(descriptor: int, folder: Path) -> None:
+def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise MachineError(
@@ -204,24 +205,43 @@ def _take_lock(descriptor: int, folder: Path) -> None:
         # A file system without locks: unique temporary names keep two runs apart all the same.
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises MachineError naming the process and host that has it.
+def _open_lock(path: Path, shared: bool) -> int:
+    """Descriptor of the locked file. A file that its holder removed while we opened it is no lock: try again."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            _take_lock(descriptor, path.parent, shared)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
-    The kernel drops the lock when its holder dies, so a stale lock file is no obstacle.
-    """
-    path = folder / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+@contextlib.contextmanager
+def _hold(path: Path, shared: bool = False) -> Iterator[None]:
+    descriptor = _open_lock(path, shared)
     try:
-        _take_lock(descriptor, folder)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
     finally:
+        if not shared:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, part: str = "") -> Iterator[None]:
+    """Hold the folder's lock: alone, or as one part of a conversion together with its other parts.
+
+    Raises MachineError naming the process and host that has it. The kernel drops a lock when its holder dies, so a
+    stale lock file is no obstacle.
+    """
+    path = folder / LOCK_NAME
+    with _hold(path, shared=bool(part)), _hold(Path(f"{path}.{part}")) if part else contextlib.nullcontext():
+        yield
 
 
 def check_separate(source: Path, output: Path) -> None:

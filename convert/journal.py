@@ -1,4 +1,4 @@
-"""What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder.
+"""What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder, one more for each part of it.
 
 The first line binds the journal to one job: source, settings, version. Each further line is one finished shard with
 its size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run
@@ -15,7 +15,7 @@ from dsv4.errors import UsageError, printable
 
 from .files import PREFIX, AppendLog, read_small, remove
 
-JOURNAL_NAME = PREFIX + "journal.jsonl"
+_STEM, _ENDING = PREFIX + "journal", ".jsonl"
 MAX_JOURNAL_BYTES = 2 * 10**9
 
 
@@ -46,19 +46,27 @@ def _shard(entry: dict[str, Any]) -> FinishedShard | None:
 
 @dataclass(frozen=True)
 class Past:
-    """What a journal says: the job, the names of all files the job writes, when it began (ns), and finished shards."""
+    """What the journals of a folder say.
 
-    job: dict[str, Any]
+    jobs: the job of each journal. owned: names of all files the jobs write. started_ns: when the first began.
+    """
+
+    jobs: list[dict[str, Any]]
     owned: list[Any]
     started_ns: int
     shards: dict[str, FinishedShard]
 
 
-def read_journal(folder: Path) -> Past | None:
-    """The journal of an unfinished conversion; None if there is none that can be used."""
-    path = folder / JOURNAL_NAME
-    if not path.is_file():
-        return None
+def journal_name(part: str = "") -> str:
+    """File name of a journal: of a whole conversion, or of one part (`2-of-8`)."""
+    return f"{_STEM}.{part}{_ENDING}" if part else _STEM + _ENDING
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(f"{_STEM}*{_ENDING}") if p.is_file())
+
+
+def _read_one(path: Path) -> Past | None:
     lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn
     entries = [entry for entry in map(_parse, lines) if entry is not None]
     try:
@@ -66,7 +74,26 @@ def read_journal(folder: Path) -> Past | None:
     except (IndexError, KeyError, TypeError, ValueError):
         return None
     shards = [shard for shard in map(_shard, entries[1:]) if shard is not None]
-    return Past(job, owned, started, {shard.file: shard for shard in shards})
+    return Past([job], owned, started, {shard.file: shard for shard in shards})
+
+
+def read_journal(folder: Path) -> Past | None:
+    """All journals of an unfinished conversion together; None if there is none that can be used."""
+    pasts = [past for past in map(_read_one, _journals(folder)) if past is not None]
+    if not pasts:
+        return None
+    return Past(
+        [job for past in pasts for job in past.jobs],
+        [name for past in pasts for name in past.owned],
+        min(past.started_ns for past in pasts),
+        {file: shard for past in pasts for file, shard in past.shards.items()},
+    )
+
+
+def remove_journals(folder: Path) -> None:
+    """The conversion is complete, or given up."""
+    for path in _journals(folder):
+        remove(path)
 
 
 def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
@@ -103,9 +130,9 @@ def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> No
 class Journal:
     """The journal of the running conversion, open for adding lines."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], owned: list[str]) -> None:
-        self._path = folder / JOURNAL_NAME
-        fresh = read_journal(folder) is None
+    def __init__(self, folder: Path, job: dict[str, Any], owned: list[str], part: str = "") -> None:
+        self._path = folder / journal_name(part)
+        fresh = not self._path.is_file() or _read_one(self._path) is None
         if fresh:
             remove(self._path)
         self._log = AppendLog(self._path)
@@ -122,6 +149,6 @@ class Journal:
         self._log.close()
 
     def discard(self) -> None:
-        """The output is complete: the journal is not needed any more."""
+        """Nothing is worth remembering."""
         self.close()
         remove(self._path)

@@ -14,9 +14,9 @@ from dsv4.errors import InputError, UsageError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_header
 from .files import PREFIX, remove, remove_empty_folder
-from .journal import JOURNAL_NAME, FinishedShard, Past, check_same_job, read_journal
+from .journal import FinishedShard, Past, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, check_owned, read_manifest
-from .plan import Plan
+from .plan import OutputShard, Plan
 from .side_files import index_names
 from .storage import Folder
 
@@ -84,7 +84,7 @@ def clear(folder: Path, found: Found) -> None:
     names = owned_files(found)
     for name in sorted(names, key=_removal_order):
         remove(folder / name)
-    remove(folder / JOURNAL_NAME)
+    remove_journals(folder)
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
     for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
         remove_empty_folder(folder / sub_folder)
@@ -130,11 +130,11 @@ def _is_intact(folder: Path, shard: FinishedShard) -> bool:
 
 
 def usable_shards(
-    folder: Path, past: Past, plan: Plan, checkpoint: Checkpoint, pool: Executor
+    folder: Path, past: Past, shards: list[OutputShard], checkpoint: Checkpoint, pool: Executor
 ) -> dict[str, FinishedShard]:
     """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now."""
     changed = source_changed(checkpoint, past.started_ns)
-    wanted = {s.file: s for s in plan.shards}
+    wanted = {s.file: s for s in shards}
     trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
     intact = pool.map(lambda shard: _is_intact(folder, shard), trusted)
     return {shard.file: shard for shard, ok in zip(trusted, intact, strict=True) if ok}

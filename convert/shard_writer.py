@@ -178,7 +178,7 @@ def write_shard(
     folder: Path,
     workers: Workers,
     advance: Callable[[int], None],
-) -> tuple[AtomicFile, FinishedShard, ScannedShard]:
+) -> tuple[AtomicFile, FinishedShard]:
     """Scan and write one shard; the file is complete but not yet committed. `advance` is told of bytes written.
 
     On any error nothing is left behind. The caller commits the file and then records the shard.
@@ -201,4 +201,4 @@ def write_shard(
         file.abort()
         raise
     entries = hasher.entries | _empty_entries(final)
-    return file, FinishedShard(final.file, final.size, hasher.sha256.hexdigest(), entries), scanned
+    return file, FinishedShard(final.file, final.size, hasher.sha256.hexdigest(), entries)

@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from dsv4 import output
 from dsv4.convert.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
-from dsv4.errors import printable
+from dsv4.errors import UsageError, printable
 from dsv4.options import (
     CacheDir,
     Json,
@@ -26,8 +27,11 @@ from dsv4.options import (
 from dsv4.output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.conversion import Resources, Result
+    from dsv4.convert.parts import Part
     from dsv4.convert.plan import Plan
+    from dsv4.convert.ranks import Ranks
     from dsv4.convert.storage import Storage
 
 EPILOG = example(
@@ -35,6 +39,7 @@ EPILOG = example(
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8 --target vllm --dry-run",
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-mp8 --layout mp --model-parallel 8",
     "dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
+    "torchrun --nproc-per-node 4 -m dsv4 convert ./DeepSeek-V4-Pro /shared/Pro-FP8",
 )
 
 
@@ -133,10 +138,61 @@ def _print_result(out: output.Output, result: "Result", source: str, traps: tupl
         f"shards, {human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak)}"
     )
     if result.shards_reused:
-        out.say(f"{result.shards_reused} shards were there already, from an interrupted run")
+        out.say(f"{result.shards_reused} shards were there already and are whole")
     out.say(_verdict(result.summary, result.kept_tensors))
     _warn(out, result, traps)
     out.hint(f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}")
+
+
+def _print_part(out: output.Output, result: "Result", share: "Part") -> None:
+    out.say(
+        f"part {share.index + 1} of {share.count}: {result.shards_written} shards written, {result.shards_reused} were "
+        f"there, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
+    )
+    out.hint("when every part is done: the same command with --finish instead of --part")
+    out.result({**result.to_json(), "part": share.index + 1, "parts": share.count})
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion, ready to run."""
+
+    out: output.Output
+    checkpoint: "Checkpoint"
+    plan: "Plan"
+    output_folder: Path
+    resources: "Resources"
+
+    def run(self, share: "Part | None", finish: bool, overwrite: bool) -> "Result":
+        """All of it, one share of it, or only the end of it, in this process."""
+        from dsv4.convert.conversion import run_conversion
+        from dsv4.convert.parts import deal
+
+        shards = deal(self.plan, share.count)[share.index] if share else self.plan.shards
+        settings, folder = self.plan.settings, self.output_folder
+        with self.out.progress(sum(shard.data_bytes for shard in shards), "convert") as bar:
+            return run_conversion(
+                self.checkpoint, settings, folder, self.resources, overwrite, bar.advance, share, finish
+            )
+
+    def run_as_rank(self, ranks: "Ranks", share: "Part", overwrite: bool) -> "Result":
+        """This rank's share; when all are done, the first rank checks everything and publishes."""
+        from dsv4.convert.conversion import clear_output
+        from dsv4.convert.ranks import joined
+
+        with joined(ranks):
+            if overwrite:
+                if ranks.is_first:
+                    clear_output(self.checkpoint, self.plan, self.output_folder)
+                ranks.gather(None)
+            result = self.run(share, finish=False, overwrite=False)
+            written, seconds = zip(*ranks.gather((result.shards_written, result.seconds)), strict=True)
+            if ranks.is_first and not result.already_done:
+                result = self.run(None, finish=True, overwrite=False)
+                result.shards_written, result.seconds = sum(written), max(seconds) + result.seconds
+                result.shards_reused = len(self.plan.shards) - sum(written)
+            ranks.gather(None)
+        return result
 
 
 def convert(
@@ -170,6 +226,12 @@ def convert(
         bool, typer.Option("--keep-source", help="Leave a hub's shards in its library's cache.")
     ] = False,
     token: Token = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Write only the I-th of N shares of the shards; then --finish.")
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Check what all parts wrote, and publish index, config and manifest.")
+    ] = False,
     max_workers: MaxWorkers = None,
     max_memory: MaxMemory = None,
     json_mode: Json = False,
@@ -181,25 +243,36 @@ def convert(
     Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
     from its headers, and only --scratch of its shards are on disk at once.
     """
-    out = output.configure(json_mode, quiet, verbose)
+    from dsv4.convert.ranks import launched
+
+    ranks = launched()
+    if (part or finish) and (ranks or (part and finish)):
+        raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
+    out = output.configure(json_mode, quiet or (ranks is not None and not ranks.is_first), verbose)
     from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.convert.conversion import decide_resources, peak_memory_bytes, run_conversion
+    from dsv4.convert.conversion import decide_resources, peak_memory_bytes
     from dsv4.convert.files import free_bytes
     from dsv4.convert.hub_storage import SCRATCH_NAME, HubOptions, open_storage
+    from dsv4.convert.parts import Part, parse_part
     from dsv4.convert.plan import make_plan
 
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))
     resources = decide_resources(max_workers, parse_size(max_memory) if max_memory else None)
+    share = Part(ranks.index, ranks.count) if ranks else parse_part(part) if part else None
+    scratch_folder = output_folder / (f"{SCRATCH_NAME}-{share.tag}" if share else SCRATCH_NAME)
     options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail)
-    with closing(open_storage(source, revision, output_folder / SCRATCH_NAME, options)) as storage:
+    with closing(open_storage(source, revision, scratch_folder, options)) as storage:
         checkpoint = Checkpoint.open(storage)
         plan = make_plan(checkpoint, settings)
         remote = _check_remote(storage, plan)
         if dry_run:
             _print_plan(out, plan, resources, free_bytes(output_folder), remote)
             return
-        with out.progress(sum(shard.data_bytes for shard in plan.shards), "convert") as progress:
-            result = run_conversion(checkpoint, settings, output_folder, resources, overwrite, progress.advance)
+        job = _Job(out, checkpoint, plan, output_folder, resources)
+        result = job.run_as_rank(ranks, share, overwrite) if ranks and share else job.run(share, finish, overwrite)
+    if share and (ranks is None or not ranks.is_first):
+        _print_part(out, result, share)
+        return
     source = remote["source"] if remote else source
     traps = TARGETS[settings.target].traps if settings.layout == "hf" and settings.to == "fp8" else ()
     _print_result(out, result, source, traps, peak_memory_bytes())

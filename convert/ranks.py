@@ -1,0 +1,65 @@
+"""The processes that `torchrun` started for one command: who am I, and meet the others.
+
+Plain gloo over PyTorch's own launcher, nothing of ours to configure. Ranks exchange only small objects at the few
+points where all must have arrived; the work itself needs no messages. A rank that fails exits with its message, and
+torchrun stops the others.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from dsv4.errors import Dsv4Error, UsageError
+
+LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is rank `index` of `count`."""
+
+    index: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that publishes and speaks."""
+        return self.index == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Wait for every rank, and get what each has brought, in the order of ranks."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """The rank that torchrun's environment names; None where no launcher started this process."""
+    if "TORCHELASTIC_RUN_ID" not in environment and "MASTER_ADDR" not in environment:
+        return None
+    try:
+        return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+    except (KeyError, ValueError):
+        raise UsageError("the launcher's RANK and WORLD_SIZE are not numbers", "Start it with torchrun.") from None
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[None]:
+    """Take part in the group of all ranks for the length of a with block."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
+    try:
+        yield
+    except Dsv4Error as error:
+        where = f"rank {ranks.index} of {ranks.count} on {socket.gethostname()}"
+        error.args = (f"{where}: {error}",)
+        raise
+    finally:
+        dist.destroy_process_group()
