@@ -12,9 +12,10 @@ from dsv4 import output
 from dsv4.command_encode import Mode, ModeOption
 from dsv4.errors import InputError, UsageError, printable
 from dsv4.options import Json, Verbose, example, parse_size
-from dsv4.run_answers import Answers, Generation, Loading, answer_prompts, check_folder, load_model
+from dsv4.run_answers import Answers, Generation, answer_prompts
 from dsv4.run_compare import compare_checkpoints, save_logits
 from dsv4.run_prompts import Dialogue, Prompt, Sources, gather
+from dsv4.run_source import Loading, Source, load_model, open_source
 
 if TYPE_CHECKING:
     from dsv4.model.tokenizer import TextTokenizer
@@ -90,42 +91,47 @@ def _single(prompts: list[Prompt]) -> list[int]:
     return prompts[0].tokens
 
 
-def _chat(request: _Request, tokenizer: "TextTokenizer", out: output.Output) -> int:
+def _chat(request: _Request, source: Source, tokenizer: "TextTokenizer", out: output.Output) -> int:
     from dsv4.run_chat import Chat, talk
 
     if out.mode == "json":
         raise UsageError("--json needs a prompt", "A chat has no one result: add -p, --messages, --file or --tokens.")
-    model = load_model(request.checkpoint, request.loading, out)
-    return talk(Chat(model, request.checkpoint, tokenizer, request.dialogue, request.generation, out))
+    rules = request.generation.rules(source)
+    model = load_model(source, request.loading, out)
+    return talk(Chat(model, source, tokenizer, request.dialogue, rules, out))
 
 
-def _answer(request: _Request, prompts: list[Prompt], tokenizer: "TextTokenizer | None", out: output.Output) -> int:
-    model = load_model(request.checkpoint, request.loading, out)
-    answers = Answers(model, request.checkpoint, request.generation, tokenizer, out)
+def _answer(
+    request: _Request, source: Source, prompts: list[Prompt], tokenizer: "TextTokenizer | None", out: output.Output
+) -> int:
+    rules = request.generation.rules(source)
+    model = load_model(source, request.loading, out)
     with _tracing(request.trace) as writer:
-        return answer_prompts(answers, prompts, request.dialogue, writer)
+        return answer_prompts(Answers(model, rules, tokenizer, out), prompts, request.dialogue, writer)
 
 
 def _execute(request: _Request, out: output.Output) -> int:
     """Do what was asked for; the exit code."""
     from dsv4.model.tokenizer import load_tokenizer
 
-    check_folder(request.checkpoint)
+    source = open_source(request.checkpoint)
     _check_outputs((request.logits, request.report, request.trace))
     tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
     if request.sources.interactive and tokenizer is not None:
-        return _chat(request, tokenizer, out)
+        return _chat(request, source, tokenizer, out)
     prompts = gather(request.sources, request.dialogue, tokenizer)
+    for prompt in prompts:
+        source.check_prompt(prompt.tokens)
     if request.compare is not None:
-        folders = (request.checkpoint, request.compare)
+        sources = (source, open_source(request.compare))
         tolerance, report = request.tolerance, request.report
-        return compare_checkpoints(folders, request.loading, _single(prompts), request.prefill, tolerance, report, out)
+        return compare_checkpoints(sources, request.loading, _single(prompts), request.prefill, tolerance, report, out)
     if request.logits is not None:
         tokens = _single(prompts)
-        model = load_model(request.checkpoint, request.loading, out)
+        model = load_model(source, request.loading, out)
         with _tracing(request.trace) as writer:
             return save_logits(model, tokens, request.prefill, request.logits, out, writer)
-    return _answer(request, prompts, tokenizer, out)
+    return _answer(request, source, prompts, tokenizer, out)
 
 
 def run(

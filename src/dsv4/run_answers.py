@@ -3,32 +3,23 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dsv4.errors import EXIT_DONE, InputError, UsageError, printable
-from dsv4.machine import MARGIN, peak_memory, usable_memory
+from dsv4.errors import EXIT_DONE
+from dsv4.machine import peak_memory
 from dsv4.output import Output, human_bytes, human_seconds
 from dsv4.run_prompts import Dialogue, Prompt
+from dsv4.run_source import Source
 
 if TYPE_CHECKING:
     from dsv4.model.answer import AnswerText
-    from dsv4.model.generate import Answer, Statistics
+    from dsv4.model.generate import Answer, Limits, Statistics
     from dsv4.model.sampling import Sampling
     from dsv4.model.tokenizer import TextTokenizer
     from dsv4.model.trace import TraceWriter
     from dsv4.model.transformer import Transformer
 
 BATCH = 8  # prompts of --file computed together
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a checkpoint is loaded. `max_memory` None: what the machine has free, with a margin."""
-
-    device: str = "cpu"
-    simulation: bool = True
-    max_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,54 +33,25 @@ class Generation:
     stop: tuple[str, ...]
     mtp: bool
 
-    def sampling(self) -> "Sampling":
-        """The rules for drawing tokens. Raises UsageError for numbers out of range."""
+    def rules(self, source: Source) -> "Rules":
+        """The same for one checkpoint. Raises UsageError for what is out of range or not there."""
+        from dsv4.model.generate import Limits
         from dsv4.model.sampling import Sampling
 
-        return Sampling(self.temperature, self.top_p, secrets.randbits(32) if self.seed is None else self.seed)
+        if self.mtp:
+            source.require_mtp()
+        sampling = Sampling(self.temperature, self.top_p, secrets.randbits(32) if self.seed is None else self.seed)
+        return Rules(sampling, Limits(self.max_new_tokens, source.stop_ids()), self.stop, self.mtp)
 
 
-def check_folder(folder: str) -> None:
-    """Raise InputError unless `folder` is one."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{printable(folder)} is not a folder", "Name the folder of a checkpoint.")
+@dataclass(frozen=True)
+class Rules:
+    """How answers of one checkpoint are made and when they end."""
 
-
-def memory_limit(loading: Loading) -> int | None:
-    """Bytes that weights may occupy: as asked for, or what is free where they will be, with a margin."""
-    if loading.max_memory is not None:
-        return loading.max_memory
-    kind = loading.device.partition(":")[0]
-    if kind != "cpu":
-        import torch
-
-        backend = getattr(torch, kind, None)
-        if hasattr(backend, "mem_get_info") and backend.is_available():
-            return int(backend.mem_get_info()[0] * MARGIN)
-    return usable_memory()
-
-
-def load_model(folder: str, loading: Loading, out: Output) -> "Transformer":
-    """The model in `folder`, with a progress bar while its weights are read."""
-    from dsv4.model import load
-
-    check_folder(folder)
-    limit = memory_limit(loading)
-    bar, done = None, 0
-
-    def advance(read: int, total: int) -> None:
-        nonlocal bar, done
-        bar = bar or out.progress(total, "loading").__enter__()
-        bar.advance(read - done)
-        done = read
-
-    try:
-        model = load(folder, loading.device, loading.simulation, limit, advance)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
-    out.detail(f"weights in memory: {human_bytes(model.store.resident_bytes)}")
-    return model
+    sampling: "Sampling"
+    limits: "Limits"
+    stop: tuple[str, ...]
+    mtp: bool
 
 
 class TokenProgress:
@@ -114,24 +76,6 @@ class TokenProgress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def stop_ids(folder: str) -> frozenset[int]:
-    """The ids that end an answer: `eos_token_id` of config.json, else of generation_config.json."""
-    from dsv4.model.messages import read_json
-
-    for name in ("config.json", "generation_config.json"):
-        path = Path(folder) / name
-        content = read_json(str(path)) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise InputError(f"{printable(str(path))}: a JSON object is expected")
-        value = content.get("eos_token_id")
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) for i in ids):
-                raise InputError(f"{printable(str(path))}: eos_token_id must be a token id or a list of them")
-            return frozenset(ids)
-    return frozenset()
 
 
 def rate(tokens: int, seconds: float) -> float:
@@ -180,14 +124,11 @@ class Answers:
     """Generates the answers of many prompts, batch by batch."""
 
     def __init__(
-        self, model: "Transformer", folder: str, generation: Generation, tokenizer: "TextTokenizer | None", out: Output
+        self, model: "Transformer", rules: Rules, tokenizer: "TextTokenizer | None", out: Output
     ) -> None:
         from dsv4.model.generate import Statistics
 
-        if generation.mtp and not model.has_mtp:
-            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
-        self.model, self.generation, self.tokenizer, self.out = model, generation, tokenizer, out
-        self.stop_ids, self.sampling = stop_ids(folder), generation.sampling()
+        self.model, self.rules, self.tokenizer, self.out = model, rules, tokenizer, out
         self.statistics = Statistics()
         self.texts: list[AnswerText] = []
 
@@ -195,14 +136,14 @@ class Answers:
         from dsv4.model.answer import AnswerText
 
         if self.tokenizer is not None:
-            tokenizer, stop = self.tokenizer, self.generation.stop
-            self.texts = [AnswerText(tokenizer, stop, self.stop_ids) for _ in range(count)]
+            tokenizer, rules = self.tokenizer, self.rules
+            self.texts = [AnswerText(tokenizer, rules.stop, rules.limits.stop_ids) for _ in range(count)]
 
     def run(
         self, prompts: list[Prompt], first: int, show: Callable[[str], None] | None, trace: "TraceWriter | None"
     ) -> list["Answer"]:
         """Answer one batch. `show` gets the text of a single answer as it grows."""
-        from dsv4.model.generate import Limits, generate
+        from dsv4.model.generate import generate
 
         self._new_texts(len(prompts))
 
@@ -220,9 +161,9 @@ class Answers:
             answers, statistics, _ = generate(
                 self.model,
                 [prompt.tokens for prompt in prompts],
-                Limits(self.generation.max_new_tokens, self.stop_ids),
-                self.sampling,
-                mtp=self.generation.mtp,
+                self.rules.limits,
+                self.rules.sampling,
+                mtp=self.rules.mtp,
                 first_row=first,
                 on_token=on_token,
                 on_progress=bar.advance,
@@ -248,17 +189,9 @@ def answer_json(prompt: Prompt, answer: "Answer", text: str | None, mode: str) -
     return result
 
 
-def _check_prompts(model: "Transformer", prompts: list[Prompt]) -> None:
-    from dsv4.model.evaluate import check_tokens
-
-    for prompt in prompts:
-        check_tokens(prompt.tokens, model.config.vocab_size, model.config.max_position_embeddings)
-
-
 def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, trace: "TraceWriter | None") -> int:
     """Answer all prompts and print the answers; the exit code. With a trace, one prompt at a time."""
     out, results = answers.out, []
-    _check_prompts(answers.model, prompts)
     size = 1 if trace is not None else BATCH
     for first in range(0, len(prompts), size):
         batch = prompts[first : first + size]
@@ -276,7 +209,7 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
                 out.data(",".join(map(str, answer.tokens)))
             elif show is not None:
                 out.data()
-    tell_statistics(out, answers.statistics, answers.generation.mtp)
+    tell_statistics(out, answers.statistics, answers.rules.mtp)
     statistics = statistics_json(answers.statistics)
-    out.result({"answers": results, "seed": answers.sampling.seed, "statistics": statistics})
+    out.result({"answers": results, "seed": answers.rules.sampling.seed, "statistics": statistics})
     return EXIT_DONE

@@ -8,10 +8,11 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted, UsageError
+from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted
 from dsv4.output import Output
-from dsv4.run_answers import Generation, TokenProgress, stop_ids, tell_statistics
+from dsv4.run_answers import Rules, TokenProgress, tell_statistics
 from dsv4.run_prompts import Dialogue, encode, starting_messages
+from dsv4.run_source import Source
 
 if TYPE_CHECKING:
     from dsv4.model.answer import AnswerText
@@ -39,17 +40,14 @@ class Chat:
     def __init__(
         self,
         model: "Transformer",
-        folder: str,
+        source: Source,
         tokenizer: "TextTokenizer",
         dialogue: Dialogue,
-        generation: Generation,
+        rules: Rules,
         out: Output,
     ) -> None:
-        if generation.mtp and not model.has_mtp:
-            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
-        self.model, self.tokenizer, self.generation, self.out = model, tokenizer, generation, out
+        self.model, self.source, self.tokenizer, self.rules, self.out = model, source, tokenizer, rules, out
         self.dialogue = dialogue
-        self.stop_ids, self.sampling = stop_ids(folder), generation.sampling()
         self.messages: list[dict[str, Any]] = starting_messages(dialogue)
         self.raw_text = ""
         self.session: Session | None = None
@@ -72,37 +70,36 @@ class Chat:
         self.messages.append(message or {"role": "assistant", "content": text})
 
     def _generate(self, prompt: list[int], text: "AnswerText") -> None:
-        from dsv4.model.evaluate import check_tokens
-        from dsv4.model.generate import Limits, generate
+        from dsv4.model.generate import generate
 
         def on_token(row: int, token: int) -> bool:
             bar.close()
             self.out.data(text.add(token), end="")
             return text.stopped
 
-        check_tokens(prompt, self.model.config.vocab_size, self.model.config.max_position_embeddings)
+        self.source.check_prompt(prompt)
         session, self.session = self.session, None  # an interrupted answer leaves a cache that cannot be used
         with TokenProgress(self.out, len(prompt), "prefill") as bar:
             _, statistics, self.session = generate(
                 self.model,
                 [prompt],
-                Limits(self.generation.max_new_tokens, self.stop_ids),
-                self.sampling,
-                mtp=self.generation.mtp,
+                self.rules.limits,
+                self.rules.sampling,
+                mtp=self.rules.mtp,
                 first_row=self.turns,
                 session=session,
                 on_token=on_token,
                 on_progress=bar.advance,
             )
         self.out.data(text.rest())
-        tell_statistics(self.out, statistics, self.generation.mtp)
+        tell_statistics(self.out, statistics, self.rules.mtp)
 
     def answer(self, line: str) -> None:
         """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""
         from dsv4.model.answer import AnswerText
 
         before, before_raw = list(self.messages), self.raw_text
-        text = AnswerText(self.tokenizer, self.generation.stop, self.stop_ids)
+        text = AnswerText(self.tokenizer, self.rules.stop, self.rules.limits.stop_ids)
         try:
             self._generate(self._prompt(line), text)
         except Interrupted as error:

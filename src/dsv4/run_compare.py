@@ -7,7 +7,8 @@ from dsv4 import __version__
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
 from dsv4.output import Output, aligned, human_bytes
-from dsv4.run_answers import Loading, TokenProgress, load_model, rate, seconds_text
+from dsv4.run_answers import TokenProgress, rate, seconds_text
+from dsv4.run_source import Loading, Source, load_model
 
 if TYPE_CHECKING:
     from dsv4.model.compare import Comparison, Run
@@ -76,35 +77,25 @@ def save_logits(
     return EXIT_DONE
 
 
-def _has_mtp(folder: str) -> bool:
-    from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.model.weights import mtp_stages
-
-    return mtp_stages(Checkpoint.open(folder).tensors) > 0
-
-
-def _check_size(folder: str, vocabulary: int | None) -> int:
-    from dsv4.convert.checkpoint import Checkpoint
-
-    found = Checkpoint.open(folder).config.get("vocab_size")
-    if not isinstance(found, int) or (vocabulary is not None and found != vocabulary):
-        raise InputError(f"{folder}: the vocabulary has {found} tokens, not {vocabulary}", "Compare the same model.")
-    return found
-
-
-def _run(folder: str, loading: Loading, tokens: list[int], prefill: int | None, mtp: bool, out: Output) -> "Run":
+def _run(source: Source, loading: Loading, tokens: list[int], prefill: int | None, mtp: bool, out: Output) -> "Run":
     """One checkpoint on the tokens, loaded and let go of, so that memory holds one at a time."""
     from dsv4.model.compare import Run
     from dsv4.model.trace import Fingerprints
 
-    out.say(f"running {folder}")
-    model = load_model(folder, loading, out)
+    out.say(f"running {source.folder}")
+    model = load_model(source, loading, out)
     fingerprints = Fingerprints()
     evaluation = _evaluate(model, tokens, prefill, out, fingerprints, mtp)
     _tell_timing(evaluation, out)
     del model
     gc.collect()
     return Run(evaluation, fingerprints)
+
+
+def _check_same_vocabulary(one: Source, other: Source) -> None:
+    sizes = one.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens", "Compare the same model.")
 
 
 def verdict(comparison: "Comparison", tolerance: float) -> str:
@@ -140,7 +131,7 @@ def _tell(comparison: "Comparison", tolerance: float, out: Output) -> None:
 
 
 def compare_checkpoints(
-    folders: tuple[str, str],
+    sources: tuple[Source, Source],
     loading: Loading,
     tokens: list[int],
     prefill: int | None,
@@ -151,9 +142,10 @@ def compare_checkpoints(
     """Run both on the same tokens, say whether the logits are bit-equal; the exit code."""
     from dsv4.model.compare import compare
 
-    _check_size(folders[1], _check_size(folders[0], None))
-    mtp = all(_has_mtp(folder) for folder in folders)
-    one, other = (_run(folder, loading, tokens, prefill, mtp, out) for folder in folders)
+    _check_same_vocabulary(*sources)
+    folders = (sources[0].folder, sources[1].folder)
+    mtp = all(source.has_mtp for source in sources)
+    one, other = (_run(source, loading, tokens, prefill, mtp, out) for source in sources)
     comparison = compare(one, other)
     _tell(comparison, tolerance, out)
     if report is not None:
