@@ -6,13 +6,14 @@ Every piece of work is independent of every other, so a run over some of them is
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dsv4.errors import Interrupted, UsageError, printable
 
+from .verify_charts import gigabytes
 from .verify_config import check_config, compare_configs, compare_side_files, declares_powers_of_two
 from .verify_crew import Crew, Held
 from .verify_files import Files, LocalFiles
@@ -60,6 +61,8 @@ class _Run:
     on_start: Callable[[int], None]
     advance: Advance
     read: int = 0
+    total: int = 0
+    differing: set[str] = field(default_factory=set)
 
     def _tallies(self, units: list[Unit], statistics: Statistics) -> list[Tally]:
         pieces = [piece for index, unit in enumerate(units) for piece in plan_pieces(index, unit, self.band_bytes)]
@@ -68,11 +71,14 @@ class _Run:
         held = Held(files, units, pieces)
         crew = Crew(units, pieces, lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse), held)
         tallies = [Tally() for _ in units]
-        self.on_start(sum(units[index].size for index in {piece.unit for piece in pieces}))
+        self.total = sum(units[index].size for index in {piece.unit for piece in pieces})
+        self.on_start(self.total)
         for index, found in crew.run(min(self.workers, max(len(pieces), 1))):
             if isinstance(found, Tally):
                 statistics.take_histograms(units[index].name, found)
                 tallies[index].add(found)
+                if found.different or found.copies_differ:
+                    self.differing.add(units[index].name)
                 continue
             done = units[index].size * found // max(units[index].elements, 1)
             self.read += done
@@ -96,6 +102,14 @@ class _Run:
                         text = f"scale_fmt says ue8m0, {printable(unit.scale_name)} has {count} other float32 scales"
                         checkpoint.problem("config", text)
                         break
+
+    def interrupted(self, error: Interrupted) -> Interrupted:
+        """How far it came, and what was found until then."""
+        share = 100 * self.read // max(self.total, 1)
+        found = f"{len(self.differing)} tensors differ so far" if self.differing else "no difference so far"
+        told = Interrupted(f"interrupted after {share}% of {gigabytes(self.total)}: {found}", "Nothing is kept.")
+        told.exit_code = error.exit_code
+        return told
 
     def __call__(self) -> Verification:
         units = plan_scan(self.output) if self.source is None else plan_pair(self.source, self.output)
@@ -164,7 +178,7 @@ def verify(
         try:
             result = run()
         except Interrupted as error:
-            raise _interrupted(error, run.read) from None
+            raise run.interrupted(error) from None
     finally:
         torch.set_num_threads(threads)
         for files in opened:
@@ -172,11 +186,3 @@ def verify(
                 files.close()
     result.strict, result.seconds = strict, time.monotonic() - started
     return result
-
-
-def _interrupted(error: Interrupted, done: int) -> Interrupted:
-    told = Interrupted(
-        f"interrupted after {done / 1e9:.1f} GB were compared", "Nothing is kept: run the same command again."
-    )
-    told.exit_code = error.exit_code
-    return told

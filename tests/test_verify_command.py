@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,16 @@ def test_progress_reaches_the_total(pair: tuple[Path, Path]) -> None:
 
 
 def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
-    def interrupt(_: int) -> None:
-        raise Interrupted("interrupted")
+    steps: list[int] = []
 
-    with pytest.raises(Interrupted, match=r"interrupted after .* were compared"):
+    def interrupt(count: int) -> None:
+        steps.append(count)
+        if len(steps) == 200:
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted, match=r"interrupted after \d+% of [\d.]+ MB: no difference so far"):
         verify(*pair, advance=interrupt)
+    assert threading.active_count() == 1  # nobody goes on reading
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
