@@ -501,14 +501,14 @@ class TestFullDisk:
         monkeypatch.setattr(files.os, "posix_fallocate", cannot)
         monkeypatch.setattr(files.os, "write", fail)
         code, _, err = dsv4("convert", source, tmp_path / "out")
-        assert code == 4 and "No space left" in err and "model-00001-of-00001" in err
+        assert code == 4 and "No space left" in err and "model-00001-of-" in err
         assert tree(tmp_path / "out") == {}
 
     def test_a_limit_on_file_size(self, source: Path, tmp_path: Path) -> None:
         """No stand-in: the kernel refuses."""
         command = f"ulimit -f 500; exec {sys.executable} -m dsv4 convert '{source}' '{tmp_path / 'out'}'"
         result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 4 and "model-00001-of-00001" in result.stderr and "ulimit" in result.stderr
+        assert result.returncode == 4 and "model-00001-of-" in result.stderr and "ulimit" in result.stderr
         assert tree(tmp_path / "out") == {}
 
     def test_a_disk_that_reports_an_error(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
