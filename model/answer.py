@@ -6,7 +6,7 @@ from typing import Any
 from dsv4.errors import InputError
 
 from .completion import parse_completion
-from .protocol import EOS, MODES
+from .protocol import END_THINK, EOS, MODES
 from .tokenizer import TextTokenizer
 
 
@@ -53,3 +53,12 @@ def parse_answer(text: str, mode: str) -> tuple[dict[str, Any] | None, str | Non
         return parse_completion(text + EOS, MODES[mode][0]), None
     except InputError as error:
         return None, str(error)
+
+
+def remembered(text: str, mode: str) -> dict[str, Any]:
+    """The answer as a message for the history, also when it was cut off or breaks the protocol."""
+    message, _ = parse_answer(text, mode)
+    if message is not None:
+        return message
+    reasoning, found, content = text.partition(END_THINK) if mode != "chat" else ("", END_THINK, text)
+    return {"role": "assistant", "content": content if found else "", "reasoning_content": reasoning}

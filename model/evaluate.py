@@ -66,27 +66,28 @@ def teacher_forced(
     prefill = len(tokens) if prefill is None else min(prefill, len(tokens))
     ids = torch.tensor([list(tokens)], dtype=torch.int64)
     cache = model.new_cache(1)
-    mtp_cache = model.new_mtp_cache(1) if mtp and model.has_mtp else None
-    logits, mtp_logits = [], []
+    mtp_cache = model.new_mtp_cache(1) if mtp and model.has_mtp and len(tokens) > 1 else None
+    logits = torch.empty(len(tokens), model.config.vocab_size)
+    mtp_logits = torch.empty(len(tokens) - 1, model.config.vocab_size) if mtp_cache is not None else None
     started = prefilled = time.perf_counter()
     for begin, end in _spans(len(tokens), prefill):
         progress = counting(on_progress, model.config.num_hidden_layers)
         output = model.forward(ids[:, begin:end], cache, trace=together(positioned(trace, end), progress))
         assert output.logits is not None
-        logits.append(output.logits[0].cpu())
+        logits[begin:end] = output.logits[0]
         following = ids[:, begin + 1 : end + 1]
         count = following.shape[1]
-        if mtp_cache is not None and count:
+        if mtp_cache is not None and mtp_logits is not None and count:
             report = positioned(trace, begin + count, "mtp.0.")
             drafted = model.mtp_logits(output.hidden[:, :count], following, mtp_cache, trace=report)
             assert drafted is not None
-            mtp_logits.append(drafted[0].cpu())
+            mtp_logits[begin : begin + count] = drafted[0]
         if end <= prefill:
             prefilled = time.perf_counter()
     return Evaluation(
         token_ids=list(tokens),
-        logits=torch.cat(logits),
-        mtp_logits=torch.cat(mtp_logits) if mtp_logits else None,
+        logits=logits,
+        mtp_logits=mtp_logits,
         prefill_tokens=prefill,
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv4.convert.synthetic_tokenizer import tokenizer_json
-from dsv4.model.answer import AnswerText, parse_answer
+from dsv4.model.answer import AnswerText, parse_answer, remembered
 from dsv4.model.tokenizer import TextTokenizer
 
 EOS = 1
@@ -84,3 +84,18 @@ def test_parsed_answers() -> None:
     assert message is not None and (message["reasoning_content"], message["content"], problem) == ("r", "c", None)
     message, problem = parse_answer("r", "think-max")
     assert message is None and problem is not None and "</think>" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "content", "reasoning"),
+    [
+        ("r</think>c", "think", "c", "r"),
+        ("cut off while reas", "think", "", "cut off while reas"),
+        ("r</think>c<think>", "think-max", "c<think>", "r"),
+        ("c<think>", "chat", "c<think>", ""),
+        ("cut o", "chat", "cut o", ""),
+    ],
+)
+def test_every_answer_can_be_remembered(text: str, mode: str, content: str, reasoning: str) -> None:
+    message = remembered(text, mode)
+    assert (message["role"], message["content"], message["reasoning_content"]) == ("assistant", content, reasoning)

@@ -253,6 +253,13 @@ def test_compare_with_a_copy(capfd: Capture, folder: str) -> None:
     assert err.count("running") == 2
 
 
+def test_one_token_is_enough(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
+    assert run(capfd, folder, "--tokens", "5", "--compare", folder)[0].startswith("BIT-EQUAL")
+    assert run_json(capfd, folder, "--tokens", "5", "--compare", other, code=1)["mtp_max_difference"] is None
+    run(capfd, folder, "--tokens", "5", "--logits", str(tmp_path / "l"), "-q")
+    assert set(load_file(tmp_path / "l")) == {"token_ids", "logits"}
+
+
 def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
     report = tmp_path / "report <1>.html"
     result = run_json(capfd, folder, "--tokens", "0,5,9", "--compare", other, "--report", str(report), code=1)

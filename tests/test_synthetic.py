@@ -10,12 +10,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from dsv4.convert.synthetic import PATTERNS, RAGGED, Geometry, block_pattern, make_checkpoint
 from dsv4.convert.synthetic_tokenizer import FIRST_TOKENS, LAST_TOKENS
+from dsv4.model import load
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 E4M3 = {float(v) for v in np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64) if v == v}
@@ -244,6 +246,21 @@ def test_experts_of_a_token_are_distinct(plain: Path) -> None:
     table = raw_tensors(plain)["layers.0.ffn.gate.tid2eid"].view(np.int64)[..., 0]
     assert all(len(set(row)) == 3 for row in table.tolist())
     assert set(table.ravel().tolist()) == set(range(4))
+
+
+def test_activations_keep_their_size(tmp_path: Path) -> None:
+    geometry = Geometry(compress_ratios=(0, 4, 128, 4, 0, 0, 4, 128, 0, 0), n_routed_experts=4)
+    model = load(make_checkpoint(tmp_path, geometry=geometry))
+    sizes: dict[str, float] = {}
+
+    def trace(name: str, output: torch.Tensor) -> None:
+        sizes[name] = float(output.double().square().mean().sqrt())
+
+    model.forward(torch.arange(3, 19)[None], model.new_cache(1), trace=trace)
+    layers = [sizes[f"layers.{i}"] for i in range(geometry.num_hidden_layers)]
+    assert all(1 < size < 20 for size in layers)
+    assert layers[-1] < 4 * layers[0]  # each layer adds about as much as the one before: growth as a square root
+    assert 1 < sizes["logits"] < 10
 
 
 def test_tokenizer_has_the_protocol_s_tokens_and_loses_nothing(plain: Path) -> None:

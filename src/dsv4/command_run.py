@@ -10,7 +10,7 @@ import typer
 
 from dsv4 import output
 from dsv4.command_encode import Mode, ModeOption
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, Interrupted, UsageError, printable
 from dsv4.options import Json, Verbose, example, parse_size
 from dsv4.run_answers import Answers, Generation, answer_prompts
 from dsv4.run_compare import compare_checkpoints, save_logits
@@ -212,5 +212,10 @@ def run(
         report=report,
         trace=trace,
     )
-    if code := _execute(request, out):
+    try:
+        code = _execute(request, out)
+    except Interrupted as error:
+        error.hint = ""  # nothing is kept and there is nothing to continue
+        raise
+    if code:
         raise typer.Exit(code)

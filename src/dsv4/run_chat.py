@@ -61,13 +61,12 @@ class Chat:
         return self.tokenizer.encode(encode(self.messages, self.dialogue))
 
     def _remember(self, text: str) -> None:
-        from dsv4.model.answer import parse_answer
+        from dsv4.model.answer import remembered
 
         if self.dialogue.raw:
             self.raw_text += text
-            return
-        message, _ = parse_answer(text, self.dialogue.mode)
-        self.messages.append(message or {"role": "assistant", "content": text})
+        else:
+            self.messages.append(remembered(text, self.dialogue.mode))
 
     def _generate(self, prompt: list[int], text: "AnswerText") -> None:
         from dsv4.model.generate import generate
