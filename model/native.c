@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+
 typedef float lanes __attribute__((vector_size(64)));
 typedef int32_t ilanes __attribute__((vector_size(64)));
 
@@ -24,41 +26,41 @@ enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
 struct matrix {
     const void *values;
     const void *scale;
-    int64_t rows, columns;
+    int64_t rows, columns, stride; /* stride: elements from one row to the next */
     int64_t block_rows, block_columns, scale_columns;
     int32_t format, scale_is_float32;
 };
 
-static inline float bf16(uint16_t bits) {
+INLINE float bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
     memcpy(&value, &wide, 4);
     return value;
 }
 
-static inline uint16_t to_bf16(float value) {
+INLINE uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline float e8m0(uint8_t code) {
+INLINE float e8m0(uint8_t code) {
     uint32_t bits = code ? (uint32_t)code << 23 : 1u << 22;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-static inline lanes load(const float *p) {
+INLINE lanes load(const float *p) {
     lanes v;
     memcpy(&v, p, 64);
     return v;
 }
 
-static inline lanes splat(float x) { return (lanes){0} + x; }
+INLINE lanes splat(float x) { return (lanes){0} + x; }
 
-static inline float fold(lanes v) {
+INLINE float fold(lanes v) {
     float a[16];
     memcpy(a, &v, 64);
     for (int half = 8; half; half /= 2)
@@ -66,7 +68,7 @@ static inline float fold(lanes v) {
     return a[0];
 }
 
-static inline lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
+INLINE lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
 #ifdef HAVE_AVX512
     if (exact) return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
@@ -77,7 +79,7 @@ static inline lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
 }
 
 /* Sixteen weights of one row, from column k on, decoded to their exact float32 values. */
-static inline lanes decode_bf16(const uint16_t *p) {
+INLINE lanes decode_bf16(const uint16_t *p) {
 #ifdef HAVE_AVX512
     return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 #else
@@ -87,32 +89,35 @@ static inline lanes decode_bf16(const uint16_t *p) {
 #endif
 }
 
-static inline lanes decode_e4m3(const uint8_t *p, float scale) {
+INLINE lanes decode_e4m3(const uint8_t *p, float scale) {
 #ifdef HAVE_AVX512
-    /* Through float16, bias 15, which hardware widens subnormals and all: 2**8 too small. */
-    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-    __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7),
-                                   _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8));
-    lanes v = (lanes)_mm512_cvtph_ps(half) * 256.0f;
+    /* Through float16, bias 15 instead of 7, which hardware widens subnormals and all: 2**8 too small. The byte goes
+     * to the upper half of a signed 16-bit number; shifted right by one the sign is doubled, and bit 14 cleared. */
+    __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 8);
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16((short)0xbfff));
+    return (lanes)_mm512_cvtph_ps(half) * 256.0f * scale;
 #else
     /* Exponent and mantissa at their places in a float32, whose bias is 127 and not 7: 2**120 too small. */
     ilanes bits;
     for (int i = 0; i < 16; i++) bits[i] = ((int32_t)(p[i] & 0x80) << 24) | ((int32_t)(p[i] & 0x7f) << 20);
-    lanes v = (lanes)bits * 0x1p120f;
+    return (lanes)bits * 0x1p120f * scale;
 #endif
-    return v * scale;
 }
 
-static inline lanes decode_e2m1(const uint8_t *p, float scale) {
+INLINE lanes decode_e2m1(const uint8_t *p, float scale) {
     /* Eight bytes, the even element in the low nibble. */
 #ifdef HAVE_AVX512
     const __m512 table = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f,
                                         -4.f, -6.f);
-    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    __m512i packed = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)p));
-    __m512i codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, packed), shift);
-    return (lanes)_mm512_permutexvar_ps(codes, table) * scale;
+    const __m512i shift = _mm512_setr_epi64(0x0000000400000000, 0x0000000c00000008, 0x0000001400000010,
+                                            0x0000001c00000018, 0x0000000400000000, 0x0000000c00000008,
+                                            0x0000001400000010, 0x0000001c00000018);
+    int32_t low, high;
+    memcpy(&low, p, 4);
+    memcpy(&high, p + 4, 4);
+    __m512i packed = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+    /* The lookup uses the lowest four bits of each lane. */
+    return (lanes)_mm512_permutexvar_ps(_mm512_srlv_epi32(packed, shift), (__m512)((lanes)table * scale));
 #else
     static const float table[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
                                     -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
@@ -125,44 +130,58 @@ static inline lanes decode_e2m1(const uint8_t *p, float scale) {
 #endif
 }
 
-static inline float scale_at(const struct matrix *w, int64_t row, int64_t column) {
-    int64_t place = row / w->block_rows * w->scale_columns + column / w->block_columns;
+/* Where the scales of a row begin, and the scale of its block number `block`. */
+INLINE int64_t scale_row(const struct matrix *w, int64_t row) { return row / w->block_rows * w->scale_columns; }
+
+INLINE float scale_at(const struct matrix *w, int64_t place) {
+    if (!w->scale) return 1.f;
     return w->scale_is_float32 ? ((const float *)w->scale)[place] : e8m0(((const uint8_t *)w->scale)[place]);
 }
 
-/* Columns that share one scale, and by how many columns a step may go on without looking again. */
-static inline int64_t step_columns(const struct matrix *w) {
-    int64_t all = (w->columns + 15) / 16 * 16;
-    return w->format == FLOAT8_E4M3FN || w->format == FLOAT4_E2M1FN ? w->block_columns : all;
+/* Columns that share one scale; all of them if there is none. */
+INLINE int64_t step_columns(const struct matrix *w) { return w->scale ? w->block_columns : w->columns; }
+
+/* Bytes of sixteen weights. */
+INLINE int64_t sixteen(int format) {
+    return format == FLOAT32 ? 64 : format == BFLOAT16 ? 32 : format == FLOAT8_E4M3FN ? 16 : 8;
 }
 
-static inline lanes decode(const struct matrix *w, int format, int64_t row, int64_t k, float scale) {
-    int64_t at = row * w->columns + k;
-    if (format == FLOAT4_E2M1FN) return decode_e2m1((const uint8_t *)w->values + at / 2, scale);
-    if (format == FLOAT8_E4M3FN) return decode_e4m3((const uint8_t *)w->values + at, scale);
-    if (format == BFLOAT16) return decode_bf16((const uint16_t *)w->values + at);
-    return load((const float *)w->values + at);
+INLINE const uint8_t *row_of(const struct matrix *w, int format, int64_t row) {
+    return (const uint8_t *)w->values + row * w->stride / 16 * sixteen(format);
+}
+
+INLINE lanes decode(const uint8_t *p, int format, float scale) {
+    if (format == FLOAT4_E2M1FN) return decode_e2m1(p, scale);
+    if (format == FLOAT8_E4M3FN) return decode_e4m3(p, scale);
+    if (format == BFLOAT16) return decode_bf16((const uint16_t *)p);
+    return load((const float *)p);
 }
 
 /* One tile: MT rows of x times OT rows of the weight, the accumulators in registers. */
 #define TILE(MT, OT)                                                                                                   \
-    static inline __attribute__((always_inline)) void tile_##MT##_##OT(                                                \
-        const struct matrix *w, int format, int exact, const float *x, int64_t stride, int64_t row, float *y,          \
-        int64_t y_stride) {                                                                                            \
+    INLINE void tile_##MT##_##OT(const struct matrix *w, int format, int exact, const float *x, int64_t stride,        \
+                                 int64_t row, float *y, int64_t y_stride) {                                            \
         lanes sum[MT][OT];                                                                                             \
-        for (int m = 0; m < MT; m++)                                                                                   \
-            for (int o = 0; o < OT; o++) sum[m][o] = splat(0.f);                                                       \
-        int64_t step = step_columns(w);                                                                                \
+        const uint8_t *p[OT];                                                                                          \
+        int64_t step = step_columns(w), scales[OT];                                                                    \
+        for (int o = 0; o < OT; o++) {                                                                                 \
+            for (int m = 0; m < MT; m++) sum[m][o] = splat(0.f);                                                       \
+            p[o] = row_of(w, format, row + o);                                                                         \
+            scales[o] = scale_row(w, row + o);                                                                         \
+        }                                                                                                              \
         for (int64_t start = 0; start < w->columns; start += step) {                                                   \
             int64_t stop = start + step < w->columns ? start + step : w->columns;                                      \
             float scale[OT];                                                                                           \
-            for (int o = 0; o < OT; o++) scale[o] = w->scale ? scale_at(w, row + o, start) : 1.f;                      \
-            for (int64_t k = start; k < stop; k += 16) {                                                               \
+            for (int o = 0; o < OT; o++) scale[o] = scale_at(w, scales[o]++);                                          \
+            for (const float *value = x + start; value < x + stop; value += 16) {                                      \
                 lanes weight[OT];                                                                                      \
-                for (int o = 0; o < OT; o++) weight[o] = decode(w, format, row + o, k, scale[o]);                      \
+                for (int o = 0; o < OT; o++) {                                                                         \
+                    weight[o] = decode(p[o], format, scale[o]);                                                        \
+                    p[o] += sixteen(format);                                                                           \
+                }                                                                                                      \
                 for (int m = 0; m < MT; m++) {                                                                         \
-                    lanes value = load(x + m * stride + k);                                                            \
-                    for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);         \
+                    lanes one = load(value + m * stride);                                                              \
+                    for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(one, weight[o], sum[m][o], exact);           \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
@@ -172,6 +191,8 @@ static inline lanes decode(const struct matrix *w, int format, int64_t row, int6
 
 TILE(1, 1)
 TILE(1, 4)
+TILE(2, 1)
+TILE(2, 4)
 TILE(6, 1)
 TILE(6, 4)
 
@@ -186,6 +207,12 @@ TILE(6, 4)
             else                                                                                                       \
                 for (int64_t o = 0; o < count; o++)                                                                    \
                     tile_6_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
+        for (; m + 2 <= m_count; m += 2)                                                                               \
+            if (count == 4)                                                                                            \
+                tile_2_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
+            else                                                                                                       \
+                for (int64_t o = 0; o < count; o++)                                                                    \
+                    tile_2_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
         for (; m < m_count; m++)                                                                                       \
             if (count == 4)                                                                                            \
                 tile_1_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
@@ -205,28 +232,58 @@ ROWS(rows_fp4_exact, FLOAT4_E2M1FN, 1)
 
 typedef void (*rows_function)(const struct matrix *, const float *, int64_t, int64_t, int64_t, int64_t, float *, int64_t);
 
-/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. `exact`: x has bfloat16 values. */
-void dsv4_linear(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t start, int64_t stop,
-                 float *y, int32_t exact, int32_t threads) {
-    static const rows_function table[4][2] = {
-        {rows_f32, rows_f32_exact}, {rows_bf16, rows_bf16_exact}, {rows_fp8, rows_fp8_exact}, {rows_fp4, rows_fp4_exact}};
-    rows_function rows = table[w->format][exact ? 1 : 0];
-    int64_t y_stride = stop - start, tiles = (y_stride + 3) / 4;
-    /* As many rows of x at a time as stay in the cache beside the weight's. */
-    int64_t piece = 65536 / stride / 6 * 6;
-    if (piece < 6) piece = 6;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        int64_t row = start + tile * 4, count = stop - row < 4 ? stop - row : 4;
-        for (int64_t m = 0; m < m_count; m += piece) {
-            int64_t n = m_count - m < piece ? m_count - m : piece;
-            rows(w, x + m * stride, n, stride, row, count, y + m * y_stride + tile * 4, y_stride);
+/* Rows [row, row + count) of w as float32 [count, columns], each row 16 further on: rows whose distance is a power of
+ * two would fall into the same few lines of the cache. */
+static void decode_rows(const struct matrix *w, int64_t row, int64_t count, float *out) {
+    int64_t step = step_columns(w);
+    for (int64_t o = 0; o < count; o++) {
+        const uint8_t *p = row_of(w, w->format, row + o);
+        int64_t place = scale_row(w, row + o);
+        for (int64_t start = 0; start < w->columns; start += step) {
+            int64_t stop = start + step < w->columns ? start + step : w->columns;
+            float scale = scale_at(w, place++);
+            for (int64_t k = start; k < stop; k += 16, p += sixteen(w->format)) {
+                lanes v = decode(p, w->format, scale);
+                memcpy(out + o * (w->columns + 16) + k, &v, 64);
+            }
         }
     }
 }
 
+/* Rows of the weight that are decoded once for many rows of x, so that both stay in the second level cache. */
+static int64_t strip_rows(const struct matrix *w) {
+    int64_t rows = 65536 / w->columns / 4 * 4;
+    return rows < 4 ? 4 : rows > 16 ? 16 : rows;
+}
+
+/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. `exact`: products are exact in float32.
+ * `scratch` holds threads * 16 * (columns + 16) floats if m_count > 1. */
+void dsv4_linear(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t start, int64_t stop,
+                 float *y, float *scratch, int32_t exact, int32_t threads) {
+    static const rows_function table[4][2] = {
+        {rows_f32, rows_f32_exact}, {rows_bf16, rows_bf16_exact}, {rows_fp8, rows_fp8_exact}, {rows_fp4, rows_fp4_exact}};
+    rows_function direct = table[w->format][exact ? 1 : 0], decoded = table[FLOAT32][exact ? 1 : 0];
+    int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t share = 0; share < threads; share++)
+        for (int64_t at = strips * share / threads; at < strips * (share + 1) / threads; at++) {
+            int64_t row = start + at * strip, count = stop - row < strip ? stop - row : strip;
+            if (m_count == 1) {
+                direct(w, x, 1, stride, row, count, y + at * strip, y_stride);
+                continue;
+            }
+            float *buffer = scratch + share * 16 * (w->columns + 16);
+            decode_rows(w, row, count, buffer);
+            struct matrix strip_of_w = {buffer, 0, count, w->columns, w->columns + 16, 1, w->columns, 1, FLOAT32, 0};
+            for (int64_t m = 0; m < m_count; m += 6)
+                for (int64_t o = 0; o < count; o += 4)
+                    decoded(&strip_of_w, x + m * stride, m_count - m < 6 ? m_count - m : 6, stride, o,
+                            count - o < 4 ? count - o : 4, y + m * y_stride + at * strip + o, y_stride);
+        }
+}
+
 /* exp of float32 through float64, the polynomial of numerics.py. */
-static inline float exponential(float x) {
+INLINE float exponential(float x) {
     double v = x < -700.f ? -700.0 : x > 700.f ? 700.0 : (double)x;
     double n = floor(v * 0x1.71547652b82fep+0 + 0.5);
     double r = (v - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
@@ -295,7 +352,7 @@ static void attend(const float *q, const float *keys, const int32_t *index, int6
         int64_t n = listed - first < KEYS_PER_BLOCK ? listed - first : KEYS_PER_BLOCK, seen = 0;
         for (int64_t j = 0; j < n; j++) seen += index[first + j] >= 0;
         if (!seen) continue; /* would multiply by one and add zeros */
-        struct matrix block = {keys + first * c, 0, n, c, 1, c, 1, FLOAT32, 0};
+        struct matrix block = {keys + first * c, 0, n, c, c, 1, c, 1, FLOAT32, 0};
         for (int64_t j = 0; j < n; j += 4)
             (rounded ? rows_f32_exact : rows_f32)(&block, q, heads, c, j, n - j < 4 ? n - j : 4, &scores[0][j],
                                                   KEYS_PER_BLOCK);
@@ -382,17 +439,17 @@ void dsv4_index_scores(const struct matrix *keys, const float *q, const float *w
 
 /* The small operations of parts.py. `x` and results are bfloat16 or float32; everything in between is float32. */
 
-static inline float read(const void *x, int is_bf16, int64_t i) {
+INLINE float read(const void *x, int is_bf16, int64_t i) {
     return is_bf16 ? bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-static inline void write(void *x, int is_bf16, int64_t i, float value) {
+INLINE void write(void *x, int is_bf16, int64_t i, float value) {
     if (is_bf16) ((uint16_t *)x)[i] = to_bf16(value);
     else ((float *)x)[i] = value;
 }
 
 /* Nearest E4M3 value, ties to even, of |v| at most 448. */
-static inline float round_e4m3(float v) {
+INLINE float round_e4m3(float v) {
     uint32_t bits;
     memcpy(&bits, &v, 4);
     float subnormal = rintf(v * 512.f) * 0x1p-9f, normal;
@@ -465,7 +522,7 @@ void dsv4_rotate(const void *x, const float *cos, const float *sin, void *out, i
         }
 }
 
-static inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+INLINE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
 
 /* Divide each of n rows (stride 1) or columns (stride n) of an n x n matrix by its sum plus eps. */
 static void normalize(float *comb, int64_t n, int by_columns, float eps) {

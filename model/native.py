@@ -34,6 +34,7 @@ OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp"
 CODES = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
 HEADS_PER_TILE = 4
 MOST_STREAMS = 64
+ROWS_PER_STRIP = 16
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 
 
@@ -45,6 +46,7 @@ class _Matrix(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
         ("block_rows", ctypes.c_int64),
         ("block_columns", ctypes.c_int64),
         ("scale_columns", ctypes.c_int64),
@@ -55,7 +57,7 @@ class _Matrix(ctypes.Structure):
 
 # Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
 SIGNATURES = {
-    "dsv4_linear": "mpllllpii",
+    "dsv4_linear": "mpllllppii",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "ppllli",
@@ -131,6 +133,7 @@ def _describe(matrix: Matrix) -> _Matrix:
         scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
         rows=matrix.shape[0],
         columns=matrix.shape[1],
+        stride=matrix.shape[1],
         block_rows=matrix.block.rows if quantized else 1,
         block_columns=matrix.block.columns if quantized else matrix.shape[1],
         scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
@@ -153,14 +156,19 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
     if loaded is None or not _native_lengths(matrix):
         return ops.linear(x, matrix, start, stop)
     stop = matrix.shape[0] if stop is None else stop
-    values = x.to(torch.float32).contiguous()
-    rows, columns = values.shape
+    rows, columns = x.shape
+    # Rows a power of two apart would share the same few lines of the cache.
+    values = torch.empty(rows, columns + LANES, dtype=torch.float32)
+    values[:, :columns] = x
     result = torch.empty(rows, stop - start, dtype=torch.float32)
     # Eight significant bits times eight at most: a product that float32 holds exactly.
     exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.powers_of_two
     threads = _threads(result.numel() * columns)
-    described, values_at = _describe(matrix), values.data_ptr()
-    loaded.dsv4_linear(described, values_at, rows, columns, start, stop, result.data_ptr(), exact, threads)
+    scratch = torch.empty(threads * ROWS_PER_STRIP * values.shape[1] if rows > 1 else 0, dtype=torch.float32)
+    loaded.dsv4_linear(
+        _describe(matrix), values.data_ptr(), rows, values.shape[1], start, stop, result.data_ptr(), scratch.data_ptr(),
+        exact, threads,
+    )  # fmt: skip
     return result
 
 
