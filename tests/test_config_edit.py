@@ -11,7 +11,8 @@ from dsv4.convert.synthetic import Geometry
 from dsv4.convert.synthetic_geometry import config, inference_config
 from dsv4.errors import InputError
 
-TOP = {"a": 1, "expert_dtype": "fp4", "quantization_config": {"fmt": "e4m3", "b": 2}, "z": None}
+# Keys in no alphabetical order, so that sorting them would show.
+TOP = {"z": None, "expert_dtype": "fp4", "quantization_config": {"fmt": "e4m3", "b": 2}, "a": 1}
 INSIDE = {"a": 1, "quantization_config": {"fmt": "e4m3", "expert_dtype": "fp4", "b": 2}, "z": [1]}
 NOWHERE = {"a": 1, "quantization_config": {"fmt": "e4m3", "b": 2}}
 BOTH = {"expert_dtype": "fp4", "quantization_config": {"expert_dtype": "fp4"}, "z": 0}
@@ -21,12 +22,12 @@ QUANTIZATION = {"fmt": "e4m3", "b": 2}
 @pytest.mark.parametrize(
     ("before", "options", "after"),
     [
-        (TOP, {}, {"a": 1, "expert_dtype": "fp8", "quantization_config": QUANTIZATION, "z": None}),
-        (TOP, {"target": "sglang"}, {"a": 1, "quantization_config": QUANTIZATION, "z": None}),
+        (TOP, {}, {"z": None, "expert_dtype": "fp8", "quantization_config": QUANTIZATION, "a": 1}),
+        (TOP, {"target": "sglang"}, {"z": None, "quantization_config": QUANTIZATION, "a": 1}),
         (TOP, {"to": "same"}, TOP),
         (TOP, {"to": "same", "target": "sglang"}, TOP),
         (TOP, {"to": "fp4"}, TOP),
-        (TOP, {"to": "bf16"}, {"a": 1, "z": None}),
+        (TOP, {"to": "bf16"}, {"z": None, "a": 1}),
         (INSIDE, {}, {"a": 1, "quantization_config": {"fmt": "e4m3", "expert_dtype": "fp8", "b": 2}, "z": [1]}),
         (INSIDE, {"target": "reference"}, {"a": 1, "quantization_config": QUANTIZATION, "z": [1]}),
         (INSIDE, {"to": "bf16"}, {"a": 1, "z": [1]}),

@@ -500,13 +500,15 @@ class TestFullDisk:
 
         monkeypatch.setattr(files.os, "posix_fallocate", cannot)
         monkeypatch.setattr(files.os, "write", fail)
-        code, _, err = dsv4("convert", source, tmp_path / "out")
-        assert code == 4 and "No space left" in err and "model-00001-of-" in err
+        code, _, err = dsv4("convert", source, tmp_path / "out", "--max-shard-size", "6GB")
+        assert code == 4 and "No space left" in err and "model-00001-of-00001" in err
         assert tree(tmp_path / "out") == {}
 
     def test_a_limit_on_file_size(self, source: Path, tmp_path: Path) -> None:
         """No stand-in: the kernel refuses."""
-        command = f"ulimit -f 500; exec {sys.executable} -m dsv4 convert '{source}' '{tmp_path / 'out'}'"
+        command = (
+            f"ulimit -f 500; exec {sys.executable} -m dsv4 convert '{source}' '{tmp_path / 'out'}' --max-shard-size 6GB"
+        )
         result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 4 and "model-00001-of-" in result.stderr and "ulimit" in result.stderr
         assert tree(tmp_path / "out") == {}

@@ -23,10 +23,14 @@ from raw_safetensors import Tensors
 
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 
-# w2 is [256, 128] and w1, w3 [128, 256]: two blocks each, four experts in two layers.
+# Every expert matrix is [256, 256]: two by two blocks that all differ; four experts in two layers.
 MIXED = Geometry(
+    moe_intermediate_size=256,
     vocab_size=64, compress_ratios=(0, 0), num_hash_layers=0, n_routed_experts=4, num_attention_heads=2, head_dim=64
 )  # fmt: skip
+
+
+ONE_SHARD = ("--max-shard-size", "6GB")  # larger than usual: whatever the source's shards are
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_there_are_blocks_of_every_kind(truth: Truth) -> None:
 
 def test_error_names_every_tensor_and_writes_nothing(source: Path, truth: Truth, tmp_path: Path) -> None:
     before = tree(source)
-    code, out, err = dsv4("convert", source, tmp_path / "out")
+    code, out, err = dsv4("convert", source, tmp_path / "out", *ONE_SHARD)
     assert (code, out) == (3, "") and tree(tmp_path / "out") == {} and tree(source) == before
     named = {line.split(":")[0].strip() for line in err.splitlines() if ".experts." in line}
     assert named == hopeless(truth)
@@ -101,7 +105,7 @@ def test_error_names_every_tensor_and_writes_nothing(source: Path, truth: Truth,
 
 def test_the_message_says_what_would_change(source: Path, truth: Truth, tmp_path: Path) -> None:
     """Elements changed, elements to zero, and the span, of the first bad block of each tensor."""
-    _, _, err = dsv4("convert", source, tmp_path / "out")
+    _, _, err = dsv4("convert", source, tmp_path / "out", *ONE_SHARD)
     old = tensors_of(source)
     for name in hopeless(truth):
         line = next(line for line in err.splitlines() if name + ":" in line)

@@ -2,9 +2,12 @@
 
 import fcntl
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from checkpoint_variants import VARIANTS
@@ -13,9 +16,14 @@ from exact_values import convert, dsv4, edit_config, read_json, tree
 from dsv4.convert import conversion, output_folder, tensor_pieces
 from dsv4.convert.checkpoint import Checkpoint
 from dsv4.convert.conversion import decide_resources, run_conversion
+from dsv4.convert.files import AtomicFile
 from dsv4.convert.settings import Settings, resolve
-from dsv4.errors import Interrupted
+from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.errors import Interrupted, MachineError
 
+TINY = Geometry(
+    vocab_size=64, compress_ratios=(0,), num_hash_layers=0, num_nextn_predict_layers=0, num_attention_heads=2
+)  # fmt: skip
 SHARDS = ("--max-shard-size", "600kB")
 SETTINGS = resolve(max_shard_bytes=600_000)
 
@@ -34,7 +42,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy_of(source: Path, folder: Path) -> Path:
     """A source of its own, to be changed."""
-    return VARIANTS["scattered"](folder)
+    return Path(shutil.copytree(source, folder))
 
 
 class TestSameBytes:
@@ -44,14 +52,18 @@ class TestSameBytes:
         assert tree(tmp_path / "out") == tree(whole)
 
     @pytest.mark.parametrize("piece", [1, 3000, 100_000])
-    @pytest.mark.parametrize("to", ["fp8", "bf16"])
+    @pytest.mark.parametrize(("experts", "to"), [("fp4", "fp8"), ("fp4", "bf16"), ("fp8", "fp4")])
     def test_any_size_of_pieces(
-        self, piece: int, to: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, piece: int, experts: Literal["fp4", "fp8"], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        convert(source, tmp_path / "whole", "--to", to)
+        """Of matrices whose blocks all differ, so that a piece with its neighbour's scales would show."""
+        geometry = replace(TINY, n_routed_experts=2, moe_intermediate_size=256)
+        source = make_checkpoint(tmp_path / "source", geometry=geometry, experts=experts, mixed_scales=experts == "fp4")
+        options = ("--to", to, "--on-inexact", "round")
+        convert(source, tmp_path / "whole", *options)
         monkeypatch.setattr(tensor_pieces, "PIECE_BYTES", piece)
         monkeypatch.setattr(tensor_pieces, "CACHE_BYTES", max(1, piece // 3))
-        convert(source, tmp_path / "out", "--to", to)
+        convert(source, tmp_path / "out", *options)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
     def test_little_memory(self, source: Path, whole: Path, tmp_path: Path) -> None:
@@ -65,10 +77,10 @@ class TestSameBytes:
         convert(source, tmp_path / "out", *options, "--max-workers", "3")
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
-    def test_in_another_place(self, whole: Path, tmp_path: Path) -> None:
+    def test_in_another_place(self, source: Path, whole: Path, tmp_path: Path) -> None:
         """No path, date or host gets into the output."""
-        source = copy_of(tmp_path, tmp_path / "elsewhere")
-        convert(source, tmp_path / "deep" / "er" / "out", *SHARDS)
+        elsewhere = copy_of(source, tmp_path / "elsewhere")
+        convert(elsewhere, tmp_path / "deep" / "er" / "out", *SHARDS)
         assert tree(tmp_path / "deep" / "er" / "out") == tree(whole)
 
 
@@ -107,6 +119,34 @@ class TestResume:
         said = convert(source, output, *SHARDS)
         assert tree(output) == tree(whole)
         assert (f"{done} shards were there already" in said) == (done > 0)
+
+    def test_while_the_last_files_are_written(
+        self, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Stopped before each of them in turn: index and config come last, so no loader meets half a model."""
+        write, order, output = conversion.write_file, [], tmp_path / "out"
+
+        def record(path: Path, data: bytes) -> None:
+            order.append(path.relative_to(output).as_posix())
+            write(path, data)
+
+        monkeypatch.setattr(conversion, "write_file", record)
+        convert(source, output, *SHARDS)
+        assert order[-3:] == ["dsv4.json", "model.safetensors.index.json", "config.json"]
+        for stop in order:
+
+            def fail(path: Path, data: bytes, stop: str = stop) -> None:
+                if path.relative_to(output).as_posix() == stop:
+                    raise Interrupted("interrupted")
+                write(path, data)
+
+            shutil.rmtree(output)
+            monkeypatch.setattr(conversion, "write_file", fail)
+            assert dsv4("convert", source, output, *SHARDS)[0] == 130
+            assert not (output / "config.json").exists()
+            monkeypatch.setattr(conversion, "write_file", write)
+            convert(source, output, *SHARDS)
+            assert tree(output) == tree(whole)
 
     def test_interrupted_again_and_again(self, source: Path, whole: Path, tmp_path: Path) -> None:
         """A run that gets no further than one shard each time arrives all the same."""
@@ -167,9 +207,9 @@ class TestResume:
         convert(source, output, *SHARDS)
         assert tree(output) == tree(whole)
 
-    def test_a_source_shard_that_changed_is_read_again(self, tmp_path: Path) -> None:
+    def test_a_source_shard_that_changed_is_read_again(self, source: Path, tmp_path: Path) -> None:
         """Even where size and header are the same: only what was made from it is made again."""
-        source, output = copy_of(tmp_path, tmp_path / "source"), tmp_path / "out"
+        source, output = copy_of(source, tmp_path / "source"), tmp_path / "out"
         run_until(source, output, 1_500_000)
         shard = min(source.glob("*.safetensors"))
         data = bytearray(shard.read_bytes())
@@ -214,14 +254,14 @@ class TestResume:
         code, _, err = dsv4("convert", source, whole, *SHARDS)
         assert code == 2 and "source.shards" in err
 
-    def test_another_config_is_refused_by_name(self, whole: Path, tmp_path: Path) -> None:
-        source = copy_of(tmp_path, tmp_path / "source")
+    def test_another_config_is_refused_by_name(self, source: Path, whole: Path, tmp_path: Path) -> None:
+        source = copy_of(source, tmp_path / "source")
         edit_config(source, vocab_size=65)
         code, _, err = dsv4("convert", source, whole, *SHARDS)
         assert code == 2 and "source.config_sha256" in err
 
-    def test_a_changed_shard_of_a_finished_conversion_is_named(self, tmp_path: Path) -> None:
-        source, output = copy_of(tmp_path, tmp_path / "source"), tmp_path / "out"
+    def test_a_changed_shard_of_a_finished_conversion_is_named(self, source: Path, tmp_path: Path) -> None:
+        source, output = copy_of(source, tmp_path / "source"), tmp_path / "out"
         convert(source, output, *SHARDS)
         shard = max(source.glob("*.safetensors"))
         time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
@@ -374,3 +414,11 @@ def test_what_is_replaced_makes_room_and_stays_if_that_is_not_enough(
     monkeypatch.setattr(conversion, "free_bytes", lambda folder: 0 if (output / "dsv4.json").exists() else needed)
     assert dsv4("convert", source, output, "--to", "bf16", "--overwrite")[0] == 4 and tree(output) == before
     convert(source, output, *SHARDS, "--overwrite", "--scale-dtype", "e8m0")
+
+
+@pytest.mark.parametrize("size", [0, 9, 11])
+def test_a_file_of_another_length_than_planned_never_appears(size: int, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="10 bytes written"), AtomicFile(tmp_path / "file", size) as file:
+        file.write(memoryview(b"0123456789"))
+        file.commit()
+    assert tree(tmp_path) == {}
