@@ -20,10 +20,12 @@ from .verify_files import Files, LocalFiles
 from .verify_layout import Checkpoint, open_checkpoint
 from .verify_manifest import check_manifest
 from .verify_plan import Unit, plan_pair, plan_scan
+from .verify_reader import Reader
 from .verify_result import Statistics, Verification
 from .verify_selection import Selection, select
 from .verify_status import code_problems, unit_results
-from .verify_tensors import PieceWork, Reader, Tally, plan_pieces
+from .verify_tally import Tally
+from .verify_tensors import PieceWork, plan_pieces
 
 BAND_BYTES = 1 << 20  # of the larger side: what a core's cache holds, and enough to outweigh the calls
 BYTES_PER_BAND_BYTE = 12  # buffers, table positions and masks of a thread at its worst

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 
 from .verify_files import Files
 from .verify_plan import Unit
-from .verify_tensors import Piece, PieceWork, Tally
+from .verify_tally import Tally
+from .verify_tensors import Piece, PieceWork
 
 # What a thread tells: elements of a unit that are done, a finished tally of it, an error, or that it has ended.
 Found = tuple[int, int | Tally] | BaseException | None

@@ -86,6 +86,12 @@ class Unit:
         return math.prod(tensor.shape) if tensor is not None else 0
 
 
+def coarse_block(unit: Unit) -> tuple[int, int] | None:
+    """The larger block of the two sides, in which differences are located; None when neither has scales."""
+    blocks = [w.block for w in (unit.source_weight, unit.output_weight) if w is not None and w.scale is not None]
+    return max(blocks, key=lambda block: block[0] * block[1], default=None)
+
+
 def row_bytes(tensor: Tensor) -> int:
     """Bytes of one step along the first dimension."""
     return math.prod(tensor.shape[1:]) * DTYPE_BITS[tensor.dtype] // 8

@@ -12,8 +12,8 @@ from typing import Any
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT
 
 from .verify_files import Problem
-from .verify_plan import Unit
-from .verify_tensors import E4M3_SPAN, Tally, coarse_block
+from .verify_plan import Unit, coarse_block
+from .verify_tally import E4M3_SPAN, Tally
 
 STATUSES = {
     "=": "same bytes",

@@ -7,7 +7,7 @@ from dsv4.errors import printable
 from .verify_files import Problem
 from .verify_plan import Unit
 from .verify_result import TensorResult
-from .verify_tensors import Tally
+from .verify_tally import Tally
 
 
 def _status(unit: Unit, tally: Tally) -> str:

@@ -247,6 +247,31 @@ def test_all_codes_at_the_ends_of_e8m0(exponent: int, wide: Format) -> None:
             break
 
 
+@pytest.mark.parametrize("beyond", range(4))
+@pytest.mark.parametrize("narrow", [E2M1, E4M3])
+def test_differences_beyond_the_table(narrow: Format, beyond: int) -> None:
+    """What the first or last useful row says must not be taken for what lies beyond it."""
+    table = conversion_table(narrow, E4M3)
+    data = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    data[(data & 127) == 127] = 0
+    for row, difference in ((1, table.first - beyond), (-2, table.first + len(table.signed) - 1 + beyond)):
+        columns = 32 * 8 // narrow.bits
+        scales = e8m0_scales(np.full((8, columns // 32), 127 + difference, np.uint8))
+        first = Band(narrow, data, columns, scales, (1, 32))
+        codes = np.ascontiguousarray(table.signed[row][data]).view(np.uint8)
+        check(first, Band(E4M3, codes, columns, no_scales(), LARGE))
+
+
+@pytest.mark.parametrize("wide", [E4M3, BF16, F32])
+def test_the_mark_of_a_gap_is_no_value(wide: Format) -> None:
+    """Where no wide code exists the table holds the wide NaN: a NaN that is really there must not match it."""
+    first = Band(E2M1, np.full((4, 16), 0x77, np.uint8), 32, e8m0_scales(np.full((4, 1), 254, np.uint8)), (1, 32))
+    nan = np.full((4, 32), wide.nan, {8: np.uint8, 16: np.uint16, 32: np.uint32}[wide.bits])
+    second = Band(wide, nan.view(np.uint8), 32, no_scales(), LARGE)
+    assert (conversion_table(E2M1, wide).signed[-1, 0x77] & np.uint64(wide.nan)) == wide.nan
+    check(first, second)
+
+
 def test_rows_of_many_blocks_with_ragged_edges() -> None:
     """Bands of several blocks in both directions; the last ones are cut."""
     random = np.random.default_rng(0)

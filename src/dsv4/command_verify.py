@@ -1,7 +1,7 @@
 """`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,6 +161,28 @@ def _opened(
             yield HubFiles(storage)
 
 
+def _run(
+    out: output.Output, source: "Path | HubFiles", converted: Path | None, settings: dict[str, Any]
+) -> "Verification":
+    """The work itself, with a bar over bytes."""
+    from dsv4.convert.verification import verify as run
+
+    with ExitStack() as stack:
+        bars: list[output.Progress] = []
+
+        def start(total: int) -> None:
+            bars.append(stack.enter_context(out.progress(total, "verify")))
+
+        return run(source, converted, on_start=start, advance=lambda count: bars[0].advance(count), **settings)
+
+
+def _write_report(out: output.Output, report: Path, found: dict[str, Any]) -> None:
+    from dsv4.convert.verify_report import render
+
+    report.write_text(render(found), encoding="utf-8")
+    out.say(f"report: {printable(str(report))}")
+
+
 def verify(
     source: Annotated[
         str,
@@ -199,43 +221,25 @@ def verify(
     """
     out = output.configure(json, quiet, verbose)
     from dsv4.convert.hub_storage import HubOptions
-    from dsv4.convert.verification import verify as run
     from dsv4.convert.verify_selection import Selection
 
-    selection = Selection(tensor, shard, _share(sample), seed)
-    memory = None if max_memory is None else parse_size(max_memory)
+    settings: dict[str, Any] = {
+        "selection": Selection(tensor, shard, _share(sample), seed),
+        "strict": strict,
+        "inverse": inverse,
+        "max_workers": max_workers,
+        "max_memory": None if max_memory is None else parse_size(max_memory),
+    }
     if report is not None:
         report.open("a").close()  # a page that cannot be written should not be found out about after an hour
     if converted is not None and converted.resolve() == Path(source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
-    bars: list[output.Progress] = []
-
-    def start(total: int) -> None:
-        bars.append(out.progress(total, "verify"))
-
     options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
-    try:
-        with _opened(source, revision, converted, options) as files:
-            result = run(
-                files,
-                converted,
-                selection=selection,
-                strict=strict,
-                inverse=inverse,
-                max_workers=max_workers,
-                max_memory=memory,
-                on_start=start,
-                advance=lambda count: bars[0].advance(count),
-            )
-    finally:
-        for bar in bars:
-            bar.__exit__(None, None, None)
+    with _opened(source, revision, converted, options) as files:
+        result = _run(out, files, converted, settings)
     found = result.to_json()
     if report is not None:
-        from dsv4.convert.verify_report import render
-
-        report.write_text(render(found), encoding="utf-8")
-        out.say(f"report: {printable(str(report))}")
+        _write_report(out, report, found)
     out.result(found)
     _tell(out, result, found)
     raise typer.Exit(result.exit_code)
