@@ -4,6 +4,7 @@ The order of what becomes visible is the promise: shards first, then side files 
 config.json. A loader that looks for the index or the config never meets half a model, wherever a run was stopped.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -130,6 +131,15 @@ def check_disk(checkpoint: Checkpoint, missing_bytes: int, output: Path) -> None
         )
 
 
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep freed buffers instead of returning them: pieces of a few MB come and go all the time, and
+    getting fresh pages for each costs as much as converting them. Other C libraries are left as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 64 * 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
 class _Run:
     """One run into a locked folder: what is finished, and how to finish the rest.
 
@@ -148,6 +158,7 @@ class _Run:
         self.checkpoint, self.plan, self.output, self.part, self.finish = checkpoint, plan, output, part, finish
         self.shards = list(plan.shards) if part is None else deal(plan, part.count)[part.index]
         self.finished: dict[str, FinishedShard] = {}
+        _keep_freed_memory()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
         self.workers = Workers(self.pool, resources.window)
 

@@ -24,6 +24,7 @@ PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 LOCK_NAME = PREFIX + "lock"
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 16 * 2**20  # one write call at most: an interrupt is served between two of them
+FLUSH_BYTES = 64 * 2**20  # the disk begins to write after so many, so that the last fsync has little left to do
 
 
 def free_bytes(folder: Path) -> int:
@@ -64,7 +65,7 @@ class AtomicFile:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size, self.written = path, size, 0
+        self.path, self.size, self.written, self._flushed = path, size, 0, 0
         self._temporary = path.parent / f"{PREFIX}{path.name}.{uuid.uuid4().hex[:8]}{_PART_SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(self._temporary, flags, 0o666)  # less the umask, as any new file
@@ -93,6 +94,11 @@ class AtomicFile:
             count = os.write(self._descriptor, data[:WRITE_BYTES])
             self.written += count
             data = data[count:]
+        if self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # Starts writing dirty pages out without waiting, and lets go of those that are out already: a long run
+            # does not push everything else out of the machine's page cache.
+            os.posix_fadvise(self._descriptor, 0, self.written, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.written
 
     def commit(self) -> None:
         """Check the length, fsync, rename, fsync the folder. Raises MachineError if not all bytes were written."""
