@@ -21,7 +21,7 @@ import torch
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, write_file
+from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, remove_stale_lock, write_file
 from .journal import FinishedShard, Journal, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
 from .output_folder import check_finished, check_in_the_way, clear, files_of, look, owned_bytes, usable_shards
@@ -261,6 +261,7 @@ def _work(run: _Run, result: Result, advance: Advance) -> None:
 
 def _already_done(checkpoint: Checkpoint, plan: Plan, output: Path, manifest: dict[str, Any]) -> Result:
     check_finished(output, manifest, describe_job(checkpoint, plan.settings), checkpoint)
+    remove_stale_lock(output)
     size = sum(entry["size"] for entry in manifest["shards"].values())
     return Result(
         output,

@@ -250,6 +250,13 @@ def locked(folder: Path, part: str = "") -> Iterator[None]:
         yield
 
 
+def remove_stale_lock(folder: Path) -> None:
+    """Delete the lock file of a run that was killed at its very end, unless somebody holds it or nothing can be."""
+    if (folder / LOCK_NAME).exists():
+        with contextlib.suppress(MachineError, OSError), locked(folder):
+            pass
+
+
 def check_separate(source: Path, output: Path) -> None:
     """Refuse an output that is the source, lies inside it or contains it, also by way of symlinks."""
     real_source, real_output = source.resolve(), output.resolve()

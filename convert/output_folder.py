@@ -13,7 +13,7 @@ from typing import Any
 from dsv4.errors import InputError, UsageError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_header
-from .files import PREFIX, remove, remove_empty_folder
+from .files import PREFIX, fsync_folder, remove, remove_empty_folder
 from .journal import FinishedShard, Past, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, check_owned, read_manifest
 from .plan import OutputShard, Plan
@@ -74,20 +74,22 @@ def owned_bytes(folder: Path, found: Found) -> int:
     return sum(path.stat().st_size for path in map(folder.joinpath, owned_files(found)) if path.is_file())
 
 
-def _removal_order(name: str) -> tuple[bool, bool]:
-    """Index and config first: what is half removed must not look like a model. The manifest last: it makes it ours."""
-    return name == MANIFEST_NAME, name not in (INDEX_NAME, CONFIG_NAME)
-
-
 def clear(folder: Path, found: Found) -> None:
-    """Remove a former conversion's files, and its sub-folders unless something else is in them."""
+    """Remove a former conversion's files, and its sub-folders unless something else is in them.
+
+    Index and config go first: what is half removed must not look like a model. Manifest and journal go last, when
+    everything else is durably gone: they are what makes the rest ours.
+    """
     names = owned_files(found)
-    for name in sorted(names, key=_removal_order):
+    for name in sorted(set(names) - {MANIFEST_NAME}, key=lambda name: name not in (INDEX_NAME, CONFIG_NAME)):
         remove(folder / name)
-    remove_journals(folder)
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
     for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
         remove_empty_folder(folder / sub_folder)
+    fsync_folder(folder)
+    if MANIFEST_NAME in names:
+        remove(folder / MANIFEST_NAME)
+    remove_journals(folder)
 
 
 def source_changed(checkpoint: Checkpoint, since_ns: int) -> set[str]:
