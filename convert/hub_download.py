@@ -203,6 +203,10 @@ class _Download:
         fetch_checked(self.fallback.snapshot(), file, self.plan.place, meter, self.warn)
         self._note(self.result.from_fallback, file)
 
+    def abort(self) -> None:
+        """End what is under way."""
+        self.plan.snapshot.hub.abort()
+
     def _note(self, names: list[str], file: RemoteFile) -> None:
         with self._lock:
             names.append(file.name)
@@ -282,18 +286,26 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("files"), dict) else None
 
 
-def _finish(futures: list[Future[None]]) -> None:
-    """Raise what went wrong: the machine's and the network's faults first, then all bad files in one error."""
-    errors = [f.exception() for f in futures if f.done() and not f.cancelled()]
-    faults = [e for e in errors if e is not None and not isinstance(e, Stopped)]
-    for fault in faults:
-        if not isinstance(fault, BadFile):
-            raise fault
+def _raise_bad_files(futures: list[Future[None]]) -> None:
+    """All bad files in one error."""
+    faults = [error for f in futures if isinstance(error := f.exception(), BadFile)]
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        hint = faults[0].hint if isinstance(faults[0], Dsv4Error) else ""
-        raise BadFile(f"{len(faults)} files are not what the hub lists:\n  " + "\n  ".join(map(str, faults)), hint)
+        text = "\n  ".join(map(str, faults))
+        raise BadFile(f"{len(faults)} files are not what the hub lists:\n  {text}", faults[0].hint)
+
+
+def _first_fault(futures: set[Future[None]]) -> BaseException | None:
+    """The first error that ends the run: of the network, the machine or the program. A bad file does not."""
+    pending = futures
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        for future in done:
+            error = future.exception()
+            if error is not None and not isinstance(error, BadFile):
+                return error
+    return None
 
 
 def _run_all(download: _Download, workers: int) -> None:
@@ -302,15 +314,15 @@ def _run_all(download: _Download, workers: int) -> None:
     ordered = sorted(download.plan.files, key=lambda f: -f.size)
     futures = [pool.submit(download.obtain, file) for file in ordered]
     try:
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            if any(f.exception() is not None and not isinstance(f.exception(), BadFile) for f in done):
-                break
+        fault = _first_fault(set(futures))
     finally:
         download.stop.set()
+        if not all(future.done() for future in futures):
+            download.abort()
         pool.shutdown(wait=True, cancel_futures=True)
-    _finish(futures)
+    if fault is not None:
+        raise fault
+    _raise_bad_files(futures)
 
 
 def download(

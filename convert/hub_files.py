@@ -118,6 +118,10 @@ class Hub(Protocol):
         """Note in the library's own cache what the revision pointed to, so that it is found without a network."""
         ...
 
+    def abort(self) -> None:
+        """End the transfers that the meter cannot end."""
+        ...
+
     def similar(self, repository: str) -> list[str]:
         """Repositories with names like this one, best first; empty if the hub cannot say."""
         ...

@@ -4,13 +4,13 @@ What it does not do and `hub_files.check_file` adds: it compares sizes but no ha
 instead of resuming it, so what a second run saves are whole files.
 """
 
+import contextlib
 import difflib
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import NoReturn, TypeVar
 
 import huggingface_hub
 from huggingface_hub import errors, file_download, hf_api
@@ -20,6 +20,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
     http_stream_backoff,
 )
+from tqdm import tqdm
 
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 
@@ -78,6 +79,11 @@ def explain(error: BaseException, repository: str) -> Dsv4Error | None:
         text = printable(str(error) or type(error).__name__)
         hint = "Check the network, HF_ENDPOINT and proxies, and run the same command again, or try --fallback."
         return NetworkError(f"hf:{repository}: {huggingface_hub.constants.ENDPOINT} does not answer: {text}", hint)
+    if type(error).__module__ == "hf_xet" or isinstance(error, RuntimeError | ConnectionError | TimeoutError):
+        # What the transfer library for Xet storage raises has no type of its own.
+        text = printable((str(error).splitlines() or [type(error).__name__])[0])
+        hint = "Run the same command again, set HF_HUB_DISABLE_XET=1, or try --fallback."
+        return NetworkError(f"hf:{repository}: the transfer failed: {text}", hint)
     if isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error):
         return BadFile(f"hf:{repository}: {printable(str(error).splitlines()[0])}")
     return None
@@ -90,25 +96,22 @@ def _raise(error: Exception, repository: str) -> NoReturn:
     raise explained from error
 
 
-def _bar_for(meter: Meter) -> Any:
-    class Bar:
-        """The part of tqdm's interface that the library uses, forwarding bytes to the meter."""
+def _bar_for(meter: Meter) -> "type[tqdm[NoReturn]]":
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """A bar that is never drawn; the library's bytes go to the meter."""
 
         def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            meter.update(int(n or 0))
+            return None
+
+        # Xet storage reports twice, what it received and what it wrote. With these two it asks for one bar only.
+        def update_transfer(self, n: float | None = 1) -> None:
             pass
 
-        def update(self, count: float | None = 1) -> None:
-            meter.update(int(count or 0))
-
-        def close(self) -> None:
-            pass
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(
-            self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-        ) -> None:
+        def set_transfer_postfix_str(self, *_: object, **__: object) -> None:
             pass
 
     return Bar
@@ -246,6 +249,13 @@ class HuggingFace:
             reference = self._cache_folder(repository, cache) / "refs" / wanted
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(commit)
+
+    def abort(self) -> None:
+        """See Hub. Xet transfers run outside Python and end only this way."""
+        with contextlib.suppress(ImportError):
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()  # type: ignore[no-untyped-call]
 
     def similar(self, repository: str) -> list[str]:
         """See Hub."""

@@ -196,6 +196,9 @@ class ModelScope:
     def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
         """See Hub. This cache has no place for it."""
 
+    def abort(self) -> None:
+        """See Hub. The meter ends its transfers."""
+
     def similar(self, repository: str) -> list[str]:
         """See Hub."""
         owner, name = repository.split("/")

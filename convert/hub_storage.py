@@ -258,6 +258,8 @@ class HubStorage:
     def abandon(self) -> None:
         """Give up what is being fetched."""
         self._stop.set()
+        if not all(future.done() for future in list(self._held.values())):
+            self.snapshot.hub.abort()
 
     # What a command must know before it starts
 
@@ -285,7 +287,7 @@ class HubStorage:
 
     def close(self) -> None:
         """See Storage. Shards in the scratch area stay for the next run, unless `prepare` has let go of all."""
-        self._stop.set()
+        self.abandon()
         self._pool.shutdown(wait=True, cancel_futures=True)
         for folder in self._folders.values():
             folder.close()

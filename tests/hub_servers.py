@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._modelscope_search(path.removeprefix("/openapi/v1/models"), query)
         elif path == "/api/models":
             self._search(query)
+        elif path == "/api/xet-token":
+            self._xet_token()
         elif path.startswith("/api/models/"):
             self._metadata(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
@@ -140,6 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     # Hugging Face
+
+    def _xet_token(self) -> None:
+        tomorrow = str(int(time.time()) + 86400)
+        self._send(
+            200, b"{}", X_Xet_Cas_Url=self.hub.storage_url, X_Xet_Access_Token="x", X_Xet_Token_Expiration=tomorrow
+        )  # fmt: skip
 
     def _repository(self, name: str) -> Repository | None:
         repository = self.hub.repositories.get(name)
@@ -191,13 +200,17 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         if not is_large(path):
             return self._body(data, name, X_Repo_Commit=commit, ETag=f'"{git_sha1(data)}"')
+        xet = {"X_Xet_Hash": "ab" * 32, "X_Xet_Refresh_Route": f"{self.hub.url}/api/xet-token"} if self.hub.xet else {}
         size = len(data) - 7 if self.hub.lies_about_size(name) else len(data)
         self._send(
             302, X_Repo_Commit=commit, X_Linked_Size=str(size), Location=self.hub.storage_url + quote(storage_path),
             X_Linked_ETag=f'"{hashlib.sha256(data).hexdigest()}"', ETag=f'"{hashlib.sha256(data).hexdigest()}"',
+            **xet,
         )  # fmt: skip
 
     def _storage(self, path: str) -> None:
+        if path.startswith(("/v1/", "/v2/")):  # Xet
+            return self._error(404)
         owner, name, commit, file = path[1:].split("/", 3)
         if self.command == "GET" and self._busy(file):
             return
@@ -281,6 +294,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.xet = False  # announce large files as kept in Xet storage, which answers 404 to everything
         self.healed = threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
         self._strikes: list[list[Any]] = []

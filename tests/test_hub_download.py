@@ -5,6 +5,7 @@ second run that completes without fetching again what was finished.
 """
 
 import json
+import logging
 import random
 import resource
 import signal
@@ -13,10 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_servers import HubServer, hub_environment, run_dsv4
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
+from dsv4.convert.hub_huggingface import _bar_for
 from dsv4.convert.safetensors_format import build_header
 
 REPOSITORY = "acme/Tiny-V4"
@@ -337,6 +341,39 @@ def test_fallback_with_other_bytes_is_refused(server: HubServer, tmp_path: Path,
     assert "SHA-256 differ" in done.stderr
     assert SHARDS[1] not in contents(tmp_path / "out")
     assert_second_run_completes(server, tmp_path, source)
+
+
+def test_xet_storage_that_fails(server: HubServer, tmp_path: Path, source: Path) -> None:
+    """Its transfers run in a binary with errors of its own kinds."""
+    server.xet = True
+    done = run_dsv4(server, tmp_path, "download", REPOSITORY, "out")
+    assert done.returncode == 4
+    assert "404" in done.stderr
+    assert "HF_HUB_DISABLE_XET=1" in done.stderr
+    plain = run_dsv4(server, tmp_path, "download", REPOSITORY, "out", HF_HUB_DISABLE_XET="1")
+    assert plain.returncode == 0, plain.stderr
+    assert contents(tmp_path / "out") == contents(source)
+
+
+def test_xet_storage_s_bytes_are_counted_once() -> None:
+    class Total:
+        bytes = 0
+
+        def update(self, count: int) -> None:
+            self.bytes += count
+
+    total = Total()
+    with XetDownloadProgressReporter(
+        reconstruction_desc="", total=100, log_level=logging.ERROR, tqdm_class=_bar_for(total)
+    ) as reporter:
+        for written, received in ((0, 30), (40, 90), (100, 100)):
+            reporter.update_progress(
+                SimpleNamespace(
+                    total_bytes=100, total_bytes_completed=written, total_bytes_completion_rate=None,
+                    total_transfer_bytes_completed=received, total_transfer_bytes_completion_rate=1.0,
+                )
+            )  # fmt: skip
+    assert total.bytes == 100
 
 
 def test_no_hub_at_all(tmp_path: Path) -> None:
