@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class NetworkError(MachineError):
-    """The hub did not answer, or answered that it cannot right now. Another hub, or a later run, may do."""
+    """The hub did not answer, or answered that it cannot now or will not. Another hub, or a later run, may do."""
 
 
 class Busy(NetworkError):

@@ -43,7 +43,7 @@ def _explain_http(error: errors.HfHubHTTPError, repository: str) -> Dsv4Error:
     status = _status(error)
     if isinstance(error, errors.GatedRepoError):
         page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
-        return MachineError(
+        return NetworkError(
             f"hf:{repository} is gated: the hub answers {status}", f"Ask for access at {page}. {_LOGIN}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -52,9 +52,9 @@ def _explain_http(error: errors.HfHubHTTPError, repository: str) -> Dsv4Error:
         return InputError(f"hf:{repository}: no such branch, tag or commit", "Look at its branches on the hub.")
     if isinstance(error, errors.EntryNotFoundError):
         url = printable(str(error.response.url))
-        return InputError(f"hf:{repository}: a listed file is not there: {url}", "Try again later or with --fallback.")
+        return BadFile(f"hf:{repository}: a listed file is not there: {url}", "Try again later, or with --fallback.")
     if status in (401, 403):
-        return MachineError(f"hf:{repository}: the hub refuses access ({status})", _LOGIN)
+        return NetworkError(f"hf:{repository}: the hub refuses access ({status})", _LOGIN)
     if status in _TRANSIENT:
         why = "too many requests" if status == 429 else "the hub has a problem"
         hint = "Run the same command again later: finished files are kept. --fallback tries the other hub."

@@ -39,7 +39,7 @@ def explain(error: BaseException, repository: str) -> Dsv4Error | None:
         return NoRepository(f"ms:{repository}: no such repository, revision or file", f"If it is private: {_LOGIN}")
     if isinstance(error, errors.PermissionDeniedError | errors.AuthenticationError):
         hint = f"Ask for access on its page at the hub. {_LOGIN}"
-        return MachineError(f"ms:{repository}: the hub refuses access ({error.status_code})", hint)
+        return NetworkError(f"ms:{repository}: the hub refuses access ({error.status_code})", hint)
     if isinstance(error, errors.FileIntegrityError):
         return BadFile(f"ms:{repository}: {first_line}")
     again = "Run the same command again: finished files are kept. --fallback tries the other hub."
@@ -155,15 +155,18 @@ class ModelScope:
         return data
 
     def _fetch(self, repository: str, commit: str, file: RemoteFile, meter: Meter, again: bool, **where: Any) -> Path:
-        return Path(
-            self._call(
+        try:
+            path = self._call(
                 repository,
                 lambda: self._api.downloader.download_file(
                     repository, "model", file.name, revision=commit, force=again, expected_sha256=file.sha256,
                     file_size=file.size, progress_callbacks=[_callback_for(meter)], **where,
                 ),
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        except NoRepository:
+            name = f"ms:{repository}/{printable(file.name)}"
+            raise BadFile(f"{name}: a listed file is not there", "Try again later, or with --fallback.") from None
+        return Path(path)
 
     def fetch_to_folder(
         self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool

@@ -82,3 +82,14 @@ def parse_source(text: str, revision: str | None = None) -> Path | HubSource:
     if source.revision not in (None, revision):
         raise UsageError(f"two revisions: @{source.revision} and --revision {printable(revision)}", "Give one of them.")
     return _repository(source.hub, f"{source.repository}@{revision}", text)
+
+
+def download_hint(text: str) -> str:
+    """What to tell somebody who names a repository where only a folder will do; empty if it is none."""
+    try:
+        source = parse_source(text)
+    except UsageError:
+        return ""
+    return (
+        f" A repository must be fetched first: dsv4 download {source} FOLDER" if isinstance(source, HubSource) else ""
+    )

@@ -14,6 +14,8 @@ from typing import Any, Protocol, Self
 
 from dsv4.errors import InputError, printable
 
+from .hub_source import download_hint
+
 _SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
 
 
@@ -69,9 +71,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             kind = "is not a folder" if path.exists() else "does not exist"
-            raise InputError(
-                f"{printable(str(path))}: {kind}", "Name the folder that holds config.json and the shards."
-            )
+            hint = "Name the folder that holds config.json and the shards." + download_hint(str(path))
+            raise InputError(f"{printable(str(path))}: {kind}", hint)
         self.path = path
         self.label = printable(str(path))
         self._descriptors: dict[str, int] = {}

@@ -331,6 +331,18 @@ def test_fallback(server: HubServer, tmp_path: Path, source: Path) -> None:
         assert contents(tmp_path / "out") == contents(source)
 
 
+@pytest.mark.parametrize("hub", HUBS)
+def test_fallback_from_a_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
+    with HubServer() as other:
+        other.publish(REPOSITORY, source)
+        first, second = (server, other) if hub == "hf" else (other, server)
+        server.repositories[REPOSITORY].gated = True
+        done = run_dsv4(first, tmp_path, "download", f"{hub}:{REPOSITORY}", "out", "--fallback", modelscope=second)
+    assert done.returncode == 0, done.stderr
+    assert "Going on with" in done.stderr
+    assert contents(tmp_path / "out") == contents(source)
+
+
 def test_fallback_with_other_bytes_is_refused(server: HubServer, tmp_path: Path, source: Path) -> None:
     with HubServer() as other:
         other.publish(REPOSITORY, make_repository(tmp_path / "other", seed=5))

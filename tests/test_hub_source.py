@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv4.convert.hub_files import check_remote_name
-from dsv4.convert.hub_source import HubSource, parse_source
+from dsv4.convert.hub_source import HubSource, download_hint, parse_source
 from dsv4.errors import InputError, UsageError
 
 
@@ -74,3 +74,8 @@ def test_hostile_names_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["config.json", ".gitattributes", "inference/config.json", "a b.txt", "模型.md"])
 def test_ordinary_names_pass(name: str) -> None:
     check_remote_name(name, "hf:org/name")
+
+
+def test_hint_for_commands_that_need_a_folder(tmp_path: Path) -> None:
+    assert "dsv4 download ms:org/name FOLDER" in download_hint("ms:org/name")
+    assert download_hint(str(tmp_path)) == download_hint("./nowhere") == download_hint("nowhere") == ""
