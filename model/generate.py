@@ -36,7 +36,7 @@ class Limits:
 class Statistics:
     """What a call of `generate` did. Seconds of wall-clock time; `first_token` is from the start to the first one."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed, so without those that a session had
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -227,7 +227,9 @@ def generate(
     """
     rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
     generator = Generator(model, rows, limits, mtp, on_token, trace)
-    generator.prefill(_resume(generator, session), on_progress)
+    known = _resume(generator, session)
+    generator.statistics.prompt_tokens -= known
+    generator.prefill(known, on_progress)
     began = time.perf_counter()
     while generator.step():
         pass

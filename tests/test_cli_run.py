@@ -275,6 +275,7 @@ def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path:
     out, _ = run(capfd, folder, "--tokens", "0,5,9", "--compare", other, code=1)
     assert out.startswith("DIFFERENT") and "first difference    embed, position 0" in out
     page = report.read_text()
+    assert "font: 15px" in page and "{" not in page.partition("</style>")[2]
     assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
     for svg in re.findall(r"<svg.*?</svg>", page):
         curve = ElementTree.fromstring(svg).find("polyline")

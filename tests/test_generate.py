@@ -106,9 +106,9 @@ def test_a_session_goes_on_where_it_stands() -> None:
     assert session is not None and session.tokens == [1, 2, 3, *answers[0].tokens[:-1]]
     longer = [1, 2, 3, *answers[0].tokens, 7, 8]
     heard: list[float] = []
-    found = tokens_of(model, [longer], Limits(4), GREEDY, session=session, on_progress=heard.append)
-    assert found == [plain_loop(longer, 4)]
-    assert sum(heard) == 3  # the last token of the answer, and two new ones
+    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, session=session, on_progress=heard.append)
+    assert answers[0].tokens == plain_loop(longer, 4)
+    assert sum(heard) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
 
 
 def test_another_prompt_does_not_use_the_session() -> None:

@@ -98,7 +98,8 @@ def write_report(
         + curve([float(same) for same in comparison.top1], "Likeliest token agrees (1) or not (0), by position")
     )
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dsv4 run --compare</title><style>{_STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>dsv4 run --compare</title><style>{_STYLE}</style>"
         f'<h1>Two checkpoints, the same tokens</h1><p class="verdict">{escape(verdict)}</p>'
         f"<table>{rows}</table>{curves}</html>\n"
     )

@@ -86,7 +86,7 @@ def memory_limit(loading: Loading) -> int | None:
 
         backend: Any = getattr(torch, kind, None)
         if hasattr(backend, "mem_get_info") and backend.is_available():
-            return int(backend.mem_get_info()[0] * MARGIN)
+            return int(backend.mem_get_info(loading.device)[0] * MARGIN)
     return usable_memory()
 
 
