@@ -72,7 +72,7 @@ class _Tensor:
 
 
 def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _make_hashed(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None) -> _Hashed:

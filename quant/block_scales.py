@@ -84,7 +84,8 @@ def block_amax(values: torch.Tensor, block: Block) -> torch.Tensor:
     """Largest magnitude of each block, float32 [..., ceil(rows/height), ceil(columns/width)]."""
     rows, columns = values.shape[-2:]
     padded = torch.nn.functional.pad(values.abs(), (0, -columns % block.columns, 0, -rows % block.rows))
-    tiles = padded.unflatten(-2, (-1, block.rows)).unflatten(-1, (-1, block.columns))
+    by_rows = torch.unflatten(padded, -2, (-1, block.rows))
+    tiles = torch.unflatten(by_rows, -1, (-1, block.columns))
     return tiles.amax(dim=(-3, -1))
 
 

@@ -56,7 +56,7 @@ def _per_block(groups: torch.Tensor, block: Block, fill: int) -> torch.Tensor:
     wide = block.columns // e2m1.GROUP_SIZE
     pad = (0, -groups.shape[-1] % wide, 0, -groups.shape[-2] % block.rows)
     padded = torch.nn.functional.pad(groups, pad, value=fill)
-    tiles = padded.unflatten(-2, (-1, block.rows)).unflatten(-1, (-1, wide))
+    tiles = torch.unflatten(torch.unflatten(padded, -2, (-1, block.rows)), -1, (-1, wide))
     return tiles.transpose(-3, -2).flatten(-2)
 
 
@@ -75,7 +75,8 @@ def _k_limits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     magnitudes = e2m1.unpack(packed) & 0b0_11_1
     short = -magnitudes.shape[-1] % e2m1.GROUP_SIZE
-    groups = torch.nn.functional.pad(magnitudes, (0, short)).unflatten(-1, (-1, e2m1.GROUP_SIZE)).int()
+    padded = torch.nn.functional.pad(magnitudes, (0, short))
+    groups = torch.unflatten(padded, -1, (-1, e2m1.GROUP_SIZE)).int()
     low = torch.tensor([-1000, *LOWEST_K[1:]], dtype=torch.int16, device=packed.device)
     high = torch.tensor([1000, *HIGHEST_K[1:]], dtype=torch.int16, device=packed.device)
     return low[groups].amax(-1), high[groups].amin(-1)
@@ -93,9 +94,9 @@ def _block_extreme(scale_bytes: torch.Tensor, block: Block, largest: bool) -> to
     wide = block.columns // e2m1.GROUP_SIZE
     pad = (0, -scale_bytes.shape[-1] % wide, 0, -scale_bytes.shape[-2] % block.rows)
     padded = torch.nn.functional.pad(scale_bytes, pad, value=0 if largest else e8m0.NAN)
-    by_rows = padded.unflatten(-2, (-1, block.rows))
+    by_rows = torch.unflatten(padded, -2, (-1, block.rows))
     by_rows = by_rows.amax(-2) if largest else by_rows.amin(-2)
-    tiles = by_rows.unflatten(-1, (-1, wide))
+    tiles = torch.unflatten(by_rows, -1, (-1, wide))
     return (tiles.amax(-1) if largest else tiles.amin(-1)).to(torch.int16)
 
 

@@ -52,7 +52,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def _padded(codes: torch.Tensor) -> torch.Tensor:
     """Columns filled up with zeros to whole groups, [..., rows, groups, 32]."""
     short = -codes.shape[-1] % e2m1.GROUP_SIZE
-    return torch.nn.functional.pad(codes, (0, short)).unflatten(-1, (-1, e2m1.GROUP_SIZE))
+    return torch.unflatten(torch.nn.functional.pad(codes, (0, short)), -1, (-1, e2m1.GROUP_SIZE))
 
 
 def _lookup(groups: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def from_fp4(packed: torch.Tensor, scale: torch.Tensor) -> Bf16Form:
     """Packed E2M1 uint8 [..., rows, columns/2] with E8M0 scale bytes uint8 [..., rows, ceil(columns/32)] -> BF16."""
     decoded, half = decode_scale(scale), e2m1.GROUP_SIZE // 2
     if always_exact(decoded) and packed.shape[-1] % half == 0:
-        index = packed.unflatten(-1, (-1, half)) + scale.to(torch.int32).unsqueeze(-1) * 256
+        index = torch.unflatten(packed, -1, (-1, half)) + scale.to(torch.int32).unsqueeze(-1) * 256
         pairs = torch.index_select(_fp4_pairs(packed.device), 0, index.flatten())
         return Bf16Form(pairs.view(torch.bfloat16).view(*packed.shape[:-1], -1), 0)
     values = e2m1.decode(e2m1.unpack(packed))

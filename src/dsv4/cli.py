@@ -78,7 +78,7 @@ app.command("env", epilog=command_env.EPILOG)(command_env.env)
 
 def explain_os_error(error: OSError) -> Dsv4Error:
     """What the operating system refused, as an error with the right exit code and something to do about it."""
-    where = printable(os.fspath(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
     text = f"{where}: {error.strerror}" if where else (error.strerror or str(error))
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return InputError(text, "Check the path.")
