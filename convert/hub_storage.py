@@ -121,8 +121,23 @@ class HubStorage:
     def _small_file(self, name: str) -> bytes:
         with self._lock:
             if name not in self._small:
-                self._small[name] = self._read_checked(name)
+                self._small[name] = self._keep(name).read_bytes() if self.options.keep else self._read_checked(name)
             return self._small[name]
+
+    def _cached(self, name: str) -> Path | None:
+        """A checked copy in the library's cache, if it has one."""
+        snapshot = self.snapshot
+        path = snapshot.hub.cached(snapshot.source.repository, snapshot.commit, name, self.options.cache)
+        return path if path is not None and is_checked(path, snapshot.files[name], self.label) else None
+
+    def _bring(self, name: str, place: Place) -> Path:
+        file = self.snapshot.files[name]
+        meter = FileMeter(file.size, _Nothing(), threading.Lock(), self._stop)
+        return fetch_checked(self.snapshot, file, place, meter, self.options.warn)
+
+    def _keep(self, name: str) -> Path:
+        """A checked copy in the library's cache."""
+        return self._cached(name) or self._bring(name, Place(cache=self.options.cache))
 
     def _read_checked(self, name: str) -> bytes:
         file = self.snapshot.files[name]
@@ -176,8 +191,16 @@ class HubStorage:
         for name in now:
             if name not in self._folders:
                 self._folders[name] = Folder(self._held[name].result().parent)
-        if not now and not after and self._scratch.is_dir():
+        if not now and not after:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Every shard was read."""
+        if self._scratch.is_dir():
             shutil.rmtree(self._scratch)
+        if self.options.keep:
+            source = self.snapshot.source
+            self.snapshot.hub.remember(source.repository, source.revision, self.snapshot.commit, self.options.cache)
 
     def _start(self, name: str) -> None:
         if name not in self._held:
@@ -185,24 +208,23 @@ class HubStorage:
 
     def _fetch(self, name: str) -> Path:
         """A checked copy of a shard on disk."""
-        file, snapshot, options = self.snapshot.files[name], self.snapshot, self.options
-        cached = snapshot.hub.cached(snapshot.source.repository, snapshot.commit, name, options.cache)
-        if cached is not None and is_checked(cached, file, self.label):
-            path = cached
-        else:
-            place = Place(None if options.keep else self._scratch, options.cache)
-            path = place.path(snapshot, name)
-            if options.keep or not is_checked(path, file, self.label):
-                self._clean()
-                options.detail(f"fetching {printable(name)}, {file.size} bytes")
-                meter = FileMeter(file.size, _Nothing(), threading.Lock(), self._stop)
-                path = fetch_checked(snapshot, file, place, meter, options.warn)
+        path = self._cached(name)
+        if path is None:
+            self.options.detail(f"fetching {printable(name)}, {self.snapshot.files[name].size} bytes")
+            path = self._keep(name) if self.options.keep else self._to_scratch(name)
         self._compare_head(name, path)
         return path
 
+    def _to_scratch(self, name: str) -> Path:
+        path = self._scratch / name
+        if is_checked(path, self.snapshot.files[name], self.label):
+            return path
+        self._clean()
+        return self._bring(name, Place(self._scratch, self.options.cache))
+
     def _clean(self) -> None:
         with self._lock:
-            if not self._cleaned and not self.options.keep:
+            if not self._cleaned:
                 remove_partials(self._scratch)
             self._cleaned = True
 

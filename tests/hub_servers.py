@@ -88,13 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        request = Request(self.host, self.command, self.path, dict(self.headers))
+        # As a proxy, the hub's server is asked for storage too.
+        host = "storage" if self.path.startswith(self.hub.storage_url) else self.host
+        request = Request(host, self.command, self.path, dict(self.headers))
         self.hub.requests.append(request)
         self.hub.watch(request)
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         path = unquote(parts.path)
-        if self.host == "storage":
+        if host == "storage":
             self._storage(path)
         elif path.startswith("/api/v1/models/"):
             self._modelscope(path.removeprefix("/api/v1/models/"), query)

@@ -388,6 +388,18 @@ def test_xet_storage_s_bytes_are_counted_once() -> None:
     assert total.bytes == 100
 
 
+@pytest.mark.parametrize("hub", HUBS)
+def test_proxy_and_mirror(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
+    """Endpoints that no name server knows are reached through the proxy that the environment names."""
+    mirror = "http://mirror.test"
+    environment = {"HF_ENDPOINT": mirror, "MODELSCOPE_ENDPOINT": mirror, "HTTP_PROXY": server.url,
+                   "http_proxy": server.url, "NO_PROXY": "localhost", "no_proxy": "localhost"}  # fmt: skip
+    done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out", **environment)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(source)
+    assert all(r.path.startswith(mirror) for r in server.requests if r.host == "hub")
+
+
 def test_no_hub_at_all(tmp_path: Path) -> None:
     with HubServer() as server:
         pass  # closed again: nothing listens there
