@@ -21,7 +21,16 @@ import torch
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from .files import check_separate, create_folder, free_bytes, locked, remove_leftovers, remove_stale_lock, write_file
+from .files import (
+    check_separate,
+    create_folder,
+    free_bytes,
+    locked,
+    remove_leftovers,
+    remove_scratch_of_parts,
+    remove_stale_lock,
+    write_file,
+)
 from .journal import FinishedShard, Journal, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
 from .output_folder import check_finished, check_in_the_way, clear, files_of, look, owned_bytes, usable_shards
@@ -256,6 +265,7 @@ def _work(run: _Run, result: Result, advance: Advance) -> None:
     journal.close()
     if run.part is None:
         remove_journals(run.output)
+        remove_scratch_of_parts(run.output)
     result.output_bytes = sum(shard.size for shard in run.finished.values())
 
 

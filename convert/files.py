@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from dsv4.errors import InputError, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 LOCK_NAME = PREFIX + "lock"
+SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 16 * 2**20  # one write call at most: an interrupt is served between two of them
 FLUSH_BYTES = 64 * 2**20  # the disk begins to write after so many, so that the last fsync has little left to do
@@ -191,6 +193,12 @@ def remove_leftovers(folder: Path, names: Iterable[str] = ("*",)) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_scratch_of_parts(folder: Path) -> None:
+    """Delete what parts that were killed had fetched. Only while holding the lock alone."""
+    for path in folder.glob(f"{SCRATCH_NAME}-*"):
+        shutil.rmtree(path)
+
+
 def _holder(descriptor: int) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         owner = json.loads(os.pread(descriptor, 4096, 0))
@@ -243,10 +251,16 @@ def locked(folder: Path, part: str = "") -> Iterator[None]:
     """Hold the folder's lock: alone, or as one part of a conversion together with its other parts.
 
     Raises MachineError naming the process and host that has it. The kernel drops a lock when its holder dies, so a
-    stale lock file is no obstacle.
+    stale lock file is no obstacle; who has the folder alone removes those of parts that were killed.
     """
     path = folder / LOCK_NAME
-    with _hold(path, shared=bool(part)), _hold(Path(f"{path}.{part}")) if part else contextlib.nullcontext():
+    if part:
+        with _hold(path, shared=True), _hold(Path(f"{path}.{part}")):
+            yield
+        return
+    with _hold(path):
+        for stale in folder.glob(f"{LOCK_NAME}.*"):
+            stale.unlink(missing_ok=True)
         yield
 
 

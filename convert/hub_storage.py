@@ -27,7 +27,6 @@ from .storage import Folder, Storage
 
 HEAD_BYTES = 192 * 1024  # one request gets the whole header of a shard of V4-Flash (167 to 175 kB)
 DEFAULT_SCRATCH = 2
-SCRATCH_NAME = ".dsv4-scratch"  # in the output folder
 _HEAD_WORKERS = 8
 _STALEMATE_SECONDS = 5.0
 

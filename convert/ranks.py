@@ -1,21 +1,33 @@
 """The processes that `torchrun` started for one command: who am I, and meet the others.
 
 Plain gloo over PyTorch's own launcher, nothing of ours to configure. Ranks exchange only small objects at the few
-points where all must have arrived; the work itself needs no messages. A rank that fails exits with its message, and
-torchrun stops the others.
+points where all must have arrived; the work itself needs no messages. A rank that fails exits with its message, which
+names it; torchrun stops the others, and those that were waiting for it say that they did not fail by themselves.
 """
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dsv4.errors import Dsv4Error, UsageError
+from dsv4.errors import MachineError, UsageError, printable
 
 LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Messages between ranks that fail become a MachineError: another rank is gone, or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = printable(str(error).splitlines()[0][:200]) if str(error) else "no reason given"
+        raise MachineError(
+            f"another rank ended or cannot be reached ({reason})",
+            "Its own message, or the launcher's table, says why. What was finished is kept.",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,8 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        with explained():
+            dist.all_gather_object(values, value)
         return values
 
 
@@ -50,16 +63,13 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 @contextmanager
-def joined(ranks: Ranks) -> Iterator[None]:
-    """Take part in the group of all ranks for the length of a with block."""
+def joined(ranks: Ranks, backend: str = "gloo") -> Iterator[None]:
+    """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
+    with explained():
+        dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
     try:
         yield
-    except Dsv4Error as error:
-        where = f"rank {ranks.index} of {ranks.count} on {socket.gethostname()}"
-        error.args = (f"{where}: {error}",)
-        raise
     finally:
         dist.destroy_process_group()

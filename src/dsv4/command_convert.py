@@ -248,11 +248,11 @@ def convert(
     ranks = launched()
     if (part or finish) and (ranks or (part and finish)):
         raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
-    out = output.configure(json_mode, quiet or (ranks is not None and not ranks.is_first), verbose)
+    out = output.configure(json_mode, quiet, verbose, ranks)
     from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.conversion import decide_resources, peak_memory_bytes
-    from dsv4.convert.files import free_bytes
-    from dsv4.convert.hub_storage import SCRATCH_NAME, HubOptions, open_storage
+    from dsv4.convert.files import SCRATCH_NAME, free_bytes
+    from dsv4.convert.hub_storage import HubOptions, open_storage
     from dsv4.convert.parts import Part, parse_part
     from dsv4.convert.plan import make_plan
 

@@ -201,7 +201,8 @@ def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
 
 def _open(source: str, revision: str | None, options: "HubOptions") -> "Checkpoint":
     from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.convert.hub_storage import SCRATCH_NAME, open_storage
+    from dsv4.convert.files import SCRATCH_NAME
+    from dsv4.convert.hub_storage import open_storage
     from dsv4.convert.inspection import open_file
 
     if Path(source).is_file():

@@ -1,21 +1,26 @@
 """The one sink: everything that dsv4 prints goes through here.
 
 Data goes to stdout, words and progress bars to stderr, so `dsv4 inspect … > file` and `dsv4 verify --json | jq`
-do what one expects. Three modes, decided once per command: human, JSON (exactly one object on stdout, no bars)
-and quiet (errors only). Colour only on a terminal, and never when NO_COLOR is set or TERM is `dumb`.
+do what one expects. Modes, decided once per command: human, JSON (exactly one object on stdout, no bars), quiet (the
+answer and errors only), and silent (errors only), for the ranks of a shared run that leave speaking to the first.
+Colour only on a terminal, and never when NO_COLOR is set or TERM is `dumb`.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from dsv4.errors import Dsv4Error, printable
 
-Mode = Literal["human", "json", "quiet"]
+if TYPE_CHECKING:
+    from dsv4.convert.ranks import Ranks
+
+Mode = Literal["human", "json", "quiet", "silent"]
 
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to see that it lives, rare enough to read
 
@@ -111,11 +116,15 @@ class Progress:
 
 
 class Output:
-    """Where a command's words and data go. Made once per command by `configure`."""
+    """Where a command's words and data go. Made once per command by `configure`.
 
-    def __init__(self, mode: Mode = "human", verbose: bool = False) -> None:
+    `speaker` names this process in its error messages, where several run one command.
+    """
+
+    def __init__(self, mode: Mode = "human", verbose: bool = False, speaker: str = "") -> None:
         self.mode = mode
         self.verbose = verbose
+        self.speaker = speaker
 
     def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
@@ -144,7 +153,7 @@ class Output:
         """
         if sys.stdout.isatty():
             text = "".join(c if c in "\n\t" or c.isprintable() else printable(c) for c in text)
-        if self.mode != "json":
+        if self.mode in ("human", "quiet"):
             self._write(sys.stdout, text, end)
 
     def result(self, value: dict[str, Any]) -> None:
@@ -159,7 +168,7 @@ class Output:
 
     def detail(self, line: str) -> None:
         """Words that only `-v` shows."""
-        if self.verbose and self.mode != "quiet":
+        if self.verbose and self.mode in ("human", "json"):
             self._write(sys.stderr, self._colour(line, "2", sys.stderr))
 
     def hint(self, line: str) -> None:
@@ -169,15 +178,16 @@ class Output:
 
     def warn(self, line: str) -> None:
         """Something the user should know, though the command goes on. Shown in JSON mode too, on stderr."""
-        if self.mode != "quiet":
+        if self.mode in ("human", "json"):
             self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
 
     def error(self, error: Dsv4Error) -> None:
         """The message of a failed command, on stderr; with `--json` also as the one object on stdout."""
-        self._write(sys.stderr, self._colour("error: ", "31", sys.stderr) + str(error))
+        text = f"{self.speaker}: {error}" if self.speaker else str(error)
+        self._write(sys.stderr, self._colour("error: ", "31", sys.stderr) + text)
         if error.hint:
             self._write(sys.stderr, f"  {error.hint}")
-        self.result({"error": str(error), "hint": error.hint, "exit_code": error.exit_code})
+        self.result({"error": text, "hint": error.hint, "exit_code": error.exit_code})
 
     def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> Progress:
         """A progress bar on stderr, human mode only."""
@@ -187,10 +197,20 @@ class Output:
 _current = Output()
 
 
-def configure(json_mode: bool = False, quiet: bool = False, verbose: bool = False) -> Output:
-    """Decide the mode for the rest of the process. `--json` wins over `-q`: the object was asked for."""
+def configure(
+    json_mode: bool = False, quiet: bool = False, verbose: bool = False, ranks: "Ranks | None" = None
+) -> Output:
+    """Decide the mode for the rest of the process. `--json` wins over `-q`: the object was asked for.
+
+    Of several ranks that run one command only the first speaks, and errors say whose they are.
+    """
     global _current
-    _current = Output("json" if json_mode else "quiet" if quiet else "human", verbose)
+    mode: Mode = "json" if json_mode else "quiet" if quiet else "human"
+    if ranks is None:
+        _current = Output(mode, verbose)
+    else:
+        speaker = f"rank {ranks.index} of {ranks.count} on {socket.gethostname()}"
+        _current = Output(mode if ranks.is_first else "silent", verbose and ranks.is_first, speaker)
     return _current
 
 
