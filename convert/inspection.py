@@ -90,6 +90,12 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint(folder, {}, {path.name: size}, {path.name: shard}, tensors)
 
 
+def _label(checkpoint: Checkpoint) -> str:
+    """How the checkpoint is called: one file without a config by its own path, not its folder's."""
+    label = checkpoint.storage.label
+    return label if checkpoint.config else f"{label}/{printable(next(iter(checkpoint.shards)))}"
+
+
 def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | None) -> Layer:
     ape = inner.get("attn.compressor.ape")
     ratio = ape.shape[0] if ape and ape.shape else declared_ratio
@@ -154,7 +160,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     drafting = count(config, "dspark_num_experts_per_tok")
     dtypes, families = _amounts(tensors)
     return Inspection(
-        label=checkpoint.storage.label,
+        label=_label(checkpoint),
         config=config,
         shards=len(checkpoint.shards),
         total=sum(dtypes.values(), Amount()),

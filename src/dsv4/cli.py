@@ -11,9 +11,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from dsv4 import (
     __version__,
@@ -65,15 +66,27 @@ def _options(
     pass
 
 
-app.command("demo", epilog=command_demo.EPILOG)(command_demo.demo)
-app.command("inspect", epilog=command_inspect.EPILOG)(command_inspect.inspect)
-app.command("download", epilog=command_download.EPILOG)(command_download.download)
-app.command("convert", epilog=command_convert.EPILOG)(command_convert.convert)
-app.command("verify", epilog=command_verify.EPILOG)(command_verify.verify)
-app.command("run", epilog=command_run.EPILOG)(command_run.run)
-app.command("doctor", epilog=command_doctor.EPILOG)(command_doctor.doctor)
-app.command("encode", epilog=command_encode.EPILOG)(command_encode.encode)
-app.command("env", epilog=command_env.EPILOG)(command_env.env)
+class _Command(typer.core.TyperCommand):
+    """A command whose usage line names its arguments plainly, `SOURCE [OUTPUT]`, as every manual does."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Without Typer's braces around what is required."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+# What `dsv4 --help` says of each: short enough for one line of 80 columns.
+for _module, _function, _help in (
+    (command_demo, command_demo.demo, "See it all on a small checkpoint, made on the spot."),
+    (command_inspect, command_inspect.inspect, "Show what is in a checkpoint, from its headers alone."),
+    (command_download, command_download.download, "Fetch a checkpoint from a hub and check every byte."),
+    (command_convert, command_convert.convert, "Convert a checkpoint without changing a value."),
+    (command_verify, command_verify.verify, "Prove that two checkpoints hold the same model."),
+    (command_run, command_run.run, "Answer prompts, or compare the logits of two checkpoints."),
+    (command_doctor, command_doctor.doctor, "Say whether an engine will load a folder, and how."),
+    (command_encode, command_encode.encode, "Print the exact prompt that messages become."),
+    (command_env, command_env.env, "Show versions, devices, memory and disks."),
+):
+    app.command(_function.__name__, cls=_Command, short_help=_help, epilog=_module.EPILOG)(_function)
 
 
 def explain_os_error(error: OSError) -> Dsv4Error:

@@ -39,7 +39,7 @@ EPILOG = example(
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8 --target vllm --dry-run",
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-mp8 --layout mp --model-parallel 8",
     "dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
-    "torchrun --nproc-per-node 4 -m dsv4 convert ./DeepSeek-V4-Pro /shared/Pro-FP8",
+    "torchrun --nproc-per-node 4 -m dsv4 convert ./DeepSeek-V4-Pro ./Pro-FP8",
 )
 
 
@@ -207,7 +207,7 @@ def convert(
     layout: Annotated[
         Layout, typer.Option(help="hf: one Hugging Face folder. mp: the reference engine's rank files.")
     ] = "hf",
-    model_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks of --layout mp.")] = None,
+    model_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ranks of --layout mp.")] = None,
     target: Annotated[TargetName | None, typer.Option(help="Engine to write for. Default: base.")] = None,
     scale_dtype: Annotated[
         ScaleDtype | None, typer.Option(help="Dtype of FP8 block scales, instead of the target's.")

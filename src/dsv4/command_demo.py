@@ -51,3 +51,4 @@ def demo(
         if code:
             raise typer.Exit(code)
     out.say(f"\nEverything is in {place}; open {place / 'report.html'} in a browser.")
+    out.hint("yours: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")

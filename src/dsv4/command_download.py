@@ -1,5 +1,6 @@
 """`dsv4 download`: fetch a checkpoint from a hub, and check every byte of it."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,23 +42,27 @@ def _show_plan(plan: "DownloadPlan", dry_run: bool) -> None:
 
 
 def download(
-    source: Annotated[str, typer.Argument(help="org/name, hf:org/name or ms:org/name, with @revision if you like.")],
-    folder: Annotated[Path | None, typer.Argument(help="Where to put the files. Default: the library's cache.")] = None,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="org/name, hf:org/name or ms:org/name, with @revision if you like.")
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Where to put the files. Default: the library's cache.")
+    ] = None,
     include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only files that match. Repeatable.")
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only files that match; may be repeated.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="No files that match. Repeatable.")
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="No files that match; may be repeated.")
     ] = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
-    local_dir: Annotated[Path | None, typer.Option("--local-dir", help="Same as FOLDER.")] = None,
+    local_dir: Annotated[Path | None, typer.Option("--local-dir", metavar="FOLDER", help="Same as FOLDER.")] = None,
     fallback: Annotated[
         bool, typer.Option("--fallback", help="If this hub fails, take the missing files from the other: same hashes.")
     ] = False,
     token: Token = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
-    max_workers: Annotated[int, typer.Option("--max-workers", min=1, help="Files fetched at once.")] = 8,
+    max_workers: Annotated[int, typer.Option("--max-workers", metavar="N", min=1, help="Files fetched at once.")] = 8,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -95,6 +100,6 @@ def download(
     if result.from_fallback and other is not None:
         out.say(f"{len(result.from_fallback)} of them came from {other.source}.")
     out.text(str(plan.root))
-    out.hint(f"Next: dsv4 convert {plan.root} OUTPUT")
+    out.hint(f"convert it: dsv4 convert {shlex.quote(str(plan.root))} OUTPUT")
     out.result({**plan.as_json(), "fetched": sorted(result.fetched), "kept": sorted(result.kept),
                 "from_fallback": sorted(result.from_fallback)})  # fmt: skip

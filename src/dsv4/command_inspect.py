@@ -1,5 +1,6 @@
 """`dsv4 inspect`: what is in a checkpoint, from its headers alone."""
 
+import shlex
 import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,7 +46,11 @@ def _layers_line(counts: dict[str, int]) -> str:
 
 def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
     parameters = inspection.parameters
-    active = "" if parameters.active is None else f", {human_count(parameters.active)} active per token"
+    active = (
+        ""
+        if parameters.active is None or not inspection.config
+        else f", {human_count(parameters.active)} active per token"
+    )
     rows = [["checkpoint", inspection.label]]
     if facts["architecture"]:
         rows.append(["architecture", printable(f"{facts['architecture']} ({facts['model_type']})")])
@@ -114,7 +119,7 @@ def _findings(out: output.Output, inspection: "Inspection") -> None:
                 out.text(f"  {piece}" if piece and part is line and line.startswith(piece) else f"    {piece}")
 
 
-def _report(out: output.Output, checkpoint: "Checkpoint") -> None:
+def _report(out: output.Output, checkpoint: "Checkpoint", source: str) -> None:
     from dsv4.convert.inspection import as_json, inspect_checkpoint
 
     inspection = inspect_checkpoint(checkpoint)
@@ -127,7 +132,7 @@ def _report(out: output.Output, checkpoint: "Checkpoint") -> None:
     _cache(out, inspection)
     _sizes(out, inspection)
     _findings(out, inspection)
-    out.hint(f"List the tensors: dsv4 inspect {inspection.label} --tensors 'layers.0.*'")
+    out.hint(f"list the tensors: dsv4 inspect {printable(shlex.quote(source))} --tensors 'layers.0.*'")
 
 
 def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
@@ -246,7 +251,7 @@ def inspect(
         elif tensors:
             _list(out, opened, pattern or "*")
         else:
-            _report(out, opened)
+            _report(out, opened, checkpoint)
     finally:
         opened.close()
 

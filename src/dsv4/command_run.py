@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from dsv4.model.trace import TraceWriter
 
 EPILOG = example(
-    "dsv4 run DeepSeek-V4-Flash",
-    'dsv4 run DeepSeek-V4-Flash -p "Why is the sky blue?" --mode think',
-    "dsv4 run DeepSeek-V4-Flash --tokens 0,17,4 --logits logits.safetensors",
-    'dsv4 run DeepSeek-V4-Flash -p "Hello" --compare DeepSeek-V4-Flash-FP8 --report compare.html',
+    "dsv4 run ./DeepSeek-V4-Flash",
+    'dsv4 run ./DeepSeek-V4-Flash -p "Why is the sky blue?" --mode think',
+    "dsv4 run ./DeepSeek-V4-Flash --tokens 0,17,4 --logits logits.safetensors",
+    'dsv4 run ./DeepSeek-V4-Flash -p "Hello" --compare ./Flash-FP8',
 )
 
 
@@ -136,7 +136,7 @@ def _execute(request: _Request, out: output.Output) -> int:
 
 def run(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")],
-    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A question; none starts a chat.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A question; none starts a chat.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None,
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="A prompt per line, or a JSON list of message lists.")
@@ -153,12 +153,17 @@ def run(
         str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the encoding.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens that reach this share.")
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer.")] = 1024,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", min=0, help="0 takes the likeliest token.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same tokens again.")] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", metavar="X", min=0, max=1, help="Draw from the likeliest tokens that reach this share."
+        ),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Draw the same tokens again.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
     ] = None,
@@ -173,9 +178,12 @@ def run(
         str | None, typer.Option("--compare", metavar="OTHER", help="Run another checkpoint on the same tokens.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, help="Largest difference of a logit that counts as the same.")
+        float,
+        typer.Option("--tolerance", metavar="X", min=0, help="Largest difference of a logit that counts as the same."),
     ] = 0.0,
-    report: Annotated[str | None, typer.Option("--report", metavar="FILE", help="Comparison as HTML.")] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Write the comparison as an HTML page.")
+    ] = None,
     trace: Annotated[
         str | None, typer.Option("--trace", metavar="FILE", help="Write every module's statistics (JSON lines).")
     ] = None,
@@ -190,7 +198,9 @@ def run(
             help="Weights kept in memory; the rest is read when needed. Default: what is free, with a margin.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps or any other torch device.")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, mps or any other torch device.")
+    ] = "cpu",
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and errors only.")] = False,
     verbose: Verbose = False,

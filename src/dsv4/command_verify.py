@@ -1,5 +1,6 @@
 """`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from dsv4.convert.verify_result import Verification
 
 EPILOG = example(
-    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
-    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --inverse --report proof.html",
-    "dsv4 verify DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --tensor 'layers.3.*' --json",
-    "dsv4 verify DeepSeek-V4-Flash-FP8",
-    "dsv4 verify hf:deepseek-ai/DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8",
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8",
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8 --inverse --report proof.html",
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8 --tensor 'layers.3.*' --json",
+    "dsv4 verify ./Flash-FP8",
+    "dsv4 verify hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
 )
 SHOWN = 20  # differing tensors listed without -v
 BLOCKS_SHOWN = 8
@@ -61,7 +62,7 @@ def _describe(difference: dict[str, Any]) -> list[str]:
     if reason := difference.get("reason"):
         words.append(reason)
     if count := difference.get("different_elements"):
-        words.append(f"{count} of {difference['elements']} elements differ")
+        words.append(f"{count:,} of {difference['elements']:,} elements differ")
     lines = [": ".join(words[:1]) + ("  " + ", ".join(words[1:]) if len(words) > 1 else "")]
     if blocks := difference.get("blocks"):
         size = "x".join(map(str, difference["block"]))
@@ -91,10 +92,11 @@ def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> 
 def _tell_blocks(out: output.Output, found: dict[str, Any]) -> None:
     if blocks := found["statistics"].get("fp8_blocks"):
         out.text(
-            f"FP8 blocks from FP4: {blocks['count']}, largest scale span 2^{max(map(int, blocks['spans']))} of "
-            f"2^{blocks['span_limit']}, smallest headroom {blocks['smallest_headroom']}, "
-            f"{blocks['other_scale_than_reference']} with another scale than the reference rule's"
+            f"FP8 blocks from FP4: {blocks['count']:,}, largest scale span 2^{max(map(int, blocks['spans']))} of "
+            f"2^{blocks['span_limit']}, smallest headroom {blocks['smallest_headroom']}"
         )
+        if moved := blocks["other_scale_than_reference"]:
+            out.text(f"{moved:,} of them with another scale than the reference converter's")
 
 
 def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
@@ -103,7 +105,7 @@ def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
         ("positive_zeros_became_negative", "positive zeros became negative"),
     ):
         if found[key]:
-            out.text(f"{found[key]} {words} (equal in value; --strict makes this a difference)")
+            out.text(f"{found[key]:,} {words} (equal in value; --strict makes this a difference)")
 
 
 def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
@@ -113,10 +115,10 @@ def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
     if not inverse["codes"]:
         out.text("inverse: no FP4 weight was stored in another format, nothing to rebuild")
     elif not inverse["sign"] and not inverse["wrong"]:
-        out.text(f"inverse: all {inverse['codes']} FP4 codes were rebuilt: the source could be deleted")
+        out.text(f"inverse: all {inverse['codes']:,} FP4 codes were rebuilt: the source could be deleted")
     else:
         back = inverse["codes"] - inverse["sign"] - inverse["wrong"]
-        out.text(f"inverse: {back} of {inverse['codes']} FP4 codes were rebuilt")
+        out.text(f"inverse: {back:,} of {inverse['codes']:,} FP4 codes were rebuilt")
     for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
         if names := inverse[key]:
             some = ", ".join(map(printable, names[:SHOWN]))
@@ -129,7 +131,7 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     for problem in found["problems"]:
         if problem["severity"] != "note" or out.verbose:
             out.text(f"{problem['where']} {problem['area']}: {problem['text']}")
-    rows = [[s, str(found["counts"][s]), w] for s, w in found["statuses"].items() if found["counts"][s]]
+    rows = [[s, f"{found['counts'][s]:,}", w] for s, w in found["statuses"].items() if found["counts"][s]]
     for line in aligned(rows, right=[1]) if rows and result.source is not None else []:
         out.text(line)
     _tell_blocks(out, found)
@@ -176,11 +178,15 @@ def _run(
         return run(source, converted, on_start=start, advance=lambda count: bars[0].advance(count), **settings)
 
 
-def _write_report(out: output.Output, report: Path, found: dict[str, Any]) -> None:
+def _write_report(report: Path, found: dict[str, Any]) -> None:
     from dsv4.convert.verify_report import render
 
     report.write_text(render(found), encoding="utf-8")
-    out.say(f"report: {printable(str(report))}")
+
+
+def _runs(folder: Path) -> bool:
+    """Is this a folder that `dsv4 run` takes, rather than rank files or a repository?"""
+    return any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors"))
 
 
 def verify(
@@ -188,19 +194,21 @@ def verify(
         str,
         typer.Argument(metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."),
     ],
-    converted: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder of the converted one.")] = None,
+    converted: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="Folder of the converted one.")] = None,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
-    shard: Annotated[int | None, typer.Option("--shard", min=1, help="Only the N-th shard of OUTPUT.")] = None,
-    sample: Annotated[
-        str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors: 5%.")
+    shard: Annotated[
+        int | None, typer.Option("--shard", metavar="N", min=1, help="Only the N-th shard of OUTPUT.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Which tensors --sample draws.")] = 0,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors, such as 5%.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which tensors --sample draws.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False,
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the proof.")
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the proof as an HTML page.")
     ] = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
@@ -239,7 +247,12 @@ def verify(
         result = _run(out, files, converted, settings)
     found = result.to_json()
     if report is not None:
-        _write_report(out, report, found)
+        _write_report(report, found)
     out.result(found)
     _tell(out, result, found)
+    if report is not None:
+        out.say(f"wrote {printable(str(report))}")
+    if converted is not None and not result.exit_code and _runs(Path(source)) and _runs(converted):
+        words = ["dsv4", "run", source, "-p", "Hello", "--compare", str(converted)]
+        out.hint(f"run both: {printable(shlex.join(words))}")
     raise typer.Exit(result.exit_code)

@@ -11,17 +11,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more of what happens.")]
 MaxWorkers = Annotated[
-    int | None, typer.Option("--max-workers", min=1, help="Threads that work at once. Default: one per core.")
+    int | None,
+    typer.Option("--max-workers", metavar="N", min=1, help="Threads that work at once. Default: one per core."),
 ]
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", help="Bound on working memory, such as 2GB.")
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a repository.")
+]
 CacheDir = Annotated[
-    Path | None, typer.Option("--cache-dir", help="The hub library's cache, if not where it usually is.")
+    Path | None,
+    typer.Option("--cache-dir", metavar="FOLDER", help="The hub library's cache, if not where it usually is."),
 ]
 Token = Annotated[
-    str | None, typer.Option("--token", help="Access token, if not from the environment or the hub's own login.")
+    str | None,
+    typer.Option("--token", metavar="TOKEN", help="Access token, if not from the environment or the hub's own login."),
 ]
 Scratch = Annotated[
     int, typer.Option("--scratch", min=1, metavar="N", help="Shards of a hub's source that are on disk at once.")

@@ -29,6 +29,8 @@ class ClosedPipe(Dsv4Error):
     """The reader of stdout went away (`dsv4 … | head`). Nothing to say to anybody; 128 + SIGPIPE, as a shell has it."""
 
     exit_code = 141
+
+
 SECONDS_UNTIL_A_PASSING_BAR = 0.5
 
 

@@ -111,10 +111,10 @@ def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
     peak = peak_memory()
     out.say(
         f"prefill {statistics.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
-        f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s; "
-        f"first token after {seconds_text(statistics.first_token_seconds)}"
-        + (f"; peak memory {human_bytes(peak)}" if peak else "")
+        f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s"
     )
+    first = f"first token after {seconds_text(statistics.first_token_seconds)}"
+    out.say(first + (f", peak memory {human_bytes(peak)}" if peak else ""))
     if mtp:
         share = f" ({100 * statistics.accepted / statistics.drafted:.0f}%)" if statistics.drafted else ""
         out.say(f"drafts: {statistics.accepted} of {statistics.drafted} accepted{share}")
@@ -123,9 +123,7 @@ def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
 class Answers:
     """Generates the answers of many prompts, batch by batch."""
 
-    def __init__(
-        self, model: "Transformer", rules: Rules, tokenizer: "TextTokenizer | None", out: Output
-    ) -> None:
+    def __init__(self, model: "Transformer", rules: Rules, tokenizer: "TextTokenizer | None", out: Output) -> None:
         from dsv4.model.generate import Statistics
 
         self.model, self.rules, self.tokenizer, self.out = model, rules, tokenizer, out

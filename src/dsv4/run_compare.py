@@ -50,9 +50,9 @@ def _tell_timing(evaluation: "Evaluation", out: Output) -> None:
     line = f"prefill {timing['prefill_tokens']} tokens, {timing['prefill_tokens_per_second']:.1f} tokens/s"
     if decoded:
         line += f"; single steps {decoded} tokens, {timing['decode_tokens_per_second']:.1f} tokens/s"
-    line += f"; first token after {seconds_text(timing['first_token_seconds'])}"
-    peak = timing["peak_memory_bytes"]
-    out.say(line + (f"; peak memory {human_bytes(peak)}" if peak else ""))
+    out.say(line)
+    first, peak = f"first token after {seconds_text(timing['first_token_seconds'])}", timing["peak_memory_bytes"]
+    out.say(first + (f", peak memory {human_bytes(peak)}" if peak else ""))
 
 
 def save_logits(
