@@ -52,7 +52,7 @@ class WeightStore:
         matrices = [name for name, shape in shapes.items() if is_matrix(shape, name)]
         self._vector_names = [name for name in shapes if name not in set(matrices)]
         self._experts = {name for name in matrices if EXPERT.search(name)}
-        self._sizes = {name: stored_bytes(checkpoint, name) for name in shapes}
+        self.sizes = {name: stored_bytes(checkpoint, name) for name in shapes}  # bytes in the files, scale included
         self._pinned: dict[str, Matrix] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._recent: OrderedDict[str, Matrix] = OrderedDict()
@@ -62,7 +62,7 @@ class WeightStore:
 
     def _plan(self, matrices: list[str], max_memory: int | None) -> None:
         """Decide what is pinned and how many bytes the expert cache may hold."""
-        sizes = self._sizes
+        sizes = self.sizes
         dense = [name for name in matrices if name not in self._experts]
         if max_memory is None:
             self._pinned_names = matrices
@@ -92,14 +92,14 @@ class WeightStore:
 
     def load(self, progress: Progress | None = None) -> None:
         """Read what stays in memory. `progress` is told bytes done and bytes in all."""
-        total = sum(self._sizes[name] for name in [*self._vector_names, *self._pinned_names])
+        total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
         for name in self._vector_names:
             self._vectors[name] = read_vector(self.checkpoint, self.config, name).to(self.device)
-            done += self._sizes[name]
+            done += self.sizes[name]
         for name in self._pinned_names:
             self._pinned[name] = self._read(name)
-            done += self._sizes[name]
+            done += self.sizes[name]
             if progress is not None:
                 progress(done, total)
 
