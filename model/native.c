@@ -1,10 +1,13 @@
 /* The hot operations in C, in the order of summation that numerics.py defines, so that they give the same bits.
  *
- * A dot product has sixteen lanes; lane l adds the products of elements l, l + 16, l + 32, ... in that order. Sixteen
- * float32 are one vector type of gcc and clang, which every CPU can run. Products and sums are rounded one by one
- * (-ffp-contract=off); where the product of the inputs is exact in float32 (8 significant bits times 8), a fused
- * multiply-add rounds the same, and is used. Work is split over outputs only, never inside a sum.
- * Every length that enters a dot product is a multiple of 16; the caller fills up with zeros.
+ * A dot product has sixteen lanes. Of every 32 elements, lane l adds the product of element 2l + 1 and then that of 2l,
+ * each sum rounded to float32. That is the order of vdpbf16ps, which some CPUs have for bfloat16 (a test at start
+ * asks this one whether it keeps to it); elsewhere the odd and the even elements are two vectors of sixteen float32.
+ * Products and sums are rounded one by one (-ffp-contract=off); where the product of the inputs is exact in float32
+ * (8 significant bits times 8, no underflow), a fused multiply-add rounds the same, and is used.
+ * Work is split over outputs only, never inside a sum. Lengths of dot products are multiples of 32.
+ *
+ * "Paired" float32 data: of every 32 elements first the sixteen odd ones, then the sixteen even ones.
  */
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +16,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define HAVE_AVX512 1
 #include <immintrin.h>
+#if defined(__AVX512BF16__)
+#define HAVE_DOT 1
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -26,7 +32,7 @@ enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
 struct matrix {
     const void *values;
     const void *scale;
-    int64_t rows, columns, stride; /* stride: elements from one row to the next */
+    int64_t rows, columns;
     int64_t block_rows, block_columns, scale_columns;
     int32_t format, scale_is_float32;
 };
@@ -58,6 +64,8 @@ INLINE lanes load(const float *p) {
     return v;
 }
 
+INLINE void store(float *p, lanes v) { memcpy(p, &v, 64); }
+
 INLINE lanes splat(float x) { return (lanes){0} + x; }
 
 INLINE float fold(lanes v) {
@@ -78,59 +86,97 @@ INLINE lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
     return product + c;
 }
 
-/* Sixteen weights of one row, from column k on, decoded to their exact float32 values. */
-INLINE lanes decode_bf16(const uint16_t *p) {
+/* Thirty-two numbers of a row as their exact float32 values: the odd and the even elements. */
+struct pair {
+    lanes odd, even;
+};
+
 #ifdef HAVE_AVX512
-    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-#else
-    lanes v;
-    for (int i = 0; i < 16; i++) v[i] = bf16(p[i]);
-    return v;
-#endif
+INLINE struct pair pair_of_words(__m512i words) { /* 32 bfloat16 */
+    return (struct pair){(lanes)_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)),
+                         (lanes)_mm512_slli_epi32(words, 16)};
 }
 
-INLINE lanes decode_e4m3(const uint8_t *p, float scale) {
-#ifdef HAVE_AVX512
-    /* Through float16, bias 15 instead of 7, which hardware widens subnormals and all: 2**8 too small. The byte goes
-     * to the upper half of a signed 16-bit number; shifted right by one the sign is doubled, and bit 14 cleared. */
-    __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p)), 8);
-    __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16((short)0xbfff));
+INLINE struct pair decode_f32(const float *p) {
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+    return (struct pair){(lanes)_mm512_permutex2var_ps(low, odd, high), (lanes)_mm512_permutex2var_ps(low, even, high)};
+}
+
+INLINE struct pair decode_bf16(const uint16_t *p) { return pair_of_words(_mm512_loadu_si512(p)); }
+
+/* E4M3 in the upper byte of 16 bits becomes a float16 with the exponent bias 15 instead of 7, 2**8 too small, when
+ * shifted right by one: the sign is doubled, and bit 14 must be cleared. Hardware widens float16, subnormals and all. */
+INLINE lanes from_upper_bytes(__m256i words, float scale) {
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16((short)0xbfff));
     return (lanes)_mm512_cvtph_ps(half) * 256.0f * scale;
-#else
-    /* Exponent and mantissa at their places in a float32, whose bias is 127 and not 7: 2**120 too small. */
-    ilanes bits;
-    for (int i = 0; i < 16; i++) bits[i] = ((int32_t)(p[i] & 0x80) << 24) | ((int32_t)(p[i] & 0x7f) << 20);
-    return (lanes)bits * 0x1p120f * scale;
-#endif
 }
 
-INLINE lanes decode_e2m1(const uint8_t *p, float scale) {
-    /* Eight bytes, the even element in the low nibble. */
-#ifdef HAVE_AVX512
+INLINE struct pair decode_e4m3(const uint8_t *p, float scale) {
+    __m256i words = _mm256_loadu_si256((const __m256i *)p);
+    return (struct pair){from_upper_bytes(_mm256_and_si256(words, _mm256_set1_epi16((short)0xff00)), scale),
+                         from_upper_bytes(_mm256_slli_epi16(words, 8), scale)};
+}
+
+/* Sixteen bytes, the even element in the low nibble. The lookup uses the lowest four bits of each lane. */
+INLINE struct pair decode_e2m1(const uint8_t *p, float scale) {
     const __m512 table = _mm512_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f,
                                         -4.f, -6.f);
-    const __m512i shift = _mm512_setr_epi64(0x0000000400000000, 0x0000000c00000008, 0x0000001400000010,
-                                            0x0000001c00000018, 0x0000000400000000, 0x0000000c00000008,
-                                            0x0000001400000010, 0x0000001c00000018);
-    int32_t low, high;
-    memcpy(&low, p, 4);
-    memcpy(&high, p + 4, 4);
-    __m512i packed = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-    /* The lookup uses the lowest four bits of each lane. */
-    return (lanes)_mm512_permutexvar_ps(_mm512_srlv_epi32(packed, shift), (__m512)((lanes)table * scale));
+    __m512 scaled = (__m512)((lanes)table * scale);
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (struct pair){(lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled),
+                         (lanes)_mm512_permutexvar_ps(codes, scaled)};
+}
 #else
-    static const float table[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
-                                    -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
-    lanes v;
-    for (int i = 0; i < 8; i++) {
-        v[2 * i] = table[p[i] & 15];
-        v[2 * i + 1] = table[p[i] >> 4];
-    }
-    return v * scale;
-#endif
+INLINE struct pair decode_f32(const float *p) {
+    struct pair v;
+    for (int i = 0; i < 16; i++) v.odd[i] = p[2 * i + 1], v.even[i] = p[2 * i];
+    return v;
 }
 
-/* Where the scales of a row begin, and the scale of its block number `block`. */
+INLINE struct pair decode_bf16(const uint16_t *p) {
+    struct pair v;
+    for (int i = 0; i < 16; i++) v.odd[i] = bf16(p[2 * i + 1]), v.even[i] = bf16(p[2 * i]);
+    return v;
+}
+
+/* Exponent and mantissa at their places in a float32, whose bias is 127 and not 7: 2**120 too small. */
+INLINE struct pair decode_e4m3(const uint8_t *p, float scale) {
+    ilanes odd, even;
+    for (int i = 0; i < 16; i++) {
+        odd[i] = ((int32_t)(p[2 * i + 1] & 0x80) << 24) | ((int32_t)(p[2 * i + 1] & 0x7f) << 20);
+        even[i] = ((int32_t)(p[2 * i] & 0x80) << 24) | ((int32_t)(p[2 * i] & 0x7f) << 20);
+    }
+    return (struct pair){(lanes)odd * 0x1p120f * scale, (lanes)even * 0x1p120f * scale};
+}
+
+INLINE struct pair decode_e2m1(const uint8_t *p, float scale) {
+    static const float table[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                    -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+    struct pair v;
+    for (int i = 0; i < 16; i++) v.odd[i] = table[p[i] >> 4], v.even[i] = table[p[i] & 15];
+    return (struct pair){v.odd * scale, v.even * scale};
+}
+#endif
+
+INLINE struct pair decode(const uint8_t *p, int format, float scale) {
+    if (format == FLOAT4_E2M1FN) return decode_e2m1(p, scale);
+    if (format == FLOAT8_E4M3FN) return decode_e4m3(p, scale);
+    if (format == BFLOAT16) return decode_bf16((const uint16_t *)p);
+    return decode_f32((const float *)p);
+}
+
+/* Bytes of 32 stored numbers. */
+INLINE int64_t bytes_of_32(int format) {
+    return format == FLOAT32 ? 128 : format == BFLOAT16 ? 64 : format == FLOAT8_E4M3FN ? 32 : 16;
+}
+
+/* Where a row begins, where its scales begin, and the scale at a place. */
+INLINE const uint8_t *row_of(const struct matrix *w, int format, int64_t row) {
+    return (const uint8_t *)w->values + row * (w->columns / 32 * bytes_of_32(format));
+}
+
 INLINE int64_t scale_row(const struct matrix *w, int64_t row) { return row / w->block_rows * w->scale_columns; }
 
 INLINE float scale_at(const struct matrix *w, int64_t place) {
@@ -141,31 +187,14 @@ INLINE float scale_at(const struct matrix *w, int64_t place) {
 /* Columns that share one scale; all of them if there is none. */
 INLINE int64_t step_columns(const struct matrix *w) { return w->scale ? w->block_columns : w->columns; }
 
-/* Bytes of sixteen weights. */
-INLINE int64_t sixteen(int format) {
-    return format == FLOAT32 ? 64 : format == BFLOAT16 ? 32 : format == FLOAT8_E4M3FN ? 16 : 8;
-}
-
-INLINE const uint8_t *row_of(const struct matrix *w, int format, int64_t row) {
-    return (const uint8_t *)w->values + row * w->stride / 16 * sixteen(format);
-}
-
-INLINE lanes decode(const uint8_t *p, int format, float scale) {
-    if (format == FLOAT4_E2M1FN) return decode_e2m1(p, scale);
-    if (format == FLOAT8_E4M3FN) return decode_e4m3(p, scale);
-    if (format == BFLOAT16) return decode_bf16((const uint16_t *)p);
-    return load((const float *)p);
-}
-
-/* One tile: MT rows of x times OT rows of the weight, the accumulators in registers. */
-#define TILE(MT, OT)                                                                                                   \
-    INLINE void tile_##MT##_##OT(const struct matrix *w, int format, int exact, const float *x, int64_t stride,        \
-                                 int64_t row, float *y, int64_t y_stride) {                                            \
-        lanes sum[MT][OT];                                                                                             \
+/* Products of a single row of paired x with OT rows of a stored weight, decoded in registers. */
+#define SINGLE(OT)                                                                                                     \
+    INLINE void single_##OT(const struct matrix *w, int format, int exact, const float *x, int64_t row, float *y) {    \
+        lanes sum[OT];                                                                                                 \
         const uint8_t *p[OT];                                                                                          \
         int64_t step = step_columns(w), scales[OT];                                                                    \
         for (int o = 0; o < OT; o++) {                                                                                 \
-            for (int m = 0; m < MT; m++) sum[m][o] = splat(0.f);                                                       \
+            sum[o] = splat(0.f);                                                                                       \
             p[o] = row_of(w, format, row + o);                                                                         \
             scales[o] = scale_row(w, row + o);                                                                         \
         }                                                                                                              \
@@ -173,16 +202,35 @@ INLINE lanes decode(const uint8_t *p, int format, float scale) {
             int64_t stop = start + step < w->columns ? start + step : w->columns;                                      \
             float scale[OT];                                                                                           \
             for (int o = 0; o < OT; o++) scale[o] = scale_at(w, scales[o]++);                                          \
-            for (const float *value = x + start; value < x + stop; value += 16) {                                      \
-                lanes weight[OT];                                                                                      \
+            for (const float *value = x + start; value < x + stop; value += 32) {                                      \
+                lanes odd = load(value), even = load(value + 16);                                                      \
                 for (int o = 0; o < OT; o++) {                                                                         \
-                    weight[o] = decode(p[o], format, scale[o]);                                                        \
-                    p[o] += sixteen(format);                                                                           \
+                    struct pair weight = decode(p[o], format, scale[o]);                                               \
+                    sum[o] = multiply_add(odd, weight.odd, sum[o], exact);                                             \
+                    sum[o] = multiply_add(even, weight.even, sum[o], exact);                                           \
+                    p[o] += bytes_of_32(format);                                                                       \
                 }                                                                                                      \
-                for (int m = 0; m < MT; m++) {                                                                         \
-                    lanes one = load(value + m * stride);                                                              \
-                    for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(one, weight[o], sum[m][o], exact);           \
-                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int o = 0; o < OT; o++) y[o] = fold(sum[o]);                                                              \
+    }
+
+SINGLE(1)
+SINGLE(4)
+
+/* Products of MT rows of paired x with OT rows of paired weights, both float32. */
+#define TILE(MT, OT)                                                                                                   \
+    INLINE void tile_##MT##_##OT(const float *w, int64_t w_stride, int64_t columns, int exact, const float *x,         \
+                                 int64_t x_stride, float *y, int64_t y_stride) {                                       \
+        lanes sum[MT][OT];                                                                                             \
+        for (int m = 0; m < MT; m++)                                                                                   \
+            for (int o = 0; o < OT; o++) sum[m][o] = splat(0.f);                                                       \
+        for (int64_t k = 0; k < columns; k += 16) {                                                                    \
+            lanes weight[OT];                                                                                          \
+            for (int o = 0; o < OT; o++) weight[o] = load(w + o * w_stride + k);                                       \
+            for (int m = 0; m < MT; m++) {                                                                             \
+                lanes value = load(x + m * x_stride + k);                                                              \
+                for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);             \
             }                                                                                                          \
         }                                                                                                              \
         for (int m = 0; m < MT; m++)                                                                                   \
@@ -191,50 +239,140 @@ INLINE lanes decode(const uint8_t *p, int format, float scale) {
 
 TILE(1, 1)
 TILE(1, 4)
-TILE(2, 1)
 TILE(2, 4)
 TILE(6, 1)
 TILE(6, 4)
 
-/* `count` (at most 4) weight rows from `row` on, for all rows of x. */
-#define ROWS(NAME, FORMAT, EXACT)                                                                                      \
-    static void NAME(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t row,             \
-                     int64_t count, float *y, int64_t y_stride) {                                                      \
+/* y [m_count, o_count] = x @ w.T for paired float32 x and w; o_count at most 4. */
+#define PRODUCTS(NAME, PREFIX, TYPE, ...)                                                                              \
+    static void NAME(const TYPE *w, int64_t w_stride, int64_t o_count, int64_t columns, const TYPE *x, int64_t m_count,\
+                     int64_t x_stride, float *y, int64_t y_stride) {                                                   \
         int64_t m = 0;                                                                                                 \
         for (; m + 6 <= m_count; m += 6)                                                                               \
-            if (count == 4)                                                                                            \
-                tile_6_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
+            if (o_count == 4)                                                                                          \
+                PREFIX##6_4(w, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride, y + m * y_stride, y_stride); \
             else                                                                                                       \
-                for (int64_t o = 0; o < count; o++)                                                                    \
-                    tile_6_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
-        for (; m + 2 <= m_count; m += 2)                                                                               \
-            if (count == 4)                                                                                            \
-                tile_2_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
-            else                                                                                                       \
-                for (int64_t o = 0; o < count; o++)                                                                    \
-                    tile_2_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
+                for (int64_t o = 0; o < o_count; o++)                                                                  \
+                    PREFIX##6_1(w + o * w_stride, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride,           \
+                                y + m * y_stride + o, y_stride);                                                       \
+        for (; m + 2 <= m_count && o_count == 4; m += 2)                                                               \
+            PREFIX##2_4(w, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride, y + m * y_stride, y_stride);     \
         for (; m < m_count; m++)                                                                                       \
-            if (count == 4)                                                                                            \
-                tile_1_4(w, FORMAT, EXACT, x + m * stride, stride, row, y + m * y_stride, y_stride);                   \
+            if (o_count == 4)                                                                                          \
+                PREFIX##1_4(w, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride, y + m * y_stride, y_stride); \
             else                                                                                                       \
-                for (int64_t o = 0; o < count; o++)                                                                    \
-                    tile_1_1(w, FORMAT, EXACT, x + m * stride, stride, row + o, y + m * y_stride + o, y_stride);       \
+                for (int64_t o = 0; o < o_count; o++)                                                                  \
+                    PREFIX##1_1(w + o * w_stride, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride,           \
+                                y + m * y_stride + o, y_stride);                                                       \
     }
 
-ROWS(rows_f32, FLOAT32, 0)
-ROWS(rows_f32_exact, FLOAT32, 1)
-ROWS(rows_bf16, BFLOAT16, 0)
-ROWS(rows_bf16_exact, BFLOAT16, 1)
-ROWS(rows_fp8, FLOAT8_E4M3FN, 0)
-ROWS(rows_fp8_exact, FLOAT8_E4M3FN, 1)
-ROWS(rows_fp4, FLOAT4_E2M1FN, 0)
-ROWS(rows_fp4_exact, FLOAT4_E2M1FN, 1)
+PRODUCTS(products, tile_, float, , 0)
+PRODUCTS(exact_products, tile_, float, , 1)
 
-typedef void (*rows_function)(const struct matrix *, const float *, int64_t, int64_t, int64_t, int64_t, float *, int64_t);
+#ifdef HAVE_DOT
+/* The same for bfloat16 x and weights in their natural order. */
+#define DOT(MT, OT)                                                                                                    \
+    INLINE void dot_##MT##_##OT(const uint16_t *w, int64_t w_stride, int64_t columns, const uint16_t *x,               \
+                                int64_t x_stride, float *y, int64_t y_stride) {                                        \
+        __m512 sum[MT][OT];                                                                                            \
+        for (int m = 0; m < MT; m++)                                                                                   \
+            for (int o = 0; o < OT; o++) sum[m][o] = _mm512_setzero_ps();                                              \
+        for (int64_t k = 0; k < columns; k += 32) {                                                                    \
+            __m512bh weight[OT];                                                                                       \
+            for (int o = 0; o < OT; o++) weight[o] = (__m512bh)_mm512_loadu_si512(w + o * w_stride + k);               \
+            for (int m = 0; m < MT; m++) {                                                                             \
+                __m512bh value = (__m512bh)_mm512_loadu_si512(x + m * x_stride + k);                                   \
+                for (int o = 0; o < OT; o++) sum[m][o] = _mm512_dpbf16_ps(sum[m][o], value, weight[o]);                \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int m = 0; m < MT; m++)                                                                                   \
+            for (int o = 0; o < OT; o++) y[m * y_stride + o] = fold((lanes)sum[m][o]);                                 \
+    }
 
-/* Rows [row, row + count) of w as float32 [count, columns], each row 16 further on: rows whose distance is a power of
- * two would fall into the same few lines of the cache. */
-static void decode_rows(const struct matrix *w, int64_t row, int64_t count, float *out) {
+DOT(1, 1)
+DOT(1, 4)
+DOT(2, 4)
+DOT(6, 1)
+DOT(6, 4)
+PRODUCTS(dot_products, dot_, uint16_t)
+
+/* Whether this CPU's vdpbf16ps adds the odd product first and rounds after each, on numbers that tell. */
+static int dot_is_in_order(void) {
+    uint32_t state = 12345;
+    for (int round = 0; round < 2000; round++) {
+        uint16_t a[32], b[32];
+        float before[16], after[16];
+        for (int i = 0; i < 80; i++) {
+            state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+            uint32_t exponent = 118 + state / 65536 % 18;
+            if (i < 32) a[i] = (uint16_t)((state & 0x807f) | exponent << 7);
+            else if (i < 64) b[i - 32] = (uint16_t)((state & 0x807f) | exponent << 7);
+            else before[i - 64] = bf16((uint16_t)((state & 0x807f) | exponent << 7)) * 1.0001f;
+        }
+        __m512 sum = _mm512_dpbf16_ps(_mm512_loadu_ps(before), (__m512bh)_mm512_loadu_si512(a),
+                                      (__m512bh)_mm512_loadu_si512(b));
+        _mm512_storeu_ps(after, sum);
+        for (int i = 0; i < 16; i++) {
+            float expected = before[i] + bf16(a[2 * i + 1]) * bf16(b[2 * i + 1]);
+            expected = expected + bf16(a[2 * i]) * bf16(b[2 * i]);
+            if (expected != after[i]) return 0;
+        }
+    }
+    return 1;
+}
+
+/* FP4 by a table of bfloat16: a byte b becomes the two indices b and b >> 4, of which the lookup uses five bits. The
+ * table repeats after sixteen entries. Its values are exact, and so are they times the scale. */
+INLINE __m512i words_of_e2m1(const uint8_t *p, __m512i table) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+}
+
+INLINE __m512i table_of_e2m1(float scale) {
+    static const float values[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                     -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+    __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)(load(values) * scale), 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+}
+
+/* One row of bfloat16 x with four rows of an FP4 or BF16 weight. */
+INLINE void dot_single(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
+    __m512 sum[4];
+    const uint8_t *p[4];
+    int64_t step = step_columns(w), scales[4];
+    for (int o = 0; o < 4; o++) {
+        sum[o] = _mm512_setzero_ps();
+        p[o] = row_of(w, format, row + o);
+        scales[o] = scale_row(w, row + o);
+    }
+    for (int64_t start = 0; start < w->columns; start += step) {
+        int64_t stop = start + step < w->columns ? start + step : w->columns;
+        __m512i table[4];
+        if (format == FLOAT4_E2M1FN)
+            for (int o = 0; o < 4; o++) table[o] = table_of_e2m1(scale_at(w, scales[o]++));
+        for (const uint16_t *value = x + start; value < x + stop; value += 32) {
+            __m512bh one = (__m512bh)_mm512_loadu_si512(value);
+            for (int o = 0; o < 4; o++) {
+                __m512i weight = format == FLOAT4_E2M1FN ? words_of_e2m1(p[o], table[o]) : _mm512_loadu_si512(p[o]);
+                sum[o] = _mm512_dpbf16_ps(sum[o], one, (__m512bh)weight);
+                p[o] += bytes_of_32(format);
+            }
+        }
+    }
+    for (int o = 0; o < 4; o++) y[o] = fold((lanes)sum[o]);
+}
+#else
+static int dot_is_in_order(void) { return 0; }
+#endif
+
+/* 1 if bfloat16 products may go through vdpbf16ps on this machine. */
+int32_t dsv4_has_dot(void) { return dot_is_in_order(); }
+
+/* Distance of decoded rows: rows a power of two apart would share the same few lines of the cache. */
+INLINE int64_t padded(int64_t columns) { return columns + 32; }
+
+/* Rows [row, row + count) of w, decoded: paired float32, or bfloat16 in natural order if `words`. */
+static void decode_rows(const struct matrix *w, int64_t row, int64_t count, int words, void *out) {
     int64_t step = step_columns(w);
     for (int64_t o = 0; o < count; o++) {
         const uint8_t *p = row_of(w, w->format, row + o);
@@ -242,12 +380,54 @@ static void decode_rows(const struct matrix *w, int64_t row, int64_t count, floa
         for (int64_t start = 0; start < w->columns; start += step) {
             int64_t stop = start + step < w->columns ? start + step : w->columns;
             float scale = scale_at(w, place++);
-            for (int64_t k = start; k < stop; k += 16, p += sixteen(w->format)) {
-                lanes v = decode(p, w->format, scale);
-                memcpy(out + o * (w->columns + 16) + k, &v, 64);
+            for (int64_t k = start; k < stop; k += 32, p += bytes_of_32(w->format)) {
+                struct pair v = decode(p, w->format, scale);
+                int64_t at = o * padded(w->columns) + k;
+#ifdef HAVE_DOT
+                if (words) {
+                    __m512i joined = _mm512_or_si512((__m512i)v.odd, _mm512_srli_epi32((__m512i)v.even, 16));
+                    _mm512_storeu_si512((uint16_t *)out + at, joined);
+                    continue;
+                }
+#else
+                (void)words;
+#endif
+                store((float *)out + at, v.odd);
+                store((float *)out + at + 16, v.even);
             }
         }
     }
+}
+
+/* One row of x, up to four rows of w. */
+static void one_row(const struct matrix *w, const float *x, const uint16_t *words, int64_t row, int64_t count, int exact,
+                    float *y) {
+#define CASE(FORMAT)                                                                                                   \
+    if (w->format == FORMAT && count == 4) {                                                                           \
+        if (exact) single_4(w, FORMAT, 1, x, row, y);                                                                  \
+        else single_4(w, FORMAT, 0, x, row, y);                                                                        \
+        return;                                                                                                        \
+    }                                                                                                                  \
+    if (w->format == FORMAT) {                                                                                         \
+        for (int64_t o = 0; o < count; o++) single_1(w, FORMAT, exact, x, row + o, y + o);                             \
+        return;                                                                                                        \
+    }
+#ifdef HAVE_DOT
+    if (words && count == 4 && w->format == FLOAT4_E2M1FN) {
+        dot_single(w, FLOAT4_E2M1FN, words, row, y);
+        return;
+    }
+    if (words && count == 4 && w->format == BFLOAT16) {
+        dot_single(w, BFLOAT16, words, row, y);
+        return;
+    }
+#else
+    (void)words;
+#endif
+    CASE(FLOAT32)
+    CASE(BFLOAT16)
+    CASE(FLOAT8_E4M3FN)
+    CASE(FLOAT4_E2M1FN)
 }
 
 /* Rows of the weight that are decoded once for many rows of x, so that both stay in the second level cache. */
@@ -256,29 +436,37 @@ static int64_t strip_rows(const struct matrix *w) {
     return rows < 4 ? 4 : rows > 16 ? 16 : rows;
 }
 
-/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. `exact`: products are exact in float32.
- * `scratch` holds threads * 16 * (columns + 16) floats if m_count > 1. */
-void dsv4_linear(const struct matrix *w, const float *x, int64_t m_count, int64_t stride, int64_t start, int64_t stop,
-                 float *y, float *scratch, int32_t exact, int32_t threads) {
-    static const rows_function table[4][2] = {
-        {rows_f32, rows_f32_exact}, {rows_bf16, rows_bf16_exact}, {rows_fp8, rows_fp8_exact}, {rows_fp4, rows_fp4_exact}};
-    rows_function direct = table[w->format][exact ? 1 : 0], decoded = table[FLOAT32][exact ? 1 : 0];
+/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w.
+ * x is paired float32, words the same as bfloat16 in natural order or null; both have rows `stride` apart.
+ * exact: products are exact in float32. scratch holds threads * 16 * (columns + 32) floats. */
+void dsv4_linear(const struct matrix *w, const float *x, const uint16_t *words, int64_t m_count, int64_t stride,
+                 int64_t start, int64_t stop, float *y, float *scratch, int32_t exact, int32_t threads) {
     int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t share = 0; share < threads; share++)
         for (int64_t at = strips * share / threads; at < strips * (share + 1) / threads; at++) {
             int64_t row = start + at * strip, count = stop - row < strip ? stop - row : strip;
             if (m_count == 1) {
-                direct(w, x, 1, stride, row, count, y + at * strip, y_stride);
+                one_row(w, x, words, row, count, exact, y + at * strip);
                 continue;
             }
-            float *buffer = scratch + share * 16 * (w->columns + 16);
-            decode_rows(w, row, count, buffer);
-            struct matrix strip_of_w = {buffer, 0, count, w->columns, w->columns + 16, 1, w->columns, 1, FLOAT32, 0};
+            float *buffer = scratch + share * 16 * padded(w->columns);
+            decode_rows(w, row, count, words != 0, buffer);
             for (int64_t m = 0; m < m_count; m += 6)
-                for (int64_t o = 0; o < count; o += 4)
-                    decoded(&strip_of_w, x + m * stride, m_count - m < 6 ? m_count - m : 6, stride, o,
-                            count - o < 4 ? count - o : 4, y + m * y_stride + at * strip + o, y_stride);
+                for (int64_t o = 0; o < count; o += 4) {
+                    int64_t rows = m_count - m < 6 ? m_count - m : 6, columns = count - o < 4 ? count - o : 4;
+                    float *to = y + m * y_stride + at * strip + o;
+                    int64_t from = o * padded(w->columns), apart = padded(w->columns);
+#ifdef HAVE_DOT
+                    if (words) {
+                        dot_products((const uint16_t *)buffer + from, apart, columns, w->columns, words + m * stride,
+                                     rows, stride, to, y_stride);
+                        continue;
+                    }
+#endif
+                    (exact ? exact_products : products)(buffer + from, apart, columns, w->columns, x + m * stride, rows,
+                                                        stride, to, y_stride);
+                }
         }
 }
 
@@ -300,15 +488,13 @@ INLINE float exponential(float x) {
 #define KEYS_PER_BLOCK 64
 #define HEADS_PER_TILE 4
 
+/* Row `row` of a pool of keys or queries, paired. */
 static void gather(const void *pool, int is_bf16, int64_t row, int64_t c, float *out) {
-    if (!is_bf16) {
-        memcpy(out, (const float *)pool + row * c, c * sizeof(float));
-        return;
-    }
-    const uint16_t *p = (const uint16_t *)pool + row * c;
-    for (int64_t k = 0; k < c; k += 16) {
-        lanes v = decode_bf16(p + k);
-        memcpy(out + k, &v, 64);
+    const uint8_t *p = (const uint8_t *)pool + row * c * (is_bf16 ? 2 : 4);
+    for (int64_t k = 0; k < c; k += 32, p += is_bf16 ? 64 : 128) {
+        struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
+        store(out + k, v.odd);
+        store(out + k + 16, v.even);
     }
 }
 
@@ -352,10 +538,9 @@ static void attend(const float *q, const float *keys, const int32_t *index, int6
         int64_t n = listed - first < KEYS_PER_BLOCK ? listed - first : KEYS_PER_BLOCK, seen = 0;
         for (int64_t j = 0; j < n; j++) seen += index[first + j] >= 0;
         if (!seen) continue; /* would multiply by one and add zeros */
-        struct matrix block = {keys + first * c, 0, n, c, c, 1, c, 1, FLOAT32, 0};
         for (int64_t j = 0; j < n; j += 4)
-            (rounded ? rows_f32_exact : rows_f32)(&block, q, heads, c, j, n - j < 4 ? n - j : 4, &scores[0][j],
-                                                  KEYS_PER_BLOCK);
+            (rounded ? exact_products : products)(keys + (first + j) * c, c, n - j < 4 ? n - j : 4, c, q, heads, c,
+                                                  &scores[0][j], KEYS_PER_BLOCK);
         for (int64_t h = 0; h < heads; h++) {
             for (int64_t j = 0; j < n; j++) scores[h][j] = index[first + j] < 0 ? -INFINITY : scores[h][j] * scale;
             shrink[h] = soften(scores[h], n, &largest[h], &total[h], rounded);
@@ -393,10 +578,11 @@ void dsv4_sparse_attention(const void *q, const void *window, const void *compre
                 int64_t n = last - h < HEADS_PER_TILE ? last - h : HEADS_PER_TILE, at = query * heads + h;
                 for (int64_t i = 0; i < n; i++) gather(q, is_bf16, at + i, c, tile_q + i * c);
                 attend(tile_q, keys, list, listed, c, n, sink + h, scale, is_bf16, tile_out);
-                if (is_bf16)
-                    for (int64_t k = 0; k < n * c; k++) ((uint16_t *)out)[at * c + k] = to_bf16(tile_out[k]);
-                else
-                    memcpy((float *)out + at * c, tile_out, n * c * sizeof(float));
+                for (int64_t k = 0; k < n * c; k++) {
+                    float value = tile_out[k / 32 * 32 + (k % 2 ? 0 : 16) + k % 32 / 2];
+                    if (is_bf16) ((uint16_t *)out)[at * c + k] = to_bf16(value);
+                    else ((float *)out)[at * c + k] = value;
+                }
             }
         }
     }
@@ -412,25 +598,27 @@ static float tree_sum(float *x, int64_t n) {
     return x[0];
 }
 
-/* scores [queries, keys->rows]; q float32 [queries, heads, columns], weights float32 [queries, heads]; see ops.py.
- * `scratch` holds threads * heads * 5 floats. */
+/* scores [queries, keys->rows]; q paired float32 [queries, heads, columns], weights float32 [queries, heads]; see
+ * ops.py. `scratch` holds threads * (heads * 5 + 4 * (columns + 32)) floats. */
 void dsv4_index_scores(const struct matrix *keys, const float *q, const float *weights, int64_t queries, int64_t heads,
                        int32_t rounded, float *scores, float *scratch, int32_t threads) {
-    int64_t tiles = (keys->rows + 3) / 4;
+    int64_t tiles = (keys->rows + 3) / 4, columns = keys->columns;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t share = 0; share < threads; share++) {
-        float *dots = scratch + share * heads * 5, *products = dots + heads * 4;
+        float *dots = scratch + share * (heads * 5 + 4 * padded(columns)), *buffer = dots + heads * 5;
         for (int64_t job = queries * tiles * share / threads; job < queries * tiles * (share + 1) / threads; job++) {
-            int64_t query = job / tiles, row = job % tiles * 4, n = keys->rows - row < 4 ? keys->rows - row : 4;
-            rows_function rows = keys->format == FLOAT32 ? rows_f32 : rows_bf16_exact;
-            rows(keys, q + query * heads * keys->columns, heads, keys->columns, row, n, dots, 4);
+            int64_t query = job % queries, row = job / queries * 4, n = keys->rows - row < 4 ? keys->rows - row : 4;
+            decode_rows(keys, row, n, 0, buffer);
+            (rounded ? exact_products : products)(buffer, padded(columns), n, columns, q + query * heads * columns, heads,
+                                                  columns, dots, 4);
             for (int64_t j = 0; j < n; j++) {
+                float *products_of_heads = dots + heads * 4;
                 for (int64_t h = 0; h < heads; h++) {
                     float dot = rounded ? bf16(to_bf16(dots[h * 4 + j])) : dots[h * 4 + j];
                     float product = (dot > 0.f ? dot : 0.f) * weights[query * heads + h];
-                    products[h] = rounded ? bf16(to_bf16(product)) : product;
+                    products_of_heads[h] = rounded ? bf16(to_bf16(product)) : product;
                 }
-                float sum = tree_sum(products, heads);
+                float sum = tree_sum(products_of_heads, heads);
                 scores[query * keys->rows + row + j] = rounded ? bf16(to_bf16(sum)) : sum;
             }
         }

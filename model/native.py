@@ -23,7 +23,7 @@ import torch
 from dsv4.quant.activation import simulate_fp8 as reference_simulate_fp8
 
 from . import ops, parts
-from .numerics import LANES
+from .numerics import ELEMENTS_PER_STEP, LANES, paired
 from .weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -46,7 +46,6 @@ class _Matrix(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
         ("block_rows", ctypes.c_int64),
         ("block_columns", ctypes.c_int64),
         ("scale_columns", ctypes.c_int64),
@@ -57,7 +56,7 @@ class _Matrix(ctypes.Structure):
 
 # Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
 SIGNATURES = {
-    "dsv4_linear": "mpllllppii",
+    "dsv4_linear": "mppllllppii",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "ppllli",
@@ -104,6 +103,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for name, letters in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = [types[letter] for letter in letters], None
+    loaded.dsv4_has_dot.argtypes, loaded.dsv4_has_dot.restype = [], ctypes.c_int32
     return loaded
 
 
@@ -133,7 +133,6 @@ def _describe(matrix: Matrix) -> _Matrix:
         scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
         rows=matrix.shape[0],
         columns=matrix.shape[1],
-        stride=matrix.shape[1],
         block_rows=matrix.block.rows if quantized else 1,
         block_columns=matrix.block.columns if quantized else matrix.shape[1],
         scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
@@ -147,7 +146,33 @@ def _threads(work: int) -> int:
 
 
 def _native_lengths(matrix: Matrix) -> bool:
-    return matrix.shape[1] % LANES == 0 and (matrix.format not in QUANTIZED or matrix.block.columns % LANES == 0)
+    step = ELEMENTS_PER_STEP
+    return matrix.shape[1] % step == 0 and (matrix.format not in QUANTIZED or matrix.block.columns % step == 0)
+
+
+def _pairs(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x [M, n] as paired float32, rows `stride` apart."""
+    result = torch.empty(len(x), stride, dtype=torch.float32)
+    torch.unflatten(result[:, : x.shape[1]], -1, (-1, 2, LANES)).copy_(paired(x))
+    return result
+
+
+def _words(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x [M, n] bfloat16, rows `stride` apart."""
+    result = torch.empty(len(x), stride, dtype=torch.bfloat16)
+    result[:, : x.shape[1]] = x
+    return result
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@functools.cache
+def has_dot() -> bool:
+    """Whether the compiled code may use this CPU's bfloat16 dot product, which it tries out."""
+    loaded = library()
+    return loaded is not None and bool(loaded.dsv4_has_dot())
 
 
 def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -158,16 +183,17 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
     stop = matrix.shape[0] if stop is None else stop
     rows, columns = x.shape
     # Rows a power of two apart would share the same few lines of the cache.
-    values = torch.empty(rows, columns + LANES, dtype=torch.float32)
-    values[:, :columns] = x
+    stride = columns + ELEMENTS_PER_STEP
     result = torch.empty(rows, stop - start, dtype=torch.float32)
     # Eight significant bits times eight at most: a product that float32 holds exactly.
-    exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.powers_of_two
+    exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.exact_products
+    words = exact and has_dot()
+    pairs, natural = _pairs(x, stride) if rows == 1 or not words else None, _words(x, stride) if words else None
     threads = _threads(result.numel() * columns)
-    scratch = torch.empty(threads * ROWS_PER_STRIP * values.shape[1] if rows > 1 else 0, dtype=torch.float32)
+    scratch = torch.empty(threads * ROWS_PER_STRIP * stride if rows > 1 else 0, dtype=torch.float32)
     loaded.dsv4_linear(
-        _describe(matrix), values.data_ptr(), rows, values.shape[1], start, stop, result.data_ptr(), scratch.data_ptr(),
-        exact, threads,
+        _describe(matrix), _address(pairs), _address(natural), rows, stride, start, stop, result.data_ptr(),
+        scratch.data_ptr(), exact, threads,
     )  # fmt: skip
     return result
 
@@ -182,7 +208,7 @@ def sparse_attention(
 ) -> torch.Tensor:
     """See ops.sparse_attention."""
     loaded, (queries, heads, width) = library(), q.shape
-    if loaded is None or width % LANES:
+    if loaded is None or width % ELEMENTS_PER_STEP:
         return ops.sparse_attention(q, window, compressed, index, sink, scale)
     q, window, compressed, index = q.contiguous(), window.contiguous(), compressed.contiguous(), index.contiguous()
     listed, result = index.shape[1], torch.empty_like(q)
@@ -198,14 +224,14 @@ def sparse_attention(
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """See ops.index_scores."""
     loaded, (queries, heads, width) = library(), q.shape
-    if loaded is None or width % LANES:
+    if loaded is None or width % ELEMENTS_PER_STEP:
         return ops.index_scores(q, weights, keys)
     rounded, keys = _is_bfloat16(q), keys.contiguous()
     matrix = Matrix("index keys", BFLOAT16 if rounded else FLOAT32, (len(keys), width), keys)
-    wide, wide_weights = q.to(torch.float32).contiguous(), weights.to(torch.float32).contiguous()
+    wide, wide_weights = paired(q.to(torch.float32)).contiguous(), weights.to(torch.float32).contiguous()
     scores = torch.empty(queries, len(keys), dtype=torch.float32)
     threads = _threads(scores.numel() * heads * width)
-    scratch = torch.empty(threads * heads * 5, dtype=torch.float32)
+    scratch = torch.empty(threads * (heads * 5 + 4 * (width + ELEMENTS_PER_STEP)), dtype=torch.float32)
     loaded.dsv4_index_scores(
         _describe(matrix), wide.data_ptr(), wide_weights.data_ptr(), queries, heads, rounded,
         scores.data_ptr(), scratch.data_ptr(), threads,

@@ -4,13 +4,16 @@ A BLAS picks its order of summation from the shape of the whole product and the 
 gives other bits in a batch than alone. Here every order is fixed by the length of the sum:
 
     tree_sum   adds the upper half of a vector to the lower half until one element is left
-    lane_dot   sixteen lanes; lane l adds the products of elements l, l + 16, l + 32, ... in that order, rounding
-               product and sum to float32, then the lanes are added by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1
+    lane_sum   sixteen lanes; lane l adds elements l, l + 16, l + 32, ... in that order, then the lanes are added by
+               halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1
+    lane_dot   sixteen lanes; of every 32 elements, lane l adds the product of element 2l + 1 and then that of 2l,
+               rounding each product and each sum to float32, then the lanes are added by halves
 
-Sixteen float32 are one 512-bit register, so compiled code in the same order (`native.c`) is fast and gives the same
-bits. Additions, products and divisions are correctly rounded wherever they are computed; other functions are not, and
-libraries use different code for the body and the tail of an array, so `exp`, `log1p` and even `sqrt` (torch's is
-off by a unit in a fifth of all cases) are built here from such operations in float64 and rounded to float32 once.
+Sixteen float32 are one 512-bit register, and the order of lane_dot is that of its bfloat16 dot product (vdpbf16ps), so
+compiled code in the same order (`native.c`) is fast and gives the same bits.
+Additions, products and divisions are correctly rounded wherever they are computed; other functions are not, and
+libraries use different code for the body and the tail of an array, so `exp`, `log1p` and even `sqrt` (torch's is off
+by a unit in a fifth of all cases) are built here from such operations in float64 and rounded to float32 once.
 Other devices than the CPU make no such promise (and some have no float64): there torch's own functions are used.
 """
 
@@ -19,6 +22,7 @@ import math
 import torch
 
 LANES = 16
+ELEMENTS_PER_STEP = 32  # of a dot product: an odd and an even one per lane
 
 LOG2_E = 1.0 / math.log(2.0)
 LN2_HIGH = float.fromhex("0x1.62e42fee00000p-1")  # 32 bits of ln 2, so that n * LN2_HIGH is exact for small n
@@ -53,9 +57,18 @@ def lane_sum(x: torch.Tensor) -> torch.Tensor:
     return tree_sum(total)
 
 
+def paired(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] -> [..., ceil(n / 32), 2, 16], filled up with zeros: of every 32 the odd ones, then the even ones."""
+    padding = -x.shape[-1] % ELEMENTS_PER_STEP
+    if padding:
+        x = torch.nn.functional.pad(x, (0, padding))
+    return torch.unflatten(x, -1, (-1, LANES, 2)).flip(-1).transpose(-1, -2)
+
+
 def lane_dot(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """float32 x [..., M, n] and w [..., O, n] -> x @ w.T, float32 [..., M, O], in lane order."""
-    x_lanes, w_lanes = in_lanes(x.unsqueeze(-2)), in_lanes(w.unsqueeze(-3))
+    x_lanes = paired(x.unsqueeze(-2)).flatten(-3, -2).movedim(-2, 0).contiguous()
+    w_lanes = paired(w.unsqueeze(-3)).flatten(-3, -2).movedim(-2, 0).contiguous()
     total = torch.zeros_like(x_lanes[0] * w_lanes[0]) if len(x_lanes) else x.new_zeros(*x.shape[:-1], w.shape[-2], 1)
     product = torch.empty_like(total)
     for x_step, w_step in zip(x_lanes, w_lanes, strict=True):

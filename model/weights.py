@@ -24,6 +24,8 @@ from .config import OVERLAP_RATIO, Config
 FLOAT4_E2M1FN, FLOAT8_E4M3FN, BFLOAT16, FLOAT32 = "float4_e2m1fn", "float8_e4m3fn", "bfloat16", "float32"
 FORMATS = {"I8": FLOAT4_E2M1FN, "F4": FLOAT4_E2M1FN, "F8_E4M3": FLOAT8_E4M3FN, "BF16": BFLOAT16, "F32": FLOAT32}
 QUANTIZED = (FLOAT4_E2M1FN, FLOAT8_E4M3FN)
+MODERATE_EXPONENT = 60
+ROWS_PER_LOOK = 1024
 
 Shape = tuple[int, ...]
 
@@ -38,7 +40,7 @@ class Matrix:
     values: torch.Tensor
     scale: torch.Tensor | None = None
     block: Block = FP4_BLOCK
-    powers_of_two: bool = True  # every scale; then a decoded value has as few significant bits as its code
+    exact_products: bool = True  # with bfloat16, in float32: few significant bits and no underflow
 
     @property
     def nbytes(self) -> int:
@@ -246,19 +248,37 @@ def _check_scale_values(scale: torch.Tensor, name: str) -> None:
         raise InputError(f"'{name}' holds a NaN or a value that is not positive and finite") from None
 
 
+def _are_moderate_powers_of_two(scale: torch.Tensor) -> bool:
+    """Whether codes times these scales have as few significant bits as the codes, far from the ends of float32."""
+    bits = scale.view(torch.int32)
+    exponent = (bits >> 23) - 127
+    return bool(((bits & 0x7FFFFF) == 0).all() and (exponent.abs() <= MODERATE_EXPONENT).all())
+
+
+def _has_tiny_values(values: torch.Tensor) -> bool:
+    """Whether a bfloat16 matrix has values other than zero below 2**-MODERATE_EXPONENT."""
+    smallest = (127 - MODERATE_EXPONENT) << 7
+    for rows in values.view(torch.int16).split(ROWS_PER_LOOK):
+        magnitude = rows & 0x7FFF
+        if ((magnitude != 0) & (magnitude < smallest)).any():
+            return True
+    return False
+
+
 def read_matrix(checkpoint: Checkpoint, config: Config, name: str) -> Matrix:
     """A weight as stored, from the files. Raises InputError for a NaN or an impossible scale."""
     info = checkpoint.tensors[name]
     stored, shape = FORMATS[info.dtype], logical_shape(info)
     values = checkpoint.read_tensor(name)
     if stored not in QUANTIZED:
-        return Matrix(name, stored, (shape[0], shape[1]), values)
+        exact = stored == BFLOAT16 and not _has_tiny_values(values)
+        return Matrix(name, stored, (shape[0], shape[1]), values, exact_products=exact)
     if stored == FLOAT8_E4M3FN and is_nan(values).any():
         raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
     scale = checkpoint.read_tensor(scale_name(name))
     _check_scale_values(scale, scale_name(name))
-    powers = scale.dtype != torch.float32 or not (scale.view(torch.int32) & 0x7FFFFF).any()
-    return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored), bool(powers))
+    exact = _are_moderate_powers_of_two(decode_scale(scale))
+    return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored), exact)
 
 
 def read_vector(checkpoint: Checkpoint, config: Config, name: str) -> torch.Tensor:

@@ -38,15 +38,16 @@ def test_tree_sum_adds_by_halves(length: int) -> None:
 def test_lanes_add_in_order(length: int) -> None:
     x, w = torch.randn(3, length, generator=GENERATOR), torch.randn(2, length, generator=GENERATOR)
 
-    def one(values: np.ndarray, weights: np.ndarray) -> float:
+    def one(terms: np.ndarray, lane: Callable[[int], int], order: list[int]) -> float:
         lanes = [np.float32(0)] * LANES
-        for k in range(length):
-            lanes[k % LANES] = lanes[k % LANES] + values[k] * weights[k]
+        for k in order:
+            lanes[lane(k)] = lanes[lane(k)] + terms[k]
         return float(halves(lanes))
 
-    assert lane_dot(x, w).tolist() == [[one(a, b) for b in w.numpy()] for a in x.numpy()]
-    ones = np.ones(length, np.float32)
-    assert lane_sum(x).tolist() == [one(a, ones) for a in x.numpy()]
+    odd_first = [k ^ 1 for k in range(length + length % 2) if k ^ 1 < length]
+    found = lane_dot(x, w).tolist()
+    assert found == [[one(a * b, lambda k: k % 32 // 2, odd_first) for b in w.numpy()] for a in x.numpy()]
+    assert lane_sum(x).tolist() == [one(a, lambda k: k % LANES, list(range(length))) for a in x.numpy()]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_exp_of_minus_infinity_is_zero() -> None:
     assert exp(torch.tensor([-torch.inf, -500.0])).tolist() == [0.0, 0.0]
 
 
-def e8m0(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randint(0, 160, shape, generator=GENERATOR).to(torch.uint8).view(torch.float8_e8m0fnu)
+def e8m0(shape: tuple[int, ...], smallest: int = 90) -> torch.Tensor:
+    return torch.randint(smallest, 160, shape, generator=GENERATOR).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def matrices(rows: int, columns: int) -> list[Matrix]:
@@ -104,9 +105,12 @@ def matrices(rows: int, columns: int) -> list[Matrix]:
         Matrix("bfloat16", "bfloat16", shape, normal.to(torch.bfloat16)),
         Matrix("fp8", "float8_e4m3fn", shape, fp8, e8m0(blocks), Block(128, 128)),
         Matrix("fp8, float32 scales", "float8_e4m3fn", shape, fp8, powers, Block(128, 128)),
-        Matrix("fp8, odd scales", "float8_e4m3fn", shape, fp8, odd_scale, Block(128, 128), powers_of_two=False),
+        Matrix("fp8, odd scales", "float8_e4m3fn", shape, fp8, odd_scale, Block(128, 128), exact_products=False),
         Matrix("fp8, 32 x 32", "float8_e4m3fn", shape, fp8, e8m0((-(-rows // 32), -(-columns // 32))), Block(32, 32)),
         Matrix("fp4", "float4_e2m1fn", shape, packed, e8m0((rows, columns // 32))),
+        Matrix(
+            "fp4, tiny scales", "float4_e2m1fn", shape, packed, e8m0((rows, columns // 32), 0), exact_products=False
+        ),
     ]
 
 
@@ -145,8 +149,8 @@ def test_sparse_attention(queries: int, dtype: torch.dtype) -> None:
     expected = ops.sparse_attention(q, window, compressed, index, sink, 0.125)
     assert torch.equal(bits(native.sparse_attention(q, window, compressed, index, sink, 0.125)), bits(expected))
     exact = attention_in_float64(q, torch.cat((window, compressed)), index, sink, 0.125)
-    # bfloat16 probabilities and results are off by 2**-9 each, of values that average random numbers.
-    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    # bfloat16 probabilities and results are off by 2**-8 each, of values that average random numbers.
+    tolerance = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
     for found in (expected, accelerated.sparse_attention(q, window, compressed, index, sink, 0.125)):
         assert (found.to(torch.float64) - exact).abs().max() < tolerance
 
@@ -182,8 +186,8 @@ def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         assert torch.equal(expected, expected.to(torch.bfloat16).to(torch.float32))
     products = torch.einsum("thd,bd->thb", q.double(), keys.double()).clamp(min=0) * weights.double()[..., None]
-    # In bfloat16 every product is rounded twice and the sum once, each time by at most 2**-9.
-    unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-20
+    # In bfloat16 every product is rounded twice and the sum once, each time by at most 2**-8.
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
     bound = 3.1 * unit * products.abs().sum(1) + 1e-6
     for found in (expected, accelerated.index_scores(q, weights, keys)):
         assert ((found - products.sum(1)).abs() <= bound).all()
