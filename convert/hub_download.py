@@ -110,6 +110,24 @@ def plan_download(
     return DownloadPlan(snapshot, place, tuple(files), missing, free_bytes(place.root(snapshot)))
 
 
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Repository, commit and hashes of a folder that `dsv4 download` filled; None for other folders."""
+    try:
+        value = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("files"), dict) else None
+
+
+def check_folder(plan: DownloadPlan) -> None:
+    """Refuse a folder that another repository was downloaded into: its files would be replaced. Raises UsageError."""
+    record = read_record(plan.place.folder) if plan.place.folder else None
+    source = plan.snapshot.source
+    if record is not None and str(record.get("source")).partition(":")[2] != source.repository:
+        text = f"{printable(str(plan.place.folder))} holds files of {printable(str(record.get('source')))}"
+        raise UsageError(text, "Choose another folder.")
+
+
 def check_space(plan: DownloadPlan) -> None:
     """Refuse what cannot fit. Raises MachineError with both numbers."""
     need = plan.missing_bytes + _SPARE_BYTES if plan.missing else 0
@@ -277,15 +295,6 @@ def _write_record(plan: DownloadPlan) -> None:
     os.replace(temporary, folder / RECORD)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Repository, commit and hashes of a folder that `dsv4 download` filled; None for other folders."""
-    try:
-        value = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) and isinstance(value.get("files"), dict) else None
-
-
 def _raise_bad_files(futures: list[Future[None]]) -> None:
     """All bad files in one error."""
     faults = [error for f in futures if isinstance(error := f.exception(), BadFile)]
@@ -338,6 +347,7 @@ def download(
     Raises BadFile naming every file that is bad on both attempts, NetworkError, MachineError, OSError; what was
     finished stays, and the same call goes on from there.
     """
+    check_folder(plan)
     check_space(plan)
     running = _Download(plan, fallback, counter, warn)
     snapshot, place = plan.snapshot, plan.place

@@ -203,9 +203,13 @@ def test_shard_that_was_broken_before_it_was_uploaded(tmp_path: Path) -> None:
     assert SHARDS[1] not in contents(tmp_path / "out")
 
 
+@pytest.mark.parametrize("given", ["option", "environment"])
 @pytest.mark.parametrize("hub", HUBS)
-def test_token_does_not_follow_a_redirect(server: HubServer, tmp_path: Path, hub: str) -> None:
-    done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out", "--token", "secret-token")
+def test_token_does_not_follow_a_redirect(server: HubServer, tmp_path: Path, hub: str, given: str) -> None:
+    option = ["--token", "secret-token"] if given == "option" else []
+    variable = {"hf": "HF_TOKEN", "ms": "MODELSCOPE_API_TOKEN"}[hub]
+    environment = {variable: "secret-token"} if given == "environment" else {}
+    done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out", *option, **environment)
     assert done.returncode == 0, done.stderr
     stored = [r for r in server.requests if r.host == "storage"]
     asked = [r for r in server.requests if r.host == "hub"]
@@ -300,6 +304,15 @@ def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
     assert "interrupted" in words
     assert contents(tmp_path / "out").keys() == contents(source).keys() - {SHARDS[2]}
     assert_second_run_completes(server, tmp_path, source)
+
+
+def test_folder_of_another_repository(server: HubServer, tmp_path: Path, source: Path) -> None:
+    server.publish("acme/Other-V4", make_repository(tmp_path / "other", seed=9))
+    assert run_dsv4(server, tmp_path, "download", REPOSITORY, "out").returncode == 0
+    done = run_dsv4(server, tmp_path, "download", "acme/Other-V4", "out")
+    assert done.returncode == 2
+    assert f"hf:{REPOSITORY}" in done.stderr
+    assert contents(tmp_path / "out") == contents(source)
 
 
 def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
