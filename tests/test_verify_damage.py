@@ -204,6 +204,19 @@ def test_a_dropped_tensor(output: Output, name: str) -> None:
     assert texts(result) == ""  # the index was written anew: only the tensor is missing
 
 
+def test_other_bytes_of_equal_value(output: Output) -> None:
+    """One negative zero made positive: not the same bytes, but the same values."""
+    name = "layers.0.ffn.experts.0.w1.weight"
+    data = output.shard_of(name)[name].array().reshape(-1)
+    fp8 = output.expert_dtype == "fp8"
+    position = int(np.flatnonzero(data == 0x80 if fp8 else data >> 4 == 8)[0])
+    output.change(name, lambda codes: codes.reshape(-1).__ixor__((np.arange(codes.size) == position) * np.uint8(0x80)))
+    result = output.verify()
+    assert (result.exit_code, result.lost_signs, result.gained_signs) == (0, 1, 0)
+    assert next(r.status for r in result.results if r.name == name) == "≈"
+    assert output.verify(strict=True).exit_code == 1
+
+
 def test_a_dropped_tensor_that_the_index_lists(output: Output) -> None:
     folder = output.write()
     del output.shards[SHARDS[0]]["embed.weight"]

@@ -55,25 +55,24 @@ def _share(text: str | None) -> float | None:
     return share
 
 
-def _describe(difference: dict[str, Any]) -> list[str]:
-    """A tensor that differs, in a few lines: where, how much, which blocks, the first element."""
-    name = printable(difference["name"])
-    words = [f"{difference['status']} {name}"]
-    if reason := difference.get("reason"):
-        words.append(reason)
+def _describe(difference: dict[str, Any], verbose: bool) -> list[str]:
+    """A tensor that differs, in a few lines: where, how much, which blocks, the first element (`-v`: more of each)."""
+    limit = len(difference.get("blocks", [])) if verbose else BLOCKS_SHOWN
+    words = [difference["reason"]] if difference.get("reason") else []
     if count := difference.get("different_elements"):
         words.append(f"{count:,} of {difference['elements']:,} elements differ")
-    lines = [": ".join(words[:1]) + ("  " + ", ".join(words[1:]) if len(words) > 1 else "")]
+    head = f"{difference['status']} {printable(difference['name'])}"
+    lines = ["  ".join(filter(None, (head, ", ".join(words))))]
     if blocks := difference.get("blocks"):
         size = "x".join(map(str, difference["block"]))
-        some = " ".join(f"({row},{column})" for row, column, _ in blocks[:BLOCKS_SHOWN])
-        more = difference["different_blocks"] - BLOCKS_SHOWN
+        some = " ".join(f"({row},{column})" for row, column, _ in blocks[:limit])
+        more = difference["different_blocks"] - limit
         lines.append(f"    in {size} blocks {some}" + (f" and {more} more" if more > 0 else ""))
-    for first in difference.get("first_differences", [])[:1]:
+    for number, first in enumerate(difference.get("first_differences", [])[: None if verbose else 1]):
         a, b = first["source"], first["output"]
         at = ", ".join(map(str, first["at"]))
         shown = [s["code"] + (f" * {s['scale']}" if s["scale"] else "") + f" = {s['value']}" for s in (a, b)]
-        lines.append(f"    first at [{at}]: source {shown[0]}, output {shown[1]}")
+        lines.append(f"    {'then' if number else 'first'} at [{at}]: source {shown[0]}, output {shown[1]}")
     return lines
 
 
@@ -83,7 +82,7 @@ def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> 
     differences = [d for d in differences if d["name"].removesuffix("scale") + "weight" not in names]
     listed = differences if out.verbose else differences[:SHOWN]
     for difference in listed:
-        for line in _describe(difference):
+        for line in _describe(difference, out.verbose):
             out.text(line)
     if len(differences) > len(listed):
         out.text(f"  and {len(differences) - len(listed)} more (-v lists all, --json has the details)")
