@@ -1,10 +1,21 @@
-"""The files: reading a checkpoint, planning its conversion, writing the result, proving it."""
+"""The files: reading a checkpoint, planning its conversion, writing the result, proving it.
+
+    from dsv4.convert import convert, verify
+
+    convert("DeepSeek-V4-Flash", "Flash-FP8", target="vllm")    # a Result; the command's options and defaults
+    verify("DeepSeek-V4-Flash", "Flash-FP8").exit_code == 0     # a Verification; .verdict is its sentence
+
+Files, bottom-up: safetensors_format, storage and checkpoint read; roles, settings and plan decide; tensor_pieces,
+shard_writer and files write; conversion does it all. The verify_* modules share nothing with them.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import convert as convert
     from .verification import verify as verify
+
+__all__ = ["convert", "verify"]
 
 _LAZY = {
     "convert": "conversion",

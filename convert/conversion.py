@@ -358,7 +358,14 @@ def convert(
     overwrite: bool = False,
     progress: Advance = lambda count: None,
 ) -> Result:
-    """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors (see `run_conversion`)."""
+    """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors.
+
+    source, output: folders; the output is new, empty or an unfinished conversion of the same kind, which is continued.
+    max_shard_bytes, max_memory_bytes: bytes. progress: called with the number of bytes just written.
+    Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `to_json()`.
+    Raises UsageError for options that do not fit, InputError for a bad source or a block without an exact form,
+    MachineError for disk, permission or a lock.
+    """
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, max_shard_bytes)
     checkpoint = Checkpoint.open(source)
     try:
