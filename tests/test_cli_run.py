@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 
 from dsv4 import cli, run_chat
 from dsv4.convert.synthetic import Geometry, make_checkpoint
@@ -22,23 +23,18 @@ from dsv4.model.generate import Answer, Limits, Statistics, generate
 from dsv4.model.sampling import Sampling
 from dsv4.model.tokenizer import load_tokenizer
 
-GEOMETRY = Geometry(
-    hidden_size=128, compress_ratios=(0, 4, 0), n_routed_experts=2, num_experts_per_tok=1, num_attention_heads=2,
-    head_dim=64, qk_rope_head_dim=32, q_lora_rank=64, o_groups=1, o_lora_rank=64, index_n_heads=2, index_head_dim=64,
-    hc_mult=2, hc_sinkhorn_iters=2, moe_intermediate_size=64, max_position_embeddings=200,
-)  # fmt: skip
 FEW = ("--max-new-tokens", "4", "--temperature", "0")
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "small", geometry=GEOMETRY))
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "small", geometry=TINY))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "other", geometry=GEOMETRY, seed=1))
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "other", geometry=TINY, seed=1))
 
 
 def run(capfd: Capture, *arguments: str, code: int = 0) -> tuple[str, str]:
@@ -65,7 +61,7 @@ def test_a_prompt_in_each_mode(capfd: Capture, folder: str) -> None:
     for mode, thinking, effort in modes:
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello"}]
         ids = tokenizer.encode(encode_messages(messages, thinking_mode=thinking, reasoning_effort=effort))
-        if len(ids) > GEOMETRY.max_position_embeddings:
+        if len(ids) > TINY.max_position_embeddings:
             assert "context" in run(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW, code=3)[1]
             continue
         answer = run_json(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW)["answers"][0]
@@ -111,7 +107,7 @@ def test_tokens_inline_and_from_a_file(capfd: Capture, folder: str, tmp_path: Pa
 
 
 def test_tokens_need_no_tokenizer(capfd: Capture, tmp_path: Path) -> None:
-    bare = str(make_checkpoint(tmp_path / "bare", geometry=GEOMETRY, tokenizer=False))
+    bare = str(make_checkpoint(tmp_path / "bare", geometry=TINY, tokenizer=False))
     assert len(run_json(capfd, bare, "--tokens", "0,17,4", *FEW)["answers"][0]["tokens"]) == 4
     assert "--tokens" in run(capfd, bare, "Hello", code=3)[1]
 
@@ -302,7 +298,7 @@ def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tm
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) -> None:
-    source = str(make_checkpoint(tmp_path / "source", geometry=GEOMETRY, mixed_scales=mixed))
+    source = str(make_checkpoint(tmp_path / "source", geometry=TINY, mixed_scales=mixed))
     ids = ",".join(str(i * 37 % 512) for i in range(11))
     for target in ("fp8", "bf16"):
         converted = str(tmp_path / target)
@@ -457,11 +453,11 @@ def test_a_strange_generation_config(capfd: Capture, folder: str, tmp_path: Path
 
 
 def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
-    geometry = Geometry(**{**vars(GEOMETRY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
+    geometry = Geometry(**{**vars(TINY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
     bare = str(make_checkpoint(tmp_path / "bare", geometry=geometry))
     assert "no MTP block" in run(capfd, bare, "--tokens", "1", "--mtp", code=2)[1]
     path = tmp_path / "l.safetensors"
     run(capfd, bare, "--tokens", "1,2", "--logits", str(path), "-q")
     assert set(load_file(path)) == {"token_ids", "logits"}
-    full = str(make_checkpoint(tmp_path / "full", geometry=GEOMETRY))
+    full = str(make_checkpoint(tmp_path / "full", geometry=TINY))
     assert run(capfd, bare, "--tokens", "1,2", "--compare", full)[0].startswith("BIT-EQUAL")

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TINY
 
-from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model import load
 from dsv4.model.compare import Run, compare
@@ -14,17 +15,12 @@ from dsv4.model.evaluate import Evaluation, check_tokens, teacher_forced
 from dsv4.model.trace import Fingerprints
 from dsv4.model.transformer import Transformer
 
-GEOMETRY = Geometry(
-    hidden_size=128, compress_ratios=(0, 4, 0), n_routed_experts=2, num_experts_per_tok=1, num_attention_heads=2,
-    head_dim=64, qk_rope_head_dim=32, q_lora_rank=64, o_groups=1, o_lora_rank=64, index_n_heads=2, index_head_dim=64,
-    hc_mult=2, hc_sinkhorn_iters=2, moe_intermediate_size=64,
-)  # fmt: skip
 TOKENS = [0, 5, 9, 100, 300, 17, 4, 8, 99, 250, 12]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    return load(make_checkpoint(tmp_path_factory.mktemp("compare"), geometry=GEOMETRY))
+    return load(make_checkpoint(tmp_path_factory.mktemp("compare"), geometry=TINY))
 
 
 def run(model: Transformer, tokens: list[int] = TOKENS, prefill: int | None = None) -> Run:

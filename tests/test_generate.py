@@ -9,8 +9,9 @@ import torch
 from fake_model import VOCABULARY, FakeModel, logits_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY
 
-from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import generate as generate_module
 from dsv4.model.generate import Limits, generate
@@ -150,7 +151,7 @@ class Oracle:
 
 
 def test_right_and_wrong_drafts_on_the_real_engine(tmp_path: Path) -> None:
-    model = load(make_checkpoint(tmp_path / "small", geometry=Geometry(compress_ratios=(4, 0), n_routed_experts=4)))
+    model = load(make_checkpoint(tmp_path / "small", geometry=TINY))
     prompt, limits = [(i * 37) % 300 + 3 for i in range(123)], Limits(14)  # past the window, and over blocks of 4
     plain = tokens_of(model, [prompt], limits, GREEDY)[0]
     oracle = Oracle(model, plain, len(prompt))
