@@ -16,11 +16,11 @@ PHONE = 800  # a chart is never drawn smaller than this, so that its labels stay
 CELLS = {"=": "same", "≈": "equal", "*": "differs", "-": "differs", "+": "differs", "!": "unreadable", ".": "unchecked"}
 
 
-def svg(width: float, height: float, body: Sequence[str], title: str) -> str:
+def svg(width: float, height: float, body: Sequence[str], title: str, narrowest: float = PHONE) -> str:
     """An SVG element with a title that screen readers say."""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width:g}px;min-width:{min(width, PHONE):g}px">{"".join(body)}</svg>'
+        f'style="max-width:{width:g}px;min-width:{min(width, narrowest):g}px">{"".join(body)}</svg>'
     )
 
 
@@ -72,26 +72,32 @@ def proof_grid(experts: Mapping[str, str], others: Mapping[str, str], words: Map
 
 
 def span_histogram(spans: Mapping[str, int], limit: int) -> str:
-    """FP8 blocks by the spread of the FP4 scales inside; heights are logarithmic, counts are written on the bars."""
+    """FP8 blocks by the spread of the FP4 scales inside; heights are logarithmic, counts are written on the bars.
+
+    Narrower than the other charts and with larger letters: the limit has to be in sight on a phone too.
+    """
+    width, height, top, left = 560.0, 170.0, 40.0, 10.0
     last = max(max(map(int, spans)), limit) + 1
-    bar, height, top = (WIDTH - LABEL) / (last + 1), 150.0, 34.0
+    bar = (width - 2 * left) / (last + 1)
     tallest = math.log10(max(spans.values()) + 1)
+    every = math.ceil(20 / bar)
     body = []
     for span in range(last + 1):
-        count, x = spans.get(str(span), 0), LABEL / 2 + span * bar
-        body.append(text(x + bar / 2, top + height + 14, str(span), "middle", "tick"))
+        count, x = spans.get(str(span), 0), left + span * bar
+        if span % every == 0:
+            body.append(text(x + bar / 2, top + height + 15, str(span), "middle", "big"))
         if count:
             tall = max(2.0, height * math.log10(count + 1) / tallest)
             kind = "equal" if span <= limit else "beyond"
             body.append(rect(x + 1, top + height - tall, bar - 2, tall, kind, f"span 2^{span}: {count} blocks"))
-            if bar > 22:
-                body.append(text(x + bar / 2, top + height - tall - 4, short(count), "middle", "tick"))
-    edge = LABEL / 2 + (limit + 1) * bar
-    body.append(f'<path d="M{edge:.2f} 14V{top + height:.2f}" class="limit"/>')
-    body.append(text(edge - 6, 14, f"E4M3 absorbs any codes up to 2^{limit}", "end", "strong"))
-    middle = WIDTH / 2
-    body.append(text(middle, top + height + 32, "log2(largest scale / smallest scale) within an FP8 block", "middle"))
-    return svg(WIDTH, top + height + 40, body, "Histogram of scale spans per FP8 block")
+            if bar > 30:
+                body.append(text(x + bar / 2, top + height - tall - 4, short(count), "middle", "big"))
+    edge = left + (limit + 1) * bar
+    body.append(f'<path d="M{edge:.2f} 18V{top + height:.2f}" class="limit"/>')
+    anchor, shift = ("end", -6) if edge > width / 2 else ("start", 6)
+    body.append(text(edge + shift, 16, f"E4M3 absorbs any codes up to 2^{limit}", anchor, "big strong"))
+    body.append(text(width / 2, top + height + 34, "log2(largest / smallest scale) in an FP8 block", "middle", "big"))
+    return svg(width, top + height + 42, body, "Histogram of scale spans per FP8 block", narrowest=330)
 
 
 def scale_map(modules: Mapping[str, Mapping[str, int]], side: str) -> str:

@@ -52,7 +52,8 @@ dd { margin: 0; overflow-wrap: anywhere; } .frame { overflow-x: auto; border: 1p
 .legend span::before { content: ""; display: inline-block; width: 12px; height: 12px; margin-right: 6px;
   vertical-align: -1px; background: var(--c); }
 .label, .tick { fill: var(--soft); font-size: 9.5px; } .tick { font-size: 9px; }
-.strong { fill: var(--ink); font-size: 11px; font-weight: 600; } .onbar { fill: #fff; font-size: 11px; }
+.big { fill: var(--soft); font-size: 12px; } .strong { fill: var(--ink); font-size: 11px; font-weight: 600; }
+.big.strong { font-size: 13px; } .onbar { fill: #fff; font-size: 11px; }
 .same { fill: var(--same); } .equal { fill: var(--equal); } .differs { fill: var(--differs); }
 .unreadable { fill: var(--unreadable); } .unchecked { fill: var(--unchecked); } .heat { fill: var(--heat); }
 .beyond { fill: var(--beyond); } .limit { stroke: var(--bad); stroke-width: 2; stroke-dasharray: 5 3; fill: none; }

@@ -284,6 +284,69 @@ def test_bytes_after_the_last_tensor(output: Output) -> None:
     assert result.exit_code == 1 and "1 bytes after the last tensor belong to no tensor" in texts(result)
 
 
+def test_bytes_between_tensors(output: Output) -> None:
+    """Every tensor is whole; eight bytes belong to none."""
+    folder = output.write()
+    tensors = output.shards[SHARDS[0]]
+    padded = {"embed.weight": tensors["embed.weight"], "pad": raw("I8", np.zeros(8, np.uint8)), **tensors}
+    header = header_of(padded)
+    del header["pad"]
+    write_file(folder / SHARDS[0], padded, header)
+    result = verify(output.source, folder)
+    assert (result.exit_code, named(result, "*")) == (1, set())
+    assert "8 bytes before layers.0.attn.attn_sink belong to no tensor" in texts(result)
+
+
+def test_overlapping_tensors(output: Output) -> None:
+    """Two names for the same bytes."""
+    folder = output.write()
+    tensors = output.shards[SHARDS[1]]
+    header = header_of(tensors)
+    first, second = EXPERTS[2] + ".weight", EXPERTS[3] + ".weight"
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    write_file(folder / SHARDS[1], tensors, header)
+    result = verify(output.source, folder)
+    assert result.exit_code == 3 and named(result, "!") >= {second}
+    assert f"{second}: its bytes overlap those of {first}" in texts(result)
+
+
+HEADERS: list[tuple[str, Any, str]] = [
+    ("no dtype", {"shape": [6, 4], "data_offsets": [0, 48]}, "lacks dtype, shape or data_offsets"),
+    ("unknown dtype", {"dtype": "BF17", "shape": [6, 4], "data_offsets": [0, 48]}, "dtype 'BF17' is not one"),
+    ("negative", {"dtype": "BF16", "shape": [-6, -4], "data_offsets": [0, 48]}, "shape is not a list of sizes"),
+    ("float size", {"dtype": "BF16", "shape": [6.0, 4], "data_offsets": [0, 48]}, "shape is not a list of sizes"),
+    ("true", {"dtype": "BF16", "shape": [24, True], "data_offsets": [0, 48]}, "shape is not a list of sizes"),
+    ("backwards", {"dtype": "BF16", "shape": [6, 4], "data_offsets": [48, 0]}, "needs 48 bytes"),
+    ("one offset", {"dtype": "BF16", "shape": [6, 4], "data_offsets": [0]}, "not two byte positions"),
+    ("huge", {"dtype": "BF16", "shape": [1 << 62, 8], "data_offsets": [0, 48]}, "its data_offsets give it 48"),
+    (
+        "beyond the file",
+        {"dtype": "BF16", "shape": [6, 4], "data_offsets": [1 << 40, (1 << 40) + 48]},
+        "it ends at byte",
+    ),
+    ("a list", [1, 2], "lacks dtype, shape or data_offsets"),
+]
+
+
+@pytest.mark.parametrize(("entry", "reason"), [h[1:] for h in HEADERS], ids=[h[0] for h in HEADERS])
+def test_a_header_entry_that_makes_no_sense(fp8_output: Output, entry: Any, reason: str) -> None:
+    folder = fp8_output.write()
+    tensors = fp8_output.shards[SHARDS[0]]
+    write_file(folder / SHARDS[0], tensors, header_of(tensors) | {"embed.weight": entry})
+    result = verify(fp8_output.source, folder)
+    assert (result.exit_code, named(result, "!")) == (3, {"embed.weight"})
+    assert reason in texts(result)
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '{"a": NaN}', "[" * 100_000, "\udcff"])
+def test_a_header_that_is_no_header(fp8_output: Output, header: str) -> None:
+    folder = fp8_output.write()
+    text = header.encode("utf-8", "surrogateescape").decode("latin-1")
+    write_file(folder / SHARDS[0], fp8_output.shards[SHARDS[0]], text)
+    result = verify(fp8_output.source, folder)
+    assert result.exit_code == 3 and f"{SHARDS[0]} cannot be read" in texts(result)
+
+
 def test_a_shard_that_is_not_there(output: Output) -> None:
     (output.write() / SHARDS[1]).unlink()
     result = verify(output.source, output.folder)
