@@ -72,9 +72,12 @@ def _with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
     return edited
 
 
-def edit_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """config.json of the output, for the Hugging Face layout."""
-    if settings.to == "same":
+def edit_config(config: dict[str, Any], settings: Settings, some_kept: bool = False) -> dict[str, Any]:
+    """config.json of the output, for the Hugging Face layout.
+
+    some_kept: tensors stayed quantized under `--on-inexact keep`; a BF16 config must go on saying how.
+    """
+    if settings.to == "same" or (settings.to == "bf16" and some_kept):
         return config
     if settings.to == "bf16":
         return {k: v for k, v in _without_expert_dtype(config).items() if k != "quantization_config"}

@@ -217,7 +217,7 @@ class _Run:
         tensors = {name: entry for shard in shards for name, entry in shard.tensors.items()}
         contents = {
             INDEX_NAME: lambda: index_file(tensors),
-            CONFIG_NAME: lambda: config_file(self.checkpoint, self.plan),
+            CONFIG_NAME: lambda: config_file(self.checkpoint, self.plan, some_kept=bool(self.kept_tensors())),
         }
         last = {name: contents[name]() for name in index_names(self.plan)}
         manifest = make_manifest(job, shards, {**files, **last}, self.kept_tensors())

@@ -56,11 +56,11 @@ def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
     return dump(make_inference_config(checkpoint.config, stays_fp4, _mtp_stages(checkpoint)))
 
 
-def config_file(checkpoint: Checkpoint, plan: Plan) -> bytes:
+def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:
     """Content of the output's config.json; the source's own bytes if nothing in it changes."""
     if plan.settings.layout == "mp":
         return _engine_config(checkpoint, plan)
-    edited = edit_config(checkpoint.config, plan.settings)
+    edited = edit_config(checkpoint.config, plan.settings, some_kept)
     if edited == checkpoint.config:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)

@@ -45,6 +45,10 @@ def test_edits(before: dict[str, Any], options: dict[str, Any], after: dict[str,
     assert given == before
 
 
+def test_bf16_with_tensors_that_stayed_quantized_goes_on_saying_how() -> None:
+    assert edit_config(TOP, resolve("bf16", on_inexact="keep"), some_kept=True) == TOP
+
+
 def test_released_inference_configs() -> None:
     fp4, fp8 = inference_config(Geometry(), "fp4"), inference_config(Geometry(), "fp8")
     assert list(edit_inference_config(fp4, resolve()).items()) == list(fp8.items())
