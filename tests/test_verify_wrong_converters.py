@@ -218,8 +218,8 @@ def test_positive_zeros(tmp_path: Path) -> None:
     assert (result.exit_code, result.lost_signs, result.gained_signs) == (0, zeros, 0)
     strict = check(tmp_path, tensors, positive_zeros(tensors), strict=True)
     assert strict.exit_code == 1 and "zeros changed sign" in strict.verdict
-    backwards = verify(tmp_path / "output", tmp_path / "source")
-    assert (backwards.lost_signs, backwards.gained_signs) == (0, zeros)
+    backwards = verify(tmp_path / "output", tmp_path / "source", strict=True)
+    assert (backwards.exit_code, backwards.lost_signs, backwards.gained_signs) == (1, 0, zeros)
 
 
 def test_one_expert_skipped(tmp_path: Path) -> None:
