@@ -180,16 +180,17 @@ def _fp8_codes(checkpoint: Checkpoint, piece: Piece, scales: BlockScales) -> Mad
     packed, group_bytes = torch.from_numpy(raw), torch.from_numpy(groups)
     first = piece.start // block.rows
     data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
+    made = data.numpy()
     counts = Counts()
     for a, b in _blocks(len(raw), piece.tensor.shape[1], block.rows):
         over = slice(first + a // block.rows, first + -(-b // block.rows))
         chosen = scales.scale_bytes[over]
         fp4_to_fp8.cast(packed[a:b], group_bytes[a:b], chosen, block, out=data[a:b])
+        counts.negative_zeros += int(np.count_nonzero(made[a:b] == e4m3.NEGATIVE_ZERO))
         if scales.inexact[over].any():
             exact = fp4_to_fp8.exact_values(packed[a:b], group_bytes[a:b], chosen, block)
             counts.changed += int(torch.count_nonzero(exact != e4m3.decode(data[a:b])))
-    counts.negative_zeros = int(np.count_nonzero(data.numpy() == e4m3.NEGATIVE_ZERO))
-    return Made(data.numpy(), raw, counts)
+    return Made(made, raw, counts)
 
 
 def _typed_scale(groups: Array, info: TensorInfo) -> torch.Tensor:
