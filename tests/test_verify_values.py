@@ -300,3 +300,10 @@ def test_rebuild_counts_signs_and_errors_apart() -> None:
     assert rebuild(first, second) == {"codes": 512, "sign": sign, "wrong": wrong}
     second.data = np.where(second.data == 0x80, 0, second.data).astype(np.uint8)
     assert rebuild(first, second)["sign"] > 20
+
+
+def test_rebuild_takes_no_mark_for_a_code() -> None:
+    """What has no FP4 code is marked with 255, which packs like two codes 15: it must not count as those."""
+    first = Band(E2M1, np.full((4, 16), 0xFF, np.uint8), 32, e8m0_scales(np.full((4, 1), 120, np.uint8)), (1, 32))
+    second = Band(E4M3, np.full((4, 32), 0x7E, np.uint8), 32, e8m0_scales(np.full((1, 1), 120, np.uint8)), (128, 128))
+    assert rebuild(first, second) == {"codes": 128, "sign": 0, "wrong": 128}
