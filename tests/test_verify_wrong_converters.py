@@ -273,3 +273,19 @@ def test_which_blocks_the_reference_gets_wrong(tmp_path: Path, ranks: int) -> No
         found = next(r for r in result.results if r.name == f"{name}.weight").tally
         assert found.blocks == {(r, c): int(n) for (r, c), n in np.ndenumerate(blocks) if n}
         assert found.blocks
+
+
+@pytest.mark.parametrize("lowest", [0, 116])
+def test_blocks_with_another_scale_than_the_reference(tmp_path: Path, lowest: int) -> None:
+    """The reference's scale is the largest / 2^6, or 2^-127 where E8M0 ends; other exact ones are counted."""
+    tensors = fp4_experts(lowest, lowest + 4)
+    made = dict(tensors)
+    for name in EXPERTS:
+        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
+        exponents = np.maximum(block_exponents(scale), -127)
+        exponents[1, 0] += name != EXPERTS[0]
+        made[f"{name}.weight"], made[f"{name}.scale"] = quantize(values_of(weight, scale), exponents)
+    result = check(tmp_path, tensors, made)
+    assert result.exit_code == 0
+    assert all(r.tally.other_scale == (EXPERTS[0] not in r.name) for r in result.results if "w1.weight" in r.name)
+    assert result.to_json()["statistics"]["fp8_blocks"]["other_scale_than_reference"] == 3
