@@ -1,13 +1,12 @@
 """Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block."""
 
-import os
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dsv4.errors import InputError
 
@@ -94,13 +93,25 @@ def teacher_forced(
     )
 
 
+_TAGS = {torch.int64: "I64", torch.float32: "F32"}
+
+
 def write_logits(evaluation: Evaluation, path: str | Path) -> None:
-    """Write `token_ids` [n] int64, `logits` [n, V] and, with an MTP block, `mtp_logits` [n - 1, V] float32."""
+    """Write `token_ids` [n] int64, `logits` [n, V] and, with an MTP block, `mtp_logits` [n - 1, V] float32.
+
+    Written here and not by the library, which renames a new file over `path`: over a device or a link, too.
+    """
     tensors = {"token_ids": torch.tensor(evaluation.token_ids, dtype=torch.int64), "logits": evaluation.logits}
     if evaluation.mtp_logits is not None:
         tensors["mtp_logits"] = evaluation.mtp_logits
-    Path(path).touch()  # a path that cannot be written is an OSError here, a vague one in the library
-    save_file(tensors, path)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)  # the library writes files that only their owner can read
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        span = [end, end + tensor.nbytes]
+        header[name] = {"dtype": _TAGS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        end = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.numpy()).cast("B"))

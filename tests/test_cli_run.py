@@ -225,6 +225,14 @@ def test_logits_of_every_position(capfd: Capture, folder: str, tmp_path: Path, h
     assert torch.equal(tensors["mtp_logits"], mtp[0])
 
 
+def test_logits_go_where_they_are_told(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    run(capfd, folder, "--tokens", "0,5", "--logits", str(link), "-q")
+    assert link.is_symlink() and set(load_file(target)) == {"token_ids", "logits", "mtp_logits"}
+    assert "folder" in run(capfd, folder, "--tokens", "0,5", "--logits", str(tmp_path), code=3)[1]
+
+
 def test_trace(capfd: Capture, folder: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     run(capfd, folder, "--tokens", "0,5,9,4", "--logits", str(tmp_path / "l"), "--trace", str(path), "--prefill", "3")

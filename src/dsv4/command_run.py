@@ -83,6 +83,8 @@ def _check_outputs(paths: Iterable[str | None]) -> None:
     for path in paths:
         if path is not None and not Path(path).parent.is_dir():
             raise InputError(f"{printable(path)}: the folder does not exist", "Create it first.")
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"{printable(path)} is a folder", "Name a file.")
 
 
 def _single(prompts: list[Prompt]) -> list[int]:
