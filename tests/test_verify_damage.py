@@ -444,6 +444,11 @@ CONFIG_EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         "weight_block_size says [1, 2]",
     ),
     ("method", lambda c: c["quantization_config"].update(quant_method="fp9"), "quant_method says 'fp9'"),
+    (
+        "another key of the quantization",
+        lambda c: c["quantization_config"].update(activation_scheme="static"),
+        "quantization_config.activation_scheme is 'static'",
+    ),
     ("scale format", lambda c: c["quantization_config"].update(scale_fmt="ue9m0"), "scale_fmt says 'ue9m0'"),
 ]
 
