@@ -114,4 +114,4 @@ def write_logits(evaluation: Evaluation, path: str | Path) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.numpy()).cast("B"))
+            file.write(tensor.numpy().data.cast("B"))
