@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Serve a converted folder with vLLM or SGLang: first ask whether it will do, then start the engine.
+#
+#     examples/serve.sh vllm|sglang FOLDER RANKS [--dry-run]
+#
+# The engines are not part of dsv4 and are not started by its tests.
+set -euo pipefail
+source "$(dirname "$0")/step.sh"
+engine=${arguments[0]:?vllm or sglang}
+folder=${arguments[1]:?the folder that dsv4 convert --target wrote}
+ranks=${arguments[2]:?over how many devices}
+
+step dsv4 doctor "$folder" --for "$engine" --tensor-parallel "$ranks"
+if [[ $engine == vllm ]]; then
+    step vllm serve "$folder" --tensor-parallel-size "$ranks"
+else
+    step env SGLANG_DSV4_FP4_EXPERTS=0 python -m sglang.launch_server --model-path "$folder" --tp-size "$ranks"
+fi

@@ -1,0 +1,32 @@
+"""Command lines as they stand in documents and scripts: does dsv4 accept them? Nothing is run."""
+
+import re
+import shlex
+
+import typer
+
+from dsv4 import cli
+
+
+def dsv4_commands(text: str) -> list[list[str]]:
+    """The arguments of every `dsv4 …` line of `text`, prompts and comments taken off, continued lines joined."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] == ["dsv4"]:
+            found.append(words[1:])
+        elif "-m dsv4 " in line and words[0] == "torchrun":
+            found.append(words[words.index("dsv4") + 1 :])
+    return found
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse a command line as `dsv4` would. Raises what Typer raises for an unknown command, option or value."""
+    commands = typer.main.get_command(cli.app).commands
+    assert arguments[0] in commands, f"there is no dsv4 {arguments[0]}"
+    commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+
+
+def blocks(markdown: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
