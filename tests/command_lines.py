@@ -12,10 +12,11 @@ def dsv4_commands(text: str) -> list[list[str]]:
     """The arguments of every `dsv4 …` line of `text`, prompts and comments taken off, continued lines joined."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        if words[:1] == ["dsv4"]:
-            found.append(words[1:])
-        elif "-m dsv4 " in line and words[0] == "torchrun":
+        line = line.removeprefix("$ ")
+        if line.startswith("dsv4 "):
+            found.append(shlex.split(line, comments=True)[1:])
+        elif line.startswith("torchrun ") and " -m dsv4 " in line:
+            words = shlex.split(line, comments=True)
             found.append(words[words.index("dsv4") + 1 :])
     return found
 

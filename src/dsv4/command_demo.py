@@ -43,7 +43,7 @@ def demo(
 
     out = output.configure()
     place = _choose_folder(folder)
-    out.say(f"A small DeepSeek-V4 checkpoint with random weights, FP4 experts and FP8 rest, in {place / 'source'}")
+    out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
     make_checkpoint(place / "source")
     for step in _steps(place):
         out.say(f"\n$ dsv4 {shlex.join(step)}")
