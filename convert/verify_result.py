@@ -24,7 +24,7 @@ STATUSES = {
     "!": "unreadable",
 }
 _SEVERITY = ".=≈+-*!"  # from not checked to unreadable: a cell of the proof grid shows the worst
-BLOCKS_LISTED = 1024  # differing blocks listed per tensor; an expert of the largest release has 1,344
+BLOCKS_LISTED = 4096  # differing blocks listed per tensor; an expert of the largest release has 1,344
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\..*")
 _MODULE = re.compile(r"((?:layers|mtp)\.\d+)\..*")
 
