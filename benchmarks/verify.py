@@ -126,7 +126,8 @@ def measure(source: Path, output: Path, runs: int, what: str) -> None:
         hashes.append(hash_once(files))
         verifies.append(verify_once(source, output))
     hash_wall, hash_processor = (min(column) for column in zip(*hashes, strict=True))
-    wall, processor, memory = (pick(column) for pick, column in zip((min, min, max), zip(*verifies), strict=True))
+    walls, processors, memories = zip(*verifies, strict=True)
+    wall, processor, memory = min(walls), min(processors), max(memories)
     print(f"{what}: {size / 1e9:.2f} GB, peak {memory / 2**20:.0f} MiB over an imported torch")
     for name, seconds, used in (("verify", wall, processor), ("sha256sum", hash_wall, hash_processor)):
         print(f"  {name:9}  {seconds:6.2f} s wall  {used:6.2f} s processor  {size / seconds / 1e9:5.2f} GB/s")
