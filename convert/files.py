@@ -239,10 +239,12 @@ def _hold(path: Path, shared: bool = False) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            if not shared:
+                path.unlink(missing_ok=True)
     finally:
-        if not shared:
-            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

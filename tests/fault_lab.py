@@ -18,6 +18,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,12 +36,13 @@ from dsv4.convert.synthetic import make_checkpoint
 KILLED = 137
 GEOMETRY = replace(TWO_LAYERS, compress_ratios=(0,), num_nextn_predict_layers=0)  # one layer, no MTP: 40 tensors
 CHANGING = ("open", "write", "pwrite", "fsync", "replace", "ftruncate", "unlink", "mkdir", "rmdir", "posix_fallocate")
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 REAL = {name: getattr(os, name) for name in CHANGING}
 
 
 @dataclass
 class Fault:
-    """What happens at the `at`-th call of one of `calls`: kill, torn (half a write, then kill), or an errno.
+    """What happens at the `at`-th call of one of `calls`: kill, torn (half a write, then kill), a signal, or an errno.
 
     `short` makes every write do half of what it is asked.
     """
@@ -72,6 +74,9 @@ class Fault:
             REAL[name](arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
         if self.kind in ("kill", "torn"):
             os._exit(KILLED)
+        if self.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.kind])
+            return
         number = getattr(errno, self.kind)
         raise OSError(number, os.strerror(number))
 
@@ -189,7 +194,9 @@ class Lab:
             killed = kind in ("kill", "torn")
             if killed != (ending.code == KILLED):
                 self.complain("the fault did not happen" if killed else "killed", fault, ending)
-            if not killed:
+            if kind in SIGNALS:
+                self.check_interrupted(fault, ending)
+            elif not killed:
                 self.check_error(fault, ending)
             self.check_visible(fault, ending)
             self.check_recovery(fault, ending)
@@ -202,6 +209,13 @@ class Lab:
             self.complain("a temporary file was left", fault, ending)
         if fault.calls == ("fsync",) and sum(call == "fsync" for call in ending.calls) > fault.at + 1:
             self.complain("went on to fsync after one had failed", fault, ending)
+
+    def check_interrupted(self, fault: Fault, ending: Ending) -> None:
+        """A signal ends in 128 plus its number and says how to go on, and what was begun is removed."""
+        if ending.code != 128 + SIGNALS[fault.kind] or "Run the same command again" not in ending.words:
+            self.complain("expected to be told how to continue", fault, ending)
+        if self.output.exists() and list(self.output.rglob(f"{PREFIX}*.part")):
+            self.complain("a temporary file was left", fault, ending)
 
     def short_writes(self) -> None:
         """Every write does half of what it is asked: same bytes."""
@@ -218,6 +232,8 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torn": ("torn", ("write", "pwrite")),
     "disk_full": ("ENOSPC", ("open", "write", "pwrite", "posix_fallocate", "mkdir")),
     "bad_disk": ("EIO", ("fsync",)),
+    "interrupt": ("SIGINT", CHANGING),
+    "terminate": ("SIGTERM", ("write", "replace")),
     "forbidden": ("EACCES", ("open", "replace", "mkdir")),
 }
 
@@ -225,6 +241,8 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
 def main() -> None:
     work, sweep, *options = sys.argv[1:]
     torch.set_num_threads(1)
+    for number in SIGNALS.values():
+        signal.signal(number, cli._on_signal)
     before = None
     if "--before" in options:
         cut = options.index("--before")

@@ -43,5 +43,10 @@ def test_every_call_refused(tmp_path: Path, name: str, least: int) -> None:
     assert sweep(tmp_path, name, [*HF, "2"]) >= least
 
 
+@pytest.mark.parametrize(("name", "least"), [("interrupt", 70), ("terminate", 30)])
+def test_a_signal_at_every_call(tmp_path: Path, name: str, least: int) -> None:
+    assert sweep(tmp_path, name, [*HF, "2"]) >= least
+
+
 def test_short_writes_change_nothing(tmp_path: Path) -> None:
     assert sweep(tmp_path, "short", [*HF, "2"]) == 1
