@@ -335,6 +335,39 @@ INLINE __m512i table_of_e2m1(float scale) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
 }
 
+/* FP8 by shifting: exponent and mantissa to their places in a bfloat16, the bias from 7 to 127; the seven subnormals
+ * from a table. `shift` is the exponent of the scale at its place. */
+INLINE __m512i words_of_e4m3(const uint8_t *p, __m512i shift) {
+    const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
+                                                                     0x3c60));
+    __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
+    __m512i words = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    __mmask32 subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    words = _mm512_mask_permutexvar_epi16(words, subnormal, magnitude, subnormals);
+    words = _mm512_mask_add_epi16(words, _mm512_test_epi16_mask(magnitude, magnitude), words, shift);
+    return _mm512_or_si512(words, _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16((short)0x8000)));
+}
+
+INLINE __m512i shift_of_scale(float scale) {
+    int32_t bits;
+    memcpy(&bits, &scale, 4);
+    return _mm512_set1_epi16((short)(((bits >> 23) - 127) * 128));
+}
+
+/* Columns [start, stop) of a stored row, which begin at p, as bfloat16. The scale is a moderate power of two. */
+static void decode_words(const uint8_t *p, int format, float scale, int64_t count, uint16_t *out) {
+    if (format == BFLOAT16) {
+        memcpy(out, p, count * sizeof(uint16_t));
+    } else if (format == FLOAT8_E4M3FN) {
+        __m512i shift = shift_of_scale(scale);
+        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, words_of_e4m3(p + k, shift));
+    } else {
+        __m512i table = table_of_e2m1(scale);
+        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, words_of_e2m1(p + k / 2, table));
+    }
+}
+
 /* One row of bfloat16 x with four rows of an FP4 or BF16 weight. */
 INLINE void dot_single(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
     __m512 sum[4];
@@ -363,6 +396,9 @@ INLINE void dot_single(const struct matrix *w, int format, const uint16_t *x, in
 }
 #else
 static int dot_is_in_order(void) { return 0; }
+static void decode_words(const uint8_t *p, int format, float scale, int64_t count, uint16_t *out) {
+    (void)p, (void)format, (void)scale, (void)count, (void)out;
+}
 #endif
 
 /* 1 if bfloat16 products may go through vdpbf16ps on this machine. */
@@ -380,20 +416,16 @@ static void decode_rows(const struct matrix *w, int64_t row, int64_t count, int 
         for (int64_t start = 0; start < w->columns; start += step) {
             int64_t stop = start + step < w->columns ? start + step : w->columns;
             float scale = scale_at(w, place++);
-            for (int64_t k = start; k < stop; k += 32, p += bytes_of_32(w->format)) {
+            if (words) {
+                decode_words(p, w->format, scale, stop - start, (uint16_t *)out + o * padded(w->columns) + start);
+                p += (stop - start) / 32 * bytes_of_32(w->format);
+                continue;
+            }
+            float *to = (float *)out + o * padded(w->columns) + start;
+            for (int64_t k = start; k < stop; k += 32, to += 32, p += bytes_of_32(w->format)) {
                 struct pair v = decode(p, w->format, scale);
-                int64_t at = o * padded(w->columns) + k;
-#ifdef HAVE_DOT
-                if (words) {
-                    __m512i joined = _mm512_or_si512((__m512i)v.odd, _mm512_srli_epi32((__m512i)v.even, 16));
-                    _mm512_storeu_si512((uint16_t *)out + at, joined);
-                    continue;
-                }
-#else
-                (void)words;
-#endif
-                store((float *)out + at, v.odd);
-                store((float *)out + at + 16, v.even);
+                store(to, v.odd);
+                store(to + 16, v.even);
             }
         }
     }
@@ -436,11 +468,31 @@ static int64_t strip_rows(const struct matrix *w) {
     return rows < 4 ? 4 : rows > 16 ? 16 : rows;
 }
 
-/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w.
- * x is paired float32, words the same as bfloat16 in natural order or null; both have rows `stride` apart.
- * exact: products are exact in float32. scratch holds threads * 16 * (columns + 32) floats. */
-void dsv4_linear(const struct matrix *w, const float *x, const uint16_t *words, int64_t m_count, int64_t stride,
-                 int64_t start, int64_t stop, float *y, float *scratch, int32_t exact, int32_t threads) {
+/* Rows of x, `stride` elements apart, as paired float32 and, if `words`, as bfloat16, both padded. */
+static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride, int64_t columns, float *pairs,
+                    uint16_t *words) {
+    for (int64_t m = 0; m < m_count; m++) {
+        const uint8_t *p = (const uint8_t *)x + m * stride * (is_bf16 ? 2 : 4);
+        if (words) memcpy(words + m * padded(columns), p, columns * sizeof(uint16_t));
+        if (words && m_count > 1) continue; /* nothing else will be looked at */
+        for (int64_t k = 0; k < columns; k += 32, p += is_bf16 ? 64 : 128) {
+            struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
+            store(pairs + m * padded(columns) + k, v.odd);
+            store(pairs + m * padded(columns) + k + 16, v.even);
+        }
+    }
+}
+
+/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. x is bfloat16 or float32 with rows
+ * `x_stride` apart. exact: products are exact in float32; dot: vdpbf16ps may compute them.
+ * scratch holds (2 * m_count + threads * 16) * (columns + 32) floats. */
+void dsv4_linear(const struct matrix *w, const void *values, int64_t m_count, int64_t x_stride, int64_t start,
+                 int64_t stop, float *y, float *scratch, int32_t is_bf16, int32_t exact, int32_t dot, int32_t threads) {
+    int64_t stride = padded(w->columns);
+    float *x = scratch;
+    uint16_t *words = exact && dot ? (uint16_t *)(scratch + m_count * stride) : 0;
+    prepare(values, is_bf16, m_count, x_stride, w->columns, x, words);
+    scratch += 2 * m_count * stride;
     int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t share = 0; share < threads; share++)

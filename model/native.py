@@ -23,7 +23,7 @@ import torch
 from dsv4.quant.activation import simulate_fp8 as reference_simulate_fp8
 
 from . import ops, parts
-from .numerics import ELEMENTS_PER_STEP, LANES, paired
+from .numerics import ELEMENTS_PER_STEP, paired
 from .weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -56,7 +56,7 @@ class _Matrix(ctypes.Structure):
 
 # Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
 SIGNATURES = {
-    "dsv4_linear": "mppllllppii",
+    "dsv4_linear": "mpllllppiiii",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "ppllli",
@@ -150,24 +150,6 @@ def _native_lengths(matrix: Matrix) -> bool:
     return matrix.shape[1] % step == 0 and (matrix.format not in QUANTIZED or matrix.block.columns % step == 0)
 
 
-def _pairs(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """x [M, n] as paired float32, rows `stride` apart."""
-    result = torch.empty(len(x), stride, dtype=torch.float32)
-    torch.unflatten(result[:, : x.shape[1]], -1, (-1, 2, LANES)).copy_(paired(x))
-    return result
-
-
-def _words(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """x [M, n] bfloat16, rows `stride` apart."""
-    result = torch.empty(len(x), stride, dtype=torch.bfloat16)
-    result[:, : x.shape[1]] = x
-    return result
-
-
-def _address(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 @functools.cache
 def has_dot() -> bool:
     """Whether the compiled code may use this CPU's bfloat16 dot product, which it tries out."""
@@ -181,19 +163,17 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
     if loaded is None or not _native_lengths(matrix):
         return ops.linear(x, matrix, start, stop)
     stop = matrix.shape[0] if stop is None else stop
+    x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
-    # Rows a power of two apart would share the same few lines of the cache.
-    stride = columns + ELEMENTS_PER_STEP
     result = torch.empty(rows, stop - start, dtype=torch.float32)
     # Eight significant bits times eight at most: a product that float32 holds exactly.
     exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.exact_products
-    words = exact and has_dot()
-    pairs, natural = _pairs(x, stride) if rows == 1 or not words else None, _words(x, stride) if words else None
     threads = _threads(result.numel() * columns)
-    scratch = torch.empty(threads * ROWS_PER_STRIP * stride if rows > 1 else 0, dtype=torch.float32)
+    decoded = threads * ROWS_PER_STRIP if rows > 1 else 0
+    scratch = torch.empty((2 * rows + decoded) * (columns + ELEMENTS_PER_STEP), dtype=torch.float32)
     loaded.dsv4_linear(
-        _describe(matrix), _address(pairs), _address(natural), rows, stride, start, stop, result.data_ptr(),
-        scratch.data_ptr(), exact, threads,
+        _describe(matrix), x.data_ptr(), rows, x.stride(0), start, stop, result.data_ptr(), scratch.data_ptr(),
+        x.dtype == torch.bfloat16, exact, has_dot(), threads,
     )  # fmt: skip
     return result
 
