@@ -368,7 +368,7 @@ static void decode_words(const uint8_t *p, int format, float scale, int64_t coun
     }
 }
 
-/* One row of bfloat16 x with four rows of an FP4 or BF16 weight. */
+/* One row of bfloat16 x with four rows of a weight. */
 INLINE void dot_single(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
     __m512 sum[4];
     const uint8_t *p[4];
@@ -381,12 +381,16 @@ INLINE void dot_single(const struct matrix *w, int format, const uint16_t *x, in
     for (int64_t start = 0; start < w->columns; start += step) {
         int64_t stop = start + step < w->columns ? start + step : w->columns;
         __m512i table[4];
-        if (format == FLOAT4_E2M1FN)
-            for (int o = 0; o < 4; o++) table[o] = table_of_e2m1(scale_at(w, scales[o]++));
+        for (int o = 0; o < 4 && format != BFLOAT16; o++) {
+            float scale = scale_at(w, scales[o]++);
+            table[o] = format == FLOAT4_E2M1FN ? table_of_e2m1(scale) : shift_of_scale(scale);
+        }
         for (const uint16_t *value = x + start; value < x + stop; value += 32) {
             __m512bh one = (__m512bh)_mm512_loadu_si512(value);
             for (int o = 0; o < 4; o++) {
-                __m512i weight = format == FLOAT4_E2M1FN ? words_of_e2m1(p[o], table[o]) : _mm512_loadu_si512(p[o]);
+                __m512i weight = format == FLOAT4_E2M1FN   ? words_of_e2m1(p[o], table[o])
+                                 : format == FLOAT8_E4M3FN ? words_of_e4m3(p[o], table[o])
+                                                           : _mm512_loadu_si512(p[o]);
                 sum[o] = _mm512_dpbf16_ps(sum[o], one, (__m512bh)weight);
                 p[o] += bytes_of_32(format);
             }
@@ -445,12 +449,10 @@ static void one_row(const struct matrix *w, const float *x, const uint16_t *word
         return;                                                                                                        \
     }
 #ifdef HAVE_DOT
-    if (words && count == 4 && w->format == FLOAT4_E2M1FN) {
-        dot_single(w, FLOAT4_E2M1FN, words, row, y);
-        return;
-    }
-    if (words && count == 4 && w->format == BFLOAT16) {
-        dot_single(w, BFLOAT16, words, row, y);
+    if (words && count == 4) {
+        if (w->format == FLOAT4_E2M1FN) dot_single(w, FLOAT4_E2M1FN, words, row, y);
+        else if (w->format == FLOAT8_E4M3FN) dot_single(w, FLOAT8_E4M3FN, words, row, y);
+        else dot_single(w, BFLOAT16, words, row, y);
         return;
     }
 #else

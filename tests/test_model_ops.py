@@ -132,6 +132,26 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
                 assert ((accelerated.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_code_by_every_way_of_decoding(count: int) -> None:
+    """All codes of FP8 (NaN aside) and FP4 at scales 2**-60 to 2**60, against the tables, one code at a time."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = 0
+    for exponent in (-60, -7, 0, 60):
+        scale = torch.full((4, 8), 127 + exponent, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        fp8 = codes.view(torch.float8_e4m3fn).expand(4, 256).contiguous()
+        fp4 = codes[:128].view(torch.int8).expand(4, 128).contiguous()
+        for matrix in (
+            Matrix("fp8", "float8_e4m3fn", (4, 256), fp8, scale[:1, :2].contiguous(), Block(128, 128)),
+            Matrix("fp4", "float4_e2m1fn", (4, 256), fp4, scale),
+        ):
+            for element in range(256):
+                x = torch.zeros(count, 256, dtype=torch.bfloat16)
+                x[:, element] = 1
+                expected = matrix.decode()[:, element].expand(count, 4)
+                assert torch.equal(native.linear(x, matrix), expected), (matrix.name, exponent, element)
+
+
 def attention_case(queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     q = torch.randn(queries, 6, 64, generator=GENERATOR).to(dtype)
     window = torch.randn(130, 64, generator=GENERATOR).to(dtype)
