@@ -47,8 +47,8 @@ INLINE float bf16(uint16_t bits) {
 INLINE uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint32_t nan = (bits >> 16) | 0x40, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : nearest);
 }
 
 INLINE float e8m0(uint8_t code) {
@@ -679,7 +679,8 @@ void dsv4_index_scores(const struct matrix *keys, const float *q, const float *w
     }
 }
 
-/* The small operations of parts.py. `x` and results are bfloat16 or float32; everything in between is float32. */
+/* The small operations of parts.py. `x` and results are bfloat16 or float32; everything in between is float32. The
+ * loops are compiled once for each, so that the compiler can turn them into vectors. */
 
 INLINE float read(const void *x, int is_bf16, int64_t i) {
     return is_bf16 ? bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
@@ -701,7 +702,7 @@ INLINE float round_e4m3(float v) {
 }
 
 /* x, out [rows, columns]; groups of `group` along a row; the last may be shorter. */
-void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16) {
+INLINE void simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t start = 0; start < columns; start += group) {
             int64_t stop = start + group < columns ? start + group : columns, at = row * columns;
@@ -721,6 +722,11 @@ void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, 
                 write(out, is_bf16, at + k, round_e4m3(v) * scale);
             }
         }
+}
+
+void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16) {
+    if (is_bf16) simulate_fp8(x, out, rows, columns, group, 1);
+    else simulate_fp8(x, out, rows, columns, group, 0);
 }
 
 /* x [rows, columns] -> float32 [rows]; `scratch` holds `columns` floats. */
@@ -808,7 +814,7 @@ void dsv4_split_mixes(const float *mixes, const float *scale, const float *base,
 }
 
 /* h [rows, n, columns], weights [rows, n] -> out [rows, columns]. */
-void dsv4_collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
+INLINE void collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
                    int32_t is_bf16) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t k = 0; k < columns; k++) {
@@ -819,8 +825,13 @@ void dsv4_collapse(const float *weights, const void *h, void *out, int64_t rows,
         }
 }
 
+void dsv4_collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns, int32_t is_bf16) {
+    if (is_bf16) collapse(weights, h, out, rows, n, columns, 1);
+    else collapse(weights, h, out, rows, n, columns, 0);
+}
+
 /* output [rows, columns], h and out [rows, n, columns], post [rows, n], comb [rows, n, n]. */
-void dsv4_expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows,
+INLINE void expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows,
                  int64_t n, int64_t columns, int32_t is_bf16) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t to = 0; to < n; to++) {
@@ -835,8 +846,14 @@ void dsv4_expand(const void *output, const void *h, const float *post, const flo
         }
 }
 
+void dsv4_expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows, int64_t n,
+                 int64_t columns, int32_t is_bf16) {
+    if (is_bf16) expand(output, h, post, comb, out, rows, n, columns, 1);
+    else expand(output, h, post, comb, out, rows, n, columns, 0);
+}
+
 /* gate, up, out [rows, columns]; share [rows] or null. */
-void dsv4_swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
+INLINE void swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
                  float limit, int32_t is_bf16) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t at = row * columns; at < (row + 1) * columns; at++) {
@@ -846,4 +863,10 @@ void dsv4_swiglu(const void *gate, const void *up, const float *share, void *out
             float value = g / (1.f + exponential(-g)) * u;
             write(out, is_bf16, at, share ? share[row] * value : value);
         }
+}
+
+void dsv4_swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
+                 float limit, int32_t is_bf16) {
+    if (is_bf16) swiglu(gate, up, share, out, rows, columns, limit, 1);
+    else swiglu(gate, up, share, out, rows, columns, limit, 0);
 }
