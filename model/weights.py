@@ -258,8 +258,8 @@ def _are_moderate_powers_of_two(scale: torch.Tensor) -> bool:
 def _has_tiny_values(values: torch.Tensor) -> bool:
     """Whether a bfloat16 matrix has values other than zero below 2**-MODERATE_EXPONENT."""
     smallest = (127 - MODERATE_EXPONENT) << 7
-    for rows in values.view(torch.int16).split(ROWS_PER_LOOK):
-        magnitude = rows & 0x7FFF
+    for start in range(0, len(values), ROWS_PER_LOOK):
+        magnitude = values[start : start + ROWS_PER_LOOK].view(torch.int16) & 0x7FFF
         if ((magnitude != 0) & (magnitude < smallest)).any():
             return True
     return False

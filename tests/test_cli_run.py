@@ -389,9 +389,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(capfd: Capture, monkeypatch: pytest
     assert err.index("mode think") < err.index("(/exit or Ctrl-D leaves)") < err.index("mode chat")
 
 
-def test_ctrl_c_without_a_chat_ends_the_program(
-    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
+def test_ctrl_c_without_a_chat_ends_the_program(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise Interrupted("interrupted")
 
@@ -399,9 +397,7 @@ def test_ctrl_c_without_a_chat_ends_the_program(
     assert "interrupted" in run(capfd, folder, "Hello", code=130)[1]
 
 
-def test_a_turn_that_does_not_fit_is_undone(
-    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
+def test_a_turn_that_does_not_fit_is_undone(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
     out, err = chat(capfd, monkeypatch, "x " * 150 + "\nHello\n", folder, *FEW)
     assert "the model's context 200" in err

@@ -98,9 +98,7 @@ def test_a_system_message_announces_no_answer() -> None:
 
 def test_conversation_in_chat_mode() -> None:
     prompt = chat(SYSTEM, user("1+1?"), assistant("2"), user("2+2?"))
-    assert prompt == (
-        f"Be brief.<｜User｜>1+1?<｜Assistant｜></think>2{EOS}<｜User｜>2+2?<｜Assistant｜></think>"
-    )
+    assert prompt == (f"Be brief.<｜User｜>1+1?<｜Assistant｜></think>2{EOS}<｜User｜>2+2?<｜Assistant｜></think>")
 
 
 def test_chat_mode_never_renders_reasoning() -> None:
