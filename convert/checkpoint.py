@@ -132,7 +132,9 @@ def _shard_names(storage: Storage, sizes: dict[str, int]) -> tuple[list[str], di
     found = sum(f.endswith(".safetensors") for f in sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
-        "Name the folder of a complete checkpoint.",
+        "Only `dsv4 verify` and `dsv4 doctor` read the rank files of --layout mp."
+        if "model0-mp" in "".join(sizes)
+        else "Name the folder of a complete checkpoint.",
     )
 
 

@@ -128,8 +128,10 @@ def _warn(out: output.Output, result: "Result", traps: tuple[str, ...]) -> None:
 
 
 def _print_result(out: output.Output, result: "Result", source: str, traps: tuple[str, ...], peak: int) -> None:
+    next_step = f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}"
     if result.already_done:
         out.say(f"nothing to do: {printable(str(result.output))} is complete and from this source")
+        out.hint(next_step)
         return
     seconds = max(result.seconds, 1e-9)
     rate = human_bytes(result.output_bytes / seconds)
@@ -141,7 +143,7 @@ def _print_result(out: output.Output, result: "Result", source: str, traps: tupl
         out.say(f"{result.shards_reused} shards were there already and are whole")
     out.say(_verdict(result.summary, result.kept_tensors))
     _warn(out, result, traps)
-    out.hint(f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}")
+    out.hint(next_step)
 
 
 def _print_part(out: output.Output, result: "Result", share: "Part") -> None:

@@ -177,6 +177,14 @@ def _run(
         return run(source, converted, on_start=start, advance=lambda count: bars[0].advance(count), **settings)
 
 
+def _check_writable(report: Path) -> None:
+    """A page that cannot be written should not be found out about after an hour; nothing is left behind."""
+    there = report.exists()
+    report.open("a").close()
+    if not there:
+        report.unlink()
+
+
 def _write_report(report: Path, found: dict[str, Any]) -> None:
     from dsv4.convert.verify_report import render
 
@@ -238,7 +246,7 @@ def verify(
         "max_memory": None if max_memory is None else parse_size(max_memory),
     }
     if report is not None:
-        report.open("a").close()  # a page that cannot be written should not be found out about after an hour
+        _check_writable(report)
     if converted is not None and converted.resolve() == Path(source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
