@@ -1,0 +1,171 @@
+"""The one sink: what each mode prints where, side by side."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from dsv4 import output
+from dsv4.errors import InputError, UsageError
+from dsv4.options import parse_size
+from dsv4.output import Output, aligned, human_bytes, human_seconds
+
+Printed = dict[str, tuple[str, str]]
+
+BUG = InputError("broken: x", "Mend it.")
+OBJECT = '{\n  "a": "é"\n}\n'
+ERROR = json.dumps({"error": "broken: x", "hint": "Mend it.", "exit_code": 3}, indent=2) + "\n"
+
+# What is called, then (stdout, stderr) in each mode.
+TABLE: list[tuple[str, Callable[[Output], None], Printed]] = [
+    ("text", lambda out: out.text("data"), {"human": ("data\n", ""), "json": ("", ""), "quiet": ("", "")}),
+    ("result", lambda out: out.result({"a": "é"}), {"human": ("", ""), "json": (OBJECT, ""), "quiet": ("", "")}),
+    ("say", lambda out: out.say("words"), {"human": ("", "words\n"), "json": ("", ""), "quiet": ("", "")}),
+    ("hint", lambda out: out.hint("next"), {"human": ("", "next\n"), "json": ("", ""), "quiet": ("", "")}),
+    (
+        "warn",
+        lambda out: out.warn("careful"),
+        {"human": ("", "warning: careful\n"), "json": ("", "warning: careful\n"), "quiet": ("", "")},
+    ),
+    (
+        "error",
+        lambda out: out.error(BUG),
+        {
+            "human": ("", "error: broken: x\n  Mend it.\n"),
+            "json": (ERROR, "error: broken: x\n  Mend it.\n"),
+            "quiet": ("", "error: broken: x\n  Mend it.\n"),
+        },
+    ),
+    ("detail", lambda out: out.detail("more"), {"human": ("", ""), "json": ("", ""), "quiet": ("", "")}),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "expected"), TABLE, ids=lambda value: value if isinstance(value, str) else "")
+def test_modes(
+    name: str, call: Callable[[Output], None], expected: Printed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode in ("human", "json", "quiet"):
+        call(output.configure(json_mode=mode == "json", quiet=mode == "quiet"))
+        assert tuple(capsys.readouterr()) == expected[mode], (name, mode)
+
+
+def test_verbose_shows_details(capsys: pytest.CaptureFixture[str]) -> None:
+    output.configure(verbose=True).detail("more")
+    assert capsys.readouterr().err == "more\n"
+    output.configure(verbose=True, quiet=True).detail("more")
+    assert capsys.readouterr().err == ""
+
+
+def test_json_wins_over_quiet() -> None:
+    assert output.configure(json_mode=True, quiet=True).mode == "json"
+    assert output.current().mode == "json"
+    output.configure()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colour_only_where_it_is_wanted(
+    environment: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    Output().warn("careful")
+    assert ("\x1b[33m" in stream.getvalue()) == coloured
+    assert stream.getvalue().endswith("careful\n")
+
+
+def test_no_colour_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().error(BUG)
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_show_a_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    Output().text("2×3 ✓")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"2\\xd73 \\u2713\n"
+
+
+def test_progress_in_a_file_is_lines_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
+    with Output().progress(10_000_000, "convert") as progress:
+        for _ in range(4):
+            clock[0] += 5
+            progress.advance(2_500_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "convert: 5.0 MB of 10.0 MB (50%), 500.0 kB/s, 10 s left".replace("10 s", human_seconds(10))
+    assert all("\r" not in line for line in lines) and len(lines) == 2
+
+
+@pytest.mark.parametrize("mode", ["json", "quiet"])
+def test_no_progress_in_other_modes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Output("json" if mode == "json" else "quiet").progress(10, "x") as progress:
+        progress.advance(10)
+    assert stream.getvalue() == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Output().progress(1000, "convert") as progress:
+        progress.advance(1000)
+    assert "100%" in stream.getvalue() and "convert" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (159_609_485_896, "159.6 GB"), (1_602_325_824_632, "1.60 TB")],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (75, "1:15"), (5025, "1:23:45"), (9.94, "9.9 s")])
+def test_human_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_aligned() -> None:
+    assert aligned([["a", "1"], ["bbb", "20"]], right=[1]) == ["a     1", "bbb  20"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("1000", 1000),
+        ("1.5k", 1500),
+        ("2 TB", 2 * 10**12),
+        ("1gib", 2**30),
+    ],
+)
+def test_parse_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "1XB", "five", "1e400", "nan", "inf", "1.2.3GB", "5GBB", "1 0"])
+def test_parse_size_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match="not a size"):
+        parse_size(text)

@@ -1,0 +1,108 @@
+"""What is installed: the wheel holds `dsv4` and nothing else, complete, and both kinds of install give one command."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import dsv4
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"dsv4": ROOT / "src" / "dsv4", **{f"dsv4/{name}": ROOT / name for name in ("quant", "convert", "model")}}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sdist and wheel, made from a copy of the tracked sources with the installed build backend."""
+    work = tmp_path_factory.mktemp("build")
+    copy = work / "source"
+    names = ["pyproject.toml", "README.md", "LICENSE", "src", "quant", "convert", "model"]
+    for path in [p for name in names for p in [ROOT / name, *(ROOT / name).rglob("*")] if p.is_file()]:
+        if "__pycache__" not in path.parts and ".egg-info" not in str(path):
+            target = copy / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(work / "dist"), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return work / "dist"
+
+
+def wheel_of(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_dsv4_and_nothing_else(built: Path) -> None:
+    with wheel_of(built) as wheel:
+        tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert tops == {"dsv4", f"dsv4-{dsv4.__version__}.dist-info"}
+
+
+def test_every_file_is_in_the_wheel(built: Path) -> None:
+    expected = {f"{package}/{path.name}" for package, folder in FOLDERS.items() for path in folder.glob("*.*")}
+    with wheel_of(built) as wheel:
+        found = {name for name in wheel.namelist() if name.startswith("dsv4/")}
+    assert found == expected
+
+
+def test_folders_are_flat() -> None:
+    # A sub-folder would have to be named in pyproject.toml; without that it would be missing from the wheel.
+    for folder in FOLDERS.values():
+        assert {path.name for path in folder.iterdir() if path.is_dir()} <= {"__pycache__"}
+
+
+def test_metadata(built: Path) -> None:
+    with wheel_of(built) as wheel:
+        read = {name.split("/")[-1]: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = Parser().parsestr(read["METADATA"])
+    assert (metadata["Name"], metadata["Version"]) == ("dsv4", dsv4.__version__)
+    assert metadata["License-Expression"] == "MIT" and metadata["Requires-Python"] == ">=3.11"
+    assert read["entry_points.txt"].split() == ["[console_scripts]", "dsv4", "=", "dsv4.cli:main"]
+
+
+def test_the_sdist_has_what_the_wheel_is_made_of(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "quant/e2m1.py", "convert/plan.py", "src/dsv4/cli.py"} <= names
+
+
+LOOK = """
+import json, sys, dsv4, dsv4.quant, dsv4.convert, dsv4.model, dsv4.quant.e2m1
+from importlib.util import find_spec
+others = [name for name in ("quant", "convert", "model", "tests", "benchmarks") if find_spec(name)]
+print(json.dumps({"file": dsv4.quant.e2m1.__file__, "others": others, "version": dsv4.__version__}))
+"""
+
+
+def test_the_wheel_works(built: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    with wheel_of(built) as wheel:
+        wheel.extractall(target)
+    # First on the path, so it is what is imported; the rest of the environment provides the dependencies.
+    environment = {"PYTHONPATH": str(target), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    found = json.loads(run("-c", LOOK))
+    assert Path(found["file"]).is_relative_to(target)
+    assert found["others"] == [] and found["version"] == dsv4.__version__
+    assert run("-m", "dsv4", "--version") == f"dsv4 {dsv4.__version__}\n"
+
+
+def test_the_install_under_test_works(tmp_path: Path) -> None:
+    script = Path(sysconfig.get_path("scripts")) / "dsv4"
+    for command in ([str(script)], [sys.executable, "-m", "dsv4"]):
+        done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == f"dsv4 {dsv4.__version__}\n"
+    done = subprocess.run([sys.executable, "-c", LOOK], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["others"] == []
