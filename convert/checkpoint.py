@@ -148,21 +148,31 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], lab
         raise InputError(f"{where}: does not name {len(unknown)} tensors of the shards: {_some(unknown)}")
 
 
+def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, TensorInfo]]:
+    """One safetensors file: what it is, and where its tensors are. Raises InputError."""
+    header, digest = read_header(storage, name, size)
+    tensors = {
+        tensor: TensorInfo(
+            tensor, entry.dtype, entry.shape, name, header.data_start + entry.begin, entry.end - entry.begin
+        )
+        for tensor, entry in header.entries.items()
+    }
+    return Shard(name, size, digest, tuple(header.entries)), tensors
+
+
 def _collect(
     storage: Storage, names: list[str], sizes: dict[str, int]
 ) -> tuple[dict[str, Shard], dict[str, TensorInfo]]:
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
     for name in names:
-        header, digest = read_header(storage, name, sizes[name])
-        shards[name] = Shard(name, sizes[name], digest, tuple(header.entries))
-        for tensor, entry in header.entries.items():
+        shards[name], found = read_file(storage, name, sizes[name])
+        for tensor, info in found.items():
             if tensor in tensors:
                 raise InputError(
                     f"{storage.label}: '{printable(tensor)}' is in two shards: {tensors[tensor].shard} and {name}"
                 )
-            offset = header.data_start + entry.begin
-            tensors[tensor] = TensorInfo(tensor, entry.dtype, entry.shape, name, offset, entry.end - entry.begin)
+            tensors[tensor] = info
     check_twins(list(tensors), storage.label)
     return shards, tensors
 

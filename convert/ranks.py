@@ -6,13 +6,14 @@ names it; torchrun stops the others, and those that were waiting for it say that
 """
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dsv4.errors import MachineError, UsageError, printable
+from dsv4.errors import UsageError, lost_rank
 
 LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
 
@@ -23,11 +24,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = printable(str(error).splitlines()[0][:200]) if str(error) else "no reason given"
-        raise MachineError(
-            f"another rank ended or cannot be reached ({reason})",
-            "Its own message, or the launcher's table, says why. What was finished is kept.",
-        ) from None
+        raise lost_rank(error) from None
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,13 @@ class Ranks:
         with explained():
             dist.all_gather_object(values, value)
         return values
+
+    def leave(self) -> None:
+        """Wait until all are done. A rank that ends with another code than 0 has the launcher stop the others, which
+        must neither cut short what the first one prints nor look like an interrupt.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.gather(None)
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:

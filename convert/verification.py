@@ -1,6 +1,6 @@
 """`verify(source, output)`: the driver. Plans, shares the work among threads, puts the pieces together again.
 
-Every piece of work is independent of every other, so a run over some of them is a part of the whole run.
+Every piece of work is independent of every other, so several processes can do some each (see verify_share.py).
 """
 
 import os
@@ -23,9 +23,10 @@ from .verify_plan import Unit, plan_pair, plan_scan
 from .verify_reader import Reader
 from .verify_result import Statistics, Verification
 from .verify_selection import Selection, select
+from .verify_share import ALONE, Share
 from .verify_status import code_problems, unit_results
 from .verify_tally import Tally
-from .verify_tensors import PieceWork, plan_pieces
+from .verify_tensors import PieceWork, piece_bytes, plan_pieces
 
 BAND_BYTES = 1 << 20  # of the larger side: what a core's cache holds, and enough to outweigh the calls
 BYTES_PER_BAND_BYTE = 12  # buffers, table positions and masks of a thread at its worst
@@ -62,18 +63,21 @@ class _Run:
     inverse: bool
     on_start: Callable[[int], None]
     advance: Advance
+    share: Share
     read: int = 0
     total: int = 0
     differing: set[str] = field(default_factory=set)
 
     def _tallies(self, units: list[Unit], statistics: Statistics) -> list[Tally]:
-        pieces = [piece for index, unit in enumerate(units) for piece in plan_pieces(index, unit, self.band_bytes)]
+        every = [piece for index, unit in enumerate(units) for piece in plan_pieces(index, unit, self.band_bytes)]
+        sizes = [piece_bytes(units[piece.unit], piece) for piece in every]
+        pieces = self.share.of(every, sizes)
         files = {side.where: side.files for side in (self.source, self.output) if side is not None}
         reader = Reader(files.get("source"), self.output.files)
         held = Held(files, units, pieces)
         crew = Crew(units, pieces, lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse), held)
         tallies = [Tally() for _ in units]
-        self.total = sum(units[index].size for index in {piece.unit for piece in pieces})
+        self.total = sum(self.share.of(sizes, sizes))
         self.on_start(self.total)
         for index, found in crew.run(min(self.workers, max(len(pieces), 1))):
             if isinstance(found, Tally):
@@ -86,6 +90,20 @@ class _Run:
             self.read += done
             self.advance(done)
         return tallies
+
+    def _merge(self, tallies: list[Tally], statistics: Statistics) -> tuple[list[Tally], Statistics]:
+        """What all processes found, put together in each of them."""
+        if self.share.count == 1:
+            return tallies, statistics
+        found = {index: tally for index, tally in enumerate(tallies) if tally != Tally()}
+        parts = self.share.gather((found, statistics, self.read))
+        merged, total, self.read = [Tally() for _ in tallies], Statistics(), 0
+        for some, counts, read in parts:
+            for index, tally in some.items():
+                merged[index].add(tally)
+            total.take_codes(counts)
+            self.read += read
+        return merged, total
 
     def _check_files(self) -> None:
         """What can be said before any tensor is read."""
@@ -118,11 +136,11 @@ class _Run:
         units, unchecked = select(units, self.selection, self.output)
         self._check_files()
         statistics = Statistics()
-        tallies = self._tallies(units, statistics)
+        tallies, statistics = self._merge(self._tallies(units, statistics), statistics)
         for unit, tally in zip(units, tallies, strict=True):
             statistics.add(unit, tally)
         self._check_scale_format(units, tallies)
-        hashed = self.source is None and check_manifest(self.output)
+        hashed = self.source is None and check_manifest(self.output, self.share)
         results = [r for unit, tally in zip(units, tallies, strict=True) for r in unit_results(unit, tally)]
         problems = [p for side in (self.source, self.output) if side is not None for p in side.problems]
         return Verification(
@@ -154,12 +172,14 @@ def verify(
     max_memory: int | None = None,
     on_start: Callable[[int], None] = _nothing,
     advance: Advance = _nothing,
+    share: Share = ALONE,
 ) -> Verification:
     """Does `output` hold the same model as `source`? With one checkpoint only: is it sound in itself?
 
     `source` and `output` are folders or `Files`. `strict` makes a changed sign of zero a difference; `inverse`
     rebuilds the source's FP4 codes from the output's values. `max_memory` (bytes) bounds the working memory of all
     `max_workers` threads. `on_start(total)` and `advance(count)` are told of bytes, for a progress bar.
+    With a `share` this process does its part of the work, meets the others, and returns what all found.
 
     Raises InputError when there is no checkpoint at all, UsageError for a selection that selects nothing; whatever
     else is wrong with the files is in the result.
@@ -176,7 +196,7 @@ def verify(
         names = ["output"] if output is None else ["source", "output"]
         found = [open_checkpoint(f, where) for f, where in zip(opened, names, strict=True)]
         first = None if output is None else found[0]
-        run = _Run(first, found[-1], selection or Selection(), workers, band, inverse, on_start, advance)
+        run = _Run(first, found[-1], selection or Selection(), workers, band, inverse, on_start, advance, share)
         try:
             result = run()
         except Interrupted as error:

@@ -12,13 +12,23 @@ from dsv4.errors import printable
 from .verify_config import file_hash, read_config
 from .verify_files import Entry
 from .verify_layout import Checkpoint, canonical
+from .verify_share import ALONE, Share
 
 MANIFEST = "dsv4.json"
 FORMAT = 1
 _CHUNK = 1 << 20
 
 
-def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int]) -> bool:
+def _hashes(checkpoint: Checkpoint, said: dict[str, Any], sizes: dict[str, int], share: Share) -> dict[str, str]:
+    """SHA-256 of every listed file that has the right size, each read by one of the processes."""
+    names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
+    mine = share.of(names, [sizes[name] for name in names])
+    return share.merged({name: file_hash(checkpoint.files, name, sizes[name]) for name in mine})
+
+
+def _check_file(
+    checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]
+) -> bool:
     """Whether one file is as the manifest has it. Writes a problem when it is not."""
     shown = printable(name)
     if not isinstance(said, dict):
@@ -27,7 +37,7 @@ def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, i
         checkpoint.problem("manifest", f"lists {shown}, which is not there")
     elif said.get("size") != sizes[name]:
         checkpoint.problem("manifest", f"{shown} has {sizes[name]} bytes, the manifest says {said.get('size')}")
-    elif said.get("sha256") != file_hash(checkpoint.files, name, sizes[name]):
+    elif said.get("sha256") != hashes[name]:
         checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
     else:
         return True
@@ -68,7 +78,7 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
             _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
 
 
-def check_manifest(checkpoint: Checkpoint) -> bool:
+def check_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> bool:
     """Sizes and hashes of shards and side files, dtypes and shapes of tensors. False when there is no manifest."""
     sizes = checkpoint.files.sizes()
     if MANIFEST not in sizes:
@@ -81,9 +91,10 @@ def check_manifest(checkpoint: Checkpoint) -> bool:
         checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
         return True
     shards, files, tensors = parts
-    broken = {name for name, said in shards.items() if not _check_file(checkpoint, name, said, sizes)}
+    hashes = _hashes(checkpoint, {**shards, **files}, sizes, share)
+    broken = {name for name, said in shards.items() if not _check_file(checkpoint, name, said, sizes, hashes)}
     for name, said in files.items():
-        _check_file(checkpoint, name, said, sizes)
+        _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {printable(name)}")
     _check_tensors(checkpoint, tensors, broken)

@@ -126,6 +126,12 @@ class Statistics:
             self.scales[at] = self.scales[at] + uses if at in self.scales else uses
         tally.codes, tally.scale_codes = {}, {}
 
+    def take_codes(self, other: "Statistics") -> None:
+        """Add the histograms that another process took."""
+        for mine, theirs in ((self.codes, other.codes), (self.scales, other.scales)):
+            for key, uses in theirs.items():
+                mine[key] = mine[key] + uses if key in mine else uses
+
     def add(self, unit: Unit, tally: Tally) -> None:
         """Count one whole tensor in."""
         self.spans.update(tally.spans)

@@ -60,6 +60,17 @@ def plan_pieces(index: int, unit: Unit, band_bytes: int) -> Iterator[Piece]:
         yield Piece(index, start, min(start + per_piece, rows), step)
 
 
+def piece_bytes(unit: Unit, piece: Piece) -> int:
+    """Bytes of a piece on both sides. Over all pieces of a unit they add up to its size."""
+    if piece.row_bytes:
+        assert unit.output is not None
+        rows = unit.output.size // piece.row_bytes
+    else:
+        assert unit.output_weight is not None
+        rows = unit.output_weight.rows
+    return unit.size * piece.stop // max(rows, 1) - unit.size * piece.start // max(rows, 1)
+
+
 @dataclass
 class PieceWork:
     """One piece at work: knows the unit, reads its bands, fills a tally."""

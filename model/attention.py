@@ -4,7 +4,7 @@ Queries of a layer see the last `sliding_window` keys and, on layers with a rati
 lie fully in the past: all of them with ratio 128 (HCA), those the indexer chose with ratio 4 (CSA).
 A query's keys are always listed in the same order, the window first, oldest first, then compressed keys (HCA: oldest
 first, CSA: best first), so sums over them have one order whatever else is computed in the same call.
-Tensor parallelism splits heads (wq_b, sink, indexer heads) and o_groups (wo_a rows, wo_b columns).
+Tensor parallelism splits o_groups with their heads (wq_b, sink, wo_a), indexer heads, and wo_b (see parallel.py).
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,10 @@ class Segment:
         return slice(self.start, self.start + self.count)
 
 
-def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
-    """q [T, H, c] over its root mean square per head. In bfloat16 the squares, the mean and the factor are rounded.
+def head_norm(q: torch.Tensor, eps: float, heads: int, first: int = 0) -> torch.Tensor:
+    """q [T, H, c], heads `first` ... of `heads` in all, over its root mean square per head.
+
+    In bfloat16 the squares, the mean and the factor are rounded.
 
     One more rounding belongs to the expected results, which a CPU computed: torch's bfloat16 `rsqrt` works on
     BFLOAT16_VECTOR elements at a time, and for those left over it rounds the square root too. A single step of a
@@ -48,7 +50,7 @@ def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
     squares = (q * q).to(torch.float32)
     mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
     root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
-    left_over = q.shape[1] // BFLOAT16_VECTOR * BFLOAT16_VECTOR
+    left_over = max(0, heads // BFLOAT16_VECTOR * BFLOAT16_VECTOR - first)
     root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
     return q * (1.0 / root).to(dtype).unsqueeze(-1)
 
@@ -99,7 +101,9 @@ class Attention:
         qr = linear(x, self._weights.matrix("wq_a.weight"))
         qr = self._arithmetic.operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
         q = torch.unflatten(linear(qr, self._weights.matrix("wq_b.weight")), -1, (-1, config.head_dim))
-        return qr, self._rotary.rotate(head_norm(q, config.rms_norm_eps), positions)
+        heads, group = config.num_attention_heads, self._arithmetic.group
+        normed = head_norm(q, config.rms_norm_eps, heads, group.part(heads)[0])
+        return qr, self._rotary.rotate(normed, positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         config = self._config
@@ -135,10 +139,10 @@ class Attention:
 
     def _project(self, output: torch.Tensor) -> torch.Tensor:
         """[T, H, c] -> [T, D]: each group of heads through its rows of wo_a, all groups through wo_b."""
-        config, rank = self._config, self._config.o_lora_rank
-        matrix = self._weights.matrix("wo_a.weight")
-        groups = torch.unflatten(output, 1, (config.o_groups, -1)).flatten(2)
-        low = [self._arithmetic.linear(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(config.o_groups)]
-        return self._arithmetic.quantized_linear(
-            torch.cat(low, dim=-1).to(self._arithmetic.dtype), self._weights.matrix("wo_b.weight")
-        )
+        arithmetic, rank = self._arithmetic, self._config.o_lora_rank
+        matrix, ranks = self._weights.matrix("wo_a.weight"), self._arithmetic.group
+        count = self._config.o_groups // ranks.count
+        groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
+        parts = [arithmetic.linear(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(count)]
+        low = ranks.gather(torch.cat(parts, dim=-1).to(arithmetic.dtype))
+        return ranks.gather(arithmetic.quantized_linear(low, self._weights.matrix("wo_b.weight")))

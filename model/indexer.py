@@ -41,7 +41,7 @@ class Indexer:
     def queries(self, x: torch.Tensor, qr: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D] and the attention's low-rank query [T, q_lora_rank] -> q [T, heads, d], head weights [T, heads]."""
         config, dtype = self._config, self._arithmetic.dtype
-        q = self._arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
+        q = self._arithmetic.group.gather(self._arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight")))
         q = self._rotary.rotate(torch.unflatten(q, -1, (config.index_n_heads, config.index_head_dim)), positions)
         scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weights = self._arithmetic.linear(x, self._weights.matrix("weights_proj.weight")).to(dtype)

@@ -16,6 +16,7 @@ from dsv4.quant.activation import FP8_GROUP
 from .config import Config
 from .numerics import sigmoid, sqrt
 from .ops import Operations
+from .parallel import ALONE, Group
 from .residency import Scope
 from .weights import Matrix
 
@@ -28,6 +29,7 @@ class Arithmetic:
 
     simulation: bool
     operations: Operations
+    group: Group = ALONE  # of the ranks that compute together
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,4 +141,4 @@ class Head:
         operations = self._arithmetic.operations
         x = operations.collapse(pre, h)
         x = operations.rms_norm(x, self._weights.vector("norm.weight"), config.rms_norm_eps)
-        return self._arithmetic.linear(x, self._shared.matrix("head.weight"))
+        return self._arithmetic.group.gather(self._arithmetic.linear(x, self._shared.matrix("head.weight")))

@@ -12,6 +12,7 @@ from .config import Config
 from .layers import Arithmetic
 from .native import NATIVE, library
 from .ops import REFERENCE, Operations
+from .parallel import ALONE, Group, check_divisible
 from .residency import Progress, WeightStore
 from .transformer import Transformer
 from .weights import check, mtp_stages
@@ -41,18 +42,21 @@ def load(
     simulation: bool = True,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> Transformer:
     """Load a checkpoint in the Hugging Face layout, in any stored format.
 
     simulation: bfloat16 activations and the release's simulated quantizations; False computes in float32 without.
     max_memory: bytes that weights may occupy; the rest is read from the files when needed. None means no limit.
-    progress: called with bytes read and bytes to read. Raises InputError, UsageError, MachineError.
+    progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
+    make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
     config = Config.from_json(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
     check(config, checkpoint.tensors, stages)
+    check_divisible(config, group)
     place = find_device(device)
-    store = WeightStore(checkpoint, config, stages, place, max_memory)
+    store = WeightStore(checkpoint, config, stages, place, max_memory, group)
     store.load(progress)
-    return Transformer(config, stages, store, Arithmetic(simulation, choose(place)))
+    return Transformer(config, stages, store, Arithmetic(simulation, choose(place), group))

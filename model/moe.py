@@ -3,7 +3,8 @@
 The gate scores are `sqrt(softplus(W x))`. On the first `num_hash_layers` layers a table says which experts a token id
 uses; elsewhere the top k of score + bias are chosen. In both cases an expert's weight is its score WITHOUT the bias,
 over the sum of the chosen scores, and it multiplies the activation BEFORE the expert's last matrix.
-Experts are added up in the order of their number, which is also how tensor parallelism splits them.
+Experts are added up in the order of their number. Ranks that compute together have whole experts each, and bring the
+outputs together before anything is added, so that the order is the same for any number of ranks.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from .config import Config
 from .layers import Arithmetic
 from .numerics import softplus, sqrt, tree_sum
+from .parallel import ALONE, Group
 from .residency import Scope
 
 
@@ -40,20 +42,33 @@ class MixtureOfExperts:
         self._config, self._weights, self._arithmetic = config, weights, arithmetic
         self.gate = Gate(config, layer, weights.scope("gate."), arithmetic)
 
-    def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None) -> torch.Tensor:
-        """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert."""
+    def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None, ranks: Group) -> torch.Tensor:
+        """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert.
+
+        ranks: those that have some rows of each matrix.
+        """
         linear = self._arithmetic.quantized_linear
         gate, up = linear(x, weights.matrix("w1.weight")), linear(x, weights.matrix("w3.weight"))
         activation = self._arithmetic.operations.swiglu(gate, up, self._config.swiglu_limit, share)
-        return linear(activation, weights.matrix("w2.weight"))
+        return ranks.gather(linear(ranks.gather(activation), weights.matrix("w2.weight")))
+
+    def _routed(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Outputs of the chosen experts, [T, k, D] in x's dtype, computed by the ranks that have them."""
+        outputs = torch.zeros(*experts.shape, x.shape[-1], dtype=x.dtype, device=x.device)
+        mine = self._arithmetic.group.experts(self._config)
+        for expert in sorted(set(experts.flatten().tolist()) & set(mine)):
+            rows, slot = (experts == expert).nonzero(as_tuple=True)
+            weights = self._weights.scope(f"experts.{expert}.")
+            outputs[rows, slot] = self._expert(x[rows], weights, shares[rows, slot], ALONE)
+        return self._arithmetic.group.combine(outputs)
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
+        outputs = self._routed(x, experts, shares)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in sorted(set(experts.flatten().tolist())):
             rows, slot = (experts == expert).nonzero(as_tuple=True)
-            output = self._expert(x[rows], self._weights.scope(f"experts.{expert}."), shares[rows, slot])
-            total[rows] += output.to(torch.float32)
-        shared = self._expert(x, self._weights.scope("shared_experts."), None)
+            total[rows] += outputs[rows, slot].to(torch.float32)
+        shared = self._expert(x, self._weights.scope("shared_experts."), None, self._arithmetic.group)
         return (total + shared.to(torch.float32)).to(x.dtype), experts

@@ -21,6 +21,7 @@ from dsv4.convert.checkpoint import Checkpoint
 from dsv4.errors import InputError, MachineError
 
 from .config import Config
+from .parallel import ALONE, Group
 from .weights import Matrix, read_matrix, read_vector, scale_name, tensor_shapes
 
 EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
@@ -42,17 +43,28 @@ def is_matrix(shape: tuple[int, ...], name: str) -> bool:
 
 
 class WeightStore:
-    """All weights of a model by name. Raises MachineError when the largest single weight does not fit."""
+    """All weights of a model by name, or a rank's share of them.
+
+    Raises MachineError when the largest single weight does not fit.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Config, stages: int, device: torch.device, max_memory: int | None
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        stages: int,
+        device: torch.device,
+        max_memory: int | None,
+        group: Group = ALONE,
     ) -> None:
-        self.checkpoint, self.config, self.device = checkpoint, config, device
-        shapes = tensor_shapes(config, stages)
+        self.checkpoint, self.config, self.device, self.group = checkpoint, config, device, group
+        shapes = {n: shape for n, shape in tensor_shapes(config, stages).items() if group.holds(n, config)}
+        self._rows = {name: group.rows(name, shape) for name, shape in shapes.items()}
         matrices = [name for name, shape in shapes.items() if is_matrix(shape, name)]
         self._vector_names = [name for name in shapes if name not in set(matrices)]
         self._experts = {name for name in matrices if EXPERT.search(name)}
-        self.sizes = {name: stored_bytes(checkpoint, name) for name in shapes}  # bytes in the files, scale included
+        # Bytes in the files, scale included.
+        self.sizes = {n: stored_bytes(checkpoint, n) // (group.count if self._rows[n] else 1) for n in shapes}
         self._pinned: dict[str, Matrix] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._recent: OrderedDict[str, Matrix] = OrderedDict()
@@ -95,7 +107,7 @@ class WeightStore:
         total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
         for name in self._vector_names:
-            self._vectors[name] = read_vector(self.checkpoint, self.config, name).to(self.device)
+            self._vectors[name] = read_vector(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
             done += self.sizes[name]
         for name in self._pinned_names:
             self._pinned[name] = self._read(name)
@@ -105,7 +117,7 @@ class WeightStore:
 
     def _read(self, name: str) -> Matrix:
         try:
-            return read_matrix(self.checkpoint, self.config, name).to(self.device)
+            return read_matrix(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None
 
@@ -135,10 +147,17 @@ class WeightStore:
 
     def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, float32 [n, hidden_size]; single rows are read if the table is not in memory."""
+        start, stop = self._rows[EMBEDDING] or (0, self.config.vocab_size)
+        mine = ((token_ids >= start) & (token_ids < stop)).nonzero().squeeze(-1)
+        result = torch.zeros(len(token_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
+        result[mine] = self._embedding_rows(token_ids[mine], start)
+        return self.group.combine(result)
+
+    def _embedding_rows(self, token_ids: torch.Tensor, start: int) -> torch.Tensor:
         if EMBEDDING in self._pinned:
-            return self._pinned[EMBEDDING].values[token_ids].to(torch.float32)
+            return self._pinned[EMBEDDING].values[token_ids - start].to(torch.float32)
         rows = [self.checkpoint.read_tensor(EMBEDDING, i, i + 1) for i in token_ids.tolist()]
-        return torch.cat(rows).to(self.device, torch.float32)
+        return torch.cat(rows).to(self.device, torch.float32) if rows else torch.empty(0, self.config.hidden_size)
 
     @property
     def resident_bytes(self) -> int:

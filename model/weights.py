@@ -8,6 +8,7 @@ name, never of the stored format: it is part of the model, and a BF16 conversion
 Names are the release's. `tensor_shapes` lists them all from the config, `check` compares the list with the headers.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -265,28 +266,45 @@ def _has_tiny_values(values: torch.Tensor) -> bool:
     return False
 
 
-def read_matrix(checkpoint: Checkpoint, config: Config, name: str) -> Matrix:
-    """A weight as stored, from the files. Raises InputError for a NaN or an impossible scale."""
+def _read_scale(
+    checkpoint: Checkpoint, name: str, block: Block, rows: tuple[int, int]
+) -> tuple[torch.Tensor, Block]:
+    """Block scales of rows [start, stop). Rows that begin inside a block get lower blocks, so that they begin one."""
+    start, stop = rows
+    scale = checkpoint.read_tensor(name, start // block.rows, -(-stop // block.rows))
+    _check_scale_values(scale, name)
+    height = math.gcd(start, block.rows)
+    if height == block.rows:
+        return scale, block
+    used = torch.arange(start, stop, height) // block.rows - start // block.rows
+    as_bytes = scale.view(torch.uint8).view(len(scale), -1)
+    return as_bytes[used].view(scale.dtype), block._replace(rows=height)
+
+
+def read_matrix(checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None) -> Matrix:
+    """A weight as stored, or rows [start, stop) of it, from the files. Raises InputError for a NaN or a bad scale."""
     info = checkpoint.tensors[name]
-    stored, shape = FORMATS[info.dtype], logical_shape(info)
-    values = checkpoint.read_tensor(name)
+    stored, columns = FORMATS[info.dtype], logical_shape(info)[1]
+    start, stop = (0, info.shape[0]) if rows is None else rows
+    shape = stop - start, columns
+    values = checkpoint.read_tensor(name, start, stop)
     if stored not in QUANTIZED:
         exact = stored == BFLOAT16 and not _has_tiny_values(values)
-        return Matrix(name, stored, (shape[0], shape[1]), values, exact_products=exact)
+        return Matrix(name, stored, shape, values, exact_products=exact)
     if stored == FLOAT8_E4M3FN and is_nan(values).any():
         raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
-    scale = checkpoint.read_tensor(scale_name(name))
-    _check_scale_values(scale, scale_name(name))
-    exact = _are_moderate_powers_of_two(decode_scale(scale))
-    return Matrix(name, stored, (shape[0], shape[1]), values, scale, block_of(config, stored), exact)
+    scale, block = _read_scale(checkpoint, scale_name(name), block_of(config, stored), (start, stop))
+    return Matrix(name, stored, shape, values, scale, block, _are_moderate_powers_of_two(decode_scale(scale)))
 
 
-def read_vector(checkpoint: Checkpoint, config: Config, name: str) -> torch.Tensor:
-    """A norm, bias, sink or other small tensor as float32, or a table of expert ids as int64.
+def read_vector(
+    checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """A norm, bias, sink or other small tensor (or rows of it) as float32, or a table of expert ids as int64.
 
     Raises InputError if a table names an expert that does not exist.
     """
-    tensor = checkpoint.read_tensor(name)
+    tensor = checkpoint.read_tensor(name, *(rows or (0, None)))
     if tensor.is_floating_point():
         return tensor.to(torch.float32)
     wrong = tensor[(tensor < 0) | (tensor >= config.n_routed_experts)]

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +37,7 @@ EPILOG = example(
     "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8 --tensor 'layers.3.*' --json",
     "dsv4 verify ./Flash-FP8",
     "dsv4 verify hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
+    "torchrun --nproc-per-node 4 -m dsv4 verify ./DeepSeek-V4-Pro /shared/Pro-FP8",
 )
 SHOWN = 20  # differing tensors listed without -v
 BLOCKS_SHOWN = 8
@@ -196,6 +197,22 @@ def _runs(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors"))
 
 
+def _tell_all(
+    out: output.Output, result: "Verification", source: str, converted: Path | None, report: Path | None
+) -> None:
+    """Page, JSON, text, and what to do next."""
+    found = result.to_json()
+    if report is not None:
+        _write_report(report, found)
+    out.result(found)
+    _tell(out, result, found)
+    if report is not None:
+        out.say(f"wrote {printable(str(report))}")
+    if converted is not None and not result.exit_code and _runs(Path(source)) and _runs(converted):
+        words = ["dsv4", "run", source, "-p", "Hello", "--compare", str(converted)]
+        out.hint(f"run both: {printable(shlex.join(words))}")
+
+
 def verify(
     source: Annotated[
         str,
@@ -234,9 +251,13 @@ def verify(
     With one checkpoint only: are its structure, config, codes and hashes sound? A source on a hub is streamed, with
     --scratch of its shards on disk at once.
     """
-    out = output.configure(json, quiet, verbose)
+    from dsv4.convert.ranks import joined, launched
+
+    ranks = launched()
+    out = output.configure(json, quiet, verbose, ranks)
     from dsv4.convert.hub_storage import HubOptions
     from dsv4.convert.verify_selection import Selection
+    from dsv4.convert.verify_share import Share
 
     settings: dict[str, Any] = {
         "selection": Selection(tensor, shard, _share(sample), seed),
@@ -245,21 +266,19 @@ def verify(
         "max_workers": max_workers,
         "max_memory": None if max_memory is None else parse_size(max_memory),
     }
+    if ranks is not None and not ranks.is_first:
+        report = None
     if report is not None:
         _check_writable(report)
     if converted is not None and converted.resolve() == Path(source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
-    with _opened(source, revision, converted, options) as files:
-        result = _run(out, files, converted, settings)
-    found = result.to_json()
-    if report is not None:
-        _write_report(report, found)
-    out.result(found)
-    _tell(out, result, found)
-    if report is not None:
-        out.say(f"wrote {printable(str(report))}")
-    if converted is not None and not result.exit_code and _runs(Path(source)) and _runs(converted):
-        words = ["dsv4", "run", source, "-p", "Hello", "--compare", str(converted)]
-        out.hint(f"run both: {printable(shlex.join(words))}")
+    with joined(ranks) if ranks else nullcontext():
+        if ranks:
+            settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
+        with _opened(source, revision, converted, options) as files:
+            result = _run(out, files, converted, settings)
+        _tell_all(out, result, source, converted, report)
+        if ranks:
+            ranks.leave()
     raise typer.Exit(result.exit_code)

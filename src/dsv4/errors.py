@@ -54,6 +54,16 @@ class Interrupted(Dsv4Error):
     exit_code = EXIT_INTERRUPTED
 
 
+def lost_rank(error: RuntimeError) -> MachineError:
+    """What torch.distributed says when a message between ranks failed, less its advice to programmers."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+    reason = reason.removeprefix(reason[: reason.find("] ") + 2] if reason.startswith("[") else "").split(". ")[0]
+    return MachineError(
+        f"another rank ended or cannot be reached ({printable(reason[:200])})",
+        "Its own message, or the launcher's table, says why. What was finished is kept.",
+    )
+
+
 def printable(text: str) -> str:
     """`text` with control characters, surrogates and bidirectional marks escaped.
 

@@ -1,0 +1,115 @@
+"""Tensor and expert parallel: which rows of which weights a rank holds, and the exchanges that make results whole.
+
+Every split is one of OUTPUT rows: a rank computes some rows of a product, with the whole input, and the ranks put
+their rows side by side (`gather`). No sum is ever cut in two, so every number is computed as in a single process, in
+the same order, and the logits are the same bits for any number of ranks. The released engine instead cuts `wo_b` by
+columns and adds up partial sums of it and of the experts, which is less to send and changes the last bits.
+
+    embed, head                  rows of the vocabulary
+    attn.wq_b, attn_sink, wo_a   whole o_groups and their heads
+    indexer.wq_b                 heads
+    attn.wo_b, shared experts    equal parts
+    routed experts               whole experts, as many to each; their outputs are brought to everybody (`combine`)
+
+The rest (norms, gates, low-rank and key projections, compressors, hyper-connections) is small and computed by all. With
+one rank nothing here does anything.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dsv4.errors import UsageError, lost_rank
+
+from .config import Config
+
+SPLIT_ROWS = re.compile(
+    r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.weight$|\.attn\.attn_sink$|\.indexer\.wq_b\.weight$"
+    r"|\.shared_experts\.w[123]\.weight$"
+)
+EXPERT = re.compile(r"\.ffn\.experts\.(\d+)\.")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise lost_rank(error) from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process is rank `index` of `count` that run one model together."""
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, length: int) -> tuple[int, int]:
+        """[start, stop) of this rank in a dimension of `length`, which the number of ranks divides."""
+        step = length // self.count
+        return self.index * step, (self.index + 1) * step
+
+    def rows(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The rows of a tensor that this rank holds; None for all of them."""
+        return self.part(shape[0]) if self.count > 1 and SPLIT_ROWS.search(name) else None
+
+    def holds(self, name: str, config: Config) -> bool:
+        """Whether this rank needs a tensor at all: it is no routed expert, or one of its own."""
+        match = EXPERT.search(name)
+        return match is None or int(match[1]) in self.experts(config)
+
+    def experts(self, config: Config) -> range:
+        """The routed experts of this rank."""
+        return range(*self.part(config.n_routed_experts))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' parts [..., n] side by side: [..., count * n]."""
+        if self.count == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        with _explained():
+            dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(x.contiguous()))
+        return torch.cat(parts, dim=-1)
+
+    def combine(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n], n even, where at most one rank has other bits than zero in each place: those bits, everywhere.
+
+        Added as integers: exact, and a negative zero stays one.
+        """
+        if self.count == 1:
+            return x
+        x = x.contiguous()
+        with _explained():
+            dist.all_reduce(x.view(torch.int32))
+        return x
+
+
+ALONE = Group()
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8)
+
+
+def check_divisible(config: Config, group: Group) -> None:
+    """Raises UsageError naming the first dimension that the ranks cannot share equally, and what would do."""
+    lengths = {
+        "o_groups": config.o_groups,
+        "n_routed_experts": config.n_routed_experts,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "index_n_heads": config.index_n_heads,
+    }
+    possible = [n for n in range(1, config.o_groups + 1) if not any(length % n for length in lengths.values())]
+    for name, length in lengths.items():
+        if length % group.count:
+            raise UsageError(
+                f"{group.count} ranks cannot share {name} = {length} equally",
+                f"This checkpoint can be run by {', '.join(map(str, possible))} ranks.",
+            )
