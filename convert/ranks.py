@@ -7,14 +7,17 @@ names it; torchrun stops the others, and those that were waiting for it say that
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from dsv4.errors import UsageError, lost_rank
 
+# Objects and CPU tensors go through gloo, tensors on GPUs through nccl.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+Value = TypeVar("Value")
 LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
 
 
@@ -29,15 +32,22 @@ def explained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is rank `index` of `count`."""
+    """This process is rank `index` of `count`, and number `local_index` of `local_count` on its machine."""
 
     index: int
     count: int
+    local_index: int = 0
+    local_count: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that publishes and speaks."""
         return self.index == 0
+
+    def first(self, make: Callable[[], Value]) -> Value:
+        """What the first rank makes, for all: the others do not call `make`."""
+        value: Value = self.gather(make() if self.is_first else None)[0]
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Wait for every rank, and get what each has brought, in the order of ranks."""
@@ -61,19 +71,28 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     if "TORCHELASTIC_RUN_ID" not in environment and "MASTER_ADDR" not in environment:
         return None
     try:
-        return Ranks(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+        index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return Ranks(
+            index, count, int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        )
     except (KeyError, ValueError):
         raise UsageError("the launcher's RANK and WORLD_SIZE are not numbers", "Start it with torchrun.") from None
 
 
 @contextmanager
-def joined(ranks: Ranks, backend: str = "gloo") -> Iterator[None]:
-    """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet."""
+def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
+    """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet.
+
+    device: the kind of device on which the tensors are that ranks exchange.
+    """
     import torch.distributed as dist
+
+    backend = BACKENDS.get(device, "gloo")
 
     with explained():
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # whatever ended the work is what is told
+            dist.destroy_process_group()

@@ -12,7 +12,7 @@ import torch
 from .config import Config
 from .layers import Arithmetic
 from .numerics import softplus, sqrt, tree_sum
-from .parallel import ALONE, Group
+from .parallel import ALONE
 from .residency import Scope
 
 
@@ -42,12 +42,12 @@ class MixtureOfExperts:
         self._config, self._weights, self._arithmetic = config, weights, arithmetic
         self.gate = Gate(config, layer, weights.scope("gate."), arithmetic)
 
-    def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None, ranks: Group) -> torch.Tensor:
+    def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None) -> torch.Tensor:
         """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert.
 
-        ranks: those that have some rows of each matrix.
+        Of the shared expert each rank has some rows of each matrix, of a routed one all or nothing.
         """
-        linear = self._arithmetic.quantized_linear
+        linear, ranks = self._arithmetic.quantized_linear, self._arithmetic.group if share is None else ALONE
         gate, up = linear(x, weights.matrix("w1.weight")), linear(x, weights.matrix("w3.weight"))
         activation = self._arithmetic.operations.swiglu(gate, up, self._config.swiglu_limit, share)
         return ranks.gather(linear(ranks.gather(activation), weights.matrix("w2.weight")))
@@ -59,7 +59,7 @@ class MixtureOfExperts:
         for expert in sorted(set(experts.flatten().tolist()) & set(mine)):
             rows, slot = (experts == expert).nonzero(as_tuple=True)
             weights = self._weights.scope(f"experts.{expert}.")
-            outputs[rows, slot] = self._expert(x[rows], weights, shares[rows, slot], ALONE)
+            outputs[rows, slot] = self._expert(x[rows], weights, shares[rows, slot])
         return self._arithmetic.group.combine(outputs)
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,5 +70,5 @@ class MixtureOfExperts:
         for expert in sorted(set(experts.flatten().tolist())):
             rows, slot = (experts == expert).nonzero(as_tuple=True)
             total[rows] += outputs[rows, slot].to(torch.float32)
-        shared = self._expert(x, self._weights.scope("shared_experts."), None, self._arithmetic.group)
+        shared = self._expert(x, self._weights.scope("shared_experts."), None)
         return (total + shared.to(torch.float32)).to(x.dtype), experts

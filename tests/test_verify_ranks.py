@@ -123,11 +123,10 @@ def test_under_torchrun(source: Path, damaged: Path) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_killed_rank_is_an_error_and_no_verdict(dies: int, source: Path, output: Path, tmp_path: Path) -> None:
-    kill = {dies: ("dsv4.convert.verification", "unit_results", 1)}
-    if dies == 1:
-        kill = {dies: ("dsv4.convert.verification", "Crew", 1)}
-    ended = run_ranks(2, tmp_path, "verify", source, output, kill=kill)
-    assert ended.codes[dies] == -9 and ended.codes[1 - dies] in (4, 143) and ended.out == ["", ""]
+    function = ("unit_results", "Crew")[dies]  # after the exchange, before it
+    ended = run_ranks(2, tmp_path, "verify", source, output, kill={dies: ("dsv4.convert.verification", function, 1)})
+    assert ended.codes[dies] == -9 and ended.codes[1 - dies] in (4, 143), ended.err
+    assert not ended.out[0] and not ended.out[1]
     assert "rank" in ended.err[1 - dies] and "bug" not in ended.err[1 - dies]
 
 

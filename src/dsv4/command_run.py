@@ -1,8 +1,10 @@
 """`dsv4 run`: talk to a checkpoint, compute its logits, or compare it with another one."""
 
+import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +20,7 @@ from dsv4.run_prompts import Dialogue, Prompt, Sources, gather
 from dsv4.run_source import Loading, Source, load_model, open_source
 
 if TYPE_CHECKING:
+    from dsv4.convert.ranks import Ranks
     from dsv4.model.tokenizer import TextTokenizer
     from dsv4.model.trace import TraceWriter
 
@@ -26,6 +29,7 @@ EPILOG = example(
     'dsv4 run ./DeepSeek-V4-Flash -p "Why is the sky blue?" --mode think',
     "dsv4 run ./DeepSeek-V4-Flash --tokens 0,17,4 --logits logits.safetensors",
     'dsv4 run ./DeepSeek-V4-Flash -p "Hello" --compare ./Flash-FP8',
+    'torchrun --nproc-per-node 8 -m dsv4 run ./DeepSeek-V4-Flash -p "Hello"',
 )
 
 
@@ -44,6 +48,7 @@ class _Request:
     tolerance: float
     report: str | None
     trace: str | None
+    ranks: "Ranks | None" = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -54,6 +59,7 @@ class _Request:
             (self.generation.mtp and (self.logits or self.compare), "--logits and --compare run the MTP block anyway"),
             (self.logits and self.sources.interactive, "--logits needs a prompt: a text, --messages or --tokens"),
             (self.compare and self.sources.interactive, "--compare needs a prompt: a text, --messages or --tokens"),
+            (self.ranks and self.sources.interactive, "a chat is for one process: several need a prompt"),
             (self.trace and self.sources.interactive, "--trace needs a prompt: a text, --messages or --tokens"),
         ]
         for wrong, text in problems:
@@ -112,16 +118,26 @@ def _answer(
         return answer_prompts(Answers(model, rules, tokenizer, out), prompts, request.dialogue, writer)
 
 
+def _gather(request: _Request, tokenizer: "TextTokenizer | None") -> list[Prompt]:
+    """All prompts. Of several ranks the first reads them: stdin is not there for all."""
+
+    def read() -> list[Prompt]:
+        return gather(request.sources, request.dialogue, tokenizer)
+
+    return request.ranks.first(read) if request.ranks else read()
+
+
 def _execute(request: _Request, out: output.Output) -> int:
     """Do what was asked for; the exit code."""
     from dsv4.model.tokenizer import load_tokenizer
 
     source = open_source(request.checkpoint)
-    _check_outputs((request.logits, request.report, request.trace))
+    if out.mode != "silent":
+        _check_outputs((request.logits, request.report, request.trace))
     tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
     if request.sources.interactive and tokenizer is not None:
         return _chat(request, source, tokenizer, out)
-    prompts = gather(request.sources, request.dialogue, tokenizer)
+    prompts = _gather(request, tokenizer)
     for prompt in prompts:
         source.check_prompt(prompt.tokens)
     if request.compare is not None:
@@ -134,6 +150,22 @@ def _execute(request: _Request, out: output.Output) -> int:
         with _tracing(request.trace) as writer:
             return save_logits(model, tokens, request.prefill, request.logits, out, writer)
     return _answer(request, source, prompts, tokenizer, out)
+
+
+def _execute_as_rank(request: _Request, ranks: "Ranks", out: output.Output) -> int:
+    """The same by all ranks together: each runs its share of the model, the first reads, speaks and writes."""
+    from dsv4.convert.ranks import joined
+
+    with joined(ranks, request.loading.device):
+        generation = request.generation
+        if generation.seed is None:
+            generation = replace(generation, seed=ranks.first(lambda: secrets.randbits(32)))
+        request = replace(request, generation=generation)
+        if not ranks.is_first:
+            request = replace(request, report=None, trace=request.trace and os.devnull)
+        code = _execute(request, out)
+        ranks.leave()
+    return code
 
 
 def run(
@@ -208,14 +240,17 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
-    out = output.configure(json, quiet, verbose)
+    from dsv4.convert.ranks import launched
+
+    ranks = launched()
+    out = output.configure(json, quiet, verbose, ranks)
     if text is not None and prompt is not None:
         raise UsageError("the prompt is given twice", "Use either PROMPT or -p.")
     request = _Request(
         checkpoint=checkpoint,
         sources=Sources(text if prompt is None else prompt, file, messages, tokens),
         dialogue=Dialogue(mode.value, system, tools, raw),
-        loading=Loading(device, not no_simulation, None if max_memory is None else parse_size(max_memory)),
+        loading=Loading(device, not no_simulation, None if max_memory is None else parse_size(max_memory), ranks),
         generation=Generation(temperature, top_p, seed, max_new_tokens, tuple(stop or ()), mtp),
         logits=logits,
         compare=compare,
@@ -223,9 +258,10 @@ def run(
         tolerance=tolerance,
         report=report,
         trace=trace,
+        ranks=ranks,
     )
     try:
-        code = _execute(request, out)
+        code = _execute_as_rank(request, ranks, out) if ranks else _execute(request, out)
     except Interrupted as error:
         error.hint = ""  # nothing is kept and there is nothing to continue
         raise

@@ -63,10 +63,12 @@ def save_logits(
     out: Output,
     trace: "PositionedTrace | None",
 ) -> int:
-    """Write the logits of every position to `path`; the exit code."""
+    """Write the logits of every position to `path`; the exit code. Of several ranks the first writes."""
     from dsv4.model.evaluate import write_logits
 
     evaluation = _evaluate(model, tokens, prefill, out, trace)
+    if out.mode == "silent":
+        return EXIT_DONE
     write_logits(evaluation, path)
     out.say(f"wrote logits of {len(tokens)} positions to {path}")
     _tell_timing(evaluation, out)

@@ -14,17 +14,27 @@ from dsv4.output import Output, human_bytes
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint import Checkpoint
+    from dsv4.convert.ranks import Ranks
     from dsv4.model.config import Config
     from dsv4.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a checkpoint is loaded. `max_memory` None: what the machine has free, with a margin."""
+    """How a checkpoint is loaded. `max_memory` None: what the machine has free, with a margin.
+
+    `ranks`: those that load and run it together, each on a GPU of its own if the device is one.
+    """
 
     device: str = "cpu"
     simulation: bool = True
     max_memory: int | None = None
+    ranks: "Ranks | None" = None
+
+    @property
+    def place(self) -> str:
+        """The device of this process."""
+        return f"cuda:{self.ranks.local_index}" if self.ranks and self.device == "cuda" else self.device
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,17 @@ class Source:
 
 
 def open_source(folder: str) -> Source:
-    """Open a checkpoint folder. Raises InputError for what is wrong with its headers or config."""
+    """Open a checkpoint folder, in the Hugging Face layout or rank files of the reference engine.
+
+    Raises InputError for what is wrong with its headers or config.
+    """
     if not Path(folder).is_dir():
         raise InputError(f"{printable(folder)} is not a folder", "Name the folder of a checkpoint.")
-    from dsv4.convert.checkpoint import Checkpoint
+    from dsv4.convert.rank_files import open_checkpoint
     from dsv4.model.config import Config
     from dsv4.model.weights import mtp_stages
 
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)
 
 
@@ -86,14 +99,18 @@ def memory_limit(loading: Loading) -> int | None:
 
         backend: Any = getattr(torch, kind, None)
         if hasattr(backend, "mem_get_info") and backend.is_available():
-            return int(backend.mem_get_info(loading.device)[0] * MARGIN)
-    return usable_memory()
+            return int(backend.mem_get_info(loading.place)[0] * MARGIN)
+    usable = usable_memory()
+    return usable if usable is None or loading.ranks is None else usable // loading.ranks.local_count
 
 
 def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
     """The model, with a progress bar while its weights are read."""
     from dsv4.model import load
+    from dsv4.model.parallel import ALONE, Group
 
+    ranks = loading.ranks
+    group = Group(ranks.index, ranks.count) if ranks else ALONE
     bar, done = None, 0
 
     def advance(read: int, total: int) -> None:
@@ -103,7 +120,7 @@ def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
         done = read
 
     try:
-        model = load(source.checkpoint, loading.device, loading.simulation, memory_limit(loading), advance)
+        model = load(source.checkpoint, loading.place, loading.simulation, memory_limit(loading), advance, group)
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
