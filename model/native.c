@@ -68,12 +68,20 @@ INLINE void store(float *p, lanes v) { memcpy(p, &v, 64); }
 
 INLINE lanes splat(float x) { return (lanes){0} + x; }
 
+/* The lanes by halves. */
 INLINE float fold(lanes v) {
+#ifdef HAVE_AVX512
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float a[16];
     memcpy(a, &v, 64);
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) a[i] += a[i + half];
     return a[0];
+#endif
 }
 
 INLINE lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
