@@ -547,6 +547,11 @@ INLINE float exponential(float x) {
     return (float)(value * power);
 }
 
+/* The same for sixteen numbers, in a loop that compilers turn into vectors. */
+INLINE void exponentials(float *x) {
+    for (int i = 0; i < 16; i++) x[i] = exponential(x[i]);
+}
+
 #define KEYS_PER_BLOCK 64
 #define HEADS_PER_TILE 4
 
@@ -580,7 +585,9 @@ static float soften(float *scores, int64_t n, float *largest, float *total, int 
     for (int64_t j = 0; j < n; j++)
         if (scores[j] > *largest) *largest = scores[j];
     lanes sums = splat(0.f);
-    for (int64_t j = 0; j < KEYS_PER_BLOCK; j++) scores[j] = j < n ? exponential(scores[j] - *largest) : 0.f;
+    for (int64_t j = 0; j < KEYS_PER_BLOCK; j++) scores[j] = j < n ? scores[j] - *largest : -INFINITY;
+    for (int64_t j = 0; j < n; j += 16) exponentials(scores + j);
+    for (int64_t j = n; j < KEYS_PER_BLOCK; j++) scores[j] = 0.f;
     for (int64_t j = 0; j < KEYS_PER_BLOCK; j += 16) sums = sums + load(scores + j);
     float shrink = exponential(before - *largest);
     *total = *total * shrink + fold(sums);
@@ -864,12 +871,21 @@ void dsv4_expand(const void *output, const void *h, const float *post, const flo
 INLINE void swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
                  float limit, int32_t is_bf16) {
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t at = row * columns; at < (row + 1) * columns; at++) {
-            float g = read(gate, is_bf16, at), u = read(up, is_bf16, at);
-            g = g > limit ? limit : g;
-            u = u < -limit ? -limit : u > limit ? limit : u;
-            float value = g / (1.f + exponential(-g)) * u;
-            write(out, is_bf16, at, share ? share[row] * value : value);
+        for (int64_t start = 0; start < columns; start += 16) {
+            int64_t n = columns - start < 16 ? columns - start : 16, at = row * columns + start;
+            float gates[16] = {0}, decay[16];
+            for (int64_t i = 0; i < n; i++) {
+                float g = read(gate, is_bf16, at + i);
+                gates[i] = g > limit ? limit : g;
+            }
+            for (int i = 0; i < 16; i++) decay[i] = -gates[i];
+            exponentials(decay);
+            for (int64_t i = 0; i < n; i++) {
+                float u = read(up, is_bf16, at + i);
+                u = u < -limit ? -limit : u > limit ? limit : u;
+                float value = gates[i] / (1.f + decay[i]) * u;
+                write(out, is_bf16, at + i, share ? share[row] * value : value);
+            }
         }
 }
 
