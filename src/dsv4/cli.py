@@ -40,6 +40,8 @@ from dsv4.errors import (
     printable,
 )
 
+SECONDS_UNTIL_ASKED_AGAIN = 0.05
+
 app = typer.Typer(
     name="dsv4",
     help="Convert DeepSeek-V4 checkpoints without changing a value, prove it, and run them.",
@@ -116,7 +118,17 @@ def _report_bug(error: BaseException) -> int:
     return EXIT_BUG
 
 
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _importing(frame):  # torch swallows what is raised while it imports numpy: ask again in a moment
+        signal.signal(signal.SIGALRM, lambda _, later: _on_signal(number, later))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
+        return
     error = Interrupted("interrupted", "Run the same command again to continue: finished files are kept.")
     if number == signal.SIGTERM:
         error.exit_code = EXIT_TERMINATED
