@@ -132,7 +132,7 @@ def _shard_names(storage: Storage, sizes: dict[str, int]) -> tuple[list[str], di
     found = sum(f.endswith(".safetensors") for f in sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
-        "Only `dsv4 verify` and `dsv4 doctor` read the rank files of --layout mp."
+        "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run` and `dsv4 doctor`."
         if "model0-mp" in "".join(sizes)
         else "Name the folder of a complete checkpoint.",
     )

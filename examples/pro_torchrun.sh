@@ -11,7 +11,8 @@ source "$(dirname "$0")/step.sh"
 checkpoint=${SOURCE:-./DeepSeek-V4-Pro}
 output=${OUTPUT:-./Pro-FP8}
 
-step torchrun --nnodes "${NODES:-2}" --nproc-per-node "${RANKS:-4}" \
-    --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:29400" \
-    -m dsv4 convert "$checkpoint" "$output" --target vllm
-step dsv4 verify "$checkpoint" "$output" --report proof.html
+launch=(torchrun --nnodes "${NODES:-2}" --nproc-per-node "${RANKS:-4}"
+    --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:29400" -m dsv4)
+
+step "${launch[@]}" convert "$checkpoint" "$output" --target vllm
+step "${launch[@]}" verify "$checkpoint" "$output"

@@ -91,5 +91,5 @@ def test_a_report_that_was_not_made_leaves_no_file(tmp_path: Path, capsys: pytes
 def test_rank_files_are_recognised(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = tmp_path / "mp2"
     said(capsys, "convert", pair[0], ranks, "--layout", "mp", "--model-parallel", 2)
-    assert cli.run(["run", str(ranks), "-p", "Hello"]) == 3
-    assert "Only `dsv4 verify` and `dsv4 doctor` read the rank files" in capsys.readouterr().err
+    assert cli.run(["inspect", str(ranks)]) == 3
+    assert "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run`" in capsys.readouterr().err
