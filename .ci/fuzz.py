@@ -21,7 +21,8 @@ with atheris.instrument_imports(include=["dsv4"]):
 
 from safetensors import SafetensorError, safe_open
 
-WORK = Path(tempfile.mkdtemp())
+MEMORY = Path("/dev/shm")
+WORK = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
 (WORK / "config.json").write_text("{}")
 
@@ -70,8 +71,7 @@ def one_input(content: bytes) -> None:
         index(content[1:])
     else:
         text = content[1:].partition(b"\0")[0]
-        headers(len(text).to_bytes(8, "little") + text + content[len(text) + 2 :])
-        headers(content[1:])
+        headers(len(text).to_bytes(8, "little") + text + content[len(text) + 2 :])  # a length field that is right
 
 
 def main() -> None:
@@ -83,7 +83,8 @@ def main() -> None:
         b"i" + json.dumps({"weight_map": {"a": NAME}, "metadata": {"total_size": 4}}).encode()
     )
     atheris.Setup(
-        [sys.argv[0], f"-max_total_time={sys.argv[1]}", "-max_len=2000", "-verbosity=0", str(seeds)], one_input
+        [sys.argv[0], f"-max_total_time={sys.argv[1]}", "-max_len=2000", "-len_control=0", "-verbosity=0", str(seeds)],
+        one_input,
     )
     atheris.Fuzz()
 

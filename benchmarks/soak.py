@@ -61,6 +61,7 @@ def start(arguments: list[str]) -> int:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = ["dsv4", *arguments]
     code: object = 70
     try:
@@ -97,11 +98,14 @@ def one_conversion(
         if number != signal.SIGKILL:
             totals.slowest_stop = max(totals.slowest_stop, time.monotonic() - sent)
         found = contents(output) if output.exists() else {}
-        wrong = [name for name, digest in found.items() if expected.get(name) != digest]
-        early = "config.json" in found and found.keys() != expected.keys()
-        if wrong or early or code not in (0, EXPECTED_EXIT[number]):
+        problems = [f"{name} is incomplete" for name, digest in found.items() if expected.get(name) != digest]
+        if "config.json" in found and found.keys() != expected.keys():
+            problems.append("config.json came early")
+        if code not in (0, EXPECTED_EXIT[number], -number):  # -number: before dsv4 could install its handler
+            problems.append(f"exit {code}")
+        if problems:
             totals.losses += 1
-            print(f"LOST after {number.name} (exit {code}): {wrong or 'config.json came early'}", flush=True)
+            print(f"LOST after {number.name}: {', '.join(problems)}", flush=True)
         if code == 0:
             totals.survived += 1
             break
