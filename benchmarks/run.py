@@ -1,6 +1,6 @@
 """How fast is the engine? Against transformers on the same weights and machine, and against the memory bandwidth.
 
-    python benchmarks/run.py [FOLDER] [--layers 3] [--experts 12] [--tokens 128] [--rounds 7] [--threads N]
+    python benchmarks/run.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512] [--rounds 3] [--threads N]
 
 Makes a checkpoint with the layer dimensions of V4-Flash (hidden size 4096, 64 heads of 512, experts of 2048, six of
 them per token; few layers, experts and words) in FOLDER, converts it to BF16 for transformers, and measures in turns:
@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
