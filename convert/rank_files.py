@@ -83,9 +83,7 @@ def _whole(name: str, parts: list[TensorInfo], label: str) -> TensorInfo:
         return parts[0]
     shape = parts[0].shape
     length = sum(part.shape[dim] for part in parts)
-    return replace(
-        parts[0], shape=(*shape[:dim], length, *shape[dim + 1 :]), nbytes=sum(part.nbytes for part in parts)
-    )
+    return replace(parts[0], shape=(*shape[:dim], length, *shape[dim + 1 :]), nbytes=sum(part.nbytes for part in parts))
 
 
 def _names(sizes: dict[str, int], label: str) -> list[str]:

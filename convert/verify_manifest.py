@@ -26,9 +26,7 @@ def _hashes(checkpoint: Checkpoint, said: dict[str, Any], sizes: dict[str, int],
     return share.merged({name: file_hash(checkpoint.files, name, sizes[name]) for name in mine})
 
 
-def _check_file(
-    checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]
-) -> bool:
+def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:
     """Whether one file is as the manifest has it. Writes a problem when it is not."""
     shown = printable(name)
     if not isinstance(said, dict):

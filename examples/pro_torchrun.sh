@@ -15,4 +15,4 @@ launch=(torchrun --nnodes "${NODES:-2}" --nproc-per-node "${RANKS:-4}"
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:29400" -m dsv4)
 
 step "${launch[@]}" convert "$checkpoint" "$output" --target vllm
-step "${launch[@]}" verify "$checkpoint" "$output"
+step "${launch[@]}" verify "$checkpoint" "$output" --report proof.html

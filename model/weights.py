@@ -266,9 +266,7 @@ def _has_tiny_values(values: torch.Tensor) -> bool:
     return False
 
 
-def _read_scale(
-    checkpoint: Checkpoint, name: str, block: Block, rows: tuple[int, int]
-) -> tuple[torch.Tensor, Block]:
+def _read_scale(checkpoint: Checkpoint, name: str, block: Block, rows: tuple[int, int]) -> tuple[torch.Tensor, Block]:
     """Block scales of rows [start, stop). Rows that begin inside a block get lower blocks, so that they begin one."""
     start, stop = rows
     scale = checkpoint.read_tensor(name, start // block.rows, -(-stop // block.rows))
@@ -297,9 +295,7 @@ def read_matrix(checkpoint: Checkpoint, config: Config, name: str, rows: tuple[i
     return Matrix(name, stored, shape, values, scale, block, _are_moderate_powers_of_two(decode_scale(scale)))
 
 
-def read_vector(
-    checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None
-) -> torch.Tensor:
+def read_vector(checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
     """A norm, bias, sink or other small tensor (or rows of it) as float32, or a table of expert ids as int64.
 
     Raises InputError if a table names an expert that does not exist.

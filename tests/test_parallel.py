@@ -20,9 +20,7 @@ from dsv4.model.weights import read_matrix, read_vector, tensor_shapes
 
 # Four groups of heads, a quarter of hidden_size that ends inside a block of 128 rows, a hash layer, both compressors,
 # an MTP block. Of 40 heads, eight have a norm that is rounded once more: they are those of the last ranks.
-FOUR = Geometry(
-    hidden_size=320, compress_ratios=(4, 128, 0), o_groups=4, num_attention_heads=40, index_n_heads=4
-)
+FOUR = Geometry(hidden_size=320, compress_ratios=(4, 128, 0), o_groups=4, num_attention_heads=40, index_n_heads=4)
 TOKENS = ",".join(str(7 * i % 64) for i in range(1, 141))  # one block of 128 and the beginning of another
 
 
@@ -62,9 +60,7 @@ class TestSameBits:
 
     @pytest.mark.parametrize("count", [1, 2, 4])
     @pytest.mark.parametrize("option", ["", "--no-simulation"])
-    def test_of_logits(
-        self, count: int, option: str, folder: Path, expected: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_of_logits(self, count: int, option: str, folder: Path, expected: dict[str, Path], tmp_path: Path) -> None:
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137", *filter(None, [option])]
         ended = run_ranks(count, tmp_path, "run", folder, *options)
         assert ended.codes == [0] * count, ended.err
