@@ -86,7 +86,7 @@ def test_head_norm_rounds_squares_mean_and_factor(heads: int) -> None:
     factor = (1 / torch.cat((root[:, :whole], rounded[:, whole:]), 1)).to(torch.float32).to(torch.bfloat16)
     # A mean within a float32 rounding of the middle between two bfloat16 goes either way: one head in a few hundred.
     # A rounding too many or too few would change more than a quarter of them.
-    assert (head_norm(q, 1e-6) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
+    assert (head_norm(q, 1e-6, heads) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
 
 
 @pytest.fixture(scope="module")
