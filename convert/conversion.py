@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -153,6 +153,7 @@ class _Run:
     """One run into a locked folder: what is finished, and how to finish the rest.
 
     part: write only the shards of one part, and leave publishing to another run. finish: write no shards at all.
+    confirmed: finished shards that need not be read again, because another process has just done so.
     """
 
     def __init__(
@@ -163,8 +164,10 @@ class _Run:
         resources: Resources,
         part: Part | None = None,
         finish: bool = False,
+        confirmed: Collection[str] = (),
     ) -> None:
         self.checkpoint, self.plan, self.output, self.part, self.finish = checkpoint, plan, output, part, finish
+        self.confirmed = frozenset(confirmed)
         self.shards = list(plan.shards) if part is None else deal(plan, part.count)[part.index]
         self.finished: dict[str, FinishedShard] = {}
         _keep_freed_memory()
@@ -183,7 +186,9 @@ class _Run:
             return
         for old in past.jobs:
             check_same_job(old, job, self.output)
-        self.finished = usable_shards(self.output, past, self.shards, self.checkpoint, self.pool)
+        doubted = [shard for shard in self.shards if shard.file not in self.confirmed]
+        self.finished = {file: shard for file, shard in past.shards.items() if file in self.confirmed}
+        self.finished |= usable_shards(self.output, past, doubted, self.checkpoint, self.pool)
 
     def check_complete(self) -> None:
         """Raises InputError if shards are missing though this run is only to publish."""
@@ -297,6 +302,15 @@ def clear_output(checkpoint: Checkpoint, plan: Plan, output: Path) -> None:
             _clear(output, plan, checkpoint)
 
 
+def check_part(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources, part: Part) -> list[str]:
+    """Read what a part has written again. Names of its shards that are whole, and made from what the source is now."""
+    past = read_journal(output)
+    if past is None:
+        return []
+    with ThreadPoolExecutor(resources.workers) as pool:
+        return list(usable_shards(output, past, deal(plan, part.count)[part.index], checkpoint, pool))
+
+
 def run_conversion(
     checkpoint: Checkpoint,
     settings: Settings,
@@ -306,11 +320,13 @@ def run_conversion(
     advance: Advance = lambda count: None,
     part: Part | None = None,
     finish: bool = False,
+    confirmed: Collection[str] = (),
 ) -> Result:
     """Convert an opened checkpoint into `output`, or continue doing so, or find it done.
 
     advance: told of data bytes as they are written; they add up to the data of the plan (or of the part).
     part: write only this part's shards; a run without `part` (with `finish`, one that writes no shards) publishes.
+    confirmed: finished shards that another process has just read again (see `check_part`).
     Raises Dsv4Error: UsageError for a folder that is not ours or holds another conversion, InputError for a source
     that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
     """
@@ -324,7 +340,7 @@ def run_conversion(
     found = look(output)
     if found.manifest is not None and not overwrite:
         return _already_done(checkpoint, plan, output, found.manifest)
-    result, run = Result(output, plan), _Run(checkpoint, plan, output, resources, part, finish)
+    result, run = Result(output, plan), _Run(checkpoint, plan, output, resources, part, finish, confirmed)
     if overwrite or not found.journal:  # a continued run is checked when it is known what of it can be used
         missing = 0 if finish else sum(shard.size for shard in run.shards)
         check_disk(checkpoint, missing - owned_bytes(output, found), output)

@@ -3,7 +3,8 @@
 Every process makes the same plan from the same headers, so nothing needs to be sent: shards are dealt out by size,
 the largest first, each to the part that has least so far. The parts write into one folder, each under a lock and a
 journal of its own, and any later run, with another number of parts or with one, takes over what all journals say.
-Publishing (manifest, index, config) is one process's job, after everything has been checked again.
+Publishing (manifest, index, config) is one process's job, after everything has been read again: by itself after
+`--part`, by all ranks of a torchrun.
 """
 
 import re

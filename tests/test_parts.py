@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from ranks import run_ranks, torchrun
 from raw_safetensors import Raw
 
+from dsv4.convert import output_folder
+from dsv4.convert.checkpoint import Checkpoint
+from dsv4.convert.conversion import check_part, decide_resources, run_conversion
 from dsv4.convert.parts import Part, deal, parse_part
+from dsv4.convert.plan import make_plan
 from dsv4.convert.ranks import Ranks, launched
-from dsv4.errors import UsageError
+from dsv4.convert.settings import resolve
+from dsv4.errors import InputError, UsageError
 
 SHARDS = ("--max-shard-size", "300kB")
 WRITE = ("dsv4.convert.conversion", "write_shard")
@@ -199,6 +204,29 @@ class TestFinish:
         (output / ".dsv4-scratch-3-of-4" / "model-00001-of-00003.safetensors").write_bytes(b"fetched")
         (output / ".dsv4-lock.3-of-4").write_text("{}")
         convert(source, output, *SHARDS, "--finish")
+        assert tree(output) == tree(whole)
+
+    def test_what_others_have_just_read_is_not_read_again(
+        self, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output, checkpoint, resources = tmp_path / "out", Checkpoint.open(source), decide_resources(1)
+        settings = resolve(max_shard_bytes=300_000)
+        plan = make_plan(checkpoint, settings)
+        for i in (0, 1):
+            run_conversion(checkpoint, settings, output, resources, part=Part(i, 2))
+        found = [check_part(checkpoint, plan, output, resources, Part(i, 2)) for i in (0, 1)]
+        assert found == [[shard.file for shard in part] for part in deal(plan, 2)]
+        victim = output / found[1][-1]
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+        assert check_part(checkpoint, plan, output, resources, Part(1, 2)) == found[1][:-1]
+        with pytest.raises(InputError, match=victim.name):  # what was not confirmed is read by whoever publishes
+            run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1][:-1])
+        data[-1] ^= 1
+        victim.write_bytes(data)
+        monkeypatch.setattr(output_folder, "file_sha256", lambda path: pytest.fail("read again"))
+        run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1])
         assert tree(output) == tree(whole)
 
     def test_a_second_time(self, source: Path, whole: Path) -> None:

@@ -1,6 +1,7 @@
 """`dsv4 convert SOURCE OUTPUT`."""
 
 import shlex
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,9 @@ class _Job:
     output_folder: Path
     resources: "Resources"
 
-    def run(self, share: "Part | None", finish: bool, overwrite: bool) -> "Result":
+    def run(
+        self, share: "Part | None", finish: bool, overwrite: bool, confirmed: Collection[str] = ()
+    ) -> "Result":
         """All of it, one share of it, or only the end of it, in this process."""
         from dsv4.convert.conversion import run_conversion
         from dsv4.convert.parts import deal
@@ -174,12 +177,16 @@ class _Job:
         settings, folder = self.plan.settings, self.output_folder
         with self.out.progress(sum(shard.data_bytes for shard in shards), "convert") as bar:
             return run_conversion(
-                self.checkpoint, settings, folder, self.resources, overwrite, bar.advance, share, finish
+                self.checkpoint, settings, folder, self.resources, overwrite, bar.advance, share, finish, confirmed
             )
 
     def run_as_rank(self, ranks: "Ranks", share: "Part", overwrite: bool) -> "Result":
-        """This rank's share; when all are done, the first rank checks everything and publishes."""
-        from dsv4.convert.conversion import clear_output
+        """This rank's share; when all are done, each reads its neighbour's again, and the first rank publishes.
+
+        The neighbour's and not its own: what another machine reads is on the shared disk, and not only in a cache.
+        """
+        from dsv4.convert.conversion import check_part, clear_output
+        from dsv4.convert.parts import Part
         from dsv4.convert.ranks import joined
 
         with joined(ranks):
@@ -189,8 +196,13 @@ class _Job:
                 ranks.gather(None)
             result = self.run(share, finish=False, overwrite=False)
             written, seconds = zip(*ranks.gather((result.shards_written, result.seconds)), strict=True)
+            whole: list[str] = []
+            if not result.already_done:
+                neighbour = Part((share.index + 1) % share.count, share.count)
+                whole = check_part(self.checkpoint, self.plan, self.output_folder, self.resources, neighbour)
+            confirmed = [file for files in ranks.gather(whole) for file in files]
             if ranks.is_first and not result.already_done:
-                result = self.run(None, finish=True, overwrite=False)
+                result = self.run(None, finish=True, overwrite=False, confirmed=confirmed)
                 result.shards_written, result.seconds = sum(written), max(seconds) + result.seconds
                 result.shards_reused = len(self.plan.shards) - sum(written)
             ranks.gather(None)
