@@ -368,24 +368,24 @@ def convert(
     scale_dtype: ScaleDtype | None = None,
     wo_a: WoA | None = None,
     on_inexact: OnInexact = "error",
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_size: int = DEFAULT_MAX_SHARD_BYTES,
     max_workers: int | None = None,
-    max_memory_bytes: int | None = None,
+    max_memory: int | None = None,
     overwrite: bool = False,
     progress: Advance = lambda count: None,
 ) -> Result:
     """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors.
 
     source, output: folders; the output is new, empty or an unfinished conversion of the same kind, which is continued.
-    max_shard_bytes, max_memory_bytes: bytes. progress: called with the number of bytes just written.
+    max_shard_size, max_memory: bytes. progress: called with the number of bytes just written.
     Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `to_json()`.
     Raises UsageError for options that do not fit, InputError for a bad source or a block without an exact form,
     MachineError for disk, permission or a lock.
     """
-    settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, max_shard_bytes)
+    settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, max_shard_size)
     checkpoint = Checkpoint.open(source)
     try:
-        resources = decide_resources(max_workers, max_memory_bytes)
+        resources = decide_resources(max_workers, max_memory)
         return run_conversion(checkpoint, settings, Path(output), resources, overwrite, progress)
     finally:
         checkpoint.close()

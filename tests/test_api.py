@@ -45,6 +45,11 @@ def test_every_parameter_has_a_type(function: typing.Callable) -> None:
     assert signature.return_annotation is not inspect.Signature.empty
 
 
+def test_the_same_word_for_the_same_thing() -> None:
+    functions = (dsv4.convert.convert, dsv4.convert.verify, dsv4.model.load)
+    assert all("max_memory" in inspect.signature(function).parameters for function in functions)
+
+
 def test_type_checkers_are_told() -> None:
     assert files("dsv4").joinpath("py.typed").is_file()
 
