@@ -113,7 +113,8 @@ def library() -> ctypes.CDLL | None:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return None
-    identity = "\0".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _cpu()))
+    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("native*.[ch]")))
+    identity = "\0".join((*sources, compiler, *FLAGS, platform.machine(), _cpu()))
     name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         folder = _cache_folder()
