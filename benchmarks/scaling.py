@@ -217,7 +217,8 @@ def main() -> None:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ratios = (*((0, 4, 128)[i % 3] for i in range(arguments.layers)), 0)
         geometry = Geometry(**{
-            **vars(FLASH), "vocab_size": 16384, "compress_ratios": ratios, "n_routed_experts": arguments.experts
+            **vars(FLASH), "vocab_size": 16384, "compress_ratios": ratios, "num_hash_layers": 1,
+            "n_routed_experts": arguments.experts,
         })  # fmt: skip
         make_checkpoint(folder / "source", geometry=geometry)
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n{'processes':20} {1:9} {2:9}")

@@ -68,7 +68,8 @@ class Ranks:
 
 def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     """The rank that torchrun's environment names; None where no launcher started this process."""
-    if "TORCHELASTIC_RUN_ID" not in environment and "MASTER_ADDR" not in environment:
+    names, known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR"), ("RANK", "WORLD_SIZE")
+    if not any(name in environment for name in names) or not any(name in environment for name in known):
         return None
     try:
         index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])

@@ -11,8 +11,9 @@ columns and adds up partial sums of it and of the experts, which is less to send
     attn.wo_b, shared experts    equal parts
     routed experts               whole experts, as many to each; their outputs are brought to everybody (`combine`)
 
-The rest (norms, gates, low-rank and key projections, compressors, hyper-connections) is small and computed by all. With
-one rank nothing here does anything.
+The rest (norms, gates, low-rank and key projections, compressors, hyper-connections) is small and computed by all, so
+that every rank knows which experts are chosen. On CPUs these numbers are the same bits everywhere; GPUs of one run must
+be of one kind for that. With one rank nothing here does anything.
 """
 
 import re

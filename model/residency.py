@@ -157,7 +157,8 @@ class WeightStore:
         if EMBEDDING in self._pinned:
             return self._pinned[EMBEDDING].values[token_ids - start].to(torch.float32)
         rows = [self.checkpoint.read_tensor(EMBEDDING, i, i + 1) for i in token_ids.tolist()]
-        return torch.cat(rows).to(self.device, torch.float32) if rows else torch.empty(0, self.config.hidden_size)
+        none = self.checkpoint.read_tensor(EMBEDDING, 0, 0)
+        return torch.cat([none, *rows]).to(self.device, torch.float32)
 
     @property
     def resident_bytes(self) -> int:

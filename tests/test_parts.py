@@ -81,9 +81,11 @@ class TestNames:
         assert "\x1b" not in str(error.value)
 
     def test_of_the_launcher(self) -> None:
-        assert launched({}) is None
+        for environment in ({}, {"MASTER_ADDR": "a"}, {"RANK": "0", "WORLD_SIZE": "1"}):
+            assert launched(environment) is None
         assert launched({"MASTER_ADDR": "a", "RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
-        for environment in ({"MASTER_ADDR": "a"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "4"}):
+        wrong = ({"MASTER_ADDR": "a", "RANK": "1"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "4"})
+        for environment in wrong:
             with pytest.raises(UsageError, match="WORLD_SIZE"):
                 launched(environment)
 
