@@ -166,9 +166,7 @@ class _Job:
     output_folder: Path
     resources: "Resources"
 
-    def run(
-        self, share: "Part | None", finish: bool, overwrite: bool, confirmed: Collection[str] = ()
-    ) -> "Result":
+    def run(self, share: "Part | None", finish: bool, overwrite: bool, confirmed: Collection[str] = ()) -> "Result":
         """All of it, one share of it, or only the end of it, in this process."""
         from dsv4.convert.conversion import run_conversion
         from dsv4.convert.parts import deal
