@@ -44,6 +44,11 @@ class Ranks:
         """Whether this is the rank that publishes and speaks."""
         return self.index == 0
 
+    @property
+    def workers(self) -> int:
+        """Threads that this process may use: its share of the machine's cores."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_count)
+
     def first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, for all: the others do not call `make`."""
         value: Value = self.gather(make() if self.is_first else None)[0]

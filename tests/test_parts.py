@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,8 @@ class TestNames:
         for environment in ({}, {"MASTER_ADDR": "a"}, {"RANK": "0", "WORLD_SIZE": "1"}):
             assert launched(environment) is None
         assert launched({"MASTER_ADDR": "a", "RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
+        cores = len(os.sched_getaffinity(0))
+        assert Ranks(0, 9).workers == cores and Ranks(0, 9, 0, cores + 1).workers == 1
         wrong = ({"MASTER_ADDR": "a", "RANK": "1"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "4"})
         for environment in wrong:
             with pytest.raises(UsageError, match="WORLD_SIZE"):

@@ -269,6 +269,7 @@ def convert(
     from dsv4.convert.plan import make_plan
 
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))
+    max_workers = max_workers or (ranks.workers if ranks else None)
     resources = decide_resources(max_workers, parse_size(max_memory) if max_memory else None)
     share = Part(ranks.index, ranks.count) if ranks else parse_part(part) if part else None
     scratch_folder = output_folder / (f"{SCRATCH_NAME}-{share.tag}" if share else SCRATCH_NAME)

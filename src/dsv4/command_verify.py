@@ -263,7 +263,7 @@ def verify(
         "selection": Selection(tensor, shard, _share(sample), seed),
         "strict": strict,
         "inverse": inverse,
-        "max_workers": max_workers,
+        "max_workers": max_workers or (ranks.workers if ranks else None),
         "max_memory": None if max_memory is None else parse_size(max_memory),
     }
     if ranks is not None and not ranks.is_first:
