@@ -28,11 +28,18 @@ def _runner() -> subprocess.Popen[str]:
 Kill = tuple[str, str, int]  # module, function, number of the call
 
 
-def run_ranks(count: int, folder: Path, *arguments: object, kill: dict[int, Kill] | None = None) -> Ended:
-    """The command as `count` ranks, started in `folder`; some are killed."""
+def run_ranks(
+    count: int,
+    folder: Path,
+    *arguments: object,
+    kill: dict[int, Kill] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Ended:
+    """The command as `count` ranks, started in `folder`, some of them killed; by default in this environment."""
     runner = _runner()
     job = {
         "arguments": [str(a) for a in arguments], "ranks": count, "folder": str(folder), "kill": kill or {},
+        "environment": dict(os.environ) if environment is None else environment,
     }  # fmt: skip
     assert runner.stdin is not None and runner.stdout is not None
     print(json.dumps(job), file=runner.stdin, flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hub_servers import HubServer, Request, hub_environment, run_dsv4
+from ranks import run_ranks
 
 from dsv4.convert.conversion import convert
 from dsv4.convert.synthetic import make_checkpoint
@@ -85,6 +86,20 @@ def test_same_bytes_as_from_a_local_copy(
     assert sorted(server.whole_shards()) == sorted(SHARDS * 2)
     assert 1 <= max(seen) <= 2
     assert contents(tmp_path / "out") == expected  # verify left nothing behind
+
+
+def test_shared_by_ranks_and_parts(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """Each fetches what it needs into a scratch area of its own, and nothing of that is left."""
+    environment = hub_environment(server, tmp_path)
+    ended = run_ranks(2, tmp_path, "convert", f"hf:{REPOSITORY}", "ranks", environment=environment)
+    assert ended.codes == [0, 0], ended.err
+    for more in ("--part=2/2", "--part=1/2", "--finish"):
+        done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "parts", more)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "parts") == expected
+    ended = run_ranks(2, tmp_path, "verify", f"hf:{REPOSITORY}", "parts", environment=environment)
+    assert ended.codes == [0, 0] and "IDENTICAL" in ended.out[0], ended.err
+    assert contents(tmp_path / "parts") == expected
 
 
 def test_dry_run_reads_headers_only(server: HubServer, tmp_path: Path, source: Path) -> None:

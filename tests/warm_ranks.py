@@ -1,8 +1,8 @@
 """Runs one `dsv4` command line as N ranks, as torchrun does, without importing torch again for every one of them.
 
-One JSON object a line on stdin: arguments, number of ranks, folder, and `kill`, which says at the how many-th call of
-which function of which module a rank loses its life. Each rank is a fork with a launcher's environment; when one fails,
-the others are terminated. The answer is a JSON list of exit codes; what rank i printed is in `stdout.i` and `stderr.i`.
+One JSON object a line on stdin: arguments, number of ranks, folder, environment, and `kill`, which says at the how
+many-th call of which function of which module a rank loses its life. Each rank is a fork with a launcher's environment;
+when one fails, the others are terminated. The answer is a JSON list of exit codes; what rank i printed is in `stdout.i` and `stderr.i`.
 """
 
 import contextlib
@@ -43,6 +43,8 @@ def kill_at(module: str, function: str, call: int) -> None:
 def rank(job: dict[str, Any], index: int, port: int) -> int:
     """One rank, from its environment to its exit code."""
     os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(index), WORLD_SIZE=str(job["ranks"]),
         LOCAL_RANK=str(index), LOCAL_WORLD_SIZE=str(job["ranks"]),
