@@ -30,6 +30,14 @@ def explained() -> Iterator[None]:
         raise lost_rank(error) from None
 
 
+def _end_undisturbed() -> None:
+    """This process ends by itself now. When another rank has failed, the launcher sends SIGTERM to all: that must
+    neither cut short what is being said nor look like an interrupt. SIGALRM asks again for one that was put off.
+    """
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process is rank `index` of `count`, and number `local_index` of `local_count` on its machine."""
@@ -64,10 +72,8 @@ class Ranks:
         return values
 
     def leave(self) -> None:
-        """Wait until all are done. A rank that ends with another code than 0 has the launcher stop the others, which
-        must neither cut short what the first one prints nor look like an interrupt.
-        """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        """Wait until all are done, at the very end: the first to end with another code than 0 stops the others."""
+        _end_undisturbed()
         self.gather(None)
 
 
@@ -102,3 +108,4 @@ def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
     finally:
         with suppress(RuntimeError):  # whatever ended the work is what is told
             dist.destroy_process_group()
+        _end_undisturbed()

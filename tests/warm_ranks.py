@@ -2,7 +2,8 @@
 
 One JSON object a line on stdin: arguments, number of ranks, folder, environment, and `kill`, which says at the how
 many-th call of which function of which module a rank loses its life. Each rank is a fork with a launcher's environment;
-when one fails, the others are terminated. The answer is a JSON list of exit codes; what rank i printed is in `stdout.i` and `stderr.i`.
+when one fails, the others are terminated. The answer is a JSON list of exit codes; what rank i printed is in `stdout.i`
+and `stderr.i`.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -69,6 +71,8 @@ def start(job: dict[str, Any], index: int, port: int) -> int:
     code = 99
     try:
         code = rank(job, index, port)
+    except BaseException:  # as the interpreter would
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -165,4 +165,6 @@ def main() -> None:
     """Entry point of the `dsv4` script and of `python -m dsv4`."""
     signal.signal(signal.SIGINT, _on_signal)
     signal.signal(signal.SIGTERM, _on_signal)
-    sys.exit(run())
+    code = run()
+    signal.setitimer(signal.ITIMER_REAL, 0)  # an interrupt that was put off has nothing left to interrupt
+    sys.exit(code)
