@@ -190,7 +190,17 @@ class Checkpoint:
     @classmethod
     def open(cls, source: Path | str | Storage) -> "Checkpoint":
         """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
-        storage: Storage = Folder(Path(source)) if isinstance(source, str | Path) else source
+        if not isinstance(source, str | Path):
+            return cls._open(source)
+        storage = Folder(Path(source))
+        try:
+            return cls._open(storage)
+        except BaseException:
+            storage.close()
+            raise
+
+    @classmethod
+    def _open(cls, storage: Storage) -> "Checkpoint":
         sizes = storage.sizes()
         names, weight_map = _shard_names(storage, sizes)
         if CONFIG_NAME not in sizes:

@@ -98,3 +98,13 @@ def test_a_shard_that_shrinks_while_it_is_read(good: Path, tmp_path: Path) -> No
 def test_not_a_folder(good: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"does not exist|is not a folder"):
         Checkpoint.open(good / name)
+
+
+def test_a_refused_checkpoint_leaves_no_open_files(good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "x")
+    shard = max(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(InputError):
+        Checkpoint.open(folder)
+    assert len(os.listdir("/dev/fd")) == before
