@@ -1,9 +1,12 @@
 """Real limits of the machine, and two runs at once: exit code 4 and a message, or the right bytes."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,22 @@ from dsv4.convert.synthetic import make_checkpoint
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+# A limit on addresses a little above what is in use once everything is imported.
+ADDRESSES = """
+import resource, torch, dsv4.cli, dsv4.convert.conversion
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {more}, used + {more}))
+"""
+# The interpreter itself may lie where an unprivileged user cannot read: one conversion before imports all it needs.
+UNPRIVILEGED = """
+import contextlib, io, os, sys, tempfile, dsv4.cli
+if os.getuid() == 0:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        assert dsv4.cli.run(["convert", sys.argv[2], folder, *sys.argv[4:]]) == 0
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+"""
+# The space is checked before anything is written; here the disk fills up behind the program's back.
+UNCHECKED = "import dsv4.convert.conversion as conversion; conversion.free_bytes = lambda folder: 2**50; "
 UNLOCKED = "import dsv4.convert.files as files; files._take_lock = lambda *_: None; "
 MAIN = "from dsv4.cli import main; main()"
 
@@ -58,6 +77,97 @@ def test_a_limit_on_file_size(source: Path, whole: dict[str, str], tmp_path: Pat
 def test_too_little_memory_allowed(source: Path, tmp_path: Path) -> None:
     code, _, err = dsv4("convert", source, tmp_path / "out", "--max-memory", "1MB")
     assert code == 4 and "too little" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [2**20, 16 * 2**20, 64 * 2**20])
+def test_a_limit_on_addresses(more: int, source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    code, err = finish(start(ADDRESSES.format(more=more), source, tmp_path / "out"))
+    assert (code == 4 and "out of memory" in err) or (code == 0 and more > 2**20), err
+    assert not (tmp_path / "out" / "config.json").exists() or code == 0
+    convert(source, tmp_path / "out", *OPTIONS)
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs of some size in a folder. Only root may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here ({done.stderr.strip()}); a limit on file size is tested above")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tiny_disk: Callable[[str], Path], source: Path) -> None:
+    disk = tiny_disk("64k")
+    code, _, err = dsv4("convert", source, disk / "out", *OPTIONS)
+    assert code == 4 and "are free" in err and not list(disk.iterdir())
+
+
+@pytest.mark.parametrize("size", ["64k", "256k"])
+def test_a_disk_that_fills_up_meanwhile(
+    size: str, tiny_disk: Callable[[str], Path], source: Path, whole: dict[str, str]
+) -> None:
+    disk = tiny_disk(size)
+    code, err = finish(start(UNCHECKED, source, disk / "out"))
+    assert code == 4 and "Free some disk space" in err, err
+    assert visible(disk / "out").items() <= whole.items() and not list(disk.rglob("*.part"))
+    assert not (disk / "out" / "config.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+    code, err = finish(start(UNCHECKED, source, disk / "out"))
+    assert code == 0 and tree(disk / "out") == whole, err
+
+
+def test_output_on_another_file_system(source: Path, whole: dict[str, str]) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == source.stat().st_dev:
+        pytest.skip("/dev/shm is no other file system than that of the tests")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        convert(source, Path(folder) / "out", *OPTIONS)
+        assert tree(Path(folder) / "out") == whole
+
+
+@pytest.fixture
+def anybodys(source: Path) -> Iterator[Path]:
+    """A folder that every user can reach (that of the tests is the owner's), with a source nobody may write to."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(source, folder / "source")
+        (folder / "mine").mkdir(mode=0o755)
+        (folder / "open").mkdir()
+        (folder / "open").chmod(0o777)
+        for path in [folder / "source", *(folder / "source").rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        yield folder
+        for path in folder.rglob("*"):
+            path.chmod(0o755)
+
+
+def test_an_unprivileged_user_may_read_the_source_only(anybodys: Path, whole: dict[str, str]) -> None:
+    before = tree(anybodys / "source")
+    code, err = finish(start(UNPRIVILEGED, anybodys / "source", anybodys / "open" / "out"))
+    assert code == 0 and tree(anybodys / "open" / "out") == whole, err
+    assert tree(anybodys / "source") == before
+
+
+def test_an_unprivileged_user_is_told_what_is_forbidden(anybodys: Path) -> None:
+    (anybodys / "mine").chmod(0o555)
+    code, err = finish(start(UNPRIVILEGED, anybodys / "source", anybodys / "mine" / "out"))
+    assert code == 4 and "Check the permissions" in err and not list((anybodys / "mine").iterdir())
+    shard = max((anybodys / "source").glob("*.safetensors"))
+    shard.chmod(0o000)
+    code, err = finish(start(UNPRIVILEGED, anybodys / "source", anybodys / "open" / "out"))
+    assert code == 4 and "Check the permissions" in err and shard.name in err
+    assert not list((anybodys / "open").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])

@@ -41,6 +41,8 @@ from dsv4.errors import (
 )
 
 SECONDS_UNTIL_ASKED_AGAIN = 0.05
+# What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
+NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment")
 
 app = typer.Typer(
     name="dsv4",
@@ -118,6 +120,18 @@ def _report_bug(error: BaseException) -> int:
     return EXIT_BUG
 
 
+def _report_no_memory() -> int:
+    output.current().error(MachineError("out of memory", "Lower --max-memory or --max-workers."))
+    return MachineError.exit_code
+
+
+def _report_unexpected(error: Exception) -> int:
+    """A bug, unless it is one of the ways in which libraries say that there is no memory."""
+    if isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY):
+        return _report_no_memory()
+    return _report_bug(error)
+
+
 def _importing(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
@@ -154,10 +168,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         output.current().error(explained)
         return explained.exit_code
     except MemoryError:
-        output.current().error(MachineError("out of memory", "Lower --max-memory or --max-workers."))
-        return MachineError.exit_code
+        return _report_no_memory()
     except Exception as error:  # the one place where a bug becomes exit code 70
-        return _report_bug(error)
+        return _report_unexpected(error)
     return EXIT_DONE
 
 
