@@ -83,7 +83,15 @@ def main() -> None:
         b"i" + json.dumps({"weight_map": {"a": NAME}, "metadata": {"total_size": 4}}).encode()
     )
     atheris.Setup(
-        [sys.argv[0], f"-max_total_time={sys.argv[1]}", "-seed=4", "-max_len=2000", "-len_control=0", "-verbosity=0", str(seeds)],
+        [
+            sys.argv[0],
+            f"-max_total_time={sys.argv[1]}",
+            "-seed=4",
+            "-max_len=2000",
+            "-len_control=0",
+            "-verbosity=0",
+            str(seeds),
+        ],
         one_input,
     )
     atheris.Fuzz()
