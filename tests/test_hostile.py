@@ -24,7 +24,11 @@ COMMANDS: dict[str, Command] = {
     "verify_alone": lambda bad, good, out: ["verify", str(bad)],
     "inspect": lambda bad, good, out: ["inspect", str(bad)],
     "doctor": lambda bad, good, out: ["doctor", str(bad), "--for", "vllm"],
+    "run": lambda bad, good, out: ["run", str(bad), "--tokens", "1", "--logits", str(out)],
+    "run_compare": lambda bad, good, out: ["run", str(good), "--tokens", "1", "--compare", str(bad)],
 }
+# `run` reads dtypes from the headers, so what a config says beside them is of no weight: the logits are the same.
+RUN_MAY_TAKE = {"config_says_fp8", "config_says_nonsense", "config_without_blocks", "config_quantization_list"}
 
 # `verify` is made for other people's conversions, which may lack index or config, and compares tensors of any name,
 # as well as entries with further keys. What it must not take is what safetensors' own reader refuses.
@@ -99,6 +103,35 @@ def test_every_command_refuses(
     assert out + err
     assert not (tmp_path / "out").exists()
     assert snapshot(bad.parent) == before
+
+
+@pytest.mark.parametrize("case", [*CONTENT, SCALE_NAN], ids=lambda case: case.name)
+def test_verify_calls_no_wrong_content_sound(
+    case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = spoil(case, bad)
+    for command in ("verify_source", "verify_output", "verify_alone"):
+        code = run(COMMANDS[command](bad, good, tmp_path / "out"))
+        out, err = capsys.readouterr()
+        check_terminal(out + err)
+        assert code in (1, 3) and out, (command, code, err)
+    assert snapshot(bad.parent) == before
+
+
+@pytest.mark.parametrize("case", [*CONTENT, SCALE_NAN], ids=lambda case: case.name)
+def test_run_computes_nothing_from_wrong_content(
+    case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = spoil(case, bad)
+    code = run(COMMANDS["run"](bad, good, tmp_path / "out"))
+    out, err = capsys.readouterr()
+    check_terminal(out + err)
+    assert snapshot(bad.parent) == before
+    if case.name in RUN_MAY_TAKE:
+        assert code == 0 and run(COMMANDS["run"](good, good, tmp_path / "expected")) == 0
+        assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
+    else:
+        assert code == 3 and err.startswith("error: ") and not (tmp_path / "out").exists(), err
 
 
 def test_every_command_takes_the_good_checkpoint(
