@@ -7,6 +7,8 @@ that calls them.
 
     python fault_lab.py WORKDIR SWEEP ARGUMENT...    prints {"points": N, "violations": [...]}
 
+With `--shared` as the last argument three commands do the work: `--part 1/2`, `--part 2/2` and `--finish`.
+
 After each run: nothing under a final name is incomplete, index and config.json are there only with all that they
 name, the source is untouched, and the same command again ends in the same bytes as a run that nothing happened to.
 """
@@ -37,6 +39,7 @@ KILLED = 137
 GEOMETRY = replace(TWO_LAYERS, compress_ratios=(0,), num_nextn_predict_layers=0)  # one layer, no MTP: 40 tensors
 CHANGING = ("open", "write", "pwrite", "fsync", "replace", "ftruncate", "unlink", "mkdir", "rmdir", "posix_fallocate")
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+SHARES = ("--part=1/2", "--part=2/2", "--finish")
 REAL = {name: getattr(os, name) for name in CHANGING}
 
 
@@ -90,27 +93,27 @@ class Ending:
     calls: tuple[str, ...] = ()
 
 
-def run_here(arguments: list[str], fault: Fault) -> Ending:
-    """One command line in this process, with the faulty functions in place of those of `os`."""
+def run_here(commands: list[list[str]], fault: Fault) -> Ending:
+    """Command lines up to one that fails, in this process, with the faulty functions in place of those of `os`."""
     words = io.StringIO()
     for name in CHANGING:
         setattr(os, name, fault.wrap(name))
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(words):
-            code = cli.run(arguments)
+            code = next((code for arguments in commands if (code := cli.run(arguments))), 0)
     finally:
         for name, real in REAL.items():
             setattr(os, name, real)
     return Ending(code, words.getvalue(), tuple(fault.seen))
 
 
-def run(arguments: list[str], fault: Fault) -> Ending:
-    """One command line; in a fork of this process if it is to be killed."""
+def run(commands: list[list[str]], fault: Fault) -> Ending:
+    """Command lines up to one that fails; in a fork of this process if they are to be killed."""
     if fault.kind not in ("kill", "torn"):
-        return run_here(arguments, fault)
+        return run_here(commands, fault)
     child = os.fork()
     if child == 0:
-        os._exit(run_here(arguments, fault).code)
+        os._exit(run_here(commands, fault).code)
     return Ending(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
@@ -124,24 +127,28 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Lab:
-    """One command, what it ends in when nothing happens, and the checks after every run in which something did."""
+    """One conversion, what it ends in when nothing happens, and the checks after every run in which something did."""
 
-    def __init__(self, work: Path, options: list[str], before: list[str] | None) -> None:
-        """`before`: options of an earlier conversion into the same folder, which the command then replaces."""
+    def __init__(self, work: Path, options: list[str], before: list[str] | None, shared: bool = False) -> None:
+        """`before`: options of an earlier conversion into the same folder, which the command then replaces.
+
+        shared: parts write the shards, and a last command publishes.
+        """
         self.source, self.output, self.start = work / "source", work / "output", work / "start"
         make_checkpoint(self.source, geometry=GEOMETRY)
         for name in ("README.md", "LICENSE", "generation_config.json", "tokenizer.json", "inference/config.json"):
             (
                 self.source / name
             ).unlink()  # every file is half a dozen system calls; tokenizer_config and encoding/ stay
-        self.arguments = ["convert", str(self.source), str(self.output), *options]
+        self.whole = ["convert", str(self.source), str(self.output), *options]
+        self.commands = [[*self.whole, share] for share in SHARES] if shared else [self.whole]
         if before is not None:
-            assert run(["convert", str(self.source), str(self.start), *before], Fault()).code == 0
+            assert run([["convert", str(self.source), str(self.start), *before]], Fault()).code == 0
         self.source_before = contents(self.source)
         self.reset()
-        assert cli.run([*self.arguments, "-q"]) == 0  # fills the tables of the cast, which every fork then has
+        assert cli.run([*self.whole, "-q"]) == 0  # fills the tables of the cast, which every fork then has
         self.reset()
-        self.clean = run(self.arguments, Fault())
+        self.clean = run(self.commands, Fault())
         assert self.clean.code == 0, self.clean.words
         self.expected = contents(self.output)
         self.violations: list[str] = []
@@ -174,8 +181,8 @@ class Lab:
                     self.complain(f"{last} is there without {sorted(missing)}", fault, ending)
 
     def check_recovery(self, fault: Fault, ending: Ending) -> None:
-        """The same command ends in the same bytes and leaves nothing else."""
-        again = run(self.arguments, Fault())
+        """The same commands end in the same bytes and leave nothing else; of parts, so does one for the rest."""
+        again = run(self.commands if fault.at % 2 else [self.whole], Fault())
         if again.code != 0:
             self.complain(f"the next run ended with {again.code}: {again.words}", fault, ending)
         elif contents(self.output) != self.expected:
@@ -189,7 +196,7 @@ class Lab:
         for at in range(sum(call in calls for call in self.clean.calls)):
             self.reset()
             fault = Fault(at, kind, calls)
-            ending = run(self.arguments, fault)
+            ending = run(self.commands, fault)
             self.points += 1
             killed = kind in ("kill", "torn")
             if killed != (ending.code == KILLED):
@@ -221,7 +228,7 @@ class Lab:
         """Every write does half of what it is asked: same bytes."""
         self.reset()
         fault = Fault(short=True)
-        ending = run(self.arguments, fault)
+        ending = run(self.commands, fault)
         self.points += 1
         if ending.code != 0 or contents(self.output) != self.expected:
             self.complain("short writes changed the result", fault, ending)
@@ -243,11 +250,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for number in SIGNALS.values():
         signal.signal(number, cli._on_signal)
-    before = None
+    before, shared = None, options[-1:] == ["--shared"]
+    options = [option for option in options if option != "--shared"]
     if "--before" in options:
         cut = options.index("--before")
         before, options = options[cut + 1 :], options[:cut]
-    lab = Lab(Path(work), options, before)
+    lab = Lab(Path(work), options, before, shared)
     if sweep == "short":
         lab.short_writes()
     else:

@@ -30,6 +30,10 @@ def test_killed_at_every_call_that_changes_a_file(tmp_path: Path, layout: list[s
     assert sweep(tmp_path, "kill", [*layout, workers]) >= 70
 
 
+def test_killed_at_every_call_of_a_conversion_shared_by_parts(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "kill", [*HF, "2", "--shared"]) >= 100
+
+
 def test_killed_in_the_middle_of_every_write(tmp_path: Path) -> None:
     assert sweep(tmp_path, "torn", [*HF, "2"]) >= 40
 
