@@ -157,6 +157,16 @@ def _table(device: torch.device) -> torch.Tensor:
     return (nibbles[0] | nibbles[1] | nibbles[2] | nibbles[3]).flatten()
 
 
+@cache
+def _starts(device: torch.device) -> torch.Tensor:
+    """int64 [TABLE_K_MAX - TABLE_K_MIN + 1]: where the table of each k has its index 0, twice, as two int32.
+
+    A group is eight pairs of bytes, and each int64 serves two of them.
+    """
+    start = torch.arange(TABLE_K_MAX - TABLE_K_MIN + 1, dtype=torch.int64, device=device) * 65536 + 32768
+    return start * (1 | 1 << 32)
+
+
 def _k_of_groups(scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Block) -> torch.Tensor:
     """k = s - S of each group, int16 [..., rows, groups]."""
     wide = block.columns // e2m1.GROUP_SIZE
@@ -186,10 +196,9 @@ def cast(
         whole = cast(torch.nn.functional.pad(packed, (0, short)), scale_bytes, block_bytes, block)
         codes = whole[..., : 2 * packed.shape[-1]]
         return codes.contiguous() if out is None else out.copy_(codes)
-    k = _k_of_groups(scale_bytes, block_bytes, block).clamp_(TABLE_K_MIN, TABLE_K_MAX)
-    start = k.to(torch.int64).sub_(TABLE_K_MIN).mul_(65536).add_(32768)
-    # A group is eight pairs of bytes: each int64 carries the start of its table twice, for two of them.
-    twice = start.mul_(1 | 1 << 32).unsqueeze(-1).expand(*start.shape, 4).contiguous()
+    k = _k_of_groups(scale_bytes, block_bytes, block).clamp_(TABLE_K_MIN, TABLE_K_MAX).sub_(TABLE_K_MIN)
+    start = torch.index_select(_starts(packed.device), 0, k.to(torch.int32).view(-1)).view(k.shape)
+    twice = start.unsqueeze(-1).expand(*start.shape, 4).contiguous()
     index = twice.view(torch.int32).view(*packed.shape[:-1], -1)
     index += packed.view(torch.int16)
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
