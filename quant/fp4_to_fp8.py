@@ -197,7 +197,7 @@ def cast(
         codes = whole[..., : 2 * packed.shape[-1]]
         return codes.contiguous() if out is None else out.copy_(codes)
     k = _k_of_groups(scale_bytes, block_bytes, block).clamp_(TABLE_K_MIN, TABLE_K_MAX).sub_(TABLE_K_MIN)
-    start = torch.index_select(_starts(packed.device), 0, k.to(torch.int32).view(-1)).view(k.shape)
+    start = torch.index_select(_starts(packed.device), 0, k.to(torch.int32).flatten()).view(k.shape)
     twice = start.unsqueeze(-1).expand(*start.shape, 4).contiguous()
     index = twice.view(torch.int32).view(*packed.shape[:-1], -1)
     index += packed.view(torch.int16)
