@@ -8,6 +8,7 @@ import hashlib
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any
 
 from dsv4.errors import InputError, UsageError, printable
@@ -117,18 +118,18 @@ def check_finished(folder: Path, manifest: dict[str, Any], job: dict[str, Any], 
         raise UsageError(f"the source changed after {printable(str(folder))} was made from it: {min(changed)}", hint)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in small pieces."""
+def file_sha256(path: Path, stop: Event) -> str:
+    """SHA-256 of a file, read in small pieces; once `stop` is set, only of what was read until then."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(HASH_BYTES):
+        while not stop.is_set() and (block := file.read(HASH_BYTES)):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _is_intact(folder: Path, shard: FinishedShard) -> bool:
+def _is_intact(folder: Path, shard: FinishedShard, stop: Event) -> bool:
     path = folder / shard.file
-    return path.is_file() and path.stat().st_size == shard.size and file_sha256(path) == shard.sha256
+    return path.is_file() and path.stat().st_size == shard.size and file_sha256(path, stop) == shard.sha256
 
 
 def usable_shards(
@@ -138,8 +139,12 @@ def usable_shards(
     changed = source_changed(checkpoint, past.started_ns)
     wanted = {s.file: s for s in shards}
     trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
-    intact = pool.map(lambda shard: _is_intact(folder, shard), trusted)
-    return {shard.file: shard for shard, ok in zip(trusted, intact, strict=True) if ok}
+    stop = Event()
+    intact = pool.map(lambda shard: _is_intact(folder, shard, stop), trusted)
+    try:
+        return {shard.file: shard for shard, ok in zip(trusted, intact, strict=True) if ok}
+    finally:
+        stop.set()  # an interrupted run does not wait until its threads have read whole shards
 
 
 def files_of(plan: Plan, copied: list[str]) -> list[str]:

@@ -4,11 +4,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dsv4 import cli
+from dsv4.convert import output_folder
+from dsv4.convert.journal import FinishedShard, Past
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
 
 SWALLOWS = """
@@ -39,11 +45,53 @@ def test_an_import_does_not_swallow_it(name: str, code: int, tmp_path: Path, mon
     module = f"swallows_{name.lower()}"
     (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "SECONDS_OF_IMPORTING", 60)
     with pytest.raises(Interrupted) as raised:
         __import__(module)
         time.sleep(5)
     assert raised.value.exit_code == code
     assert not hasattr(sys.modules[module], "swallowed")  # the import itself was left alone
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", EXIT_INTERRUPTED), ("SIGTERM", EXIT_TERMINATED)])
+def test_a_long_import_does_not_keep_it_waiting(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends: list[int] = []  # goes on here after its end, and so ends more than once
+    monkeypatch.setattr(cli.os, "_exit", ends.append)
+    monkeypatch.setattr(cli, "SECONDS_OF_IMPORTING", 0.1)
+    module = f"takes_long_{name.lower()}"
+    (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Interrupted):
+        __import__(module)
+        time.sleep(5)
+    assert set(ends) == {code} and "interrupted" in capsys.readouterr().err
+
+
+def test_finished_shards_are_not_read_to_their_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard may be many gigabytes: the threads that compare its hash stop in between."""
+    began, stopped = Event(), []
+
+    def read(folder: Path, shard: FinishedShard, stop: Event) -> bool:
+        began.set()
+        stopped.append(stop.wait(30))
+        return False
+
+    class Pool(ThreadPoolExecutor):
+        def map(self, *arguments: Any, **keywords: Any) -> Iterator[Any]:
+            results = super().map(*arguments, **keywords)
+            began.wait()
+            signal.raise_signal(signal.SIGINT)  # when the first result is asked for
+            yield from results
+
+    monkeypatch.setattr(output_folder, "_is_intact", read)
+    monkeypatch.setattr(output_folder, "source_changed", lambda *_: set())
+    past = Past([], [], 0, {"a": FinishedShard("a", 1, "", {})})
+    wanted: Any = [SimpleNamespace(file="a", source_shards=())]
+    with pytest.raises(Interrupted), Pool(1) as pool:
+        output_folder.usable_shards(Path(), past, wanted, None, pool)
+    assert stopped == [True]
 
 
 def test_otherwise_at_once() -> None:

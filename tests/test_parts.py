@@ -230,7 +230,7 @@ class TestFinish:
             run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1][:-1])
         data[-1] ^= 1
         victim.write_bytes(data)
-        monkeypatch.setattr(output_folder, "file_sha256", lambda path: pytest.fail("read again"))
+        monkeypatch.setattr(output_folder, "file_sha256", lambda path, stop: pytest.fail("read again"))
         run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1])
         assert tree(output) == tree(whole)
 

@@ -4,14 +4,16 @@ Each subcommand lives in `command_<name>.py`. Those modules import only the stan
 and the heavy packages inside the command, so that `dsv4 --help` answers at once.
 """
 
+import contextlib
 import errno
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -32,6 +34,7 @@ from dsv4 import (
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_TERMINATED,
     Dsv4Error,
     InputError,
@@ -41,6 +44,7 @@ from dsv4.errors import (
 )
 
 SECONDS_UNTIL_ASKED_AGAIN = 0.05
+SECONDS_OF_IMPORTING = 0.6  # so long may an interrupt wait for an import; together with the rest it is a second
 # What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment")
 
@@ -138,15 +142,19 @@ def _importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    if _importing(frame):  # torch swallows what is raised while it imports numpy: ask again in a moment
-        signal.signal(signal.SIGALRM, lambda _, later: _on_signal(number, later))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
-        return
+def _on_signal(number: int, frame: FrameType | None, since: float | None = None) -> None:
     error = Interrupted("interrupted", "Run the same command again to continue: finished files are kept.")
     if number == signal.SIGTERM:
         error.exit_code = EXIT_TERMINATED
-    raise error
+    if not _importing(frame):
+        raise error
+    # torch swallows what is raised while it imports numpy: ask again in a moment, but do not wait for ever.
+    since = time.monotonic() if since is None else since
+    if time.monotonic() - since >= SECONDS_OF_IMPORTING:
+        output.current().error(error)
+        os._exit(error.exit_code)
+    signal.signal(signal.SIGALRM, lambda _, later: _on_signal(number, later, since))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -174,10 +182,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process without taking the interpreter and torch apart, which alone takes half a second."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Entry point of the `dsv4` script and of `python -m dsv4`."""
     signal.signal(signal.SIGINT, _on_signal)
     signal.signal(signal.SIGTERM, _on_signal)
     code = run()
     signal.setitimer(signal.ITIMER_REAL, 0)  # an interrupt that was put off has nothing left to interrupt
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        _leave(code)
     sys.exit(code)
