@@ -172,7 +172,8 @@ class _Run:
         self.finished: dict[str, FinishedShard] = {}
         _keep_freed_memory()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
-        self.workers = Workers(self.pool, resources.window)
+        self.hasher = ThreadPoolExecutor(1, "dsv4-hash")
+        self.workers = Workers(self.pool, resources.window, self.hasher)
 
     @property
     def pending(self) -> list[OutputShard]:
@@ -353,6 +354,7 @@ def run_conversion(
             _work(run, result, advance)
     finally:
         run.pool.shutdown(wait=True, cancel_futures=True)
+        run.hasher.shutdown(wait=True, cancel_futures=True)
     result.seconds = time.monotonic() - started
     return result
 

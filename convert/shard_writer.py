@@ -31,10 +31,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Workers:
-    """Threads and how far they may run ahead of the writer."""
+    """Threads that make pieces, how far they may run ahead of the writer, and one that hashes while it writes."""
 
     pool: Executor
     window: int
+    hasher: Executor
 
     def map_in_order(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results of `function` in the order of `items`, at most `window` of them unclaimed."""
@@ -126,16 +127,19 @@ def _entry(tensor: OutputTensor, file: str, state: _Tensor, digests: tuple[str, 
 class _ShardHasher:
     """Takes pieces in file order, writes them, and turns each finished tensor into a manifest entry."""
 
-    def __init__(self, scanned: ScannedShard, file: AtomicFile, advance: Callable[[int], None]) -> None:
-        self._scanned, self._file, self._advance = scanned, file, advance
+    def __init__(
+        self, scanned: ScannedShard, file: AtomicFile, advance: Callable[[int], None], hasher: Executor
+    ) -> None:
+        self._scanned, self._file, self._advance, self._hasher = scanned, file, advance, hasher
         self.sha256 = hashlib.sha256()
         self.entries: dict[str, dict[str, Any]] = {}
         self._state = _Tensor()
 
     def write(self, data: memoryview) -> None:
         """Bytes of the file, in order."""
-        self.sha256.update(data)
+        hashing = self._hasher.submit(self.sha256.update, data)
         self._file.write(data)
+        hashing.result()
 
     def take(self, hashed: _Hashed) -> None:
         """Write one piece; close its tensor if it was the last."""
@@ -188,7 +192,7 @@ def write_shard(
     pieces = (piece for tensor in final.tensors if tensor.nbytes for piece in split(tensor))
     file = AtomicFile(folder / final.file, final.size)
     try:
-        hasher = _ShardHasher(scanned, file, advance)
+        hasher = _ShardHasher(scanned, file, advance, workers.hasher)
         hasher.write(memoryview(final.header))
         scales = scanned.scales
         for hashed in workers.map_in_order(
