@@ -46,7 +46,7 @@ from dsv4.errors import (
 SECONDS_UNTIL_ASKED_AGAIN = 0.05
 SECONDS_OF_IMPORTING = 0.6  # so long may an interrupt wait for an import; together with the rest it is a second
 # What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
-NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment")
+NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
 
 app = typer.Typer(
     name="dsv4",
@@ -109,6 +109,7 @@ def explain_os_error(error: OSError) -> Dsv4Error:
         errno.EFBIG: "The file size limit (ulimit -f) or the file system does not allow a file this large.",
         errno.EACCES: "Check the permissions of the folder.",
         errno.EROFS: "The file system is read-only. Choose another folder.",
+        errno.ENOMEM: "Lower --max-memory or --max-workers.",
         errno.EIO: "The disk reports an error. Check it before you trust anything on it.",
     }
     return MachineError(text, hints.get(error.errno or 0, ""))
