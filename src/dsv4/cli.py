@@ -191,12 +191,23 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _ignore_signals() -> None:
+    """The command is over: an interrupt, also one that was put off, has nothing left to interrupt."""
+    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def main() -> None:
     """Entry point of the `dsv4` script and of `python -m dsv4`."""
     signal.signal(signal.SIGINT, _on_signal)
     signal.signal(signal.SIGTERM, _on_signal)
-    code = run()
-    signal.setitimer(signal.ITIMER_REAL, 0)  # an interrupt that was put off has nothing left to interrupt
+    try:
+        code = run()
+        _ignore_signals()
+    except Interrupted as error:  # it came after the last word, or while another error was told
+        code = error.exit_code
+        _ignore_signals()
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         _leave(code)
     sys.exit(code)
