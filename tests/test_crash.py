@@ -42,6 +42,11 @@ def test_killed_while_replacing_an_older_output(tmp_path: Path) -> None:
     assert sweep(tmp_path, "kill", [*HF, "2", "--overwrite", "--before", "--to", "bf16"]) >= 80
 
 
+@pytest.mark.parametrize(("name", "least"), [("kill", 70), ("torn", 40), ("disk_full", 60), ("short", 1)])
+def test_shards_that_are_written_past_the_page_cache(tmp_path: Path, name: str, least: int) -> None:
+    assert sweep(tmp_path, name, [*HF, "2", "--direct"]) >= least
+
+
 @pytest.mark.parametrize(("name", "least"), [("disk_full", 60), ("bad_disk", 20), ("forbidden", 15)])
 def test_every_call_refused(tmp_path: Path, name: str, least: int) -> None:
     assert sweep(tmp_path, name, [*HF, "2"]) >= least
