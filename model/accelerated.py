@@ -12,12 +12,14 @@ from .weights import Matrix
 DECODED_ELEMENTS = 1 << 26  # of a weight decoded at a time
 
 
-def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """See ops.linear."""
     stop = matrix.shape[0] if stop is None else stop
     values, rows = x.to(torch.float32), max(1, DECODED_ELEMENTS // matrix.shape[1])
     parts = [values @ matrix.decode(first, min(stop, first + rows)).T for first in range(start, stop, rows)]
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1).to(dtype)
 
 
 def sparse_attention(

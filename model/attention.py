@@ -16,7 +16,6 @@ from .compressor import Compressor, simulate_key
 from .config import OVERLAP_RATIO, Config
 from .indexer import Indexer
 from .layers import Arithmetic, Rotary
-from .numerics import sqrt, tree_sum
 from .residency import Scope
 
 BFLOAT16_VECTOR = 32  # elements of a 512-bit register
@@ -37,22 +36,14 @@ class Segment:
         return slice(self.start, self.start + self.count)
 
 
-def head_norm(q: torch.Tensor, eps: float, heads: int, first: int = 0) -> torch.Tensor:
-    """q [T, H, c], heads `first` ... of `heads` in all, over its root mean square per head.
+def left_over(heads: int, first: int = 0) -> int:
+    """The first head, counted from head `first` of all `heads`, whose norm has one more rounding than the rest.
 
-    In bfloat16 the squares, the mean and the factor are rounded.
-
-    One more rounding belongs to the expected results, which a CPU computed: torch's bfloat16 `rsqrt` works on
-    BFLOAT16_VECTOR elements at a time, and for those left over it rounds the square root too. A single step of a
-    model with 64 or 128 heads has none left over; one with 8 heads has nothing else.
+    It belongs to the expected results, which a CPU computed: torch's bfloat16 `rsqrt` works on BFLOAT16_VECTOR
+    elements at a time, and for those left over it rounds the square root too. A single step of a model with 64 or 128
+    heads has none left over; one with 8 heads has nothing else.
     """
-    dtype = q.dtype
-    squares = (q * q).to(torch.float32)
-    mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
-    root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
-    left_over = max(0, heads // BFLOAT16_VECTOR * BFLOAT16_VECTOR - first)
-    root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
-    return q * (1.0 / root).to(dtype).unsqueeze(-1)
+    return max(0, heads // BFLOAT16_VECTOR * BFLOAT16_VECTOR - first)
 
 
 def window_rows(position: int, count: int, first: int, window: int) -> torch.Tensor:
@@ -81,8 +72,9 @@ class Attention:
         self, x: torch.Tensor, positions: torch.Tensor, segments: list[Segment], caches: list[LayerCache]
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
-        qr, q = self._queries(x, positions)
-        kv = self._keys(x, positions)
+        quantized = self._arithmetic.quantize(x)
+        qr, q = self._queries(quantized, positions)
+        kv = self._keys(quantized, positions)
         raw = None if self._compressor is None else self._compressor.raw(x, positions)
         index = None
         if self._indexer is not None:
@@ -97,17 +89,18 @@ class Attention:
         return self._project(self._rotary.rotate(output, positions, inverse=True))
 
     def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config, linear = self._config, self._arithmetic.quantized_linear
-        qr = linear(x, self._weights.matrix("wq_a.weight"))
-        qr = self._arithmetic.operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
-        q = torch.unflatten(linear(qr, self._weights.matrix("wq_b.weight")), -1, (-1, config.head_dim))
-        heads, group = config.num_attention_heads, self._arithmetic.group
-        normed = head_norm(q, config.rms_norm_eps, heads, group.part(heads)[0])
+        config, arithmetic, operations = self._config, self._arithmetic, self._arithmetic.operations
+        qr = arithmetic.product(x, self._weights.matrix("wq_a.weight"))
+        qr = operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
+        q = arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
+        heads, eps = config.num_attention_heads, config.rms_norm_eps
+        from_head = left_over(heads, arithmetic.group.part(heads)[0])
+        normed = operations.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), eps, from_head)
         return qr, self._rotary.rotate(normed, positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         config = self._config
-        kv = self._arithmetic.quantized_linear(x, self._weights.matrix("wkv.weight"))
+        kv = self._arithmetic.product(x, self._weights.matrix("wkv.weight"))
         kv = self._arithmetic.operations.rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
         return simulate_key(self._rotary.rotate(kv, positions), config.qk_rope_head_dim, self._arithmetic)
 
@@ -143,6 +136,7 @@ class Attention:
         matrix, ranks = self._weights.matrix("wo_a.weight"), self._arithmetic.group
         count = self._config.o_groups // ranks.count
         groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
-        parts = [arithmetic.linear(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(count)]
-        low = ranks.gather(torch.cat(parts, dim=-1).to(arithmetic.dtype))
+        linear, dtype = arithmetic.operations.linear, arithmetic.dtype
+        parts = [linear(groups[:, g], matrix, g * rank, (g + 1) * rank, dtype) for g in range(count)]
+        low = ranks.gather(torch.cat(parts, dim=-1))
         return ranks.gather(arithmetic.quantized_linear(low, self._weights.matrix("wo_b.weight")))

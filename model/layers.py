@@ -36,14 +36,21 @@ class Arithmetic:
         """Of activations and keys."""
         return torch.bfloat16 if self.simulation else torch.float32
 
-    def quantized_linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """A layer whose input the release quantizes to FP8 in groups of 128: [T, in] -> [T, out] in `dtype`."""
-        x = self.operations.simulate_fp8(x, FP8_GROUP) if self.simulation else x
-        return self.operations.linear(x, matrix).to(self.dtype)
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] as quantized layers see it: the release quantizes their input to FP8 in groups of 128."""
+        return self.operations.simulate_fp8(x, FP8_GROUP) if self.simulation else x
 
-    def linear(self, x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """A layer whose input stays as it is: [T, in] -> float32 [T, out], optionally of some rows only."""
-        return self.operations.linear(x, matrix, start, stop)
+    def product(self, quantized: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """A quantized layer on what `quantize` made of its input: [T, in] -> [T, out] in `dtype`."""
+        return self.operations.linear(quantized, matrix, dtype=self.dtype)
+
+    def quantized_linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """A quantized layer from its input: [T, in] -> [T, out] in `dtype`."""
+        return self.product(self.quantize(x), matrix)
+
+    def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """A layer whose input stays as it is: [T, in] -> float32 [T, out]."""
+        return self.operations.linear(x, matrix)
 
 
 def rotary_frequencies(config: Config, compressed: bool) -> torch.Tensor:

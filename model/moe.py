@@ -43,17 +43,17 @@ class MixtureOfExperts:
         self.gate = Gate(config, layer, weights.scope("gate."), arithmetic)
 
     def _expert(self, x: torch.Tensor, weights: Scope, share: torch.Tensor | None) -> torch.Tensor:
-        """x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert.
+        """Quantized x [t, D] -> [t, D]; `share` [t] multiplies the activation before w2, None for the shared expert.
 
         Of the shared expert each rank has some rows of each matrix, of a routed one all or nothing.
         """
-        linear, ranks = self._arithmetic.quantized_linear, self._arithmetic.group if share is None else ALONE
-        gate, up = linear(x, weights.matrix("w1.weight")), linear(x, weights.matrix("w3.weight"))
-        activation = self._arithmetic.operations.swiglu(gate, up, self._config.swiglu_limit, share)
-        return ranks.gather(linear(ranks.gather(activation), weights.matrix("w2.weight")))
+        arithmetic, ranks = self._arithmetic, self._arithmetic.group if share is None else ALONE
+        gate, up = (arithmetic.product(x, weights.matrix(name)) for name in ("w1.weight", "w3.weight"))
+        activation = arithmetic.operations.swiglu(gate, up, self._config.swiglu_limit, share)
+        return ranks.gather(arithmetic.quantized_linear(ranks.gather(activation), weights.matrix("w2.weight")))
 
     def _routed(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """Outputs of the chosen experts, [T, k, D] in x's dtype, computed by the ranks that have them."""
+        """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
         outputs = torch.zeros(*experts.shape, x.shape[-1], dtype=x.dtype, device=x.device)
         mine = self._arithmetic.group.experts(self._config)
         for expert in sorted(set(experts.flatten().tolist()) & set(mine)):
@@ -65,10 +65,11 @@ class MixtureOfExperts:
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
-        outputs = self._routed(x, experts, shares)
+        quantized = self._arithmetic.quantize(x)
+        outputs = self._routed(quantized, experts, shares)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in sorted(set(experts.flatten().tolist())):
             rows, slot = (experts == expert).nonzero(as_tuple=True)
             total[rows] += outputs[rows, slot].to(torch.float32)
-        shared = self._expert(x, self._weights.scope("shared_experts."), None)
+        shared = self._expert(quantized, self._weights.scope("shared_experts."), None)
         return (total + shared.to(torch.float32)).to(x.dtype), experts

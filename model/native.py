@@ -36,6 +36,7 @@ HEADS_PER_TILE = 4
 MOST_STREAMS = 64
 ROWS_PER_STRIP = 16
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
+WORK_PER_ELEMENT = 4  # of the small operations, in products
 
 
 class _Matrix(ctypes.Structure):
@@ -56,17 +57,18 @@ class _Matrix(ctypes.Structure):
 
 # Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
 SIGNATURES = {
-    "dsv4_linear": "mpllllppiiii",
+    "dsv4_linear": "mpllllppiiiii",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
-    "dsv4_simulate_fp8": "ppllli",
-    "dsv4_mean_square": "ppplli",
-    "dsv4_rms_norm": "ppfpplli",
-    "dsv4_rotate": "pppplllli",
+    "dsv4_simulate_fp8": "pplllii",
+    "dsv4_mean_square": "pppllii",
+    "dsv4_rms_norm": "ppfppllii",
+    "dsv4_head_norm": "pfllppllii",
+    "dsv4_rotate": "ppppllllii",
     "dsv4_split_mixes": "pppppplllf",
-    "dsv4_collapse": "pppllli",
-    "dsv4_expand": "pppppllli",
-    "dsv4_swiglu": "ppppllfi",
+    "dsv4_collapse": "ppplllii",
+    "dsv4_expand": "ppppplllii",
+    "dsv4_swiglu": "ppppllfii",
 }
 
 
@@ -142,8 +144,17 @@ def _describe(matrix: Matrix) -> _Matrix:
     )
 
 
+def _is_bfloat16(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
 def _threads(work: int) -> int:
     return torch.get_num_threads() if work >= SMALLEST_SHARED_WORK else 1
+
+
+def _threads_for(x: torch.Tensor) -> int:
+    """For an operation that does something to each element."""
+    return _threads(x.numel() * WORK_PER_ELEMENT)
 
 
 def _native_lengths(matrix: Matrix) -> bool:
@@ -158,23 +169,25 @@ def has_dot() -> bool:
     return loaded is not None and bool(loaded.dsv4_has_dot())
 
 
-def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """See ops.linear."""
     loaded = library()
     if loaded is None or not _native_lengths(matrix):
-        return ops.linear(x, matrix, start, stop)
+        return ops.linear(x, matrix, start, stop, dtype)
     stop = matrix.shape[0] if stop is None else stop
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
-    result = torch.empty(rows, stop - start, dtype=torch.float32)
+    result = torch.empty(rows, stop - start, dtype=dtype)
     # Eight significant bits times eight at most: a product that float32 holds exactly.
-    exact = x.dtype == torch.bfloat16 and matrix.format != FLOAT32 and matrix.exact_products
+    exact = _is_bfloat16(x) and matrix.format != FLOAT32 and matrix.exact_products
     threads = _threads(result.numel() * columns)
-    decoded = threads * ROWS_PER_STRIP if rows > 1 else 0
-    scratch = torch.empty((2 * rows + decoded) * (columns + ELEMENTS_PER_STEP), dtype=torch.float32)
+    strips, width = threads * ROWS_PER_STRIP, columns + ELEMENTS_PER_STEP
+    scratch = torch.empty((2 * rows + strips) * width + strips * rows, dtype=torch.float32)
     loaded.dsv4_linear(
         _describe(matrix), x.data_ptr(), rows, x.stride(0), start, stop, result.data_ptr(), scratch.data_ptr(),
-        x.dtype == torch.bfloat16, exact, has_dot(), threads,
+        _is_bfloat16(x), _is_bfloat16(result), exact, has_dot(), threads,
     )  # fmt: skip
     return result
 
@@ -220,10 +233,6 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     return scores
 
 
-def _is_bfloat16(x: torch.Tensor) -> bool:
-    return x.dtype == torch.bfloat16
-
-
 def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
     """See dsv4.quant.activation.simulate_fp8."""
     loaded = library()
@@ -232,7 +241,7 @@ def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
     x = x.contiguous()
     result, columns = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // columns
-    loaded.dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x))
+    loaded.dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x), _threads_for(x))
     return result
 
 
@@ -241,10 +250,11 @@ def mean_square(x: torch.Tensor) -> torch.Tensor:
     loaded = library()
     if loaded is None:
         return parts.mean_square(x)
-    x, columns = x.contiguous(), x.shape[-1]
-    result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), torch.empty(columns, dtype=torch.float32)
-    rows = result.numel()
-    loaded.dsv4_mean_square(x.data_ptr(), result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x))
+    x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
+    result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), torch.empty(threads * columns)
+    loaded.dsv4_mean_square(
+        x.data_ptr(), result.data_ptr(), scratch.data_ptr(), result.numel(), columns, _is_bfloat16(x), threads
+    )
     return result
 
 
@@ -253,11 +263,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     loaded = library()
     if loaded is None:
         return parts.rms_norm(x, weight, eps)
-    x, columns = x.contiguous(), x.shape[-1]
-    result, scratch, rows = torch.empty_like(x), torch.empty(columns, dtype=torch.float32), x.numel() // columns
+    x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
+    result, scratch, rows = torch.empty_like(x), torch.empty(threads * columns), x.numel() // columns
     loaded.dsv4_rms_norm(
-        x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x)
-    )
+        x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x),
+        threads,
+    )  # fmt: skip
+    return result
+
+
+def head_norm(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+    """See parts.head_norm."""
+    loaded = library()
+    if loaded is None:
+        return parts.head_norm(q, eps, left_over)
+    q, (tokens, heads, columns), threads = q.contiguous(), q.shape, _threads_for(q)
+    result, scratch = torch.empty_like(q), torch.empty(threads * columns)
+    loaded.dsv4_head_norm(
+        q.data_ptr(), eps, heads, left_over, result.data_ptr(), scratch.data_ptr(), tokens * heads, columns,
+        _is_bfloat16(q), threads,
+    )  # fmt: skip
     return result
 
 
@@ -270,7 +295,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     result, (rows, heads, columns) = torch.empty_like(x), x.shape
     loaded.dsv4_rotate(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), result.data_ptr(), rows, heads, columns, cos.shape[1],
-        _is_bfloat16(x),
+        _is_bfloat16(x), _threads_for(x),
     )  # fmt: skip
     return result
 
@@ -299,7 +324,9 @@ def collapse(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return parts.collapse(weights, h)
     weights, h, (rows, n, columns) = weights.contiguous(), h.contiguous(), h.shape
     result = torch.empty(rows, columns, dtype=h.dtype)
-    loaded.dsv4_collapse(weights.data_ptr(), h.data_ptr(), result.data_ptr(), rows, n, columns, _is_bfloat16(h))
+    loaded.dsv4_collapse(
+        weights.data_ptr(), h.data_ptr(), result.data_ptr(), rows, n, columns, _is_bfloat16(h), _threads_for(h)
+    )
     return result
 
 
@@ -312,7 +339,7 @@ def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torc
     result, (rows, n, columns) = torch.empty_like(h), h.shape
     loaded.dsv4_expand(
         output.data_ptr(), h.data_ptr(), post.data_ptr(), comb.data_ptr(), result.data_ptr(), rows, n, columns,
-        _is_bfloat16(h),
+        _is_bfloat16(h), _threads_for(h),
     )  # fmt: skip
     return result
 
@@ -326,7 +353,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tens
     result, (rows, columns) = torch.empty_like(gate), gate.shape
     loaded.dsv4_swiglu(
         gate.data_ptr(), up.data_ptr(), None if share is None else share.data_ptr(), result.data_ptr(),
-        rows, columns, limit, _is_bfloat16(gate),
+        rows, columns, limit, _is_bfloat16(gate), _threads_for(gate),
     )  # fmt: skip
     return result
 
@@ -338,6 +365,7 @@ NATIVE = ops.Operations(
     simulate_fp8=simulate_fp8,
     mean_square=mean_square,
     rms_norm=rms_norm,
+    head_norm=head_norm,
     rotate=rotate,
     split_mixes=split_mixes,
     collapse=collapse,

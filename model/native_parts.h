@@ -1,14 +1,13 @@
 /* The small operations of parts.py. `x` and results are bfloat16 or float32; everything in between is float32. The
- * loops are compiled once for each, so that the compiler can turn them into vectors. */
+ * loops are compiled once for each, so that the compiler can turn them into vectors. Threads share out the rows. */
 
-INLINE float read(const void *x, int is_bf16, int64_t i) {
-    return is_bf16 ? bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
-}
-
-INLINE void write(void *x, int is_bf16, int64_t i, float value) {
-    if (is_bf16) ((uint16_t *)x)[i] = to_bf16(value);
-    else ((float *)x)[i] = value;
-}
+/* BODY for the rows [from, to) of each thread. */
+#define SHARED(ROWS, BODY)                                                                                             \
+    _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")                                 \
+    for (int64_t share = 0; share < threads; share++) {                                                                \
+        int64_t from = (ROWS) * share / threads, to = (ROWS) * (share + 1) / threads;                                  \
+        BODY;                                                                                                          \
+    }
 
 /* Nearest E4M3 value, ties to even, of |v| at most 448. */
 INLINE float round_e4m3(float v) {
@@ -21,8 +20,9 @@ INLINE float round_e4m3(float v) {
 }
 
 /* x, out [rows, columns]; groups of `group` along a row; the last may be shorter. */
-INLINE void simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++)
+INLINE void simulate_fp8(const void *x, void *out, int64_t from, int64_t to, int64_t columns, int64_t group,
+                         int32_t is_bf16) {
+    for (int64_t row = from; row < to; row++)
         for (int64_t start = 0; start < columns; start += group) {
             int64_t stop = start + group < columns ? start + group : columns, at = row * columns;
             float amax = 1e-4f, scale;
@@ -43,40 +43,69 @@ INLINE void simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns
         }
 }
 
-void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16) {
-    if (is_bf16) simulate_fp8(x, out, rows, columns, group, 1);
-    else simulate_fp8(x, out, rows, columns, group, 0);
+void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16,
+                       int32_t threads) {
+    SHARED(rows, if (is_bf16) simulate_fp8(x, out, from, to, columns, group, 1);
+           else simulate_fp8(x, out, from, to, columns, group, 0))
 }
 
-/* x [rows, columns] -> float32 [rows]; `scratch` holds `columns` floats. */
-void dsv4_mean_square(const void *x, float *out, float *scratch, int64_t rows, int64_t columns, int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t k = 0; k < columns; k++) {
-            float v = read(x, is_bf16, row * columns + k);
-            scratch[k] = v * v;
-        }
-        out[row] = tree_sum(scratch, columns) / (float)columns;
+/* Mean of the squares of a row, which are rounded to x's type first if `rounded`. */
+INLINE float mean_square(const void *x, int64_t row, int64_t columns, int is_bf16, int rounded, float *scratch) {
+    for (int64_t k = 0; k < columns; k++) {
+        float v = read(x, is_bf16, row * columns + k);
+        scratch[k] = rounded && is_bf16 ? bf16(to_bf16(v * v)) : v * v;
     }
+    return tree_sum(scratch, columns) / (float)columns;
 }
 
-/* x, out [rows, columns]; weight float32 [columns]; `scratch` holds `columns` floats. */
-void dsv4_rms_norm(const void *x, const float *weight, float eps, void *out, float *scratch, int64_t rows,
-                   int64_t columns, int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++) {
+/* x [rows, columns] -> float32 [rows]; `scratch` holds threads * columns floats. */
+void dsv4_mean_square(const void *x, float *out, float *scratch, int64_t rows, int64_t columns, int32_t is_bf16,
+                      int32_t threads) {
+    SHARED(rows, for (int64_t row = from; row < to; row++)
+           out[row] = mean_square(x, row, columns, is_bf16, 0, scratch + share * columns))
+}
+
+INLINE void rms_norm(const void *x, const float *weight, float eps, void *out, float *scratch, int64_t from, int64_t to,
+                     int64_t columns, int is_bf16) {
+    for (int64_t row = from; row < to; row++) {
         int64_t at = row * columns;
-        float mean;
-        dsv4_mean_square((const char *)x + at * (is_bf16 ? 2 : 4), &mean, scratch, 1, columns, is_bf16);
-        float factor = 1.f / sqrtf(mean + eps);
+        float factor = 1.f / sqrtf(mean_square(x, row, columns, is_bf16, 0, scratch) + eps);
         for (int64_t k = 0; k < columns; k++)
             write(out, is_bf16, at + k, read(x, is_bf16, at + k) * factor * weight[k]);
     }
 }
 
-/* x, out [rows, heads, columns]; cos, sin float32 [rows, pairs]; the last 2 * pairs dims turn. */
-void dsv4_rotate(const void *x, const float *cos, const float *sin, void *out, int64_t rows, int64_t heads,
-                 int64_t columns, int64_t pairs, int32_t is_bf16) {
+/* x, out [rows, columns]; weight float32 [columns]; `scratch` holds threads * columns floats. */
+void dsv4_rms_norm(const void *x, const float *weight, float eps, void *out, float *scratch, int64_t rows,
+                   int64_t columns, int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) rms_norm(x, weight, eps, out, scratch + share * columns, from, to, columns, 1);
+           else rms_norm(x, weight, eps, out, scratch + share * columns, from, to, columns, 0))
+}
+
+INLINE void head_norm(const void *x, float eps, int64_t heads, int64_t left_over, void *out, float *scratch,
+                      int64_t from, int64_t to, int64_t columns, int is_bf16) {
+    for (int64_t row = from; row < to; row++) {
+        float mean = mean_square(x, row, columns, is_bf16, 1, scratch);
+        mean = is_bf16 ? bf16(to_bf16(bf16(to_bf16(mean)) + eps)) : mean + eps;
+        float root = sqrtf(mean);
+        if (is_bf16 && row % heads >= left_over) root = bf16(to_bf16(root));
+        float factor = is_bf16 ? bf16(to_bf16(1.f / root)) : 1.f / root;
+        for (int64_t k = row * columns; k < (row + 1) * columns; k++)
+            write(out, is_bf16, k, read(x, is_bf16, k) * factor);
+    }
+}
+
+/* x, out [rows, columns], `heads` rows of a token after each other; `scratch` holds threads * columns floats. */
+void dsv4_head_norm(const void *x, float eps, int64_t heads, int64_t left_over, void *out, float *scratch, int64_t rows,
+                    int64_t columns, int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) head_norm(x, eps, heads, left_over, out, scratch + share * columns, from, to, columns, 1);
+           else head_norm(x, eps, heads, left_over, out, scratch + share * columns, from, to, columns, 0))
+}
+
+INLINE void rotate(const void *x, const float *cos, const float *sin, void *out, int64_t from, int64_t to,
+                   int64_t heads, int64_t columns, int64_t pairs, int is_bf16) {
     int64_t size = is_bf16 ? 2 : 4, plain = columns - 2 * pairs;
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = from; row < to; row++)
         for (int64_t head = 0; head < heads; head++) {
             int64_t at = (row * heads + head) * columns;
             memcpy((char *)out + at * size, (const char *)x + at * size, plain * size);
@@ -87,6 +116,13 @@ void dsv4_rotate(const void *x, const float *cos, const float *sin, void *out, i
                 write(out, is_bf16, at + plain + 2 * i + 1, even * s + odd * c);
             }
         }
+}
+
+/* x, out [rows, heads, columns]; cos, sin float32 [rows, pairs]; the last 2 * pairs dims turn. */
+void dsv4_rotate(const void *x, const float *cos, const float *sin, void *out, int64_t rows, int64_t heads,
+                 int64_t columns, int64_t pairs, int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) rotate(x, cos, sin, out, from, to, heads, columns, pairs, 1);
+           else rotate(x, cos, sin, out, from, to, heads, columns, pairs, 0))
 }
 
 INLINE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
@@ -132,49 +168,60 @@ void dsv4_split_mixes(const float *mixes, const float *scale, const float *base,
     }
 }
 
-/* h [rows, n, columns], weights [rows, n] -> out [rows, columns]. */
-INLINE void collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
-                   int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = 0; k < columns; k++) {
-            float total = weights[row * n] * read(h, is_bf16, row * n * columns + k);
-            for (int64_t j = 1; j < n; j++)
-                total = total + weights[row * n + j] * read(h, is_bf16, (row * n + j) * columns + k);
-            write(out, is_bf16, row * columns + k, total);
+#define CHUNK 256 /* columns at once: the sums stay in the first level cache */
+
+/* sums[k] = weights[0] * h[0, k] + weights[stride] * h[1, k] + ..., in that order; h [n, columns] from element `at`. */
+INLINE void weighted(const float *weights, int64_t stride, const void *h, int64_t at, int64_t n, int64_t columns,
+                     int64_t count, int is_bf16, float *sums) {
+    for (int64_t k = 0; k < count; k++) sums[k] = weights[0] * read(h, is_bf16, at + k);
+    for (int64_t j = 1; j < n; j++)
+        for (int64_t k = 0; k < count; k++)
+            sums[k] = sums[k] + weights[j * stride] * read(h, is_bf16, at + j * columns + k);
+}
+
+INLINE void collapse(const float *weights, const void *h, void *out, int64_t from, int64_t to, int64_t n,
+                     int64_t columns, int is_bf16) {
+    float sums[CHUNK];
+    for (int64_t row = from; row < to; row++)
+        for (int64_t k = 0; k < columns; k += CHUNK) {
+            int64_t count = columns - k < CHUNK ? columns - k : CHUNK;
+            weighted(weights + row * n, 1, h, row * n * columns + k, n, columns, count, is_bf16, sums);
+            for (int64_t i = 0; i < count; i++) write(out, is_bf16, row * columns + k + i, sums[i]);
         }
 }
 
-void dsv4_collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns, int32_t is_bf16) {
-    if (is_bf16) collapse(weights, h, out, rows, n, columns, 1);
-    else collapse(weights, h, out, rows, n, columns, 0);
+/* h [rows, n, columns], weights [rows, n] -> out [rows, columns]. */
+void dsv4_collapse(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
+                   int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) collapse(weights, h, out, from, to, n, columns, 1);
+           else collapse(weights, h, out, from, to, n, columns, 0))
+}
+
+INLINE void expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t from,
+                   int64_t to, int64_t n, int64_t columns, int is_bf16) {
+    float sums[CHUNK];
+    for (int64_t row = from; row < to; row++)
+        for (int64_t k = 0; k < columns; k += CHUNK)
+            for (int64_t stream = 0; stream < n; stream++) {
+                int64_t count = columns - k < CHUNK ? columns - k : CHUNK, at = (row * n + stream) * columns + k;
+                weighted(comb + row * n * n + stream, n, h, row * n * columns + k, n, columns, count, is_bf16, sums);
+                for (int64_t i = 0; i < count; i++) {
+                    float own = post[row * n + stream] * read(output, is_bf16, row * columns + k + i);
+                    write(out, is_bf16, at + i, own + sums[i]);
+                }
+            }
 }
 
 /* output [rows, columns], h and out [rows, n, columns], post [rows, n], comb [rows, n, n]. */
-INLINE void expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows,
-                 int64_t n, int64_t columns, int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t to = 0; to < n; to++) {
-            const float *c = comb + row * n * n + to;
-            for (int64_t k = 0; k < columns; k++) {
-                float total = c[0] * read(h, is_bf16, row * n * columns + k);
-                for (int64_t j = 1; j < n; j++)
-                    total = total + c[j * n] * read(h, is_bf16, (row * n + j) * columns + k);
-                float own = post[row * n + to] * read(output, is_bf16, row * columns + k);
-                write(out, is_bf16, (row * n + to) * columns + k, own + total);
-            }
-        }
+void dsv4_expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows,
+                 int64_t n, int64_t columns, int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) expand(output, h, post, comb, out, from, to, n, columns, 1);
+           else expand(output, h, post, comb, out, from, to, n, columns, 0))
 }
 
-void dsv4_expand(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows, int64_t n,
-                 int64_t columns, int32_t is_bf16) {
-    if (is_bf16) expand(output, h, post, comb, out, rows, n, columns, 1);
-    else expand(output, h, post, comb, out, rows, n, columns, 0);
-}
-
-/* gate, up, out [rows, columns]; share [rows] or null. */
-INLINE void swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
-                 float limit, int32_t is_bf16) {
-    for (int64_t row = 0; row < rows; row++)
+INLINE void swiglu(const void *gate, const void *up, const float *shares, void *out, int64_t from, int64_t to,
+                   int64_t columns, float limit, int is_bf16) {
+    for (int64_t row = from; row < to; row++)
         for (int64_t start = 0; start < columns; start += 16) {
             int64_t n = columns - start < 16 ? columns - start : 16, at = row * columns + start;
             float gates[16] = {0}, decay[16];
@@ -188,13 +235,14 @@ INLINE void swiglu(const void *gate, const void *up, const float *share, void *o
                 float u = read(up, is_bf16, at + i);
                 u = u < -limit ? -limit : u > limit ? limit : u;
                 float value = gates[i] / (1.f + decay[i]) * u;
-                write(out, is_bf16, at + i, share ? share[row] * value : value);
+                write(out, is_bf16, at + i, shares ? shares[row] * value : value);
             }
         }
 }
 
-void dsv4_swiglu(const void *gate, const void *up, const float *share, void *out, int64_t rows, int64_t columns,
-                 float limit, int32_t is_bf16) {
-    if (is_bf16) swiglu(gate, up, share, out, rows, columns, limit, 1);
-    else swiglu(gate, up, share, out, rows, columns, limit, 0);
+/* gate, up, out [rows, columns]; shares [rows] or null. */
+void dsv4_swiglu(const void *gate, const void *up, const float *shares, void *out, int64_t rows, int64_t columns,
+                 float limit, int32_t is_bf16, int32_t threads) {
+    SHARED(rows, if (is_bf16) swiglu(gate, up, shares, out, from, to, columns, limit, 1);
+           else swiglu(gate, up, shares, out, from, to, columns, limit, 0))
 }

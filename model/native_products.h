@@ -25,7 +25,7 @@
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-        for (int o = 0; o < OT; o++) y[o] = fold(sum[o]);                                                              \
+        fold_each(sum, OT, y);                                                                                         \
     }
 
 SINGLE(1)
@@ -46,13 +46,13 @@ SINGLE(4)
                 for (int o = 0; o < OT; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);             \
             }                                                                                                          \
         }                                                                                                              \
-        for (int m = 0; m < MT; m++)                                                                                   \
-            for (int o = 0; o < OT; o++) y[m * y_stride + o] = fold(sum[m][o]);                                        \
+        for (int m = 0; m < MT; m++) fold_each(sum[m], OT, y + m * y_stride);                                          \
     }
 
 TILE(1, 1)
 TILE(1, 4)
 TILE(2, 4)
+TILE(4, 4)
 TILE(6, 1)
 TILE(6, 4)
 
@@ -68,6 +68,8 @@ TILE(6, 4)
                 for (int64_t o = 0; o < o_count; o++)                                                                  \
                     PREFIX##6_1(w + o * w_stride, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride,           \
                                 y + m * y_stride + o, y_stride);                                                       \
+        for (; m + 4 <= m_count && o_count == 4; m += 4)                                                               \
+            PREFIX##4_4(w, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride, y + m * y_stride, y_stride);     \
         for (; m + 2 <= m_count && o_count == 4; m += 2)                                                               \
             PREFIX##2_4(w, w_stride, columns __VA_ARGS__, x + m * x_stride, x_stride, y + m * y_stride, y_stride);     \
         for (; m < m_count; m++)                                                                                       \
@@ -87,24 +89,25 @@ PRODUCTS(exact_products, tile_, float, , 1)
 #define DOT(MT, OT)                                                                                                    \
     INLINE void dot_##MT##_##OT(const uint16_t *w, int64_t w_stride, int64_t columns, const uint16_t *x,               \
                                 int64_t x_stride, float *y, int64_t y_stride) {                                        \
-        __m512 sum[MT][OT];                                                                                            \
+        lanes sum[MT][OT];                                                                                             \
         for (int m = 0; m < MT; m++)                                                                                   \
-            for (int o = 0; o < OT; o++) sum[m][o] = _mm512_setzero_ps();                                              \
+            for (int o = 0; o < OT; o++) sum[m][o] = splat(0.f);                                                       \
         for (int64_t k = 0; k < columns; k += 32) {                                                                    \
             __m512bh weight[OT];                                                                                       \
             for (int o = 0; o < OT; o++) weight[o] = (__m512bh)_mm512_loadu_si512(w + o * w_stride + k);               \
             for (int m = 0; m < MT; m++) {                                                                             \
                 __m512bh value = (__m512bh)_mm512_loadu_si512(x + m * x_stride + k);                                   \
-                for (int o = 0; o < OT; o++) sum[m][o] = _mm512_dpbf16_ps(sum[m][o], value, weight[o]);                \
+                for (int o = 0; o < OT; o++)                                                                           \
+                    sum[m][o] = (lanes)_mm512_dpbf16_ps((__m512)sum[m][o], value, weight[o]);                          \
             }                                                                                                          \
         }                                                                                                              \
-        for (int m = 0; m < MT; m++)                                                                                   \
-            for (int o = 0; o < OT; o++) y[m * y_stride + o] = fold((lanes)sum[m][o]);                                 \
+        for (int m = 0; m < MT; m++) fold_each(sum[m], OT, y + m * y_stride);                                          \
     }
 
 DOT(1, 1)
 DOT(1, 4)
 DOT(2, 4)
+DOT(4, 4)
 DOT(6, 1)
 DOT(6, 4)
 PRODUCTS(dot_products, dot_, uint16_t)
@@ -277,15 +280,18 @@ static void one_row(const struct matrix *w, const float *x, const uint16_t *word
     CASE(FLOAT4_E2M1FN)
 }
 
+#define STRIP 16
+
 /* Rows of the weight that are decoded once for many rows of x, so that both stay in the second level cache. */
 static int64_t strip_rows(const struct matrix *w) {
     int64_t rows = 65536 / w->columns / 4 * 4;
-    return rows < 4 ? 4 : rows > 16 ? 16 : rows;
+    return rows < 4 ? 4 : rows > STRIP ? STRIP : rows;
 }
 
 /* Rows of x, `stride` elements apart, as paired float32 and, if `words`, as bfloat16, both padded. */
 static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride, int64_t columns, float *pairs,
-                    uint16_t *words) {
+                    uint16_t *words, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && m_count > 1)
     for (int64_t m = 0; m < m_count; m++) {
         const uint8_t *p = (const uint8_t *)x + m * stride * (is_bf16 ? 2 : 4);
         if (words) memcpy(words + m * padded(columns), p, columns * sizeof(uint16_t));
@@ -298,41 +304,52 @@ static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride,
     }
 }
 
-/* y [m_count, stop - start] = x [m_count, columns] @ rows [start, stop) of w. x is bfloat16 or float32 with rows
- * `x_stride` apart. exact: products are exact in float32; dot: vdpbf16ps may compute them.
- * scratch holds (2 * m_count + threads * 16) * (columns + 32) floats. */
+/* Rows of x with `count` rows of the weight, which lie decoded in `strip`; sums [m_count, count at most 16]. */
+static void many_rows(const struct matrix *w, const void *strip, const float *x, const uint16_t *words, int64_t m_count,
+                      int64_t count, int exact, float *sums) {
+    int64_t apart = padded(w->columns);
+    for (int64_t m = 0; m < m_count; m += 6)
+        for (int64_t o = 0; o < count; o += 4) {
+            int64_t rows = m_count - m < 6 ? m_count - m : 6, columns = count - o < 4 ? count - o : 4;
+            float *to = sums + m * STRIP + o;
+#ifdef HAVE_DOT
+            if (words) {
+                dot_products((const uint16_t *)strip + o * apart, apart, columns, w->columns, words + m * apart, rows,
+                             apart, to, STRIP);
+                continue;
+            }
+#endif
+            (exact ? exact_products : products)((const float *)strip + o * apart, apart, columns, w->columns,
+                                                x + m * apart, rows, apart, to, STRIP);
+        }
+}
+
+/* y [m_count, stop - start], bfloat16 or float32, = x [m_count, columns] @ rows [start, stop) of w. x is bfloat16 or
+ * float32 with rows `x_stride` apart. exact: products are exact in float32; dot: vdpbf16ps may compute them.
+ * scratch holds (2 * m_count + threads * 16) * (columns + 32) + threads * 16 * m_count floats. */
 void dsv4_linear(const struct matrix *w, const void *values, int64_t m_count, int64_t x_stride, int64_t start,
-                 int64_t stop, float *y, float *scratch, int32_t is_bf16, int32_t exact, int32_t dot, int32_t threads) {
+                 int64_t stop, void *y, float *scratch, int32_t x_is_bf16, int32_t y_is_bf16, int32_t exact,
+                 int32_t dot, int32_t threads) {
     int64_t stride = padded(w->columns);
     float *x = scratch;
     uint16_t *words = exact && dot ? (uint16_t *)(scratch + m_count * stride) : 0;
-    prepare(values, is_bf16, m_count, x_stride, w->columns, x, words);
+    prepare(values, x_is_bf16, m_count, x_stride, w->columns, x, words, threads);
     scratch += 2 * m_count * stride;
     int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t share = 0; share < threads; share++)
+    for (int64_t share = 0; share < threads; share++) {
+        float *sums = scratch + share * STRIP * (stride + m_count), *buffer = sums + STRIP * m_count;
         for (int64_t at = strips * share / threads; at < strips * (share + 1) / threads; at++) {
             int64_t row = start + at * strip, count = stop - row < strip ? stop - row : strip;
             if (m_count == 1) {
-                one_row(w, x, words, row, count, exact, y + at * strip);
-                continue;
+                one_row(w, x, words, row, count, exact, sums);
+            } else {
+                decode_rows(w, row, count, words != 0, buffer);
+                many_rows(w, buffer, x, words, m_count, count, exact, sums);
             }
-            float *buffer = scratch + share * 16 * padded(w->columns);
-            decode_rows(w, row, count, words != 0, buffer);
-            for (int64_t m = 0; m < m_count; m += 6)
-                for (int64_t o = 0; o < count; o += 4) {
-                    int64_t rows = m_count - m < 6 ? m_count - m : 6, columns = count - o < 4 ? count - o : 4;
-                    float *to = y + m * y_stride + at * strip + o;
-                    int64_t from = o * padded(w->columns), apart = padded(w->columns);
-#ifdef HAVE_DOT
-                    if (words) {
-                        dot_products((const uint16_t *)buffer + from, apart, columns, w->columns, words + m * stride,
-                                     rows, stride, to, y_stride);
-                        continue;
-                    }
-#endif
-                    (exact ? exact_products : products)(buffer + from, apart, columns, w->columns, x + m * stride, rows,
-                                                        stride, to, y_stride);
-                }
+            for (int64_t m = 0; m < m_count; m++)
+                for (int64_t o = 0; o < count; o++)
+                    write(y, y_is_bf16, m * y_stride + at * strip + o, sums[m * STRIP + o]);
         }
+    }
 }

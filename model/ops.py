@@ -27,8 +27,10 @@ TILE_ELEMENTS = 1 << 18
 KEYS_PER_BLOCK = 64  # of the released attention kernel
 
 
-def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """x [M, in] (any float dtype) @ rows [start, stop) of the matrix -> float32 [M, out]."""
+def linear(
+    x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """x [M, in] (any float dtype) @ rows [start, stop) of the matrix -> [M, out]: float32, then rounded to `dtype`."""
     stop = matrix.shape[0] if stop is None else stop
     values = x.to(torch.float32)
     result = torch.empty(len(values), stop - start, dtype=torch.float32)
@@ -39,7 +41,7 @@ def linear(x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = N
         rows = max(1, TILE_ELEMENTS // (16 * len(weight)))
         for row in range(0, len(values), rows):
             result[row : row + rows, first - start : last - start] = lane_dot(values[row : row + rows], weight)
-    return result
+    return result.to(dtype)
 
 
 def _attend(
@@ -119,6 +121,7 @@ class Operations:
     simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
     mean_square: Callable[[torch.Tensor], torch.Tensor] = parts.mean_square
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = parts.rms_norm
+    head_norm: Callable[[torch.Tensor, float, int], torch.Tensor] = parts.head_norm
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = parts.rotate
     split_mixes: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = parts.split_mixes
     collapse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = parts.collapse

@@ -22,6 +22,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x.to(torch.float32) * factor.unsqueeze(-1) * weight).to(x.dtype)
 
 
+def head_norm(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+    """q [T, H, c], each head over its root mean square; in bfloat16 the squares, the mean and the factor are rounded.
+
+    From head `left_over` on the square root is rounded too (see attention.left_over).
+    """
+    dtype = q.dtype
+    squares = (q * q).to(torch.float32)
+    mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
+    root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
+    root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
+    return q * (1.0 / root).to(dtype).unsqueeze(-1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [T, m, c] with its last r dims turned: pairs (2i, 2i + 1) by the angle of cos and sin, float32 [T, r / 2]."""
     r = 2 * cos.shape[-1]

@@ -124,6 +124,12 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
                 expected = ops.linear(x, matrix, start, stop)
                 found = native.linear(x, matrix, start, stop)
                 assert torch.equal(bits(found), bits(expected)), (matrix.name, count, start)
+                rounded = expected.to(torch.bfloat16)
+                for linear in (ops.linear, native.linear, accelerated.linear):
+                    found = linear(x, matrix, start, stop, torch.bfloat16)
+                    assert found.dtype == torch.bfloat16
+                    if linear is not accelerated.linear:
+                        assert torch.equal(bits(found), bits(rounded)), (matrix.name, count, start)
                 exact = x.to(torch.float64) @ matrix.decode(start, stop).to(torch.float64).T
                 scale = x.to(torch.float64).abs() @ matrix.decode(start, stop).to(torch.float64).abs().T
                 # A sum of n terms in lanes of n / 16: each addition is off by at most 2**-24 of the sum of magnitudes.
@@ -224,6 +230,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         "simulate_fp8": [(h, 128), (h, 64), (h, 32)],
         "mean_square": [(rows,), (h[:, :, :7],)],
         "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
+        "head_norm": [(h, 1e-6, 0), (h, 1e-6, 3), (h, 1e-6, 4)],
         "rotate": [(h, torch.randn(9, 16, generator=GENERATOR), torch.randn(9, 16, generator=GENERATOR))],
         "split_mixes": [
             (
@@ -242,7 +249,17 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     }[name]
 
 
-SMALL = ["simulate_fp8", "mean_square", "rms_norm", "rotate", "split_mixes", "collapse", "expand", "swiglu"]
+SMALL = [
+    "simulate_fp8",
+    "mean_square",
+    "rms_norm",
+    "head_norm",
+    "rotate",
+    "split_mixes",
+    "collapse",
+    "expand",
+    "swiglu",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -253,6 +270,16 @@ def test_small_operations(name: str, dtype: torch.dtype) -> None:
         pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
         for a, b in pairs:
             assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "split_mixes"])
+def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than rows divide evenly among, and than there are rows."""
+    for threads in (2, 4, 50):
+        monkeypatch.setattr(native, "_threads", lambda work, threads=threads: threads)
+        for arguments in widths(name, torch.bfloat16):
+            found, expected = getattr(native.NATIVE, name)(*arguments), getattr(ops.REFERENCE, name)(*arguments)
+            assert torch.equal(bits(found), bits(expected)), threads
 
 
 def test_every_row_has_every_operation() -> None:

@@ -14,9 +14,9 @@ import torch
 
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.model import load, loading, ops
-from dsv4.model.attention import head_norm
+from dsv4.model.attention import left_over
 from dsv4.model.layers import Arithmetic
-from dsv4.model.parts import swiglu
+from dsv4.model.parts import head_norm, swiglu
 from dsv4.model.transformer import Transformer
 from dsv4.model.weights import Matrix
 from dsv4.quant.block_scales import Block
@@ -76,7 +76,7 @@ def test_the_share_multiplies_before_the_rounding() -> None:
 
 @pytest.mark.parametrize("heads", [32, 64, 4, 36])
 def test_head_norm_rounds_squares_mean_and_factor(heads: int) -> None:
-    """And the square root too for the heads that are left over from a vector of 32 (see head_norm)."""
+    """And the square root too for the heads that are left over from a vector of 32."""
     q = torch.randn(6, heads, 64, generator=GENERATOR).to(torch.bfloat16)
     squares = (q.to(torch.float64) ** 2).to(torch.bfloat16).to(torch.float64)
     mean = squares.mean(-1).to(torch.float32).to(torch.bfloat16).to(torch.float64)
@@ -86,7 +86,7 @@ def test_head_norm_rounds_squares_mean_and_factor(heads: int) -> None:
     factor = (1 / torch.cat((root[:, :whole], rounded[:, whole:]), 1)).to(torch.float32).to(torch.bfloat16)
     # A mean within a float32 rounding of the middle between two bfloat16 goes either way: one head in a few hundred.
     # A rounding too many or too few would change more than a quarter of them.
-    assert (head_norm(q, 1e-6, heads) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
+    assert (head_norm(q, 1e-6, left_over(heads)) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
 
 
 @pytest.fixture(scope="module")
