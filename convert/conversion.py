@@ -25,6 +25,7 @@ from .files import (
     check_separate,
     create_folder,
     free_bytes,
+    leftovers,
     locked,
     remove_leftovers,
     remove_scratch_of_parts,
@@ -232,6 +233,11 @@ class _Run:
         return dict(manifest["summary"])
 
 
+def _unfinished_bytes(run: _Run) -> int:
+    """On disk, of this run's shards that were stopped half way; the next run removes them."""
+    return sum(path.stat().st_size for path in leftovers(run.output, [shard.file for shard in run.shards]))
+
+
 def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
     """Write what is not finished yet. Returns how many shards were written."""
     pending = run.pending
@@ -244,7 +250,9 @@ def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
         storage.prepare(())
     except Interrupted as error:
         error.args = (f"interrupted: {len(run.finished)} of {len(run.shards)} shards are finished and kept",)
-        error.hint = "Run the same command again to continue."
+        left = _unfinished_bytes(run)
+        removed = f" It removes the {left} bytes of a shard that was not finished." if left else ""
+        error.hint = f"Run the same command again to continue.{removed}"
         raise
     return len(pending)
 
@@ -344,7 +352,7 @@ def run_conversion(
     result, run = Result(output, plan), _Run(checkpoint, plan, output, resources, part, finish, confirmed)
     if overwrite or not found.journal:  # a continued run is checked when it is known what of it can be used
         missing = 0 if finish else sum(shard.size for shard in run.shards)
-        check_disk(checkpoint, missing - owned_bytes(output, found), output)
+        check_disk(checkpoint, missing - owned_bytes(output, found) - _unfinished_bytes(run), output)
     create_folder(output)
     try:
         with locked(output, part.tag if part else ""):

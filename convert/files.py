@@ -26,7 +26,7 @@ from typing import Self
 
 import numpy as np
 
-from dsv4.errors import InputError, MachineError, UsageError, printable
+from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 LOCK_NAME = PREFIX + "lock"
@@ -34,6 +34,7 @@ SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read;
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
 DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache
+SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
 
 
@@ -178,12 +179,16 @@ class AtomicFile:
         self._committed = True
         fsync_folder(self.path.parent)
 
-    def abort(self) -> None:
-        """Remove what was written, unless it was committed."""
+    def abort(self, error: BaseException | None = None) -> None:
+        """Remove what was written, unless it was committed.
+
+        An interrupt is answered within a second: a file that would take longer to delete is left to the next run.
+        """
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        if not self._committed:
+        slow = isinstance(error, Interrupted) and self.written >= SLOW_TO_DELETE_BYTES
+        if not self._committed and not slow:
             self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -194,7 +199,7 @@ class AtomicFile:
     ) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self.path)
-        self.abort()
+        self.abort(error)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -251,11 +256,16 @@ def remove_empty_folder(path: Path) -> None:
             raise
 
 
-def remove_leftovers(folder: Path, names: Iterable[str] = ("*",)) -> None:
-    """Delete temporary files of runs that were killed, of files with the given names. Only while holding the lock."""
+def leftovers(folder: Path, names: Iterable[str] = ("*",)) -> Iterator[Path]:
+    """Temporary files of runs that were stopped, of files with the given names."""
     for name in names:
-        for path in folder.rglob(f"{PREFIX}{name}.*{_PART_SUFFIX}"):
-            path.unlink(missing_ok=True)
+        yield from folder.rglob(f"{PREFIX}{name}.*{_PART_SUFFIX}")
+
+
+def remove_leftovers(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """Delete temporary files of runs that were stopped, of files with the given names. Only while holding the lock."""
+    for path in leftovers(folder, names):
+        path.unlink(missing_ok=True)
 
 
 def remove_scratch_of_parts(folder: Path) -> None:

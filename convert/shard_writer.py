@@ -202,7 +202,7 @@ def write_shard(
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(file.path)
-        file.abort()
+        file.abort(error)
         raise
     entries = hasher.entries | _empty_entries(final)
     return file, FinishedShard(final.file, final.size, hasher.sha256.hexdigest(), entries)

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_variants import VARIANTS
 from exact_values import convert, dsv4, edit_config, read_json, tree
 
-from dsv4.convert import conversion, output_folder, tensor_pieces
+from dsv4.convert import conversion, files, output_folder, tensor_pieces
 from dsv4.convert.checkpoint import Checkpoint
 from dsv4.convert.conversion import decide_resources, run_conversion
 from dsv4.convert.files import AtomicFile
@@ -414,6 +414,26 @@ def test_what_is_replaced_makes_room_and_stays_if_that_is_not_enough(
     monkeypatch.setattr(conversion, "free_bytes", lambda folder: 0 if (output / "dsv4.json").exists() else needed)
     assert dsv4("convert", source, output, "--to", "bf16", "--overwrite")[0] == 4 and tree(output) == before
     convert(source, output, *SHARDS, "--overwrite", "--scale-dtype", "e8m0")
+
+
+def test_what_an_interrupted_run_left_makes_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first shard that was too large to delete at once, and no room for it twice."""
+    output = tmp_path / "out"
+    monkeypatch.setattr(files, "SLOW_TO_DELETE_BYTES", 1)
+
+    def interrupt(count: int) -> None:
+        if count:
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted):
+        conversion.convert(source, output, progress=interrupt)
+    (left,) = output.iterdir()
+    needed = conversion.convert(source, tmp_path / "whole").output_bytes
+    monkeypatch.setattr(conversion, "SPARE_DISK_BYTES", 0)
+    monkeypatch.setattr(
+        conversion, "free_bytes", lambda folder: needed - left.stat().st_size if left.exists() else needed
+    )
+    convert(source, output)
 
 
 @pytest.mark.parametrize("size", [0, 9, 11])

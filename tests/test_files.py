@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_values import tree
+from exact_values import convert, tree
+from fault_lab import GEOMETRY
 
-from dsv4.convert import files
+from dsv4.convert import conversion, files
 from dsv4.convert.files import AtomicFile
+from dsv4.convert.synthetic import make_checkpoint
+from dsv4.errors import Interrupted
 
 STAGE = 2**14
 SIZES = [2 * STAGE, 2 * STAGE + 1, 5 * STAGE - 1, 7 * STAGE + 4096]
@@ -95,6 +98,32 @@ def test_a_large_file_goes_past_the_page_cache(tmp_path: Path, monkeypatch: pyte
         file.commit()
     sizes = [files.WRITE_BYTES, files.WRITE_BYTES, 1]
     assert direct == list(zip(sizes, [able, able, False], strict=True))
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_an_interrupt_does_not_wait_until_a_huge_file_is_deleted(
+    slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left to the same command, which says so, removes it and ends in the same bytes."""
+    source, output, whole = (
+        make_checkpoint(tmp_path / "source", geometry=GEOMETRY),
+        tmp_path / "out",
+        tmp_path / "whole",
+    )
+    options = ("--max-shard-size", "150KB")
+    convert(source, whole, *options)
+    monkeypatch.setattr(files, "SLOW_TO_DELETE_BYTES", 1 if slow else 2**30)
+
+    def interrupt(count: int) -> None:
+        if count and list(output.glob("*.safetensors")):
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted) as raised:
+        conversion.convert(source, output, max_shard_size=150_000, progress=interrupt)
+    parts = list(output.glob(".dsv4-*.part"))
+    assert len(parts) == slow and ("removes the" in raised.value.hint) == slow
+    convert(source, output, *options)
+    assert tree(output) == tree(whole)
 
 
 def test_an_error_of_the_disk_is_not_taken_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
