@@ -7,6 +7,7 @@ engine would load such a folder and compute nonsense.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ CONFIG_NAME = "config.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 
+Headers = Callable[[int, int], None]  # told how many shards' headers are read, and of how many
+
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
     "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
@@ -39,6 +42,10 @@ TORCH_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F4": torch.uint8,
 }  # fmt: skip
+
+
+def untold(done: int, total: int) -> None:
+    """`Headers` when nobody wants to know."""
 
 
 def row_count(shape: tuple[int, ...], nbytes: int) -> int:
@@ -161,11 +168,11 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
 
 
 def _collect(
-    storage: Storage, names: list[str], sizes: dict[str, int]
+    storage: Storage, names: list[str], sizes: dict[str, int], headers: Headers
 ) -> tuple[dict[str, Shard], dict[str, TensorInfo]]:
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
-    for name in names:
+    for number, name in enumerate(names, 1):
         shards[name], found = read_file(storage, name, sizes[name])
         for tensor, info in found.items():
             if tensor in tensors:
@@ -173,6 +180,7 @@ def _collect(
                     f"{storage.label}: '{printable(tensor)}' is in two shards: {tensors[tensor].shard} and {name}"
                 )
             tensors[tensor] = info
+        headers(number, len(names))
     check_twins(list(tensors), storage.label)
     return shards, tensors
 
@@ -188,25 +196,25 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @classmethod
-    def open(cls, source: Path | str | Storage) -> "Checkpoint":
+    def open(cls, source: Path | str | Storage, headers: Headers = untold) -> "Checkpoint":
         """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
         if not isinstance(source, str | Path):
-            return cls._open(source)
+            return cls._open(source, headers)
         storage = Folder(Path(source))
         try:
-            return cls._open(storage)
+            return cls._open(storage, headers)
         except BaseException:
             storage.close()
             raise
 
     @classmethod
-    def _open(cls, storage: Storage) -> "Checkpoint":
+    def _open(cls, storage: Storage, headers: Headers) -> "Checkpoint":
         sizes = storage.sizes()
         names, weight_map = _shard_names(storage, sizes)
         if CONFIG_NAME not in sizes:
             raise InputError(f"{storage.label}: {CONFIG_NAME} is missing", "Copy it from the release.")
         config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
-        shards, tensors = _collect(storage, names, sizes)
+        shards, tensors = _collect(storage, names, sizes, headers)
         if weight_map is not None:
             _check_index(weight_map, tensors, storage.label)
         return cls(storage, config, sizes, shards, tensors)

@@ -42,7 +42,6 @@ from .settings import (
     Layout,
     OnInexact,
     ScaleDtype,
-    Settings,
     TargetName,
     To,
     WoA,
@@ -181,7 +180,7 @@ class _Run:
         """Shards of this run that are not finished."""
         return [shard for shard in self.shards if shard.file not in self.finished]
 
-    def resume(self, job: dict[str, Any]) -> None:
+    def resume(self, job: dict[str, Any], advance: Advance) -> None:
         """Take over what interrupted runs, or other parts, of the same job finished. Reads it all to be sure."""
         past = read_journal(self.output)
         if past is None:
@@ -190,7 +189,8 @@ class _Run:
             check_same_job(old, job, self.output)
         doubted = [shard for shard in self.shards if shard.file not in self.confirmed]
         self.finished = {file: shard for file, shard in past.shards.items() if file in self.confirmed}
-        self.finished |= usable_shards(self.output, past, doubted, self.checkpoint, self.pool)
+        advance(sum(shard.data_bytes for shard in self.shards if shard.file in self.finished))
+        self.finished |= usable_shards(self.output, past, doubted, self.checkpoint, self.pool, advance)
 
     def check_complete(self) -> None:
         """Raises InputError if shards are missing though this run is only to publish."""
@@ -241,7 +241,6 @@ def _unfinished_bytes(run: _Run) -> int:
 def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
     """Write what is not finished yet. Returns how many shards were written."""
     pending = run.pending
-    advance(sum(shard.data_bytes for shard in run.shards if shard.file in run.finished))
     storage = run.checkpoint.storage
     try:
         for shard, after in zip_longest(pending, pending[1:]):
@@ -260,7 +259,7 @@ def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
 def _work(run: _Run, result: Result, advance: Advance) -> None:
     job = describe_job(run.checkpoint, run.plan.settings)
     copied = copied_files(run.checkpoint, run.plan)
-    run.resume(job)
+    run.resume(job, advance)
     run.check_complete()
     result.shards_reused = len(run.finished)
     check_disk(run.checkpoint, sum(shard.size for shard in run.pending), run.output)
@@ -311,18 +310,25 @@ def clear_output(checkpoint: Checkpoint, plan: Plan, output: Path) -> None:
             _clear(output, plan, checkpoint)
 
 
-def check_part(checkpoint: Checkpoint, plan: Plan, output: Path, resources: Resources, part: Part) -> list[str]:
+def check_part(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    resources: Resources,
+    part: Part,
+    advance: Advance = lambda count: None,
+) -> list[str]:
     """Read what a part has written again. Names of its shards that are whole, and made from what the source is now."""
     past = read_journal(output)
     if past is None:
         return []
     with ThreadPoolExecutor(resources.workers) as pool:
-        return list(usable_shards(output, past, deal(plan, part.count)[part.index], checkpoint, pool))
+        return list(usable_shards(output, past, deal(plan, part.count)[part.index], checkpoint, pool, advance))
 
 
 def run_conversion(
     checkpoint: Checkpoint,
-    settings: Settings,
+    plan: Plan,
     output: Path,
     resources: Resources,
     overwrite: bool = False,
@@ -331,9 +337,10 @@ def run_conversion(
     finish: bool = False,
     confirmed: Collection[str] = (),
 ) -> Result:
-    """Convert an opened checkpoint into `output`, or continue doing so, or find it done.
+    """Convert an opened checkpoint into `output` as planned, or continue doing so, or find it done.
 
-    advance: told of data bytes as they are written; they add up to the data of the plan (or of the part).
+    advance: told of data bytes as they are written, or found whole from a former run; they add up to the data of
+    the plan (or of the part).
     part: write only this part's shards; a run without `part` (with `finish`, one that writes no shards) publishes.
     confirmed: finished shards that another process has just read again (see `check_part`).
     Raises Dsv4Error: UsageError for a folder that is not ours or holds another conversion, InputError for a source
@@ -344,7 +351,6 @@ def run_conversion(
         check_separate(checkpoint.storage.path, output)
     if overwrite and (part or finish):
         raise UsageError("--overwrite does not go with parts", "Remove the former output first.")
-    plan = make_plan(checkpoint, settings)
     check_configs(checkpoint, plan)
     found = look(output)
     if found.manifest is not None and not overwrite:
@@ -396,6 +402,7 @@ def convert(
     checkpoint = Checkpoint.open(source)
     try:
         resources = decide_resources(max_workers, max_memory)
-        return run_conversion(checkpoint, settings, Path(output), resources, overwrite, progress)
+        plan = make_plan(checkpoint, settings)
+        return run_conversion(checkpoint, plan, Path(output), resources, overwrite, progress)
     finally:
         checkpoint.close()

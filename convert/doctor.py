@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dsv4.errors import printable
 
 from .architecture import architecture_name, compress_ratios, expert_dtype, quantization, text, weight_block
+from .checkpoint import Headers, untold
 from .doctor_facts import Facts, gather
 
 EngineName = Literal["sglang", "vllm", "transformers", "reference"]
@@ -356,9 +357,14 @@ class Diagnosis:
         return {"folder": self.folder, "engine": self.engine, "loads": self.loads, "checks": checks}
 
 
-def diagnose(folder: str | Path, engine: EngineName, tensor_parallel: int | None = None) -> Diagnosis:
-    """Apply every rule. Raises InputError if the folder is not there or holds no safetensors file."""
-    facts = gather(Path(folder))
+def diagnose(
+    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Headers = untold
+) -> Diagnosis:
+    """Apply every rule. `headers` is told how many shards' headers are read, and of how many.
+
+    Raises InputError if the folder is not there or holds no safetensors file.
+    """
+    facts = gather(Path(folder), headers)
     patient = Patient(facts, engine, ENGINES[engine], tensor_parallel)
     checks = list(_layout(patient))
     if facts.unreadable is not None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dsv4.errors import InputError, printable
 
 from .architecture import describes_v4, weight_block
-from .checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, TensorInfo, read_header, read_json
+from .checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, Headers, TensorInfo, read_header, read_json, untold
 from .findings import Finding, routed_expert_dtypes, scale_findings, structure_findings
 from .parameters import ROUTED_EXPERT, block_of, is_fp4, logical_shape, sibling_scale
 from .storage import Folder
@@ -75,10 +75,10 @@ def _add_tensors(facts: Facts, tensors: dict[str, TensorInfo]) -> None:
                 facts.ragged.append(info.name)
 
 
-def _hf(storage: Folder) -> Facts:
+def _hf(storage: Folder, headers: Headers) -> Facts:
     facts = Facts(storage.label, "hf")
     try:
-        checkpoint = Checkpoint.open(storage)
+        checkpoint = Checkpoint.open(storage, headers)
     except InputError as error:
         facts.unreadable = error
         return facts
@@ -129,7 +129,7 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
         facts.problems.append(Finding("problem", text))
 
 
-def _mp(storage: Folder, sizes: dict[str, int]) -> Facts:
+def _mp(storage: Folder, sizes: dict[str, int], headers: Headers) -> Facts:
     facts = Facts(storage.label, "mp", files=set(sizes))
     try:
         names, facts.ranks = _ranks(list(sizes), storage.label)
@@ -141,6 +141,7 @@ def _mp(storage: Folder, sizes: dict[str, int]) -> Facts:
             per_rank.append(
                 {n: TensorInfo(n, e.dtype, e.shape, name, e.begin, e.end - e.begin) for n, e in header.entries.items()}
             )
+            headers(len(per_rank), len(names))
     except InputError as error:
         facts.unreadable = error
         return facts
@@ -151,10 +152,10 @@ def _mp(storage: Folder, sizes: dict[str, int]) -> Facts:
     return facts
 
 
-def gather(folder: Path) -> Facts:
+def gather(folder: Path, headers: Headers = untold) -> Facts:
     """Facts about a folder. Raises InputError if it is not a folder or holds no safetensors file at all."""
     with Folder(folder) as storage:
         sizes = storage.sizes()
         if not any(name.endswith(".safetensors") for name in sizes):
             raise InputError(f"{storage.label}: holds no .safetensors file", "Name the folder of a checkpoint.")
-        return _mp(storage, sizes) if any(map(RANK_FILE.fullmatch, sizes)) else _hf(storage)
+        return _mp(storage, sizes, headers) if any(map(RANK_FILE.fullmatch, sizes)) else _hf(storage, headers)

@@ -19,6 +19,7 @@ from typing import Any
 
 from dsv4.errors import InputError, MachineError, UsageError, printable
 
+from .checkpoint import Headers, untold
 from .hub_fetch import FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials
 from .hub_files import BadFile, Snapshot, check_bytes, open_snapshot
 from .hub_source import HubSource, parse_source
@@ -33,7 +34,10 @@ _STALEMATE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How a command reaches a hub. `scratch`: shards on disk at once. `keep`: leave them in the library's cache."""
+    """How a command reaches a hub. `scratch`: shards on disk at once. `keep`: leave them in the library's cache.
+
+    `headers` is told how many shards' headers have been fetched, and of how many.
+    """
 
     token: str | None = None
     cache: Path | None = None
@@ -41,6 +45,7 @@ class HubOptions:
     keep: bool = False
     warn: Callable[[str], None] = field(default=lambda line: None)
     detail: Callable[[str], None] = field(default=lambda line: None)
+    headers: Headers = untold
 
 
 class _Nothing:
@@ -101,8 +106,9 @@ class HubStorage:
         names = [n for n in self.sizes() if n.endswith(".safetensors") and "/" not in n and n not in self._heads]
         started = time.monotonic()
         with ThreadPoolExecutor(_HEAD_WORKERS, "heads") as pool:
-            for name, head in zip(names, pool.map(self._first_bytes, names), strict=True):
+            for number, (name, head) in enumerate(zip(names, pool.map(self._first_bytes, names), strict=True), 1):
                 self._heads[name] = head
+                self.options.headers(number, len(names))
         self.head_seconds += time.monotonic() - started
 
     def _first_bytes(self, name: str) -> bytes:

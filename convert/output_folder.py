@@ -5,6 +5,7 @@ is ever touched; in ours, only the files that journal or manifest name.
 """
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -133,16 +134,29 @@ def _is_intact(folder: Path, shard: FinishedShard, stop: Event) -> bool:
 
 
 def usable_shards(
-    folder: Path, past: Past, shards: list[OutputShard], checkpoint: Checkpoint, pool: Executor
+    folder: Path,
+    past: Past,
+    shards: list[OutputShard],
+    checkpoint: Checkpoint,
+    pool: Executor,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, FinishedShard]:
-    """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now."""
+    """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now.
+
+    advance: told of the data bytes of each.
+    """
     changed = source_changed(checkpoint, past.started_ns)
     wanted = {s.file: s for s in shards}
     trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
     stop = Event()
     intact = pool.map(lambda shard: _is_intact(folder, shard, stop), trusted)
+    usable = {}
     try:
-        return {shard.file: shard for shard, ok in zip(trusted, intact, strict=True) if ok}
+        for shard, ok in zip(trusted, intact, strict=True):
+            if ok:
+                usable[shard.file] = shard
+                advance(wanted[shard.file].data_bytes)
+        return usable
     finally:
         stop.set()  # an interrupted run does not wait until its threads have read whole shards
 

@@ -13,7 +13,17 @@ import torch
 
 from dsv4.errors import InputError, printable
 
-from .checkpoint import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, TensorInfo, read_file, read_json
+from .checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MAX_CONFIG_BYTES,
+    Checkpoint,
+    Headers,
+    TensorInfo,
+    read_file,
+    read_json,
+    untold,
+)
 from .config_edit import INFERENCE_KEYS, OPTIONAL_KEYS
 from .mp_layout import EXPERT, SLICED_COLUMNS, SLICED_ROWS
 from .storage import Folder, Storage
@@ -121,13 +131,13 @@ def release_config(config: dict[str, Any], label: str) -> dict[str, Any]:
     return made
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, headers: Headers = untold) -> Checkpoint:
     """A folder in either layout: Hugging Face, or rank files. Raises InputError."""
     storage: Storage = Folder(Path(folder))
     sizes, label = storage.sizes(), storage.label
     names = _names(sizes, label)
     if not names:
-        return Checkpoint.open(storage)
+        return Checkpoint.open(storage, headers)
     if CONFIG_NAME not in sizes:
         raise InputError(f"{label}: {CONFIG_NAME} is missing", "Copy it from the release.")
     config = release_config(read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES), label)
@@ -135,6 +145,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     for name in names:
         shard, tensors = read_file(storage, name, sizes[name])
         ranks.append(Checkpoint(storage, config, sizes, {name: shard}, tensors))
+        headers(len(ranks), len(names))
     there: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
         for name in rank.tensors:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from dsv4.errors import Interrupted, UsageError, printable
 from .verify_charts import gigabytes
 from .verify_config import check_config, compare_configs, compare_side_files, declares_powers_of_two
 from .verify_crew import Crew, Held
-from .verify_files import Files, LocalFiles
+from .verify_files import Files, LocalFiles, shard_names
 from .verify_layout import Checkpoint, open_checkpoint
-from .verify_manifest import check_manifest
+from .verify_manifest import check_manifest, hash_files, read_manifest
 from .verify_plan import Unit, plan_pair, plan_scan
 from .verify_reader import Reader
 from .verify_result import Statistics, Verification
@@ -68,7 +69,11 @@ class _Run:
     total: int = 0
     differing: set[str] = field(default_factory=set)
 
-    def _tallies(self, units: list[Unit], statistics: Statistics) -> list[Tally]:
+    def _advance(self, count: int) -> None:
+        self.read += count
+        self.advance(count)
+
+    def _tallies(self, units: list[Unit], statistics: Statistics, hashing: int) -> list[Tally]:
         every = [piece for index, unit in enumerate(units) for piece in plan_pieces(index, unit, self.band_bytes)]
         sizes = [piece_bytes(units[piece.unit], piece) for piece in every]
         pieces = self.share.of(every, sizes)
@@ -77,7 +82,7 @@ class _Run:
         held = Held(files, units, pieces)
         crew = Crew(units, pieces, lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse), held)
         tallies = [Tally() for _ in units]
-        self.total = sum(self.share.of(sizes, sizes))
+        self.total = sum(self.share.of(sizes, sizes)) + hashing
         self.on_start(self.total)
         for index, found in crew.run(min(self.workers, max(len(pieces), 1))):
             if isinstance(found, Tally):
@@ -86,9 +91,7 @@ class _Run:
                 if found.different or found.copies_differ:
                     self.differing.add(units[index].name)
                 continue
-            done = units[index].size * found // max(units[index].elements, 1)
-            self.read += done
-            self.advance(done)
+            self._advance(units[index].size * found // max(units[index].elements, 1))
         return tallies
 
     def _merge(self, tallies: list[Tally], statistics: Statistics) -> tuple[list[Tally], Statistics]:
@@ -127,7 +130,8 @@ class _Run:
         """How far it came, and what was found until then."""
         share = 100 * self.read // max(self.total, 1)
         found = f"{len(self.differing)} tensors differ so far" if self.differing else "no difference so far"
-        told = Interrupted(f"interrupted after {share}% of {gigabytes(self.total)}: {found}", "Nothing is kept.")
+        when = f"after {share}% of {gigabytes(self.total)}: {found}" if self.total else "before any tensor was read"
+        told = Interrupted(f"interrupted {when}", error.hint)
         told.exit_code = error.exit_code
         return told
 
@@ -135,12 +139,16 @@ class _Run:
         units = plan_scan(self.output) if self.source is None else plan_pair(self.source, self.output)
         units, unchecked = select(units, self.selection, self.output)
         self._check_files()
+        manifest = read_manifest(self.output, self.share) if self.source is None else None
         statistics = Statistics()
-        tallies, statistics = self._merge(self._tallies(units, statistics), statistics)
+        tallies = self._tallies(units, statistics, 0 if manifest is None else manifest.bytes_to_hash)
+        hashes = {} if manifest is None else hash_files(self.output, manifest, self._advance)
+        tallies, statistics = self._merge(tallies, statistics)
         for unit, tally in zip(units, tallies, strict=True):
             statistics.add(unit, tally)
         self._check_scale_format(units, tallies)
-        hashed = self.source is None and check_manifest(self.output, self.share)
+        if manifest is not None:
+            check_manifest(self.output, manifest, self.share.merged(hashes))
         results = [r for unit, tally in zip(units, tallies, strict=True) for r in unit_results(unit, tally)]
         problems = [p for side in (self.source, self.output) if side is not None for p in side.problems]
         return Verification(
@@ -150,7 +158,7 @@ class _Run:
             problems + code_problems(results),
             statistics,
             inverse=self.inverse,
-            hashed=hashed,
+            hashed=manifest is not None,
             selection=self.selection.describe(),
             unchecked=unchecked,
             read_bytes=self.read,
@@ -159,6 +167,20 @@ class _Run:
 
 def _nothing(_: int) -> None:
     pass
+
+
+def _untold(done: int, total: int) -> None:
+    pass
+
+
+def _open_all(sides: list[Files], headers: Callable[[int, int], None]) -> list[Checkpoint]:
+    """The headers of the output, or of source and output."""
+    total, numbers = sum(len(list(shard_names(files))) for files in sides), count(1)
+    names = ("source", "output")[-len(sides) :]
+    return [
+        open_checkpoint(files, name, lambda: headers(next(numbers), total))
+        for files, name in zip(sides, names, strict=True)
+    ]
 
 
 def verify(
@@ -170,6 +192,7 @@ def verify(
     inverse: bool = False,
     max_workers: int | None = None,
     max_memory: int | None = None,
+    headers: Callable[[int, int], None] = _untold,
     on_start: Callable[[int], None] = _nothing,
     advance: Advance = _nothing,
     share: Share = ALONE,
@@ -178,7 +201,8 @@ def verify(
 
     `source` and `output` are folders or `Files`. `strict` makes a changed sign of zero a difference; `inverse`
     rebuilds the source's FP4 codes from the output's values. `max_memory` (bytes) bounds the working memory of all
-    `max_workers` threads. `on_start(total)` and `advance(count)` are told of bytes, for a progress bar.
+    `max_workers` threads. `headers(done, total)` is told of shards whose headers are read, then `on_start(total)` and
+    `advance(count)` of bytes, for progress bars.
     With a `share` this process does its part of the work, meets the others, and returns what all found.
 
     Raises InputError when there is no checkpoint at all, UsageError for a selection that selects nothing; whatever
@@ -193,8 +217,7 @@ def verify(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread per band; the bands are the parallelism
     try:
-        names = ["output"] if output is None else ["source", "output"]
-        found = [open_checkpoint(f, where) for f, where in zip(opened, names, strict=True)]
+        found = _open_all(opened, headers)
         first = None if output is None else found[0]
         run = _Run(first, found[-1], selection or Selection(), workers, band, inverse, on_start, advance, share)
         try:

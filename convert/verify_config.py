@@ -8,6 +8,7 @@ engine's own, and is compared with the source's `inference/config.json`.
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dsv4.errors import printable
@@ -32,14 +33,15 @@ _EXPERT_WEIGHT = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\..*\.weight")
 _CHUNK = 1 << 20
 
 
-def file_hash(files: Files, name: str, size: int) -> str:
-    """SHA-256 of a file, in hex."""
+def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hex. `advance` is told of the bytes read."""
     digest = hashlib.sha256()
     buffer = bytearray(min(size, _CHUNK))
     for start in range(0, size, _CHUNK):
         view = memoryview(buffer)[: min(_CHUNK, size - start)]
         files.read_into(name, start, view)
         digest.update(view)
+        advance(len(view))
     return digest.hexdigest()
 
 

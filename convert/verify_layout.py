@@ -14,7 +14,7 @@ This is `verify`'s own statement of those rules, not the converter's. A rule tha
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dsv4.errors import InputError, printable
@@ -90,10 +90,13 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(map(printable, ordered[:limit])) + more
 
 
-def _read_shards(checkpoint: Checkpoint, sizes: dict[str, int], names: list[str]) -> dict[str, Shard]:
+def _read_shards(
+    checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], told: Callable[[], None]
+) -> dict[str, Shard]:
     shards = {}
     for name in names:
         shards[name] = shard = read_shard(checkpoint.files, name, sizes[name])
+        told()
         shown = printable(name)
         if shard.broken:
             checkpoint.problem("shard", f"{shown} cannot be read: {shard.broken}", "unreadable")
@@ -235,7 +238,9 @@ def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict
             checkpoint.tensors[name] = tensor
 
 
-def _open_ranks(checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple[int, int, str]]) -> None:
+def _open_ranks(
+    checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple[int, int, str]], told: Callable[[], None]
+) -> None:
     counts = {count for _, count, _ in found}
     if len(counts) > 1:
         raise InputError(
@@ -245,7 +250,7 @@ def _open_ranks(checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple
         )
     checkpoint.layout, checkpoint.ranks = "mp", counts.pop()
     present = {rank: name for rank, _, name in found}
-    shards = _read_shards(checkpoint, sizes, [name for _, _, name in found])
+    shards = _read_shards(checkpoint, sizes, [name for _, _, name in found], told)
     for rank in range(checkpoint.ranks):
         if rank not in present:
             text = f"model{rank}-mp{checkpoint.ranks}.safetensors is not there"
@@ -253,8 +258,8 @@ def _open_ranks(checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple
     _collect_ranks(checkpoint, shards, {name: rank for rank, name in present.items()})
 
 
-def open_checkpoint(files: Files, where: str) -> Checkpoint:
-    """Read all headers (and the index) of a checkpoint. `where` is "source" or "output".
+def open_checkpoint(files: Files, where: str, told: Callable[[], None] = lambda: None) -> Checkpoint:
+    """Read all headers (and the index) of a checkpoint. `where` is "source" or "output"; `told` hears of each header.
 
     Raises InputError when there is no safetensors file at all, or when files of several conversions lie together.
     """
@@ -264,9 +269,9 @@ def open_checkpoint(files: Files, where: str) -> Checkpoint:
     if not names and INDEX_NAME not in sizes:
         raise InputError(f"{files.label} holds no safetensors file", "Give the folder that holds the shards.")
     if INDEX_NAME not in sizes and (found := _ranks(names)):
-        _open_ranks(checkpoint, sizes, found)
+        _open_ranks(checkpoint, sizes, found, told)
     else:
-        shards = _read_shards(checkpoint, sizes, names)
+        shards = _read_shards(checkpoint, sizes, names, told)
         _check_index(checkpoint, sizes, shards)
         _collect_whole(checkpoint, shards)
     for name in checkpoint.unreadable:

@@ -5,6 +5,8 @@ do not.
 """
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.errors import printable
@@ -19,11 +21,44 @@ FORMAT = 1
 _CHUNK = 1 << 20
 
 
-def _hashes(checkpoint: Checkpoint, said: dict[str, Any], sizes: dict[str, int], share: Share) -> dict[str, str]:
-    """SHA-256 of every listed file that has the right size, each read by one of the processes."""
+@dataclass(frozen=True)
+class Manifest:
+    """What was written down, and which files this process hashes. All is empty when the file cannot be understood."""
+
+    shards: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    mine: dict[str, int] = field(default_factory=dict)  # name -> size
+    understood: bool = True
+
+    @property
+    def bytes_to_hash(self) -> int:
+        """Bytes that this process reads for it."""
+        return sum(self.mine.values())
+
+
+def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | None:
+    """The manifest of a checkpoint, None when it has none. Files of another size than it says are not hashed."""
+    sizes = checkpoint.files.sizes()
+    if MANIFEST not in sizes:
+        return None
+    value = read_config(checkpoint, MANIFEST)
+    if value is None:
+        return Manifest(understood=False)
+    parts = [value.get(key, {}) for key in ("shards", "files", "tensors")]
+    if value.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
+        checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
+        return Manifest(understood=False)
+    shards, files, tensors = parts
+    said = {**shards, **files}
     names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
     mine = share.of(names, [sizes[name] for name in names])
-    return share.merged({name: file_hash(checkpoint.files, name, sizes[name]) for name in mine})
+    return Manifest(shards, files, tensors, {name: sizes[name] for name in mine})
+
+
+def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, str]:
+    """SHA-256 of the files that this process hashes."""
+    return {name: file_hash(checkpoint.files, name, size, advance) for name, size in manifest.mine.items()}
 
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:
@@ -76,24 +111,14 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
             _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
 
 
-def check_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> bool:
-    """Sizes and hashes of shards and side files, dtypes and shapes of tensors. False when there is no manifest."""
-    sizes = checkpoint.files.sizes()
-    if MANIFEST not in sizes:
-        return False
-    manifest = read_config(checkpoint, MANIFEST)
-    if manifest is None:
-        return True
-    parts = [manifest.get(key, {}) for key in ("shards", "files", "tensors")]
-    if manifest.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
-        checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
-        return True
-    shards, files, tensors = parts
-    hashes = _hashes(checkpoint, {**shards, **files}, sizes, share)
+def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:
+    """Sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes."""
+    if not manifest.understood:
+        return
+    sizes, shards = checkpoint.files.sizes(), manifest.shards
     broken = {name for name, said in shards.items() if not _check_file(checkpoint, name, said, sizes, hashes)}
-    for name, said in files.items():
+    for name, said in manifest.files.items():
         _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {printable(name)}")
-    _check_tensors(checkpoint, tensors, broken)
-    return True
+    _check_tensors(checkpoint, manifest.tensors, broken)

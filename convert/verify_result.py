@@ -242,6 +242,13 @@ class Verification:
             return f"DIFFERENT{part}: all values are equal, but beside the values: {_problems(len(wrong))}"
         return f"DIFFERENT{part}: all values are equal, but zeros changed sign (--strict)"
 
+    @property
+    def what_was_read(self) -> str:
+        """What `read_bytes` counts; headers and small files to compare come on top."""
+        if self.source is not None:
+            return "tensors"
+        return "quantized tensors and hashed files" if self.hashed else "quantized tensors"
+
     def _others(self) -> dict[str, str]:
         """Per module the worst status of everything but its routed experts."""
         found: dict[str, str] = {}

@@ -42,6 +42,12 @@ def test_every_tensor_equals_what_safetensors_reads(tmp_path: Path, shards: int 
     checkpoint.close()
 
 
+def test_headers_are_told_as_they_are_read(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    Checkpoint.open(make_checkpoint(tmp_path / "x", geometry=GEOMETRY, shards=3), lambda *now: told.append(now)).close()
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_rows(good: Path) -> None:
     checkpoint = Checkpoint.open(good)
     name = "layers.0.ffn.experts.1.w2.weight"

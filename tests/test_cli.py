@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import typer
 from hostile import good_checkpoint
 
 import dsv4
-from dsv4 import cli, command_inspect
+from dsv4 import cli, command_inspect, output
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 from dsv4.output import ClosedPipe
 
@@ -162,6 +163,76 @@ def test_stdout_may_close(arguments: list[str], tmp_path: Path) -> None:
     os.close(writer)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr and "bug" not in done.stderr
     assert done.returncode in (1, 141)  # the help is printed by the command-line library, whose code is 1
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "doctor {} --for vllm", "convert {} out --dry-run", "verify {} {}"])
+def test_headers_are_read_under_a_bar(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = good_checkpoint(tmp_path / "good")
+    words = command.replace("{}", str(folder)).split()
+    shown = []
+    for seconds, options in ((0, ()), (0.5, ()), (0, ("--json",))):  # at once; after half a second, as always; never
+        monkeypatch.setattr(output, "SECONDS_UNTIL_A_PASSING_BAR", seconds)
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        cli.run([*words, *options])
+        shown.append(sys.stderr.getvalue())
+        monkeypatch.undo()
+    assert "opening" in shown[0]
+    assert not any("opening" in text for text in shown[1:])
+
+
+WRONG_USAGE = [
+    (["--json", "--no-such-option"], "--no-such-option|--json"),
+    (["nonsense", "--json"], "nonsense"),
+    (["convert", "--json"], "Missing argument 'SOURCE'"),
+    (["convert", "a", "b", "--to", "fp7", "--json"], "fp7"),
+    (["convert", "--json", "a", "b", "--part", "1/2", "--finish"], "--finish"),
+    (["doctor", "a", "--json"], "--for"),
+    (["verify", "a", "b", "--shard", "0", "--json"], "--shard"),
+    (["run", "--json", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
+    *(([name, "--json", "--no-such-option"], "No such option") for name in COMMANDS),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG_USAGE, ids=lambda value: " ".join(value))
+def test_json_wrong_usage_is_one_object(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *arguments)
+    found = json.loads(out)
+    assert code == found["exit_code"] == 2 and set(found) == {"error", "hint", "exit_code"}
+    assert re.search(words, found["error"]) and re.search(words, err)
+
+
+def test_json_behind_two_dashes_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "convert", "--to", "fp7", "--", "--json", "b")
+    assert (code, out) == (2, "")
+
+
+EMPTY = [
+    ["convert", "", "out"], ["convert", "source", ""], ["verify", ""], ["verify", "source", ""], ["inspect", ""],
+    ["run", "", "Hello"], ["run", "source", "Hello", "--compare", ""], ["doctor", "", "--for", "vllm"],
+    ["download", ""], ["download", "org/name", ""], ["download", "org/name", "--local-dir", ""],
+    ["download", "org/name", "--cache-dir", ""], ["encode", ""], ["demo", ""],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+def test_an_empty_name_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good_checkpoint(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "") and "is empty" in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_json_errors_are_one_object(capsys: pytest.CaptureFixture[str]) -> None:

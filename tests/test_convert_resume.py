@@ -17,6 +17,7 @@ from dsv4.convert import conversion, files, output_folder, tensor_pieces
 from dsv4.convert.checkpoint import Checkpoint
 from dsv4.convert.conversion import decide_resources, run_conversion
 from dsv4.convert.files import AtomicFile
+from dsv4.convert.plan import make_plan
 from dsv4.convert.settings import Settings, resolve
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.errors import Interrupted, MachineError
@@ -98,8 +99,10 @@ def interrupt_after(count: int) -> Callable[[int], None]:
 
 
 def run_until(source: Path, output: Path, count: int, settings: Settings = SETTINGS) -> None:
+    checkpoint = Checkpoint.open(source)
     with pytest.raises(Interrupted):
-        run_conversion(Checkpoint.open(source), settings, output, decide_resources(1), advance=interrupt_after(count))
+        plan = make_plan(checkpoint, settings)
+        run_conversion(checkpoint, plan, output, decide_resources(1), advance=interrupt_after(count))
 
 
 def visible(folder: Path) -> set[str]:
@@ -119,6 +122,18 @@ class TestResume:
         said = convert(source, output, *SHARDS)
         assert tree(output) == tree(whole)
         assert (f"{done} shards were there already" in said) == (done > 0)
+
+    def test_progress_counts_what_was_there_as_it_is_found(self, source: Path, tmp_path: Path) -> None:
+        """Hashing the shards of a former run takes a while too: each counts as soon as it is found whole."""
+        output, checkpoint = tmp_path / "out", Checkpoint.open(source)
+        plan = make_plan(checkpoint, SETTINGS)
+        total = sum(shard.data_bytes for shard in plan.shards)
+        run_until(source, output, int(total * 0.7))
+        there = [shard.data_bytes for shard in plan.shards if (output / shard.file).exists()]
+        steps: list[int] = []
+        run_conversion(checkpoint, plan, output, decide_resources(2), advance=steps.append)
+        assert len(there) > 1 and [step for step in steps if step][: len(there)] == there
+        assert sum(steps) == total
 
     def test_while_the_last_files_are_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stopped before each of them in turn: index and config come last, so no loader meets half a model."""
@@ -150,15 +165,14 @@ class TestResume:
 
     def test_interrupted_again_and_again(self, source: Path, whole: Path, tmp_path: Path) -> None:
         """A run that gets no further than one shard each time arrives all the same."""
-        output, rounds = tmp_path / "out", 0
+        output, rounds, checkpoint = tmp_path / "out", 0, Checkpoint.open(source)
+        plan = make_plan(checkpoint, SETTINGS)
         while True:
             rounds += 1
             try:
                 before = len(visible(output)) if output.exists() else 0
                 limit = sum(p.stat().st_size for p in output.glob("model-*")) + 700_000 if output.exists() else 700_000
-                run_conversion(
-                    Checkpoint.open(source), SETTINGS, output, decide_resources(2), advance=interrupt_after(limit)
-                )
+                run_conversion(checkpoint, plan, output, decide_resources(2), advance=interrupt_after(limit))
                 break
             except Interrupted:
                 assert len(visible(output)) > before or rounds == 1

@@ -46,7 +46,7 @@ def unfinished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted):
-        run_conversion(checkpoint, SETTINGS, output, decide_resources(1), advance=advance)
+        run_conversion(checkpoint, make_plan(checkpoint, SETTINGS), output, decide_resources(1), advance=advance)
     return output
 
 

@@ -1,5 +1,6 @@
 """The one sink: what each mode prints where, side by side."""
 
+import gc
 import io
 import json
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from dsv4 import output
 from dsv4.errors import InputError, UsageError
+from dsv4.opening import opening
 from dsv4.options import parse_size
 from dsv4.output import Output, aligned, human_bytes, human_seconds
 
@@ -131,6 +133,41 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     with Output().progress(1000, "convert") as progress:
         progress.advance(1000)
     assert "100%" in stream.getvalue() and "convert" in stream.getvalue()
+
+
+def opened(stream: Terminal, seconds: float, monkeypatch: pytest.MonkeyPatch, mode: output.Mode = "human") -> str:
+    """What a terminal shows while 64 headers are read that take so long each."""
+    clock = [0.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with opening(Output(mode)) as headers:
+        for number in range(1, 65):
+            clock[0] += seconds
+            headers(number, 64)
+    return stream.getvalue()
+
+
+def test_opening_shows_a_bar_only_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opened(Terminal(), 0.001, monkeypatch) == ""
+    shown = opened(Terminal(), 0.1, monkeypatch)
+    assert "opening" in shown and "64.0/64.0 [" in shown
+    assert shown.split("\r")[-2].strip() == ""  # and it is gone before anything else is printed
+
+
+@pytest.mark.parametrize("mode", ["json", "quiet", "silent"])
+def test_opening_is_silent_in_other_modes(mode: output.Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opened(Terminal(), 1, monkeypatch, mode) == ""
+
+
+def test_opening_leaves_the_garbage_collector_as_it_was() -> None:
+    for begin in (gc.enable, gc.disable):
+        begin()
+        before = gc.isenabled()
+        with pytest.raises(UsageError), opening(Output("quiet")):
+            assert not gc.isenabled()
+            raise UsageError("wrong")
+        assert gc.isenabled() == before
+    gc.enable()
 
 
 @pytest.mark.parametrize(

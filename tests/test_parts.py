@@ -218,7 +218,7 @@ class TestFinish:
         settings = resolve(max_shard_bytes=300_000)
         plan = make_plan(checkpoint, settings)
         for i in (0, 1):
-            run_conversion(checkpoint, settings, output, resources, part=Part(i, 2))
+            run_conversion(checkpoint, plan, output, resources, part=Part(i, 2))
         found = [check_part(checkpoint, plan, output, resources, Part(i, 2)) for i in (0, 1)]
         assert found == [[shard.file for shard in part] for part in deal(plan, 2)]
         victim = output / found[1][-1]
@@ -227,11 +227,11 @@ class TestFinish:
         victim.write_bytes(data)
         assert check_part(checkpoint, plan, output, resources, Part(1, 2)) == found[1][:-1]
         with pytest.raises(InputError, match=victim.name):  # what was not confirmed is read by whoever publishes
-            run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1][:-1])
+            run_conversion(checkpoint, plan, output, resources, finish=True, confirmed=found[0] + found[1][:-1])
         data[-1] ^= 1
         victim.write_bytes(data)
         monkeypatch.setattr(output_folder, "file_sha256", lambda path, stop: pytest.fail("read again"))
-        run_conversion(checkpoint, settings, output, resources, finish=True, confirmed=found[0] + found[1])
+        run_conversion(checkpoint, plan, output, resources, finish=True, confirmed=found[0] + found[1])
         assert tree(output) == tree(whole)
 
     def test_a_second_time(self, source: Path, whole: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import reference_converter
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
 import dsv4.convert
+from dsv4 import cli
 from dsv4.cli import run
 from dsv4.convert.synthetic import make_checkpoint
 from dsv4.convert.verification import verify
@@ -240,6 +242,47 @@ def test_one_checkpoint_alone(pair: tuple[Path, Path], tmp_path: Path, capsys: p
         (tmp_path / "alone" / shard).write_bytes(before)
     (tmp_path / "alone" / "tokenizer.json").write_text("{}")
     assert "manifest: tokenizer.json has " in command(capsys, tmp_path / "alone")[1]
+
+
+def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quantized tensors for their codes, and with a manifest every byte of every file that it lists."""
+    shutil.copytree(pair[0], tmp_path / "alone")
+    quantized = verify(pair[0])
+    shards = read_folder(pair[0])
+    scaled = {
+        n.removesuffix("weight") + "scale" for tensors in shards.values() for n in tensors if n.endswith("weight")
+    }
+    tensors = {name: tensor for found in shards.values() for name, tensor in found.items()}
+    scales = scaled & tensors.keys()
+    expected = sum(len(tensors[n].data) + len(tensors[n.removesuffix("scale") + "weight"].data) for n in scales)
+    assert quantized.read_bytes == expected and "of quantized tensors read" in command(capsys, pair[0])[2]
+    write_manifest(tmp_path / "alone")
+    listed = sum(f.stat().st_size for f in (tmp_path / "alone").rglob("*") if f.is_file() and f.name != "dsv4.json")
+    totals: list[int] = []
+    steps: list[int] = []
+    hashed = verify(tmp_path / "alone", on_start=totals.append, advance=steps.append)
+    assert hashed.read_bytes == expected + listed == totals[0] == sum(steps)
+    assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
+
+
+def test_headers_are_told(pair: tuple[Path, Path]) -> None:
+    told: list[tuple[int, int]] = []
+    count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
+    verify(*pair, headers=lambda *found: told.append(found))
+    assert told == [(number, count) for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("when", ["open_checkpoint", "plan_pair"])
+def test_interrupted_before_anything_was_read(
+    when: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        cli._on_signal(signal.SIGINT, None)
+
+    monkeypatch.setattr(f"dsv4.convert.verification.{when}", interrupt)
+    code, _, err = command(capsys, *pair)
+    assert code == 130 and "interrupted" in err and "kept" not in err and "Nothing was changed." in err
+    assert "0%" not in err
 
 
 def test_alone_without_a_manifest(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ from dsv4.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
+    EXIT_USAGE,
     Dsv4Error,
     InputError,
     Interrupted,
@@ -144,7 +145,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _on_signal(number: int, frame: FrameType | None, since: float | None = None) -> None:
-    error = Interrupted("interrupted", "Run the same command again to continue: finished files are kept.")
+    error = Interrupted("interrupted", "Run the same command again.")
     if number == signal.SIGTERM:
         error.exit_code = EXIT_TERMINATED
     if not _importing(frame):
@@ -158,12 +159,28 @@ def _on_signal(number: int, frame: FrameType | None, since: float | None = None)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
 
 
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether `--json` is asked for, known before the command line is understood, and also if it never will be."""
+    return "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
+
+
+def _report_usage(wrong: BaseException | None) -> None:
+    """What Typer found wrong with the command line, as the JSON object if one was asked for. The words are printed."""
+    if wrong is not None and hasattr(wrong, "format_message"):
+        context = getattr(wrong, "ctx", None)
+        hint = f"Try: {context.command_path} --help" if context is not None else "Try: dsv4 --help"
+        output.current().result({"error": wrong.format_message(), "hint": hint, "exit_code": EXIT_USAGE})
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Nothing that a user can cause ends in a traceback."""
-    output.configure()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    output.configure(json_mode=_wants_json(arguments))
     try:
         app(args=arguments)
     except SystemExit as error:
+        if error.code == EXIT_USAGE:
+            _report_usage(error.__context__)
         return error.code if isinstance(error.code, int) else EXIT_DONE
     except output.ClosedPipe as error:
         return error.exit_code

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Collection
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,8 @@ import typer
 
 from dsv4 import output
 from dsv4.convert.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
-from dsv4.errors import UsageError, printable
+from dsv4.errors import Interrupted, UsageError, printable
+from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
     Json,
@@ -22,7 +23,9 @@ from dsv4.options import (
     Scratch,
     Token,
     Verbose,
+    as_folder,
     example,
+    named,
     parse_size,
 )
 from dsv4.output import human_bytes, human_seconds
@@ -172,18 +175,27 @@ class _Job:
         from dsv4.convert.parts import deal
 
         shards = deal(self.plan, share.count)[share.index] if share else self.plan.shards
-        settings, folder = self.plan.settings, self.output_folder
+        folder = self.output_folder
         with self.out.progress(sum(shard.data_bytes for shard in shards), "convert") as bar:
             return run_conversion(
-                self.checkpoint, settings, folder, self.resources, overwrite, bar.advance, share, finish, confirmed
+                self.checkpoint, self.plan, folder, self.resources, overwrite, bar.advance, share, finish, confirmed
             )
+
+    def check(self, part: "Part") -> list[str]:
+        """Names of a part's shards that are whole, read again with a bar."""
+        from dsv4.convert.conversion import check_part
+        from dsv4.convert.parts import deal
+
+        total = sum(shard.data_bytes for shard in deal(self.plan, part.count)[part.index])
+        with self.out.progress(total, "check") as bar:
+            return check_part(self.checkpoint, self.plan, self.output_folder, self.resources, part, bar.advance)
 
     def run_as_rank(self, ranks: "Ranks", share: "Part", overwrite: bool) -> "Result":
         """This rank's share; when all are done, each reads its neighbour's again, and the first rank publishes.
 
         The neighbour's and not its own: what another machine reads is on the shared disk, and not only in a cache.
         """
-        from dsv4.convert.conversion import check_part, clear_output
+        from dsv4.convert.conversion import clear_output
         from dsv4.convert.parts import Part
         from dsv4.convert.ranks import joined
 
@@ -196,8 +208,7 @@ class _Job:
             written, seconds = zip(*ranks.gather((result.shards_written, result.seconds)), strict=True)
             whole: list[str] = []
             if not result.already_done:
-                neighbour = Part((share.index + 1) % share.count, share.count)
-                whole = check_part(self.checkpoint, self.plan, self.output_folder, self.resources, neighbour)
+                whole = self.check(Part((share.index + 1) % share.count, share.count))
             confirmed = [file for files in ranks.gather(whole) for file in files]
             if ranks.is_first and not result.already_done:
                 result = self.run(None, finish=True, overwrite=False, confirmed=confirmed)
@@ -206,10 +217,22 @@ class _Job:
             ranks.gather(None)
         return result
 
+    def do(self, ranks: "Ranks | None", share: "Part | None", finish: bool, overwrite: bool) -> "Result":
+        """The conversion, in this process or as one rank of several."""
+        try:
+            return self.run_as_rank(ranks, share, overwrite) if ranks and share else self.run(share, finish, overwrite)
+        except Interrupted as error:
+            error.hint = "Run the same command again to continue."
+            raise
+
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")],
-    output_folder: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write; new, empty or ours.")],
+    source: Annotated[
+        str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")
+    ],
+    output_folder: Annotated[
+        Path, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder to write; new, empty or ours.")
+    ],
     to: Annotated[
         To,
         typer.Option(
@@ -258,9 +281,9 @@ def convert(
     from dsv4.convert.ranks import launched
 
     ranks = launched()
+    out = output.configure(json_mode, quiet, verbose, ranks)
     if (part or finish) and (ranks or (part and finish)):
         raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
-    out = output.configure(json_mode, quiet, verbose, ranks)
     from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.conversion import decide_resources, peak_memory_bytes
     from dsv4.convert.files import SCRATCH_NAME, free_bytes
@@ -273,16 +296,18 @@ def convert(
     resources = decide_resources(max_workers, parse_size(max_memory) if max_memory else None)
     share = Part(ranks.index, ranks.count) if ranks else parse_part(part) if part else None
     scratch_folder = output_folder / (f"{SCRATCH_NAME}-{share.tag}" if share else SCRATCH_NAME)
-    options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail)
-    with closing(open_storage(source, revision, scratch_folder, options)) as storage:
-        checkpoint = Checkpoint.open(storage)
-        plan = make_plan(checkpoint, settings)
+    with ExitStack() as stack:
+        with opening(out) as headers:
+            options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail, headers)
+            storage = stack.enter_context(closing(open_storage(source, revision, scratch_folder, options)))
+            checkpoint = Checkpoint.open(storage, headers)
+            plan = make_plan(checkpoint, settings)
         remote = _check_remote(storage, plan)
         if dry_run:
             _print_plan(out, plan, resources, free_bytes(output_folder), remote)
             return
         job = _Job(out, checkpoint, plan, output_folder, resources)
-        result = job.run_as_rank(ranks, share, overwrite) if ranks and share else job.run(share, finish, overwrite)
+        result = job.do(ranks, share, finish, overwrite)
     if share and (ranks is None or not ranks.is_first):
         _print_part(out, result, share)
         return

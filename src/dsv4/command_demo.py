@@ -9,7 +9,7 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError, printable
-from dsv4.options import example
+from dsv4.options import as_folder, example
 
 EPILOG = example("dsv4 demo", "dsv4 demo ./demo")
 
@@ -35,7 +35,9 @@ def _choose_folder(folder: Path | None) -> Path:
 
 
 def demo(
-    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to put it all. Default: new.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
+    ] = None,
 ) -> None:
     """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
     from dsv4.cli import run

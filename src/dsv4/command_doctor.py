@@ -8,7 +8,8 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import EXIT_DIFFERENCE
-from dsv4.options import Json, Quiet, example
+from dsv4.opening import opening
+from dsv4.options import Json, Quiet, example, named
 
 if TYPE_CHECKING:
     from dsv4.convert.doctor import Check
@@ -52,7 +53,9 @@ def _verdict(out: output.Output, engine: str, checks: "tuple[Check, ...]", loads
 
 
 def doctor(
-    folder: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of a checkpoint, converted or not.")],
+    folder: Annotated[
+        str, typer.Argument(parser=named, metavar="OUTPUT", help="Folder of a checkpoint, converted or not.")
+    ],
     engine: Annotated[Engine, typer.Option("--for", help="The engine that is to load it.")],
     tensor_parallel: Annotated[
         int | None, typer.Option("--tensor-parallel", metavar="N", min=1, help="Also check the split over N ranks.")
@@ -67,7 +70,8 @@ def doctor(
     out = output.configure(json, quiet)
     from dsv4.convert.doctor import diagnose
 
-    diagnosis = diagnose(folder, engine.value, tensor_parallel)
+    with opening(out) as headers:
+        diagnosis = diagnose(folder, engine.value, tensor_parallel, headers)
     out.result(diagnosis.to_json())
     for check in diagnosis.checks:
         _print(out, check)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4 import output
-from dsv4.errors import UsageError
-from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, example
+from dsv4.errors import Interrupted, UsageError
+from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, example, named
 
 if TYPE_CHECKING:
     from dsv4.convert.hub_download import DownloadPlan
@@ -43,10 +43,16 @@ def _show_plan(plan: "DownloadPlan", dry_run: bool) -> None:
 
 def download(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="org/name, hf:org/name or ms:org/name, with @revision if you like.")
+        str,
+        typer.Argument(
+            parser=named, metavar="SOURCE", help="org/name, hf:org/name or ms:org/name, with @revision if you like."
+        ),
     ],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="Where to put the files. Default: the library's cache.")
+        Path | None,
+        typer.Argument(
+            parser=as_folder, metavar="FOLDER", help="Where to put the files. Default: the library's cache."
+        ),
     ] = None,
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only files that match; may be repeated.")
@@ -56,7 +62,9 @@ def download(
     ] = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
-    local_dir: Annotated[Path | None, typer.Option("--local-dir", metavar="FOLDER", help="Same as FOLDER.")] = None,
+    local_dir: Annotated[
+        Path | None, typer.Option("--local-dir", parser=as_folder, metavar="FOLDER", help="Same as FOLDER.")
+    ] = None,
     fallback: Annotated[
         bool, typer.Option("--fallback", help="If this hub fails, take the missing files from the other: same hashes.")
     ] = False,
@@ -94,8 +102,12 @@ def download(
     if dry_run:
         out.result({"dry_run": True, **plan.as_json()})
         return
-    with out.progress(plan.bytes, "download") as bar:
-        result = hub_download.download(plan, workers=max_workers, fallback=other, counter=bar, warn=out.warn)
+    try:
+        with out.progress(plan.bytes, "download") as bar:
+            result = hub_download.download(plan, workers=max_workers, fallback=other, counter=bar, warn=out.warn)
+    except Interrupted as error:
+        error.hint = "Run the same command again to continue: finished files are kept."
+        raise
     out.say(f"{len(result.fetched)} files fetched, {len(result.kept)} kept; every size and hash is as the hub lists.")
     if result.from_fallback and other is not None:
         out.say(f"{len(result.from_fallback)} of them came from {other.source}.")

@@ -8,7 +8,7 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError
-from dsv4.options import Json, example
+from dsv4.options import Json, example, named
 
 
 class Mode(StrEnum):
@@ -25,7 +25,9 @@ ModeOption = Annotated[
 
 
 def encode(
-    messages: Annotated[str, typer.Argument(metavar="MESSAGES.json", help="OpenAI-style messages; - reads stdin.")],
+    messages: Annotated[
+        str, typer.Argument(parser=named, metavar="MESSAGES.json", help="OpenAI-style messages; - reads stdin.")
+    ],
     mode: ModeOption = Mode.chat,
     context: Annotated[
         str | None, typer.Option("--context", metavar="FILE", help="Messages before these, encoded already.")

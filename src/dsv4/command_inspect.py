@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from contextlib import ExitStack, closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,11 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError, printable
-from dsv4.options import CacheDir, Json, Revision, Token, example
+from dsv4.opening import opening
+from dsv4.options import CacheDir, Json, Revision, Token, example, named
 
 if TYPE_CHECKING:
-    from dsv4.convert.checkpoint import Checkpoint, TensorInfo
+    from dsv4.convert.checkpoint import Checkpoint, Headers, TensorInfo
     from dsv4.convert.hub_storage import HubOptions
     from dsv4.convert.inspection import Inspection
     from dsv4.convert.tensor_view import TensorView
@@ -119,10 +121,9 @@ def _findings(out: output.Output, inspection: "Inspection") -> None:
                 out.text(f"  {piece}" if piece and part is line and line.startswith(piece) else f"    {piece}")
 
 
-def _report(out: output.Output, checkpoint: "Checkpoint", source: str) -> None:
-    from dsv4.convert.inspection import as_json, inspect_checkpoint
+def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
+    from dsv4.convert.inspection import as_json
 
-    inspection = inspect_checkpoint(checkpoint)
     facts = as_json(inspection)
     out.result(facts)
     for line in output.aligned(_facts(inspection, facts)):
@@ -204,7 +205,7 @@ def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     _histogram(out, "Magnitudes from", {f"2**{e}": n for e, n in sorted(view.exponent_counts.items())})
 
 
-def _open(source: str, revision: str | None, options: "HubOptions") -> "Checkpoint":
+def _open(source: str, revision: str | None, options: "HubOptions", headers: "Headers") -> "Checkpoint":
     from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.files import SCRATCH_NAME
     from dsv4.convert.hub_storage import open_storage
@@ -214,7 +215,7 @@ def _open(source: str, revision: str | None, options: "HubOptions") -> "Checkpoi
         return open_file(Path(source))
     storage = open_storage(source, revision, Path(SCRATCH_NAME), options)  # headers need no scratch area: none is made
     try:
-        return Checkpoint.open(storage)
+        return Checkpoint.open(storage, headers)
     except BaseException:
         storage.close()
         raise
@@ -223,7 +224,9 @@ def _open(source: str, revision: str | None, options: "HubOptions") -> "Checkpoi
 def inspect(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="Folder, org/name, hf:org/name, ms:org/name or .safetensors file."),
+        typer.Argument(
+            parser=named, metavar="CHECKPOINT", help="Folder, org/name, hf:org/name, ms:org/name or .safetensors file."
+        ),
     ],
     pattern: Annotated[str | None, typer.Argument(metavar="GLOB", help="With --tensors: which names.")] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors, those that match GLOB.")] = False,
@@ -243,17 +246,19 @@ def inspect(
     if tensors and tensor is not None:
         raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
     from dsv4.convert.hub_storage import HubOptions
+    from dsv4.convert.inspection import inspect_checkpoint
 
-    opened = _open(checkpoint, revision, HubOptions(token, cache_dir, warn=out.warn, detail=out.detail))
-    try:
-        if tensor is not None:
+    with ExitStack() as stack:
+        with opening(out) as headers:
+            options = HubOptions(token, cache_dir, warn=out.warn, detail=out.detail, headers=headers)
+            opened = stack.enter_context(closing(_open(checkpoint, revision, options, headers)))
+            inspection = None if tensors or tensor is not None else inspect_checkpoint(opened)
+        if inspection is not None:
+            _report(out, inspection, checkpoint)
+        elif tensor is not None:
             _look(out, opened, tensor)
-        elif tensors:
-            _list(out, opened, pattern or "*")
         else:
-            _report(out, opened, checkpoint)
-    finally:
-        opened.close()
+            _list(out, opened, pattern or "*")
 
 
 EPILOG = example(

@@ -13,7 +13,7 @@ import typer
 from dsv4 import output
 from dsv4.command_encode import Mode, ModeOption
 from dsv4.errors import InputError, Interrupted, UsageError, printable
-from dsv4.options import Json, Verbose, example, parse_size
+from dsv4.options import Json, Verbose, example, named, parse_size
 from dsv4.run_answers import Answers, Generation, answer_prompts
 from dsv4.run_compare import compare_checkpoints, save_logits
 from dsv4.run_prompts import Dialogue, Prompt, Sources, gather
@@ -131,7 +131,7 @@ def _execute(request: _Request, out: output.Output) -> int:
     """Do what was asked for; the exit code."""
     from dsv4.model.tokenizer import load_tokenizer
 
-    source = open_source(request.checkpoint)
+    source = open_source(request.checkpoint, out)
     if out.mode != "silent":
         _check_outputs((request.logits, request.report, request.trace))
     tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
@@ -141,7 +141,7 @@ def _execute(request: _Request, out: output.Output) -> int:
     for prompt in prompts:
         source.check_prompt(prompt.tokens)
     if request.compare is not None:
-        sources = (source, open_source(request.compare))
+        sources = (source, open_source(request.compare, out))
         tolerance, report = request.tolerance, request.report
         return compare_checkpoints(sources, request.loading, _single(prompts), request.prefill, tolerance, report, out)
     if request.logits is not None:
@@ -169,7 +169,9 @@ def _execute_as_rank(request: _Request, ranks: "Ranks", out: output.Output) -> i
 
 
 def run(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")],
+    checkpoint: Annotated[
+        str, typer.Argument(parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")
+    ],
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A question; none starts a chat.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None,
     file: Annotated[
@@ -209,7 +211,8 @@ def run(
         int | None, typer.Option("--prefill", metavar="K", min=1, help="Compute K tokens at once, the rest one by one.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="OTHER", help="Run another checkpoint on the same tokens.")
+        str | None,
+        typer.Option("--compare", parser=named, metavar="OTHER", help="Run another checkpoint on the same tokens."),
     ] = None,
     tolerance: Annotated[
         float,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, Interrupted, UsageError, printable
+from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
     Json,
@@ -21,7 +22,9 @@ from dsv4.options import (
     Scratch,
     Token,
     Verbose,
+    as_folder,
     example,
+    named,
     parse_size,
 )
 from dsv4.output import aligned, human_bytes, human_seconds
@@ -139,7 +142,8 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     _tell_inverse(out, found)
     out.text(result.verdict)
     rate = result.read_bytes / max(result.seconds, 1e-9)
-    out.say(f"{human_bytes(result.read_bytes)} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
+    what = f"{human_bytes(result.read_bytes)} of {result.what_was_read} read"
+    out.say(f"{what} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
 
 
 @contextmanager
@@ -166,16 +170,22 @@ def _opened(
 def _run(
     out: output.Output, source: "Path | HubFiles", converted: Path | None, settings: dict[str, Any]
 ) -> "Verification":
-    """The work itself, with a bar over bytes."""
+    """The work itself, with a bar over shards until all headers are read, and then over bytes."""
     from dsv4.convert.verification import verify as run
 
     with ExitStack() as stack:
+        before = stack.enter_context(ExitStack())
+        headers = before.enter_context(opening(out))
         bars: list[output.Progress] = []
 
         def start(total: int) -> None:
+            before.close()
             bars.append(stack.enter_context(out.progress(total, "verify")))
 
-        return run(source, converted, on_start=start, advance=lambda count: bars[0].advance(count), **settings)
+        def advance(count: int) -> None:
+            bars[0].advance(count)
+
+        return run(source, converted, headers=headers, on_start=start, advance=advance, **settings)
 
 
 def _check_writable(report: Path) -> None:
@@ -216,9 +226,13 @@ def _tell_all(
 def verify(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."),
+        typer.Argument(
+            parser=named, metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."
+        ),
     ],
-    converted: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="Folder of the converted one.")] = None,
+    converted: Annotated[
+        Path | None, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder of the converted one.")
+    ] = None,
     tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
     shard: Annotated[
         int | None, typer.Option("--shard", metavar="N", min=1, help="Only the N-th shard of OUTPUT.")
@@ -273,12 +287,16 @@ def verify(
     if converted is not None and converted.resolve() == Path(source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
-    with joined(ranks) if ranks else nullcontext():
-        if ranks:
-            settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
-        with _opened(source, revision, converted, options) as files:
-            result = _run(out, files, converted, settings)
-        _tell_all(out, result, source, converted, report)
-        if ranks:
-            ranks.leave()
+    try:
+        with joined(ranks) if ranks else nullcontext():
+            if ranks:
+                settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
+            with _opened(source, revision, converted, options) as files:
+                result = _run(out, files, converted, settings)
+            _tell_all(out, result, source, converted, report)
+            if ranks:
+                ranks.leave()
+    except Interrupted as error:
+        error.hint = "Nothing was changed. The same command starts from the beginning."
+        raise
     raise typer.Exit(result.exit_code)

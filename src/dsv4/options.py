@@ -7,6 +7,19 @@ import typer
 
 from dsv4.errors import UsageError
 
+
+def named(text: str) -> str:
+    """What names a folder, repository or file on the command line: an empty one is a script's unset variable."""
+    if not text:
+        raise typer.BadParameter("it is empty.")
+    return text
+
+
+def as_folder(text: str) -> Path:
+    """A path that was named. `Path("")` would be the folder you are in."""
+    return Path(named(text))
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more of what happens.")]
@@ -22,7 +35,9 @@ Revision = Annotated[
 ]
 CacheDir = Annotated[
     Path | None,
-    typer.Option("--cache-dir", metavar="FOLDER", help="The hub library's cache, if not where it usually is."),
+    typer.Option(
+        "--cache-dir", parser=as_folder, metavar="FOLDER", help="The hub library's cache, if not where it usually is."
+    ),
 ]
 Token = Annotated[
     str | None,

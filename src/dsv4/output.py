@@ -96,6 +96,15 @@ class Progress:
         elif self._lines and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
+    def reach(self, done: int, total: int) -> None:
+        """So much is done, of so much: for work that learns on the way how much there is."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+        self.advance(done - self.done)
+        if self._bar is not None and done == total and self._bar.last_print_n:
+            self._bar.refresh()  # what comes next may take a while too: show the end, if anything was shown
+
     def _amount(self, count: float) -> str:
         return human_bytes(count) if self.unit == "B" else f"{count:.0f}{self.unit}"
 

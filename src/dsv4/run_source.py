@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import InputError, UsageError, printable
 from dsv4.machine import MARGIN, usable_memory
+from dsv4.opening import opening
 from dsv4.output import Output, human_bytes
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Source:
         return frozenset(ids)
 
 
-def open_source(folder: str) -> Source:
+def open_source(folder: str, out: Output) -> Source:
     """Open a checkpoint folder, in the Hugging Face layout or rank files of the reference engine.
 
     Raises InputError for what is wrong with its headers or config.
@@ -85,7 +86,8 @@ def open_source(folder: str) -> Source:
     from dsv4.model.config import Config
     from dsv4.model.weights import mtp_stages
 
-    checkpoint = open_checkpoint(folder)
+    with opening(out) as headers:
+        checkpoint = open_checkpoint(folder, headers)
     return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)
 
 
