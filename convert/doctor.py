@@ -8,6 +8,7 @@ Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte
 means fp4 to one engine and fp8 to another, and a weight whose scale is missing passes as codes without a scale.
 """
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,12 +146,12 @@ class Patient:
     @property
     def convert(self) -> str:
         """The command that writes this checkpoint for this engine, from the release if this folder lost its form."""
-        facts = self.facts
+        facts, folder = self.facts, shlex.quote(self.facts.folder)
         if self.engine.layout == "mp":
             ranks = self.tensor_parallel or "N"
-            return f"dsv4 convert {facts.folder} NEW --to same --layout mp --model-parallel {ranks}"
+            return f"dsv4 convert {folder} NEW --to same --layout mp --model-parallel {ranks}"
         decoded = facts.layout == "mp" or facts.experts == {"bf16"} or not facts.wo_a <= set(self.engine.wo_a)
-        return f"dsv4 convert {'RELEASE' if decoded else facts.folder} NEW --target {self.name}"
+        return f"dsv4 convert {'RELEASE' if decoded else folder} NEW --target {self.name}"
 
 
 def _layout(p: Patient) -> Iterator[Check]:
@@ -273,7 +274,7 @@ def _ragged(p: Patient) -> Iterator[Check]:
     if p.facts.ragged and p.name == "transformers":
         name = printable(p.facts.ragged[0])
         text_ = f"{len(p.facts.ragged)} FP8 weights are not whole blocks ({name}): it misplaces their scales"
-        yield Check("block edges", "wrong", text_, command=f"dsv4 convert {p.facts.folder} NEW --to bf16")
+        yield Check("block edges", "wrong", text_, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to bf16")
 
 
 def _side_files(p: Patient) -> Iterator[Check]:

@@ -81,7 +81,7 @@ def _disk(path: Path) -> dict[str, Any]:
     return {"path": str(path), "exists": path.exists(), "free_bytes": usage.free, "total_bytes": usage.total}
 
 
-def _folders() -> dict[str, Path]:
+def _folders(more: dict[str, Path]) -> dict[str, Path]:
     from huggingface_hub import constants
     from modelscope_hub import get_default_config
 
@@ -89,11 +89,12 @@ def _folders() -> dict[str, Path]:
         "working folder": Path.cwd(),
         "Hugging Face cache": Path(constants.HF_HUB_CACHE),
         "ModelScope cache": Path(get_default_config().cache_dir),
+        **more,
     }
 
 
-def gather() -> dict[str, Any]:
-    """Everything that `dsv4 env` shows."""
+def gather(compiler: str | None = None, folders: dict[str, Path] | None = None) -> dict[str, Any]:
+    """Everything that `dsv4 env` shows; the engine's C compiler and further folders are the caller's to know."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -105,8 +106,9 @@ def gather() -> dict[str, Any]:
             "limit_bytes": _memory_limit(),
         },
         "cuda": torch.version.cuda,
+        "compiler": compiler,
         "devices": _accelerators(),
-        "folders": {what: _disk(path) for what, path in _folders().items()},
+        "folders": {what: _disk(path) for what, path in _folders(folders or {}).items()},
         "variables": {
             **{name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ},
             **dict.fromkeys((name for name in HIDDEN_VARIABLES if os.environ.get(name)), "set"),

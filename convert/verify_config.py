@@ -24,6 +24,7 @@ _STORAGE_KEYS = {
     "quantization_config.scale_fmt",
     "quantization_config.weight_block_size",
 }
+MIXTURE = " (no config can describe both, and engines take all for one: a convert with --on-inexact keep does this)"
 _SCALE_FORMATS = ("ue8m0", "float")
 # Files that a loader needs to be the source's own. Others (model card, licence, inference code) may differ.
 _NEEDED = re.compile(r"(tokenizer.*|special_tokens_map\.json|generation_config\.json|.*\.jinja|encoding/.*)")
@@ -158,7 +159,7 @@ def _check_experts(checkpoint: Checkpoint, config: dict[str, Any], weights: dict
     stored = _expert_formats(checkpoint, weights)
     for place, said in (("expert_dtype", config.get("expert_dtype")), ("quantization_config.expert_dtype", nested)):
         if said is not None and stored and {said} != stored:
-            found = " and ".join(sorted(stored))
+            found = " and ".join(sorted(stored)) + (MIXTURE if len(stored) > 1 else "")
             checkpoint.problem("config", f"{place} says '{printable(str(said))}', the routed experts are {found}")
     if config.get("expert_dtype") is None and nested is None and "fp4" in stored and checkpoint.layout != "mp":
         checkpoint.problem("config", "has no expert_dtype; some loaders take these FP4 experts for FP8", "note")

@@ -81,7 +81,13 @@ def _cpu() -> str:
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
 
 
-def _cache_folder() -> Path:
+def compiler() -> str | None:
+    """Where the machine's C compiler is; None where it has none."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept, for this user."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dsv4"
 
@@ -112,17 +118,17 @@ def _open(path: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, built if need be; None where that is impossible."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
+    compiled_by = compiler()
+    if compiled_by is None:
         return None
     sources = (path.read_text() for path in sorted(SOURCE.parent.glob("native*.[ch]")))
-    identity = "\0".join((*sources, compiler, *FLAGS, platform.machine(), _cpu()))
+    identity = "\0".join((*sources, compiled_by, *FLAGS, platform.machine(), _cpu()))
     name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
-        if target.exists() or _compile(compiler, target):
+        if target.exists() or _compile(compiled_by, target):
             return _open(target)
     except OSError:
         pass  # a read-only home, or a compiler that builds for another machine

@@ -1,6 +1,7 @@
 """`dsv4 doctor`: each rule by damage, and `transformers` really loading what its row says it loads."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -192,7 +193,7 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
 
 def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
     (command,) = {check.command for check in diagnosis.checks if check.command}
-    program, *words = command.replace("RELEASE", str(release)).replace("NEW", str(new)).split()
+    program, *words = shlex.split(command.replace("RELEASE", str(release)).replace("NEW", str(new)))
     assert program == "dsv4"
     assert cli.run([*words, "-q"]) == 0
 
@@ -204,6 +205,12 @@ def test_the_command_it_prints_makes_it_right(
     diagnosis = diagnose(converted(*options), "vllm")
     assert not diagnosis.loads
     run_printed(diagnosis, release, tmp_path / "new")
+    assert diagnose(tmp_path / "new", "vllm").loads
+
+
+def test_the_command_names_a_folder_with_spaces(release: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted("--target", "transformers"), tmp_path / "it's a copy"))
+    run_printed(diagnose(folder, "vllm"), release, tmp_path / "new")
     assert diagnose(tmp_path / "new", "vllm").loads
 
 

@@ -27,12 +27,14 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([d for d in found["devices"] if d["device"].startswith("cuda")]) == torch.cuda.device_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found["memory"]["total_bytes"] == pytest.approx(pages, rel=0.01)
+    assert found["compiler"] == next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
 
 
 def test_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders = facts(capsys)["folders"]
     assert folders["working folder"]["path"] == str(tmp_path)
     assert folders["working folder"]["total_bytes"] == shutil.disk_usage(tmp_path).total
@@ -40,6 +42,7 @@ def test_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert folders["Hugging Face cache"]["exists"] is False
     assert folders["Hugging Face cache"]["total_bytes"] == shutil.disk_usage(tmp_path).total
     assert folders["ModelScope cache"]["path"]
+    assert folders["compiled loops"]["path"] == str(tmp_path / "cache" / "dsv4")
 
 
 def test_secrets_stay_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,18 +79,23 @@ def test_targets() -> None:
     assert rows == {name: scale[target.scale_dtype] for name, target in TARGETS.items()}
 
 
-def test_the_tree_names_files_that_exist() -> None:
+def test_the_tree_is_the_tree() -> None:
+    """Every name is that of a file, every file is named, and every line says what its files are."""
     tree = next(block for block in blocks(README, "text") if block.startswith("quant/"))
-    folder, missing = "", []
+    folder, named = ROOT, set()
     for line in tree.splitlines():
-        name = line.strip().split()[0]
+        names, words = re.split(r"  +", line.strip(), maxsplit=1)
+        assert words
         if not line.startswith(" "):
-            folder = name
-            missing += [] if (ROOT / folder).is_dir() else [folder]
+            folder = ROOT / names
+            assert folder.is_dir()
             continue
-        names = re.split(r"  +", line.strip())[0].split()
-        missing += [n for n in names if n != "…" and not list((ROOT / folder).glob(f"{n}.*" if "." not in n else n))]
-    assert not missing
+        for name in names.split():
+            found = {path for path in folder.glob(f"{name}.*") if path.is_file()}
+            assert found, name
+            named |= found
+    modules = {path for package in ("quant", "convert", "model", "src/dsv4") for path in (ROOT / package).glob("*.py")}
+    assert {path for path in modules if not path.name.startswith("__")} <= named
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"), ids=["conversion", "numbers"])

@@ -117,6 +117,25 @@ def _verdict(summary: dict[str, int], kept: list[str]) -> str:
     return "every value exact"
 
 
+# What has room for every value, by what a conversion was to.
+INSTEAD = {
+    "fp8": "--to bf16 or --on-inexact round",
+    "bf16": "--on-inexact round",
+    "fp4": "--on-inexact round",
+}
+
+
+def _warn_of_mixture(out: output.Output, result: "Result") -> None:
+    """What --on-inexact keep leaves behind: true to the value, and of no use to an engine."""
+    settings, count = result.plan.settings, len(result.kept_tensors)
+    if not count or settings.to == "same":
+        return
+    out.warn(f"{count} tensors kept their format among {settings.to.upper()} ones: no config.json can describe that")
+    out.warn("engines decide once for all experts: they will refuse this output or compute something else with it")
+    out.warn("dsv4 verify will find all values equal, and the config at fault where it names a format (exit code 1)")
+    out.say(f"dsv4 run reads it as it is; for an engine convert again, with {INSTEAD[settings.to]}")
+
+
 def _warn(out: output.Output, result: "Result", traps: tuple[str, ...]) -> None:
     summary = result.summary
     if summary["moved_blocks"]:
@@ -125,8 +144,9 @@ def _warn(out: output.Output, result: "Result", traps: tuple[str, ...]) -> None:
         out.warn(f"{summary['nan_codes']:,} E4M3 NaN codes were copied: the source holds them")
     for name in result.kept_tensors[:10]:
         out.warn(f"kept: {printable(name)}")
-    if result.kept_tensors and result.plan.settings.to != "same":
-        out.warn("no engine is known to load a mixture of expert formats")
+    if len(result.kept_tensors) > 10:
+        out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
+    _warn_of_mixture(out, result)
     for note in (*result.plan.notes, *traps):
         out.warn(note)
 

@@ -26,6 +26,7 @@ def _system(facts: dict[str, Any]) -> list[list[str]]:
         ["cpu", f"{cpu['cores']} cores, {cpu['machine']}, {cpu['torch_threads']} torch threads"],
         ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
         ["cuda", facts["cuda"] or "torch was built without it"],
+        ["C compiler", facts["compiler"] or "none is there: dsv4 run takes its slow plain form"],
     ]
 
 
@@ -33,8 +34,9 @@ def env(json: Json = False) -> None:
     """Show versions, devices, memory, disks and caches, for a bug report. Tokens are never shown."""
     out = output.configure(json)
     from dsv4.convert.environment import gather
+    from dsv4.model import native
 
-    facts = gather()
+    facts = gather(native.compiler(), {"compiled loops": native.cache_folder()})
     out.result(facts)
     _section(out, "Versions", [[name, number or "not installed"] for name, number in facts["versions"].items()])
     _section(out, "System", [[name, printable(text)] for name, text in _system(facts)])

@@ -69,12 +69,12 @@ def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
     total = inspection.total
     shards = "shard" if inspection.shards == 1 else "shards"
     size = output.human_bytes(total.bytes)
-    return [*rows, ["storage", f"{size} in {total.tensors} tensors, {inspection.shards} {shards}"]]
+    return [*rows, ["storage", f"{size} in {total.tensors:,} tensors, {inspection.shards} {shards}"]]
 
 
 def _amounts(out: output.Output, title: str, amounts: dict[str, Any]) -> None:
     head = [title, "tensors", "parameters", "bytes"]
-    rows = [[n, str(a.tensors), human_count(a.parameters), output.human_bytes(a.bytes)] for n, a in amounts.items()]
+    rows = [[n, f"{a.tensors:,}", human_count(a.parameters), output.human_bytes(a.bytes)] for n, a in amounts.items()]
     out.text()
     for line in output.aligned([head, *rows], (1, 2, 3)):
         out.text(line)
@@ -154,7 +154,7 @@ def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
         infos = sorted((info for info in found if info.shard == shard), key=_by_number)
         rows = [[printable(i.name), i.dtype, str(list(i.shape)), output.human_bytes(i.nbytes)] for i in infos]
         _section(out, printable(shard), rows, (3,))
-    out.say(f"{len(found)} of {len(checkpoint.tensors)} tensors, {output.human_bytes(total)}")
+    out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {output.human_bytes(total)}")
 
 
 def _histogram(out: output.Output, title: str, counts: dict[str, int]) -> None:
@@ -171,10 +171,10 @@ def _grid(out: output.Output, title: str, rows: list[list[str]]) -> None:
 
 
 def _numbers(view: "TensorView") -> list[list[str]]:
-    zeros = f"{view.zeros} ({view.negative_zeros} of them -0)" if view.negative_zeros else str(view.zeros)
-    rows = [["elements", str(view.elements)], ["zeros", zeros]]
+    zeros = f"{view.zeros:,} ({view.negative_zeros:,} of them -0)" if view.negative_zeros else f"{view.zeros:,}"
+    rows = [["elements", f"{view.elements:,}"], ["zeros", zeros]]
     if view.nans:
-        rows.append(["NaN", str(view.nans)])
+        rows.append(["NaN", f"{view.nans:,}"])
     if view.minimum is not None:
         rows.append(["range", f"{view.minimum:.6g} to {view.maximum:.6g}"])
         rows.append(["root mean square", f"{view.root_mean_square:.6g}"])
