@@ -11,7 +11,7 @@ import typer
 
 from dsv4 import output
 from dsv4.convert.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
-from dsv4.errors import Interrupted, UsageError, printable
+from dsv4.errors import UsageError, printable
 from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
@@ -237,14 +237,6 @@ class _Job:
             ranks.gather(None)
         return result
 
-    def do(self, ranks: "Ranks | None", share: "Part | None", finish: bool, overwrite: bool) -> "Result":
-        """The conversion, in this process or as one rank of several."""
-        try:
-            return self.run_as_rank(ranks, share, overwrite) if ranks and share else self.run(share, finish, overwrite)
-        except Interrupted as error:
-            error.hint = "Run the same command again to continue."
-            raise
-
 
 def convert(
     source: Annotated[
@@ -327,7 +319,7 @@ def convert(
             _print_plan(out, plan, resources, free_bytes(output_folder), remote)
             return
         job = _Job(out, checkpoint, plan, output_folder, resources)
-        result = job.do(ranks, share, finish, overwrite)
+        result = job.run_as_rank(ranks, share, overwrite) if ranks and share else job.run(share, finish, overwrite)
     if share and (ranks is None or not ranks.is_first):
         _print_part(out, result, share)
         return
