@@ -1,8 +1,6 @@
-"""Will this engine load this folder and compute the right thing? The engines' rules as data, and the checks over them.
+"""Will this engine load this folder and compute the right thing? The checks, over what doctor_engines.py says of each.
 
-A row of ENGINES says what one engine accepts. Most come from what its loader does with published checkpoints; what
-`transformers` does was tried (its row is checked by a test that loads checkpoints with it). Where nobody knows, the
-verdict says so and is not a yes.
+Where nobody knows, the verdict says so and is not a yes.
 
 Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte into float32, a missing expert_dtype
 means fp4 to one engine and fp8 to another, and a weight whose scale is missing passes as codes without a scale.
@@ -18,109 +16,13 @@ from dsv4.errors import printable
 
 from .architecture import architecture_name, compress_ratios, expert_dtype, quantization, text, weight_block
 from .checkpoint import Headers, untold
+from .doctor_engines import ABSENT, ENGINES, Engine, EngineName
 from .doctor_facts import Facts, gather
 
-EngineName = Literal["sglang", "vllm", "transformers", "reference"]
 Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
 
 # wrong: it loads and computes something else. refuses: it stops with an error. unknown: nobody has shown that it works.
 FAILURES = ("wrong", "refuses")
-ABSENT = None
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Trap:
-    """Something to know about an engine when the experts are stored as `experts` with scales of `scales`."""
-
-    experts: str
-    text: str
-    scales: str = ""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What one engine accepts.
-
-    expert_scales: format of the experts -> dtypes of their block scales that it reads right. A format that is not a
-    key is not known to work. declared: format -> values of expert_dtype that make it read that format (ABSENT: no
-    key); a missing key means that the engine looks at the tensors. needs: side files without which it stops;
-    wants: files that somebody will miss. divided: config keys that the number of ranks must divide.
-    split_blocks: products of keys whose share of a rank must consist of whole FP8 blocks.
-    """
-
-    layout: Literal["hf", "mp"]
-    expert_scales: dict[str, tuple[str, ...]]
-    declared: dict[str, tuple[str | None, ...]]
-    undeclared: str  # what it takes the experts for when the key is absent
-    wo_a: tuple[str, ...]
-    needs: tuple[str, ...]
-    wants: tuple[str, ...]
-    divided: tuple[str, ...]
-    split_blocks: tuple[tuple[str, ...], ...]
-    traps: tuple[Trap, ...]
-
-
-_SERVED = ("encoding/encoding_dsv4.py", "generation_config.json")
-_SPLIT = (("moe_intermediate_size",), ("num_attention_heads", "head_dim"), ("o_groups", "o_lora_rank"))
-
-ENGINES: dict[EngineName, Engine] = {
-    "sglang": Engine(
-        layout="hf",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},
-        declared={},  # it looks into the header of one routed expert
-        undeclared="",
-        wo_a=("fp8", "bf16"),
-        needs=TOKENIZER,
-        wants=_SERVED,
-        divided=("num_attention_heads", "o_groups"),
-        split_blocks=_SPLIT,
-        traps=(
-            Trap("fp8", "start it with SGLANG_DSV4_FP4_EXPERTS=0: it takes the experts for FP4 when it cannot probe"),
-            Trap("fp8", "float32 scales, the layout of Base: SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1", "F32"),
-        ),
-    ),
-    "vllm": Engine(
-        layout="hf",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F32",)},  # E8M0 bytes would be copied into float32 as they are
-        declared={"fp4": ("fp4", ABSENT), "fp8": ("fp8",)},
-        undeclared="fp4",
-        wo_a=("fp8",),
-        needs=TOKENIZER,
-        wants=_SERVED,
-        divided=("num_attention_heads", "o_groups"),
-        split_blocks=_SPLIT,
-        traps=(Trap("fp8", "vLLM sets VLLM_USE_DEEP_GEMM_E8M0=0 for float32 scales by itself: leave it"),),
-    ),
-    "transformers": Engine(
-        layout="hf",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32"), "bf16": ()},
-        declared={"fp4": ("fp4",), "fp8": ("fp8", ABSENT)},
-        undeclared="fp8",
-        wo_a=("fp8", "bf16"),
-        needs=(),
-        wants=(*TOKENIZER, "generation_config.json"),
-        divided=(),
-        split_blocks=(("moe_intermediate_size",),),
-        traps=(
-            Trap("fp4", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
-            Trap("fp4", "DeepGEMM has FP4 kernels for Blackwell only: on a Hopper GPU its advice is an FP8 checkpoint"),
-            Trap("fp8", "needs the package accelerate; without a GPU it decodes to BF16 while loading"),
-        ),
-    ),
-    "reference": Engine(
-        layout="mp",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},  # F32: its converter passes Base through
-        declared={"fp4": ("fp4",), "fp8": (ABSENT,)},
-        undeclared="fp8",
-        wo_a=("bf16",),
-        needs=("config.json", *TOKENIZER),
-        wants=(),
-        divided=("vocab_size", "num_attention_heads", "o_groups", "n_routed_experts", "index_n_heads"),
-        split_blocks=_SPLIT[1:],
-        traps=(),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -323,7 +225,7 @@ def _tensor_parallel(p: Patient) -> Iterator[Check]:
 
 def _traps(p: Patient) -> Iterator[Check]:
     for trap in p.engine.traps:
-        if p.facts.experts == {trap.experts} and (not trap.scales or trap.scales in p.facts.expert_scales):
+        if trap.concerns(p.facts):
             yield Check("start", "note", trap.text)
     if p.facts.mtp and p.name == "transformers":
         yield Check("mtp", "note", "transformers leaves out the draft blocks mtp.*: no speculative decoding")
@@ -337,11 +239,12 @@ RULES: tuple[Callable[[Patient], Iterator[Check]], ...] = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All verdicts about one folder and one engine."""
+    """All verdicts about one folder and one engine. `start`: the command that starts it there, "" if it has none."""
 
     folder: str
     engine: EngineName
     checks: tuple[Check, ...]
+    start: str
 
     @property
     def loads(self) -> bool | None:
@@ -355,7 +258,22 @@ class Diagnosis:
             {"rule": c.rule, "status": c.status, "text": c.text, "fix": c.fix, "command": c.command}
             for c in self.checks
         ]
-        return {"folder": self.folder, "engine": self.engine, "loads": self.loads, "checks": checks}
+        return {
+            "folder": self.folder,
+            "engine": self.engine,
+            "loads": self.loads,
+            "start": self.start,
+            "checks": checks,
+        }
+
+
+def _start(p: Patient) -> str:
+    if p.engine.serve is None:
+        return ""
+    command, option = p.engine.serve
+    variables = [trap.variable for trap in p.engine.traps if trap.variable and trap.concerns(p.facts)]
+    ranks = [f"{option} {p.tensor_parallel}"] if p.tensor_parallel else []
+    return " ".join([*variables, command, shlex.quote(p.facts.folder), *ranks])
 
 
 def diagnose(
@@ -372,4 +290,4 @@ def diagnose(
         checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
     elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
         checks += [check for rule in RULES for check in rule(patient)]
-    return Diagnosis(facts.folder, engine, tuple(checks))
+    return Diagnosis(facts.folder, engine, tuple(checks), _start(patient))

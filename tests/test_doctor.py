@@ -214,6 +214,31 @@ def test_the_command_names_a_folder_with_spaces(release: Path, converted: Callab
     assert diagnose(tmp_path / "new", "vllm").loads
 
 
+@pytest.mark.parametrize(
+    ("engine", "options", "start"),
+    [
+        ("vllm", (), "vllm serve {} --tensor-parallel-size 1"),
+        ("sglang", ("--target", "sglang"), "SGLANG_DSV4_FP4_EXPERTS=0 python -m sglang.launch_server --model-path {} "
+         "--tp-size 1"),
+        ("sglang", (), "SGLANG_DSV4_FP4_EXPERTS=0 SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1 python -m sglang.launch_server "
+         "--model-path {} --tp-size 1"),
+        ("transformers", (), ""),
+    ],
+)  # fmt: skip
+def test_how_to_start_it(
+    engine: str,
+    options: tuple[str, ...],
+    start: str,
+    converted: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = converted(*options)
+    assert diagnose(folder, engine, 1).start == start.format(folder)
+    assert cli.run(["doctor", str(folder), "--for", engine, "--tensor-parallel", "1"]) == 0
+    hint = f"start it: {start.format(folder)}" if start else f"try it here first: dsv4 run {folder} -p Hello"
+    assert capsys.readouterr().err.splitlines()[-1] == hint
+
+
 def test_the_command_for_rank_files_makes_them(release: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
     for source, ranks in ((converted(), tmp_path / "from-fp8"), (release, tmp_path / "ranks")):
         run_printed(diagnose(source, "reference", 2), release, ranks)

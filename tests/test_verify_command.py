@@ -227,8 +227,9 @@ def write_manifest(folder: Path) -> dict[str, Any]:
 def test_one_checkpoint_alone(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(pair[0], tmp_path / "alone")
     write_manifest(tmp_path / "alone")
-    code, out, _ = command(capsys, tmp_path / "alone")
+    code, out, err = command(capsys, tmp_path / "alone")
     assert (code, out.splitlines()[-1]) == (0, "SOUND: structure, config, codes and hashes agree")
+    assert err.splitlines()[-1] == f"run it: dsv4 run {tmp_path / 'alone'} -p Hello"
     for name in ("embed.weight", "norm.weight"):
         shards = read_folder(tmp_path / "alone")
         shard = next(s for s, tensors in shards.items() if name in tensors)

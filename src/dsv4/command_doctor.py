@@ -1,5 +1,6 @@
 """`dsv4 doctor`: will an engine load a folder and compute the right thing?"""
 
+import shlex
 import textwrap
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsv4 import output
-from dsv4.errors import EXIT_DIFFERENCE
+from dsv4.errors import EXIT_DIFFERENCE, printable
 from dsv4.opening import opening
 from dsv4.options import Json, Quiet, example, named
 
@@ -78,6 +79,8 @@ def doctor(
     _verdict(out, engine.value, diagnosis.checks, diagnosis.loads)
     if not diagnosis.loads:
         raise typer.Exit(EXIT_DIFFERENCE)
+    here = shlex.join(["dsv4", "run", folder, "-p", "Hello"])
+    out.hint(f"start it: {diagnosis.start}" if diagnosis.start else f"try it here first: {printable(here)}")
 
 
 EPILOG = example(

@@ -218,9 +218,13 @@ def _tell_all(
     _tell(out, result, found)
     if report is not None:
         out.say(f"wrote {printable(str(report))}")
-    if converted is not None and not result.exit_code and _runs(Path(source)) and _runs(converted):
-        words = ["dsv4", "run", source, "-p", "Hello", "--compare", str(converted)]
-        out.hint(f"run both: {printable(shlex.join(words))}")
+    if result.exit_code or not _runs(Path(source)):
+        return
+    words = ["dsv4", "run", source, "-p", "Hello"]
+    if converted is None:
+        out.hint(f"run it: {printable(shlex.join(words))}")
+    elif _runs(converted):
+        out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(converted)]))}")
 
 
 def verify(
