@@ -3,7 +3,8 @@
     python benchmarks/soak.py --minutes 20 [--folder DIR] [--seed N]
 
 Every run is a fork of one process that has torch loaded. It is killed with SIGKILL, SIGTERM or SIGINT after a random
-time, and started again until it ends by itself. After each kill, whatever has a final name must be byte for byte what
+time, and started again until it ends by itself. The shards are small, but written past the page cache in small steps,
+as large ones are. After each kill, whatever has a final name must be byte for byte what
 an undisturbed run writes; at the end the whole folder must be, and `dsv4 verify` must call it identical. Prints one
 line a minute and the totals: conversions, kills, losses. Exits with 1 if anything was lost.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 from dsv4 import cli
+from dsv4.convert import files
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
+    files.WRITE_BYTES = files.DIRECT_BYTES = 2**14
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         totals = soak(options.minutes, Path(work))
