@@ -210,6 +210,20 @@ def test_json_wrong_usage_is_one_object(arguments: list[str], words: str, capsys
     assert re.search(words, found["error"]) and re.search(words, err)
 
 
+def test_json_wrong_usage_is_one_object_of_all_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+    for rank in "01":
+        for name, value in {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        for arguments in (["convert", "a", "--json"], ["convert", "a", "b", "--finish", "--json"]):
+            code, out, err = run(capsys, *arguments)
+            assert code == 2 and err
+            printed.append(out)
+    assert [bool(out) for out in printed] == [True, True, False, False]
+
+
 def test_json_behind_two_dashes_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "convert", "--to", "fp7", "--", "--json", "b")
     assert (code, out) == (2, "")

@@ -135,6 +135,14 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "100%" in stream.getvalue() and "convert" in stream.getvalue()
 
 
+def test_a_bar_can_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Output().progress(1000, "convert") as progress:
+        progress.vanish()
+    assert "convert" in stream.getvalue() and stream.getvalue().split("\r")[-2].strip() == ""
+
+
 def opened(stream: Terminal, seconds: float, monkeypatch: pytest.MonkeyPatch, mode: output.Mode = "human") -> str:
     """What a terminal shows while 64 headers are read that take so long each."""
     clock = [0.0]

@@ -31,6 +31,7 @@ from dsv4 import (
     command_verify,
     output,
 )
+from dsv4.convert.ranks import launched
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -41,6 +42,7 @@ from dsv4.errors import (
     InputError,
     Interrupted,
     MachineError,
+    UsageError,
     printable,
 )
 
@@ -175,7 +177,10 @@ def _report_usage(wrong: BaseException | None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Nothing that a user can cause ends in a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    output.configure(json_mode=_wants_json(arguments))
+    ranks = None
+    with contextlib.suppress(UsageError):  # the command itself says what is wrong with the launcher's variables
+        ranks = launched()
+    output.configure(json_mode=_wants_json(arguments), ranks=ranks)
     try:
         app(args=arguments)
     except SystemExit as error:

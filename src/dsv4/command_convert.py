@@ -197,9 +197,12 @@ class _Job:
         shards = deal(self.plan, share.count)[share.index] if share else self.plan.shards
         folder = self.output_folder
         with self.out.progress(sum(shard.data_bytes for shard in shards), "convert") as bar:
-            return run_conversion(
+            result = run_conversion(
                 self.checkpoint, self.plan, folder, self.resources, overwrite, bar.advance, share, finish, confirmed
             )
+            if result.already_done:
+                bar.vanish()
+        return result
 
     def check(self, part: "Part") -> list[str]:
         """Names of a part's shards that are whole, read again with a bar."""

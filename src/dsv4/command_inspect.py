@@ -186,7 +186,7 @@ def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     from dsv4.quant.e2m1 import VALUES
 
     size = checkpoint.tensors[name].nbytes if name in checkpoint.tensors else 0
-    with out.progress(size, "Reading") as progress:
+    with out.progress(size, "reading", passing=True) as progress:
         view = look(checkpoint, name, progress.advance)
     out.result(as_json(view))
     facts = [["tensor", printable(name)], ["stored as", f"{view.format} ({view.info.dtype})"],

@@ -105,6 +105,11 @@ class Progress:
         if self._bar is not None and done == total and self._bar.last_print_n:
             self._bar.refresh()  # what comes next may take a while too: show the end, if anything was shown
 
+    def vanish(self) -> None:
+        """There was nothing to do after all: wipe the bar out at the end."""
+        if self._bar is not None:
+            self._bar.leave = False
+
     def _amount(self, count: float) -> str:
         return human_bytes(count) if self.unit == "B" else f"{count:.0f}{self.unit}"
 
