@@ -203,31 +203,37 @@ class HuggingFace:
             raise InputError(f"{printable(url)}: ends after {len(received)} bytes", "The file is shorter than listed.")
         return data
 
-    def fetch_to_folder(
-        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+    def _download(
+        self,
+        repository: str,
+        commit: str,
+        file: RemoteFile,
+        meter: Meter,
+        again: bool,
+        folder: Path | None = None,
+        cache: Path | None = None,
     ) -> Path:
-        """See Hub."""
+        """Into a folder, or else into a cache."""
         path = self._call(
             repository,
             lambda: huggingface_hub.hf_hub_download(
-                repository, file.name, revision=commit, local_dir=folder, token=self._token,
+                repository, file.name, revision=commit, local_dir=folder, cache_dir=cache, token=self._token,
                 force_download=again, tqdm_class=_bar_for(meter),
             ),
         )  # fmt: skip
         return Path(path)
 
+    def fetch_to_folder(
+        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+    ) -> Path:
+        """See Hub."""
+        return self._download(repository, commit, file, meter, again, folder=folder)
+
     def fetch_to_cache(
         self, repository: str, commit: str, file: RemoteFile, cache: Path | None, meter: Meter, again: bool
     ) -> Path:
         """See Hub."""
-        path = self._call(
-            repository,
-            lambda: huggingface_hub.hf_hub_download(
-                repository, file.name, revision=commit, cache_dir=cache, token=self._token,
-                force_download=again, tqdm_class=_bar_for(meter),
-            ),
-        )  # fmt: skip
-        return Path(path)
+        return self._download(repository, commit, file, meter, again, cache=cache)
 
     def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
         """See Hub."""
