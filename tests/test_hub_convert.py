@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hub_servers import HubServer, Request, hub_environment, run_dsv4
 from ranks import run_ranks
 
 from dsv4.convert.conversion import convert
+from dsv4.convert.hub_storage import HubOptions, HubStorage
 from dsv4.convert.synthetic import make_checkpoint
 
 REPOSITORY = "acme/Tiny-V4"
@@ -59,6 +63,20 @@ def shards_on_disk(output: Path) -> set[str]:
         p for p in output.rglob(".dsv4-*/**/model-*-of-00007.safetensors*") if p.suffix not in (".metadata", ".lock")
     ]
     return {p.name.split(".safetensors")[0] for p in found}
+
+
+def test_headers_are_told_as_they_arrive(source: Path, tmp_path: Path) -> None:
+    def read(repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+        return (source / name).read_bytes()[offset : offset + length]
+
+    files = {path.name: SimpleNamespace(size=path.stat().st_size) for path in source.glob("*.safetensors")}
+    hub = SimpleNamespace(cached=lambda *_: None, read=read)
+    where = SimpleNamespace(repository=REPOSITORY, hub="hf")
+    snapshot: Any = SimpleNamespace(label="a hub", files=files, hub=hub, source=where, commit="0")
+    told: list[tuple[int, int]] = []
+    with closing(HubStorage(snapshot, tmp_path, HubOptions(headers=lambda *now: told.append(now)))) as storage:
+        assert storage.read(SHARDS[0], 0, 8) == (source / SHARDS[0]).read_bytes()[:8]
+    assert told == [(number, 7) for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("hub", ["hf", "ms"])

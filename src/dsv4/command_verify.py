@@ -1,7 +1,7 @@
 """`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,24 +168,26 @@ def _opened(
 
 
 def _run(
-    out: output.Output, source: "Path | HubFiles", converted: Path | None, settings: dict[str, Any]
+    out: output.Output,
+    source: "Path | HubFiles",
+    converted: Path | None,
+    settings: dict[str, Any],
+    opened: Callable[[], None],
 ) -> "Verification":
-    """The work itself, with a bar over shards until all headers are read, and then over bytes."""
+    """The work itself, with a bar over bytes. `opened` is called when all headers are read."""
     from dsv4.convert.verification import verify as run
 
     with ExitStack() as stack:
-        before = stack.enter_context(ExitStack())
-        headers = before.enter_context(opening(out))
         bars: list[output.Progress] = []
 
         def start(total: int) -> None:
-            before.close()
+            opened()
             bars.append(stack.enter_context(out.progress(total, "verify")))
 
         def advance(count: int) -> None:
             bars[0].advance(count)
 
-        return run(source, converted, headers=headers, on_start=start, advance=advance, **settings)
+        return run(source, converted, on_start=start, advance=advance, **settings)
 
 
 def _check_writable(report: Path) -> None:
@@ -290,13 +292,14 @@ def verify(
         _check_writable(report)
     if converted is not None and converted.resolve() == Path(source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
-    options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail)
     try:
-        with joined(ranks) if ranks else nullcontext():
+        with joined(ranks) if ranks else nullcontext(), ExitStack() as before:
             if ranks:
                 settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
+            headers = settings["headers"] = before.enter_context(opening(out))
+            options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail, headers=headers)
             with _opened(source, revision, converted, options) as files:
-                result = _run(out, files, converted, settings)
+                result = _run(out, files, converted, settings, before.close)
             _tell_all(out, result, source, converted, report)
             if ranks:
                 ranks.leave()
