@@ -49,15 +49,18 @@ def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None]
 MAX_CONFIG_BYTES = 10_000_000
 
 
-def read_config(checkpoint: Checkpoint, name: str = "config.json") -> dict[str, Any] | None:
-    """A JSON object of the checkpoint; None (and a problem, unless there is no such file) when it cannot be read."""
+def read_config(
+    checkpoint: Checkpoint, name: str = "config.json", limit: int = MAX_CONFIG_BYTES
+) -> dict[str, Any] | None:
+    """A JSON object of the checkpoint; None (and a problem, unless there is no such file) when it cannot be read.
+
+    A file of more than `limit` bytes is not read.
+    """
     size = checkpoint.files.sizes().get(name)
     if size is None:
         return None
-    if size > MAX_CONFIG_BYTES:
-        checkpoint.problem(
-            "config", f"{name} has {size} bytes, at most {MAX_CONFIG_BYTES} are believable", "unreadable"
-        )
+    if size > limit:
+        checkpoint.problem("config", f"{name} has {size} bytes, at most {limit} are believable", "unreadable")
         return None
     try:
         value = parse_json(read_bytes(checkpoint.files, name, 0, size))

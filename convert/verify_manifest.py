@@ -18,6 +18,7 @@ from .verify_share import ALONE, Share
 
 MANIFEST = "dsv4.json"
 FORMAT = 1
+MAX_BYTES = 10**9  # about 400 for each tensor: 50 MB for V4-Pro, more where every rank has hashes of its own
 _CHUNK = 1 << 20
 
 
@@ -42,7 +43,7 @@ def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | No
     sizes = checkpoint.files.sizes()
     if MANIFEST not in sizes:
         return None
-    value = read_config(checkpoint, MANIFEST)
+    value = read_config(checkpoint, MANIFEST, MAX_BYTES)
     if value is None:
         return Manifest(understood=False)
     parts = [value.get(key, {}) for key in ("shards", "files", "tensors")]

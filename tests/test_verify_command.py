@@ -266,6 +266,18 @@ def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsy
     assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
 
 
+def test_a_manifest_may_be_as_large_as_the_checkpoint_has_tensors(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """V4-Flash's has 25 MB, which no config.json would have."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "alone"))
+    manifest = write_manifest(folder)
+    text = json.dumps(manifest)
+    (folder / "dsv4.json").write_text(text + " " * (11_000_000 - len(text)))
+    result = verify(folder)
+    assert (result.exit_code, result.hashed) == (0, True)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 11_000_000)
+    assert [p.text for p in verify(folder).problems if "believable" in p.text]
+
+
 def test_headers_are_told(pair: tuple[Path, Path]) -> None:
     told: list[tuple[int, int]] = []
     count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
