@@ -16,7 +16,7 @@ def opening(out: Output) -> Iterator[Callable[[int, int], None]]:
     """While a checkpoint is opened and planned. Yields what is told how many headers are read, and of how many.
 
     Python looks for reference cycles whenever many objects were made, and looks at all there are: half of the time
-    would go there. Tables of tensors have no cycles and stay until the end, so they are left out of it for good.
+    would go there, and tables of tensors have no cycles.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -24,6 +24,5 @@ def opening(out: Output) -> Iterator[Callable[[int, int], None]]:
         with out.progress(0, "opening", " shards", passing=True) as bar:
             yield bar.reach
     finally:
-        gc.freeze()
         if collects:
             gc.enable()
