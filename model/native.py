@@ -246,7 +246,7 @@ def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
         return reference_simulate_fp8(x, group)
     x = x.contiguous()
     result, columns = torch.empty_like(x), x.shape[-1]
-    rows = x.numel() // columns
+    rows = x.numel() // max(columns, 1)  # keys may be nothing but their rotary part
     loaded.dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x), _threads_for(x))
     return result
 

@@ -227,7 +227,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     rows = h[:, 0]
     positive = torch.rand(9, 4, generator=GENERATOR)
     return {
-        "simulate_fp8": [(h, 128), (h, 64), (h, 32)],
+        "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
         "mean_square": [(rows,), (h[:, :, :7],)],
         "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
         "head_norm": [(h, 1e-6, 0), (h, 1e-6, 3), (h, 1e-6, 4)],
