@@ -152,7 +152,7 @@ def kernel_times(rounds: int) -> tuple[list[float], list[float]]:
 
 def peak_bytes(code: str) -> int:
     """Largest resident size of a Python that runs `code`."""
-    tail = "\nfrom dsv4.convert.conversion import peak_memory_bytes; print(peak_memory_bytes())"
+    tail = "\nfrom dsv4.machine import peak_memory; print(peak_memory())"
     run = subprocess.run([sys.executable, "-c", code + tail], check=True, capture_output=True, text=True)
     return int(run.stdout.split()[-1])
 

@@ -55,14 +55,14 @@ class Totals:
         )
 
 
-def start(arguments: list[str]) -> int:
-    """A forked process that runs one command line with nothing on its terminal. Returns its id."""
+def start(arguments: list[str], words: Path = Path(os.devnull)) -> int:
+    """A forked process that runs one command line, with stderr into the file `words`. Returns its id."""
     child = os.fork()
     if child:
         return child
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
+    os.dup2(os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = ["dsv4", *arguments]
     code: object = 70
@@ -90,8 +90,9 @@ def one_conversion(
     arguments: list[str], output: Path, expected: dict[str, str], seconds: float, totals: Totals
 ) -> None:
     """Run, kill, check and continue until it is done."""
+    words = output.with_name("words")
     while True:
-        child = start(arguments)
+        child = start(arguments, words)
         number = random.choice(SIGNALS)
         time.sleep(random.uniform(0, seconds))
         sent = time.monotonic()
@@ -107,7 +108,7 @@ def one_conversion(
             problems.append(f"exit {code}")
         if problems:
             totals.losses += 1
-            print(f"LOST after {number.name}: {', '.join(problems)}", flush=True)
+            print(f"LOST after {number.name}: {', '.join(problems)}\n{words.read_text()[-3000:]}", flush=True)
         if code == 0:
             totals.survived += 1
             break

@@ -4,10 +4,6 @@ The order of what becomes visible is the promise: shards first, then side files 
 config.json. A loader that looks for the index or the config never meets half a model, wherever a run was stopped.
 """
 
-import ctypes
-import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +33,7 @@ from .manifest import MANIFEST_NAME, describe_job, dump_manifest, make_manifest
 from .output_folder import check_finished, check_in_the_way, clear, files_of, look, owned_bytes, usable_shards
 from .parts import Part, deal
 from .plan import OutputShard, Plan, make_plan
+from .resources import Resources, decide_resources, keep_freed_memory
 from .settings import (
     DEFAULT_MAX_SHARD_BYTES,
     Layout,
@@ -50,41 +47,10 @@ from .settings import (
 from .shard_writer import Workers, write_shard
 from .side_files import check_configs, config_file, copied_files, index_file, index_names, read_side_file
 from .storage import Folder
-from .tensor_pieces import PIECE_MEMORY
 
-BASE_MEMORY = 320 * 2**20  # the interpreter, an imported torch and the cast's table
 SPARE_DISK_BYTES = 64 * 2**20  # manifest, index, side files and the file system's own blocks
 
 Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How much of the machine a run may use: threads, and pieces that are alive at once."""
-
-    workers: int
-    window: int
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """What the run is expected to need at most."""
-        return BASE_MEMORY + (self.window + self.workers) * PIECE_MEMORY
-
-
-def decide_resources(max_workers: int | None = None, max_memory_bytes: int | None = None) -> Resources:
-    """Workers (default: one per usable core) and window within a bound on memory.
-
-    Raises MachineError if not even one worker fits.
-    """
-    workers = max_workers or len(os.sched_getaffinity(0))
-    if max_memory_bytes is None:
-        return Resources(workers, workers + 4)
-    pieces = (max_memory_bytes - BASE_MEMORY) // PIECE_MEMORY
-    if pieces < 2:
-        needed = Resources(1, 1).peak_memory_bytes
-        raise MachineError(f"--max-memory {max_memory_bytes} is too little: {needed} bytes are the least", "Raise it.")
-    workers = min(workers, pieces // 2)
-    return Resources(workers, min(workers + 2, pieces - workers))
 
 
 @dataclass
@@ -112,21 +78,11 @@ class Result:
             "shards_written": self.shards_written,
             "shards_reused": self.shards_reused,
             "seconds": round(self.seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
             "exact": not (self.summary.get("inexact_blocks") or self.summary.get("changed_elements")),
             "kept_tensors": self.kept_tensors,
             "notes": list(self.plan.notes),
             **self.summary,
         }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage also counts what a large parent had before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_disk(checkpoint: Checkpoint, missing_bytes: int, output: Path) -> None:
@@ -138,15 +94,6 @@ def check_disk(checkpoint: Checkpoint, missing_bytes: int, output: Path) -> None
             f"the output needs {needed} bytes, {free} are free where {printable(str(output))} is",
             "Free some space or choose another disk. Nothing was written.",
         )
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed buffers instead of returning them: pieces of a few MB come and go all the time, and
-    getting fresh pages for each costs as much as converting them. Other C libraries are left as they are."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 64 * 2**20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 class _Run:
@@ -170,7 +117,7 @@ class _Run:
         self.confirmed = frozenset(confirmed)
         self.shards = list(plan.shards) if part is None else deal(plan, part.count)[part.index]
         self.finished: dict[str, FinishedShard] = {}
-        _keep_freed_memory()
+        keep_freed_memory()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
         self.hasher = ThreadPoolExecutor(1, "dsv4-hash")
         self.workers = Workers(self.pool, resources.window, self.hasher)

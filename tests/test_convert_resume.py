@@ -15,9 +15,10 @@ from exact_values import convert, dsv4, edit_config, read_json, tree
 
 from dsv4.convert import conversion, files, output_folder, tensor_pieces
 from dsv4.convert.checkpoint import Checkpoint
-from dsv4.convert.conversion import decide_resources, run_conversion
+from dsv4.convert.conversion import run_conversion
 from dsv4.convert.files import AtomicFile
 from dsv4.convert.plan import make_plan
+from dsv4.convert.resources import decide_resources
 from dsv4.convert.settings import Settings, resolve
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.errors import Interrupted, MachineError

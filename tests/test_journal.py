@@ -9,9 +9,10 @@ from exact_values import convert, dsv4, edit_config, tree
 from fault_lab import GEOMETRY
 
 from dsv4.convert.checkpoint import Checkpoint
-from dsv4.convert.conversion import decide_resources, run_conversion
+from dsv4.convert.conversion import run_conversion
 from dsv4.convert.journal import Journal, journal_name, read_journal
 from dsv4.convert.plan import make_plan
+from dsv4.convert.resources import decide_resources
 from dsv4.convert.settings import resolve
 from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import Interrupted

@@ -18,10 +18,11 @@ from raw_safetensors import Raw
 
 from dsv4.convert import output_folder
 from dsv4.convert.checkpoint import Checkpoint
-from dsv4.convert.conversion import check_part, decide_resources, run_conversion
+from dsv4.convert.conversion import check_part, run_conversion
 from dsv4.convert.parts import Part, deal, parse_part
 from dsv4.convert.plan import make_plan
 from dsv4.convert.ranks import Ranks, launched
+from dsv4.convert.resources import decide_resources
 from dsv4.convert.settings import resolve
 from dsv4.errors import InputError, UsageError
 

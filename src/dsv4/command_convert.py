@@ -12,6 +12,7 @@ import typer
 from dsv4 import output
 from dsv4.convert.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
 from dsv4.errors import UsageError, printable
+from dsv4.machine import peak_memory
 from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
@@ -32,10 +33,11 @@ from dsv4.output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.convert.conversion import Resources, Result
+    from dsv4.convert.conversion import Result
     from dsv4.convert.parts import Part
     from dsv4.convert.plan import Plan
     from dsv4.convert.ranks import Ranks
+    from dsv4.convert.resources import Resources
     from dsv4.convert.storage import Storage
 
 EPILOG = example(
@@ -151,7 +153,7 @@ def _warn(out: output.Output, result: "Result", traps: tuple[str, ...]) -> None:
         out.warn(note)
 
 
-def _print_result(out: output.Output, result: "Result", source: str, traps: tuple[str, ...], peak: int) -> None:
+def _print_result(out: output.Output, result: "Result", source: str, traps: tuple[str, ...]) -> None:
     next_step = f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}"
     if result.already_done:
         out.say(f"nothing to do: {printable(str(result.output))} is complete and from this source")
@@ -161,7 +163,7 @@ def _print_result(out: output.Output, result: "Result", source: str, traps: tupl
     rate = human_bytes(result.output_bytes / seconds)
     out.say(
         f"{human_bytes(result.plan.source_bytes)} -> {human_bytes(result.output_bytes)} in {len(result.plan.shards)} "
-        f"shards, {human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak)}"
+        f"shards, {human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak_memory())}"
     )
     if result.shards_reused:
         out.say(f"{result.shards_reused} shards were there already and are whole")
@@ -176,7 +178,7 @@ def _print_part(out: output.Output, result: "Result", share: "Part") -> None:
         f"there, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
     )
     out.hint("when every part is done: the same command with --finish instead of --part")
-    out.result({**result.to_json(), "part": share.index + 1, "parts": share.count})
+    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "part": share.index + 1, "parts": share.count})
 
 
 @dataclass(frozen=True)
@@ -300,11 +302,11 @@ def convert(
     if (part or finish) and (ranks or (part and finish)):
         raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
     from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.convert.conversion import decide_resources, peak_memory_bytes
     from dsv4.convert.files import SCRATCH_NAME, free_bytes
     from dsv4.convert.hub_storage import HubOptions, open_storage
     from dsv4.convert.parts import Part, parse_part
     from dsv4.convert.plan import make_plan
+    from dsv4.convert.resources import decide_resources
 
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))
     max_workers = max_workers or (ranks.workers if ranks else None)
@@ -328,5 +330,5 @@ def convert(
         return
     source = remote["source"] if remote else source
     traps = TARGETS[settings.target].traps if settings.layout == "hf" and settings.to == "fp8" else ()
-    _print_result(out, result, source, traps, peak_memory_bytes())
-    out.result({**result.to_json(), "traps": list(traps)})
+    _print_result(out, result, source, traps)
+    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(traps)})

@@ -1,6 +1,7 @@
-"""What the machine has: free memory, and the most that this process used."""
+"""What memory the machine has to give, and the most that this process used."""
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -42,11 +43,10 @@ def usable_memory() -> int | None:
     return None if available is None else max(int(available * MARGIN), 0)
 
 
-def peak_memory() -> int | None:
-    """Most bytes of memory that this process occupied, None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
+def peak_memory() -> int:
+    """Most bytes of memory that this process occupied so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: getrusage also counts what a large parent had before exec
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -108,13 +108,12 @@ def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
     """The closing lines on stderr."""
     prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
     decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
-    peak = peak_memory()
     out.say(
         f"prefill {statistics.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
         f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s"
     )
-    first = f"first token after {seconds_text(statistics.first_token_seconds)}"
-    out.say(first + (f", peak memory {human_bytes(peak)}" if peak else ""))
+    first = seconds_text(statistics.first_token_seconds)
+    out.say(f"first token after {first}, peak memory {human_bytes(peak_memory())}")
     if mtp:
         share = f" ({100 * statistics.accepted / statistics.drafted:.0f}%)" if statistics.drafted else ""
         out.say(f"drafts: {statistics.accepted} of {statistics.drafted} accepted{share}")

@@ -51,8 +51,8 @@ def _tell_timing(evaluation: "Evaluation", out: Output) -> None:
     if decoded:
         line += f"; single steps {decoded} tokens, {timing['decode_tokens_per_second']:.1f} tokens/s"
     out.say(line)
-    first, peak = f"first token after {seconds_text(timing['first_token_seconds'])}", timing["peak_memory_bytes"]
-    out.say(first + (f", peak memory {human_bytes(peak)}" if peak else ""))
+    first, peak = seconds_text(timing["first_token_seconds"]), human_bytes(timing["peak_memory_bytes"])
+    out.say(f"first token after {first}, peak memory {peak}")
 
 
 def save_logits(
