@@ -133,8 +133,19 @@ def _report_no_memory() -> int:
     return MachineError.exit_code
 
 
+def _interrupt_behind(error: BaseException | None) -> Interrupted | None:
+    """The interrupt that an error came of: raised inside of a lock, one comes out as a lock that nobody holds."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error
+
+
 def _report_unexpected(error: Exception) -> int:
-    """A bug, unless it is one of the ways in which libraries say that there is no memory."""
+    """A bug, unless it is an interrupt, the system's error, or a library's way to say that there is no memory."""
+    explained = _interrupt_behind(error) or (explain_os_error(error) if isinstance(error, OSError) else None)
+    if explained is not None:
+        output.current().error(explained)
+        return explained.exit_code
     if isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY):
         return _report_no_memory()
     return _report_bug(error)
@@ -194,10 +205,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         output.current().error(error)
         return error.exit_code
-    except OSError as error:
-        explained = explain_os_error(error)
-        output.current().error(explained)
-        return explained.exit_code
     except MemoryError:
         return _report_no_memory()
     except Exception as error:  # the one place where a bug becomes exit code 70
