@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from threading import Condition, Event, Lock, Timer, main_thread
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_an_import_does_not_swallow_it(name: str, code: int, tmp_path: Path, mon
     module = f"swallows_{name.lower()}"
     (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cli, "SECONDS_OF_IMPORTING", 60)
+    monkeypatch.setattr(cli, "SECONDS_OF_ASKING", 60)
     with pytest.raises(Interrupted) as raised:
         __import__(module)
         time.sleep(5)
@@ -59,7 +60,7 @@ def test_a_long_import_does_not_keep_it_waiting(
 ) -> None:
     ends: list[int] = []  # goes on here after its end, and so ends more than once
     monkeypatch.setattr(cli.os, "_exit", ends.append)
-    monkeypatch.setattr(cli, "SECONDS_OF_IMPORTING", 0.1)
+    monkeypatch.setattr(cli, "SECONDS_OF_ASKING", 0.1)
     module = f"takes_long_{name.lower()}"
     (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
     monkeypatch.syspath_prepend(tmp_path)
@@ -67,6 +68,70 @@ def test_a_long_import_does_not_keep_it_waiting(
         __import__(module)
         time.sleep(5)
     assert set(ends) == {code} and "interrupted" in capsys.readouterr().err
+
+
+class Telling:
+    """A lock that is interrupted at its worst moment: it is held, and nobody knows it yet."""
+
+    def __init__(self, method: str) -> None:
+        self.lock, self.method = Lock(), method
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        if self.method == "acquire":
+            signal.raise_signal(signal.SIGINT)
+        return True
+
+    def release(self) -> None:
+        if self.method == "release":
+            signal.raise_signal(signal.SIGINT)
+        self.lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@pytest.mark.parametrize("method", ["acquire", "release"])
+def test_no_lock_stays_locked(method: str) -> None:
+    """Python's own thread pools would wait for it at the end of the run, for ever."""
+    telling = Telling(method)
+    with pytest.raises(Interrupted):
+        with Condition(telling):  # type: ignore[arg-type]
+            pass
+        time.sleep(5)
+    assert not telling.lock.locked()
+
+
+def test_no_callback_swallows_it() -> None:
+    names: WeakValueDictionary[str, Event] = WeakValueDictionary()
+
+    class Removed(str):
+        def __hash__(self) -> int:
+            if armed:
+                armed.clear()
+                signal.raise_signal(signal.SIGINT)
+            return super().__hash__()
+
+    armed: list[bool] = []
+    event = Event()
+    names[Removed("event")] = event
+    with pytest.raises(Interrupted):
+        armed.append(True)
+        del event  # its entry is removed by a callback
+        time.sleep(5)
+
+
+def test_waiting_for_a_thread_is_broken_off() -> None:
+    """At once, though it is the same module that waits and that locks."""
+    event, started = Event(), time.monotonic()
+    with pytest.raises(Interrupted):
+        timer = Timer(0.2, lambda: signal.pthread_kill(main_thread().ident or 0, signal.SIGINT))
+        timer.start()
+        event.wait(30)
+    assert time.monotonic() - started < 10
 
 
 def test_finished_shards_are_not_read_to_their_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+import weakref
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -47,7 +49,11 @@ from dsv4.errors import (
 )
 
 SECONDS_UNTIL_ASKED_AGAIN = 0.05
-SECONDS_OF_IMPORTING = 0.6  # so long may an interrupt wait for an import; together with the rest it is a second
+SECONDS_OF_ASKING = 0.6  # so long may an interrupt be put off; together with the rest it is a second
+# Of imports (torch swallows what is raised while it imports numpy), and of weak references.
+SWALLOWING = ("<frozen importlib._bootstrap>", weakref.__file__)
+LOCKING = ("acquire", "release", "__enter__", "__exit__")  # functions of any module
+WAITING = ("wait", "join", "_wait_for_tstate_lock")  # those of `threading` that an exception may leave
 # What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
 
@@ -151,21 +157,31 @@ def _report_unexpected(error: Exception) -> int:
     return _report_bug(error)
 
 
-def _importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+def _swallowed(frame: FrameType | None) -> bool:
+    """Whether an exception would get no further than the import or the callback that is going on."""
+    while frame is not None and frame.f_code.co_filename not in SWALLOWING:
         frame = frame.f_back
     return frame is not None
+
+
+def _locking(frame: FrameType | None) -> bool:
+    """Whether a lock is just being taken or let go: raised there, an exception leaves it locked for ever, and whatever
+    needs it next, a thread that is to be waited for, hangs. Waiting itself, which may take long, can be broken off."""
+    if frame is None:
+        return False
+    name, file = frame.f_code.co_name, frame.f_code.co_filename
+    return name in LOCKING or (file == threading.__file__ and name not in WAITING)
 
 
 def _on_signal(number: int, frame: FrameType | None, since: float | None = None) -> None:
     error = Interrupted("interrupted", "Run the same command again.")
     if number == signal.SIGTERM:
         error.exit_code = EXIT_TERMINATED
-    if not _importing(frame):
+    if not _swallowed(frame) and not _locking(frame):
         raise error
-    # torch swallows what is raised while it imports numpy: ask again in a moment, but do not wait for ever.
+    # Ask again in a moment, but do not wait for ever.
     since = time.monotonic() if since is None else since
-    if time.monotonic() - since >= SECONDS_OF_IMPORTING:
+    if time.monotonic() - since >= SECONDS_OF_ASKING:
         output.current().error(error)
         os._exit(error.exit_code)
     signal.signal(signal.SIGALRM, lambda _, later: _on_signal(number, later, since))
