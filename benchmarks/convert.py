@@ -66,7 +66,8 @@ def make_source(folder: Path, gigabytes: float) -> None:
             for _ in stems:
                 out.write(random.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8))
         weight_map |= dict.fromkeys([*scales, *weights], file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    total = experts * ROWS * (COLUMNS // 2 + COLUMNS // 32)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
 

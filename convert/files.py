@@ -24,8 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
@@ -73,7 +71,7 @@ class _Stage:
     """Memory that O_DIRECT can write from: pages of its own, filled from data that lies anywhere."""
 
     def __init__(self) -> None:
-        self.pages = np.frombuffer(mmap.mmap(-1, WRITE_BYTES), dtype=np.uint8)
+        self.pages = memoryview(mmap.mmap(-1, WRITE_BYTES))
         self.used = 0
 
     @property
@@ -83,13 +81,13 @@ class _Stage:
     def fill(self, data: memoryview) -> memoryview:
         """Copy what fits; returns what did not."""
         count = min(len(self.pages) - self.used, len(data))
-        np.copyto(self.pages[self.used : self.used + count], np.frombuffer(data[:count], dtype=np.uint8))
+        self.pages[self.used : self.used + count] = data[:count]
         self.used += count
         return data[count:]
 
     def take(self) -> memoryview:
         """What is in it, which then counts as written."""
-        taken, self.used = self.pages[: self.used].data, 0
+        taken, self.used = self.pages[: self.used], 0
         return taken
 
 

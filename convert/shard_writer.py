@@ -25,6 +25,8 @@ from .settings import Settings
 from .shard_scan import ScannedShard, scan_shard
 from .tensor_pieces import Counts, Made, Piece, make, split
 
+SMALL_BYTES = 2**16  # are hashed sooner than another thread is asked to
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -137,6 +139,10 @@ class _ShardHasher:
 
     def write(self, data: memoryview) -> None:
         """Bytes of the file, in order."""
+        if len(data) < SMALL_BYTES:
+            self.sha256.update(data)
+            self._file.write(data)
+            return
         hashing = self._hasher.submit(self.sha256.update, data)
         self._file.write(data)
         hashing.result()

@@ -61,7 +61,7 @@ class WeightStore:
         shapes = {n: shape for n, shape in tensor_shapes(config, stages).items() if group.holds(n, config)}
         self._rows = {name: group.rows(name, shape) for name, shape in shapes.items()}
         matrices = [name for name, shape in shapes.items() if is_matrix(shape, name)]
-        self._vector_names = [name for name in shapes if name not in set(matrices)]
+        self._vector_names = [name for name, shape in shapes.items() if not is_matrix(shape, name)]
         self._experts = {name for name in matrices if EXPERT.search(name)}
         # Bytes in the files, scale included.
         self.sizes = {n: stored_bytes(checkpoint, n) // (group.count if self._rows[n] else 1) for n in shapes}
