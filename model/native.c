@@ -62,6 +62,14 @@ static void gather(const void *pool, int is_bf16, int64_t row, int64_t c, float 
     }
 }
 
+/* Thirty-two paired numbers to their natural order, as elements `at` ... of bfloat16 or float32 data. */
+INLINE void unpair(const float *pairs, void *out, int is_bf16, int64_t at) {
+    for (int i = 0; i < 16; i++) {
+        write(out, is_bf16, at + 2 * i, pairs[16 + i]);
+        write(out, is_bf16, at + 2 * i + 1, pairs[i]);
+    }
+}
+
 /* out[h] = out[h] * shrink[h] + sum over the block's keys, oldest first, of weights[h][j] * keys[j]. */
 static void add_values(const float *keys, int64_t n, int64_t c, float weights[][KEYS_PER_BLOCK], const float *shrink,
                        int64_t heads, int exact, float *out) {
@@ -128,11 +136,11 @@ void dsv4_sparse_attention(const void *q, const void *window, const void *compre
     for (int64_t share = 0; share < threads; share++) {
         float *keys = scratch + share * (listed + 2 * HEADS_PER_TILE) * c;
         float *tile_q = keys + listed * c, *tile_out = tile_q + HEADS_PER_TILE * c;
-        /* Queries are shared out, or the heads of each query if there are too few of them. */
+        /* Queries are dealt out, as later ones have more keys; or the heads of each if there are too few of them. */
         int by_head = queries < threads;
-        int64_t from = by_head ? 0 : queries * share / threads, to = by_head ? queries : queries * (share + 1) / threads;
+        int64_t from = by_head ? 0 : share, step = by_head ? 1 : threads;
         int64_t first = by_head ? heads * share / threads : 0, last = by_head ? heads * (share + 1) / threads : heads;
-        for (int64_t query = from; query < to; query++) {
+        for (int64_t query = from; query < queries; query += step) {
             const int32_t *list = index + query * listed;
             for (int64_t j = 0; j < listed; j++) {
                 int in_window = list[j] < window_rows;
@@ -144,11 +152,7 @@ void dsv4_sparse_attention(const void *q, const void *window, const void *compre
                 int64_t n = last - h < HEADS_PER_TILE ? last - h : HEADS_PER_TILE, at = query * heads + h;
                 for (int64_t i = 0; i < n; i++) gather(q, is_bf16, at + i, c, tile_q + i * c);
                 attend(tile_q, keys, list, listed, c, n, sink + h, scale, is_bf16, tile_out);
-                for (int64_t k = 0; k < n * c; k++) {
-                    float value = tile_out[k / 32 * 32 + (k % 2 ? 0 : 16) + k % 32 / 2];
-                    if (is_bf16) ((uint16_t *)out)[at * c + k] = to_bf16(value);
-                    else ((float *)out)[at * c + k] = value;
-                }
+                for (int64_t k = 0; k < n * c; k += 32) unpair(tile_out + k, out, is_bf16, at * c + k);
             }
         }
     }
