@@ -35,6 +35,7 @@ from dsv4.quant import e2m1, fp4_to_fp8
 from dsv4.quant.block_scales import Block
 
 ROWS, COLUMNS = 2048, 4096
+LAYER = 256  # experts
 BLOCK = Block(128, 128)
 CONFIG = {
     "expert_dtype": "fp4",
@@ -48,15 +49,15 @@ CONFIG = {
 
 
 def make_source(folder: Path, gigabytes: float) -> None:
-    """Experts of random codes and scales that span 2^2, as measured in the real ones; 16 of them to a shard."""
+    """Experts of random codes and scales that span 2^2, as measured in the real ones; a layer to a shard, as there."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     experts = max(1, round(gigabytes * 1e9 / (ROWS * COLUMNS // 2)))
-    shards = [range(start, min(start + 16, experts)) for start in range(0, experts, 16)]
+    shards = [range(start, min(start + LAYER, experts)) for start in range(0, experts, LAYER)]
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stems = [f"layers.{e // 256}.ffn.experts.{e % 256}.w1" for e in members]
+        stems = [f"layers.{e // LAYER}.ffn.experts.{e % LAYER}.w1" for e in members]
         scales = {f"{s}.scale": ("F8_E8M0", (ROWS, COLUMNS // 32)) for s in stems}
         weights = {f"{s}.weight": ("I8", (ROWS, COLUMNS // 2)) for s in stems}
         with (folder / file).open("wb") as out:

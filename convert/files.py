@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
@@ -33,6 +35,7 @@ _PART_SUFFIX = ".part"
 WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
 DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache
 SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
+COPIED_AT_ONCE = 2**16  # takes less time than to let other threads run
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
 
 
@@ -81,7 +84,11 @@ class _Stage:
     def fill(self, data: memoryview) -> memoryview:
         """Copy what fits; returns what did not."""
         count = min(len(self.pages) - self.used, len(data))
-        self.pages[self.used : self.used + count] = data[:count]
+        to, part = self.pages[self.used : self.used + count], data[:count]
+        if count < COPIED_AT_ONCE:
+            to[:] = part
+        else:
+            np.copyto(np.frombuffer(to, np.uint8), np.frombuffer(part, np.uint8))  # other threads run meanwhile
         self.used += count
         return data[count:]
 
