@@ -138,16 +138,16 @@ class TestShards:
     def test_a_shard_that_shrinks_while_it_is_read(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from dsv4.convert import conversion
+        from dsv4.convert import plan as planning
 
-        plan = conversion.make_plan
+        plan = planning.make_plan
 
         def cut(*arguments: Any) -> Any:
             found = plan(*arguments)
             (source / LAYER).write_bytes((source / LAYER).read_bytes()[:-1000])
             return found
 
-        monkeypatch.setattr(conversion, "make_plan", cut)
+        monkeypatch.setattr(planning, "make_plan", cut)
         code, _, err = dsv4("convert", source, tmp_path / "out")
         assert code == 3 and LAYER in err and "ends at byte" in err and tree(tmp_path / "out") == {}
 
