@@ -18,6 +18,7 @@ from fault_lab import GEOMETRY
 from hostile import INDEX
 
 from dsv4 import cli
+from dsv4.convert import files
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import make_checkpoint
 
@@ -140,9 +141,13 @@ def check_promises(output: Path, whole: dict[str, str]) -> None:
         assert found.keys() == whole.keys()
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["through the page cache", "past it"])
 def test_promises_hold_after_power_loss_at_any_moment(
-    record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    direct: bool, record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if direct:  # as large shards are written
+        monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
+        monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)
     source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
     output = tmp_path / "output"
     record.clear()
