@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
+from dsv4.quant import fp4_to_fp8_compiled
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from .files import (
@@ -119,8 +120,8 @@ class _Run:
         self.finished: dict[str, FinishedShard] = {}
         keep_freed_memory()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
-        self.hasher = ThreadPoolExecutor(1, "dsv4-hash")
-        self.workers = Workers(self.pool, resources.window, self.hasher)
+        self.hasher, self.writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
+        self.workers = Workers(self.pool, resources.window, fp4_to_fp8_compiled.fastest(), self.hasher, self.writer)
 
     @property
     def pending(self) -> list[OutputShard]:
@@ -314,8 +315,8 @@ def run_conversion(
                 _clear(output, plan, checkpoint)
             _work(run, result, advance)
     finally:
-        run.pool.shutdown(wait=True, cancel_futures=True)
-        run.hasher.shutdown(wait=True, cancel_futures=True)
+        for threads in (run.pool, run.hasher, run.writer):
+            threads.shutdown(wait=True, cancel_futures=True)
     result.seconds = time.monotonic() - started
     return result
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dsv4.quant import fp4_to_fp8_compiled
+
 PACKAGES = (
     "dsv4", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "hf_xet", "modelscope", "modelscope-hub",
     "typer", "tqdm", "transformers", "accelerate",
@@ -107,6 +109,7 @@ def gather(compiler: str | None = None, folders: dict[str, Path] | None = None) 
         },
         "cuda": torch.version.cuda,
         "compiler": compiler,
+        "compiled_cast": fp4_to_fp8_compiled.is_compiled(),
         "devices": _accelerators(),
         "folders": {what: _disk(path) for what, path in _folders(folders or {}).items()},
         "variables": {

@@ -95,7 +95,7 @@ def _scan_fp8(checkpoint: Checkpoint, tensor: OutputTensor) -> Finding:
 def _count_changed(checkpoint: Checkpoint, tensor: OutputTensor) -> Counts:
     counts = Counts()
     for piece in split(tensor):
-        counts.add(make(checkpoint, piece, None).counts)
+        counts.add(make(checkpoint, piece).counts)
     return counts
 
 

@@ -1,7 +1,8 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
-Workers make pieces; the calling thread takes them in file order, hashes and writes. At most `window` pieces are alive
-at a time, which bounds memory whatever the size of the shard. hashlib, preadv, write and torch all let go of the
+Workers make pieces; the calling thread takes them in file order and hands them to two more threads, one that hashes
+the shard and one that writes it. At most `window` pieces are made ahead and BYTES_BEHIND wait for the disk, which
+bounds memory whatever the size of the shard. hashlib, preadv, write, torch and the compiled cast all let go of the
 interpreter's lock, so threads are enough.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dsv4.quant.fp4_to_fp8 import BlockScales
+from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
 from .checkpoint import Checkpoint
 from .files import AtomicFile
@@ -25,7 +26,7 @@ from .settings import Settings
 from .shard_scan import ScannedShard, scan_shard
 from .tensor_pieces import Counts, Made, Piece, make, split
 
-SMALL_BYTES = 2**16  # are hashed sooner than another thread is asked to
+BYTES_BEHIND = 24 * 2**20  # three pieces: enough that neither the disk nor the hash waits for the other
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,11 +34,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Workers:
-    """Threads that make pieces, how far they may run ahead of the writer, and one that hashes while it writes."""
+    """Threads that make pieces, how far they may run ahead, the form of the cast they take, and one thread each that
+    hashes and writes shards."""
 
     pool: Executor
     window: int
+    cast: CastInto
     hasher: Executor
+    writer: Executor
 
     def map_in_order(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results of `function` in the order of `items`, at most `window` of them unclaimed."""
@@ -78,8 +82,8 @@ def _bytes(array: np.ndarray[Any, Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _make_hashed(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None) -> _Hashed:
-    made = make(checkpoint, piece, scales)
+def _make_hashed(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None, cast: CastInto) -> _Hashed:
+    made = make(checkpoint, piece, scales, cast)
     hashed = _Hashed(piece, made, whole=piece.start == 0 and piece.stop == piece.tensor.rows)
     if hashed.whole:
         hashed.sha256 = hashlib.sha256(_bytes(made.data)).hexdigest()
@@ -126,32 +130,72 @@ def _entry(tensor: OutputTensor, file: str, state: _Tensor, digests: tuple[str, 
     return entry
 
 
-class _ShardHasher:
-    """Takes pieces in file order, writes them, and turns each finished tensor into a manifest entry."""
+class _Outflow:
+    """A shard's bytes on their way into its file and its hash, in order, behind the thread that hands them over."""
 
-    def __init__(
-        self, scanned: ScannedShard, file: AtomicFile, advance: Callable[[int], None], hasher: Executor
-    ) -> None:
-        self._scanned, self._file, self._advance, self._hasher = scanned, file, advance, hasher
-        self.sha256 = hashlib.sha256()
-        self.entries: dict[str, dict[str, Any]] = {}
+    def __init__(self, file: AtomicFile, workers: Workers, advance: Callable[[int], None]) -> None:
+        self._file, self._workers, self._advance = file, workers, advance
+        self._sha256 = hashlib.sha256()
+        self._behind: deque[tuple[Future[None], Future[None], int]] = deque()
+        self._bytes_behind = 0
+        self._stopped = False
+
+    def begin(self, header: bytes) -> None:
+        """The bytes in front of the data, which progress does not count."""
+        self._sha256.update(header)
+        self._file.write(memoryview(header))
+
+    def _write(self, data: memoryview) -> None:
+        if self._stopped:
+            return
+        try:
+            self._file.write(data)
+        except BaseException:
+            self._stopped = True  # what is queued behind must not follow
+            raise
+
+    def _settle(self) -> None:
+        """Wait for the oldest bytes."""
+        hashing, writing, count = self._behind.popleft()
+        hashing.result()
+        writing.result()
+        self._bytes_behind -= count
+        self._advance(count)
+
+    def put(self, data: memoryview) -> None:
+        """The next bytes of the data; they must stay as they are."""
+        hashing = self._workers.hasher.submit(self._sha256.update, data)
+        writing = self._workers.writer.submit(self._write, data)
+        self._behind.append((hashing, writing, len(data)))
+        self._bytes_behind += len(data)
+        while self._bytes_behind > BYTES_BEHIND:
+            self._settle()
+
+    def finish(self) -> str:
+        """Wait until all is written. Returns the SHA-256 of the file."""
+        while self._behind:
+            self._settle()
+        return self._sha256.hexdigest()
+
+    def stop(self) -> None:
+        """Write nothing more; when this returns, the writing thread has let go of the file."""
+        self._stopped = True
+        self._workers.writer.submit(lambda: None).result()
+
+
+class _Entries:
+    """Takes pieces in file order, passes their bytes on, and turns each finished tensor into a manifest entry."""
+
+    def __init__(self, scanned: ScannedShard, outflow: _Outflow) -> None:
+        self._scanned, self._outflow = scanned, outflow
+        self.of_tensors: dict[str, dict[str, Any]] = {}
         self._state = _Tensor()
 
-    def write(self, data: memoryview) -> None:
-        """Bytes of the file, in order."""
-        if len(data) < SMALL_BYTES:
-            self.sha256.update(data)
-            self._file.write(data)
-            return
-        hashing = self._hasher.submit(self.sha256.update, data)
-        self._file.write(data)
-        hashing.result()
-
     def take(self, hashed: _Hashed) -> None:
-        """Write one piece; close its tensor if it was the last."""
+        """Pass one piece on; close its tensor if it was the last."""
         piece, made, state = hashed.piece, hashed.made, self._state
         data = _bytes(made.data)
-        self.write(data)
+        self._outflow.put(data)
         state.counts.add(made.counts)
         if not hashed.whole:
             state.sha256.update(data)
@@ -159,7 +203,6 @@ class _ShardHasher:
                 state.source_sha256.update(_bytes(made.source))
         if piece.stop == piece.tensor.rows:
             self._close(hashed)
-        self._advance(len(data))
 
     def _close(self, hashed: _Hashed) -> None:
         tensor, state = hashed.piece.tensor, self._state
@@ -171,7 +214,7 @@ class _ShardHasher:
         entry = _entry(tensor, self._scanned.shard.file, state, digests)
         if tensor.op is Op.FP8_CODES:
             entry |= _block_statistics(self._scanned.scales[tensor.weight.name])
-        self.entries[tensor.name] = entry
+        self.of_tensors[tensor.name] = entry
         self._state = _Tensor()
 
 
@@ -189,7 +232,7 @@ def write_shard(
     workers: Workers,
     advance: Callable[[int], None],
 ) -> tuple[AtomicFile, FinishedShard]:
-    """Scan and write one shard; the file is complete but not yet committed. `advance` is told of bytes written.
+    """Scan and write one shard; the file is complete but not yet committed. `advance` is told of data bytes written.
 
     On any error nothing is left behind. The caller commits the file and then records the shard.
     """
@@ -197,18 +240,19 @@ def write_shard(
     final = scanned.shard
     pieces = (piece for tensor in final.tensors if tensor.nbytes for piece in split(tensor))
     file = AtomicFile(folder / final.file, final.size)
+    outflow = _Outflow(file, workers, advance)
     try:
-        hasher = _ShardHasher(scanned, file, advance, workers.hasher)
-        hasher.write(memoryview(final.header))
-        scales = scanned.scales
+        outflow.begin(final.header)
+        entries, scales = _Entries(scanned, outflow), scanned.scales
         for hashed in workers.map_in_order(
-            lambda piece: _make_hashed(checkpoint, piece, scales.get(piece.tensor.weight.name)), pieces
+            lambda piece: _make_hashed(checkpoint, piece, scales.get(piece.tensor.weight.name), workers.cast), pieces
         ):
-            hasher.take(hashed)
+            entries.take(hashed)
+        sha256 = outflow.finish()
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(file.path)
+        outflow.stop()
         file.abort(error)
         raise
-    entries = hasher.entries | _empty_entries(final)
-    return file, FinishedShard(final.file, final.size, hasher.sha256.hexdigest(), entries)
+    return file, FinishedShard(final.file, final.size, sha256, entries.of_tensors | _empty_entries(final))

@@ -15,7 +15,7 @@ import torch
 from dsv4.errors import InputError, printable
 from dsv4.quant import e4m3, e8m0, fp4_to_fp8, fp8_to_fp4, to_bf16
 from dsv4.quant.block_scales import Block
-from dsv4.quant.fp4_to_fp8 import BlockScales
+from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
 from .checkpoint import Checkpoint, TensorInfo, row_count
 from .plan import Op, OutputTensor
@@ -173,24 +173,22 @@ def _weight_and_scale(checkpoint: Checkpoint, piece: Piece) -> tuple[Array, Arra
     return _read_rows(checkpoint, weight.info, *rows), scale
 
 
-def _fp8_codes(checkpoint: Checkpoint, piece: Piece, scales: BlockScales) -> Made:
+def _fp8_codes(checkpoint: Checkpoint, piece: Piece, scales: BlockScales, cast: CastInto) -> Made:
     block = piece.tensor.block
     assert block is not None
     raw, groups = _weight_and_scale(checkpoint, piece)
     packed, group_bytes = torch.from_numpy(raw), torch.from_numpy(groups)
     first = piece.start // block.rows
     data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
-    made = data.numpy()
     counts = Counts()
     for a, b in _blocks(len(raw), piece.tensor.shape[1], block.rows):
         over = slice(first + a // block.rows, first + -(-b // block.rows))
         chosen = scales.scale_bytes[over]
-        fp4_to_fp8.cast(packed[a:b], group_bytes[a:b], chosen, block, out=data[a:b])
-        counts.negative_zeros += int(np.count_nonzero(made[a:b] == e4m3.NEGATIVE_ZERO))
+        counts.negative_zeros += cast(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
         if scales.inexact[over].any():
             exact = fp4_to_fp8.exact_values(packed[a:b], group_bytes[a:b], chosen, block)
             counts.changed += int(torch.count_nonzero(exact != e4m3.decode(data[a:b])))
-    return Made(made, raw, counts)
+    return Made(data.numpy(), raw, counts)
 
 
 def _typed_scale(groups: Array, info: TensorInfo) -> torch.Tensor:
@@ -249,8 +247,14 @@ def _bf16(checkpoint: Checkpoint, piece: Piece) -> Made:
     return Made(torch.cat(parts).numpy(), raw, counts)
 
 
-def make(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None) -> Made:
-    """Read and compute one piece. `scales`: the FP8 block scales chosen for its weight, where it is cast to FP8.
+def make(
+    checkpoint: Checkpoint,
+    piece: Piece,
+    scales: BlockScales | None = None,
+    cast: CastInto = fp4_to_fp8.cast_into,
+) -> Made:
+    """Read and compute one piece. Where it is cast from FP4 to FP8, `scales` are the block scales chosen for its
+    weight, and `cast` is the form of the cast.
 
     Raises InputError for NaN scales and whatever else the source should not hold.
     """
@@ -264,4 +268,4 @@ def make(checkpoint: Checkpoint, piece: Piece, scales: BlockScales | None) -> Ma
     if op is Op.BF16:
         return _bf16(checkpoint, piece)
     assert scales is not None
-    return _fp8_scale(piece, scales) if op is Op.FP8_SCALE else _fp8_codes(checkpoint, piece, scales)
+    return _fp8_scale(piece, scales) if op is Op.FP8_SCALE else _fp8_codes(checkpoint, piece, scales, cast)

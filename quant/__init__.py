@@ -9,8 +9,8 @@
 
 Codes and E8M0 scales are uint8 tensors of any rank >= 2 on any torch device; the last two dimensions are [out, in].
 Modules, bottom-up: e2m1, e4m3, e8m0 (one format each), block_scales (codes and scales to values and back),
-fp4_to_fp8, fp8_to_fp4, to_bf16 (one conversion each, with an account of what is exact), activation (the simulated
-quantizations that are part of the model).
+fp4_to_fp8 (and its compiled form), fp8_to_fp4, to_bf16 (one conversion each, with an account of what is exact),
+activation (the simulated quantizations that are part of the model).
 """
 
 from . import e2m1, e4m3, e8m0, fp4_to_fp8, fp8_to_fp4, to_bf16

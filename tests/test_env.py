@@ -28,6 +28,7 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found["memory"]["total_bytes"] == pytest.approx(pages, rel=0.01)
     assert found["compiler"] == next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    assert found["compiled_cast"] == (found["compiler"] is not None)
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
 
 

@@ -1,6 +1,7 @@
 """What is installed: the wheel holds `dsv4` and nothing else, complete, and both kinds of install give one command."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -12,22 +13,28 @@ from pathlib import Path
 import pytest
 
 import dsv4
+from dsv4.quant import fp4_to_fp8_compiled
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"dsv4": ROOT / "src" / "dsv4", **{f"dsv4/{name}": ROOT / name for name in ("quant", "convert", "model")}}
+
+
+def copy_sources(copy: Path) -> Path:
+    """A copy of what is tracked and the build reads."""
+    names = ["pyproject.toml", "README.md", "LICENSE", "src", "quant", "convert", "model"]
+    for path in [p for name in names for p in [ROOT / name, *(ROOT / name).rglob("*")] if p.is_file()]:
+        if "__pycache__" not in path.parts and ".egg-info" not in str(path) and path.suffix != ".so":
+            target = copy / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return copy
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with sdist and wheel, made from a copy of the tracked sources with the installed build backend."""
     work = tmp_path_factory.mktemp("build")
-    copy = work / "source"
-    names = ["pyproject.toml", "README.md", "LICENSE", "src", "quant", "convert", "model"]
-    for path in [p for name in names for p in [ROOT / name, *(ROOT / name).rglob("*")] if p.is_file()]:
-        if "__pycache__" not in path.parts and ".egg-info" not in str(path):
-            target = copy / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    copy = copy_sources(work / "source")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(work / "dist"), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,10 +53,22 @@ def test_the_wheel_holds_dsv4_and_nothing_else(built: Path) -> None:
 
 
 def test_every_file_is_in_the_wheel(built: Path) -> None:
-    expected = {f"{package}/{path.name}" for package, folder in FOLDERS.items() for path in folder.glob("*.*")}
+    files = {f"{package}/{path.name}" for package, folder in FOLDERS.items() for path in folder.glob("*.*")}
     with wheel_of(built) as wheel:
         found = {name for name in wheel.namelist() if name.startswith("dsv4/")}
-    assert found == expected
+    compiled = {f"dsv4/quant/{fp4_to_fp8_compiled.FILE.name}"} if fp4_to_fp8_compiled.is_compiled() else set()
+    assert found == {name for name in files if not name.endswith(".so")} | compiled
+
+
+def test_without_a_compiler_the_wheel_is_made_all_the_same(tmp_path: Path) -> None:
+    copy = copy_sources(tmp_path / "source")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(copy)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"CC": str(tmp_path / "no-compiler")}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with wheel_of(tmp_path) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
 
 
 def test_folders_are_flat() -> None:

@@ -27,6 +27,7 @@ def _system(facts: dict[str, Any]) -> list[list[str]]:
         ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
         ["cuda", facts["cuda"] or "torch was built without it"],
         ["C compiler", facts["compiler"] or "none is there: dsv4 run takes its slow plain form"],
+        ["compiled cast", "there" if facts["compiled_cast"] else "not there: dsv4 convert is a bit slower"],
     ]
 
 

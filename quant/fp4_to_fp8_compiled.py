@@ -1,0 +1,82 @@
+"""The cast of fp4_to_fp8.py, compiled: the same codes from one pass over memory, at about half the speed of a copy.
+
+`fp4_to_fp8.c` is built when dsv4 is installed, if a C compiler is there, and lies beside this file. It is plain C
+without Python's headers, so it is loaded with ctypes and runs without the interpreter's lock. Where it is missing, and
+on devices other than the CPU, the form in torch does the work. Both are compared on every code with every k.
+"""
+
+import ctypes
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import e2m1, fp4_to_fp8
+from .block_scales import FP4_BLOCK, Block, scale_shape
+
+FILE = Path(__file__).with_name(f"_fp4_to_fp8{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled cast; None where it was not built or this processor cannot run it."""
+    try:
+        library = ctypes.CDLL(str(FILE))
+    except OSError:
+        return None
+    pointer, count, limit = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.dsv4_fp4_to_fp8.restype = count
+    library.dsv4_fp4_to_fp8.argtypes = [
+        pointer, pointer, pointer, pointer, limit, limit, pointer, count, count, count, count,
+    ]  # fmt: skip
+    library.dsv4_fp4_to_fp8_works.restype = limit
+    return library if library.dsv4_fp4_to_fp8_works() else None
+
+
+@cache
+def _tables() -> torch.Tensor:
+    return fp4_to_fp8.codes_by_k(torch.device("cpu")).contiguous()
+
+
+def _fits(
+    packed: torch.Tensor, scale_bytes: torch.Tensor, block_bytes: torch.Tensor, block: Block, out: torch.Tensor
+) -> bool:
+    """Whether C can walk over them: matrices of whole groups in plain memory, each as large as the others ask for."""
+    tensors = (packed, scale_bytes, block_bytes, out)
+    if not all(t.device.type == "cpu" and t.dtype == torch.uint8 and t.dim() == 2 for t in tensors):
+        return False
+    rows, columns = out.shape
+    shapes = (rows, columns // 2), scale_shape((rows, columns), FP4_BLOCK), scale_shape((rows, columns), block)
+    whole = columns % e2m1.GROUP_SIZE == 0 and block.columns % e2m1.GROUP_SIZE == 0
+    return whole and all(t.is_contiguous() for t in tensors) and tuple(tuple(t.shape) for t in tensors[:3]) == shapes
+
+
+def cast_into(
+    packed: torch.Tensor,
+    scale_bytes: torch.Tensor,
+    block_bytes: torch.Tensor,
+    block: Block,
+    out: torch.Tensor,
+) -> int:
+    """See fp4_to_fp8.cast_into. Rows that are not whole groups, and stacks of matrices, are left to it."""
+    library = _library()
+    if library is None or not _fits(packed, scale_bytes, block_bytes, block, out):
+        return fp4_to_fp8.cast_into(packed, scale_bytes, block_bytes, block, out)
+    rows, groups = scale_bytes.shape
+    zeros: int = library.dsv4_fp4_to_fp8(
+        packed.data_ptr(), scale_bytes.data_ptr(), block_bytes.data_ptr(), _tables().data_ptr(),
+        fp4_to_fp8.TABLE_K_MIN, fp4_to_fp8.TABLE_K_MAX, out.data_ptr(),
+        rows, groups, block.rows, block.columns // e2m1.GROUP_SIZE,
+    )  # fmt: skip
+    return zeros
+
+
+def is_compiled() -> bool:
+    """Whether the compiled form is there and runs on this machine."""
+    return _library() is not None
+
+
+def fastest() -> fp4_to_fp8.CastInto:
+    """The form of the cast to take on this machine."""
+    return cast_into if is_compiled() else fp4_to_fp8.cast_into
