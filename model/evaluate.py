@@ -1,19 +1,31 @@
-"""Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block."""
+"""Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block.
+
+As with the engine's forward pass, there is one computation, a generator of module outputs, and an ordinary function
+that runs it to its end.
+"""
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dsv4.errors import InputError
 
-from .trace import PositionedTrace, counting, positioned, together
+from .trace import Modules, PositionedTrace, counting, heard
 from .transformer import Transformer
 
-TOKENS_PER_CALL = 512  # of the prefill: how often progress is reported
+TOKENS_PER_CALL = 512  # of the prefill: how many tokens go through one layer before the next
+
+Result = TypeVar("Result")
+
+PositionedModules = Generator[tuple[str, int, torch.Tensor], None, Result]
+"""Yields (module, position of the first row, output [T, ...]); the MTP block's modules are called mtp.0.…"""
+
+OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -47,19 +59,26 @@ def _spans(count: int, prefill: int) -> list[tuple[int, int]]:
     return large + [(begin, begin + 1) for begin in range(prefill, count)]
 
 
-@torch.inference_mode()
-def teacher_forced(
-    model: Transformer,
-    tokens: Sequence[int],
-    prefill: int | None = None,
-    mtp: bool = True,
-    trace: PositionedTrace | None = None,
-    on_progress: Callable[[float], None] | None = None,
-) -> Evaluation:
-    """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
+def _placed(modules: Modules[Result], end: int, stage: str = "") -> PositionedModules[Result]:
+    """The modules of one call whose last token is at position `end` - 1.
 
-    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens were computed, a share
-    of them after every layer.
+    `stage` goes in front of the name "logits", which main model and MTP block share.
+    """
+    while True:
+        try:
+            name, output = next(modules)
+        except StopIteration as finished:
+            result: Result = finished.value
+            return result
+        yield stage + name if name == "logits" else name, end - len(output), output
+
+
+def teacher_forced_by_module(
+    model: Transformer, tokens: Sequence[int], prefill: int | None = None, mtp: bool = True
+) -> PositionedModules[Evaluation]:
+    """`teacher_forced`, one module after each `next`. To be run under inference_mode.
+
+    The seconds of the result are those that passed, whatever else was done in between.
     """
     check_tokens(tokens, model.config.vocab_size, model.config.max_position_embeddings)
     prefill = len(tokens) if prefill is None else min(prefill, len(tokens))
@@ -70,15 +89,14 @@ def teacher_forced(
     mtp_logits = torch.empty(len(tokens) - 1, model.config.vocab_size) if mtp_cache is not None else None
     started = prefilled = time.perf_counter()
     for begin, end in _spans(len(tokens), prefill):
-        progress = counting(on_progress, model.config.num_hidden_layers)
-        output = model.forward(ids[:, begin:end], cache, trace=together(positioned(trace, end), progress))
+        output = yield from _placed(model.forward_by_module(ids[:, begin:end], cache), end)
         assert output.logits is not None
         logits[begin:end] = output.logits[0]
         following = ids[:, begin + 1 : end + 1]
         count = following.shape[1]
         if mtp_cache is not None and mtp_logits is not None and count:
-            report = positioned(trace, begin + count, "mtp.0.")
-            drafted = model.mtp_logits(output.hidden[:, :count], following, mtp_cache, trace=report)
+            block = model.mtp_by_module(output.hidden[:, :count], following, mtp_cache)
+            drafted = yield from _placed(block, begin + count, "mtp.0.")
             assert drafted is not None
             mtp_logits[begin : begin + count] = drafted[0]
         if end <= prefill:
@@ -91,6 +109,31 @@ def teacher_forced(
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,
     )
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: Transformer,
+    tokens: Sequence[int],
+    prefill: int | None = None,
+    mtp: bool = True,
+    trace: PositionedTrace | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
+
+    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens were computed, a share
+    of them after every layer.
+    """
+    progress = counting(on_progress, model.config.num_hidden_layers)
+
+    def hear(name: str, position: int, output: torch.Tensor) -> None:
+        if trace is not None:
+            trace(name, position, output)
+        if progress is not None:
+            progress(name, output)
+
+    return heard(teacher_forced_by_module(model, tokens, prefill, mtp), hear)
 
 
 _TAGS = {torch.int64: "I64", torch.float32: "F32"}

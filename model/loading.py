@@ -13,7 +13,7 @@ from .layers import Arithmetic
 from .native import NATIVE, library
 from .ops import REFERENCE, Operations
 from .parallel import ALONE, Group, check_divisible
-from .residency import Progress, WeightStore
+from .residency import Demand, Progress, WeightStore
 from .transformer import Transformer
 from .weights import check, mtp_stages
 
@@ -36,6 +36,21 @@ def choose(device: torch.device) -> Operations:
     return REFERENCE if library() is None else NATIVE
 
 
+def _checked(checkpoint: Checkpoint, group: Group) -> tuple[Config, int]:
+    """The config and the number of MTP blocks of a checkpoint whose tensors fit them."""
+    config = Config.from_json(checkpoint.config)
+    stages = mtp_stages(checkpoint.tensors)
+    check(config, checkpoint.tensors, stages)
+    check_divisible(config, group)
+    return config, stages
+
+
+def demand(checkpoint: Checkpoint, group: Group = ALONE) -> Demand:
+    """The memory that `load` wants for the weights, from headers alone. Raises InputError, UsageError."""
+    config, stages = _checked(checkpoint, group)
+    return WeightStore(checkpoint, config, stages, torch.device("cpu"), None, group).demand
+
+
 def load(
     folder: str | Path | Checkpoint,
     device: str = "cpu",
@@ -52,10 +67,7 @@ def load(
     make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
-    config = Config.from_json(checkpoint.config)
-    stages = mtp_stages(checkpoint.tensors)
-    check(config, checkpoint.tensors, stages)
-    check_divisible(config, group)
+    config, stages = _checked(checkpoint, group)
     place = find_device(device)
     store = WeightStore(checkpoint, config, stages, place, max_memory, group)
     store.load(progress)

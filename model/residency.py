@@ -14,6 +14,7 @@ is needed. Pinning a prefix of the cycle saves exactly the part that fits. Where
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -40,6 +41,14 @@ def stored_bytes(checkpoint: Checkpoint, name: str) -> int:
 def is_matrix(shape: tuple[int, ...], name: str) -> bool:
     """Whether a tensor is used as a matrix; the others are norms, biases, tables and position biases."""
     return len(shape) == 2 and MATRIX.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes of memory for a model's weights, or a rank's share: `whole` keeps all of them, less than `least` none."""
+
+    whole: int
+    least: int
 
 
 class WeightStore:
@@ -70,28 +79,27 @@ class WeightStore:
         self._recent: OrderedDict[str, Matrix] = OrderedDict()
         self._recent_bytes = 0
         self.reads = 0  # matrices read from the files since loading
+        fixed = sum(self.sizes[name] for name in self._vector_names)
+        self._largest = max((n for n in matrices if n != EMBEDDING), key=lambda n: self.sizes[n])
+        whole = fixed + sum(self.sizes[name] for name in matrices)
+        self.demand = Demand(whole, fixed + self.sizes[self._largest])
         self._plan(matrices, max_memory)
 
     def _plan(self, matrices: list[str], max_memory: int | None) -> None:
         """Decide what is pinned and how many bytes the expert cache may hold."""
-        sizes = self.sizes
-        dense = [name for name in matrices if name not in self._experts]
-        if max_memory is None:
-            self._pinned_names = matrices
-            self._recent_limit = 0
-            return
-        fixed = sum(sizes[name] for name in self._vector_names)
-        largest = max(sizes[name] for name in matrices if name != EMBEDDING)
-        if fixed + largest > max_memory:
-            name = max((n for n in matrices if n != EMBEDDING), key=lambda n: sizes[n])
-            raise MachineError(
-                f"max_memory is {max_memory} bytes, but norms and tables take {fixed} and '{name}' takes {largest}",
-                f"Allow at least {fixed + largest} bytes.",
-            )
-        left = max_memory - fixed - largest  # one matrix is always in flight
-        if sum(sizes[name] for name in matrices) <= left + largest:
+        sizes, least = self.sizes, self.demand.least
+        if max_memory is None or self.demand.whole <= max_memory:
             self._pinned_names, self._recent_limit = matrices, 0
             return
+        if least > max_memory:
+            largest = sizes[self._largest]
+            raise MachineError(
+                f"max_memory is {max_memory} bytes, but norms and tables take {least - largest} and "
+                f"'{self._largest}' takes {largest}",
+                f"Allow at least {least} bytes.",
+            )
+        dense = [name for name in matrices if name not in self._experts]
+        left = max_memory - least  # one matrix is always in flight
         # One layer's worth of chosen experts before anything is pinned, or each token would read them all again.
         expert = max((sizes[name] for name in self._experts), default=0)
         reserve = min(left // 2, 3 * expert * self.config.num_experts_per_tok * self.config.num_hidden_layers)

@@ -2,33 +2,51 @@
 
 The engine reports flat outputs, [T, ...] for the T tokens of a call. Here each report gets the position of its first
 token, so that two runs that split the same tokens differently can be laid side by side.
+
+Inside, a forward pass is a generator that yields every module's output as soon as it is computed. Whoever wants only
+the result has it run to its end (`heard`); whoever holds two of them can let them advance in turn, without threads.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar, TypeVarTuple
 
 import torch
 
 _LAYER = re.compile(r"layers\.\d+")
 
+Result = TypeVar("Result")
+Report = TypeVarTuple("Report")
+
+Modules = Generator[tuple[str, torch.Tensor], None, Result]
+"""Yields (module, output [T, ...]) as each is computed, and returns the result. To be run under inference_mode."""
+
 PositionedTrace = Callable[[str, int, torch.Tensor], None]
 """Called with (module, position of the first row, output [T, ...])."""
 
 
-def positioned(trace: PositionedTrace | None, end: int, stage: str = "") -> Callable[[str, torch.Tensor], None] | None:
-    """The callback for one call of the engine on one sequence whose last token is at position `end` - 1.
+def heard(reports: Generator[tuple[*Report], None, Result], hear: Callable[[*Report], None] | None) -> Result:
+    """Run a generator of reports to its end, tell `hear` each of them, and return the result."""
+    while True:
+        try:
+            report = next(reports)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        if hear is not None:
+            hear(*report)
 
-    `stage` goes in front of the name "logits", which main model and MTP block share.
-    """
+
+def positioned(trace: PositionedTrace | None, end: int) -> Callable[[str, torch.Tensor], None] | None:
+    """The callback for one call of the engine on one sequence whose last token is at position `end` - 1."""
     if trace is None:
         return None
 
     def report(name: str, output: torch.Tensor) -> None:
-        trace(stage + name if name == "logits" else name, end - len(output), output)
+        trace(name, end - len(output), output)
 
     return report
 
@@ -75,13 +93,17 @@ class Fingerprints:
         rows = self.digests.setdefault(name, {})
         rows.update(enumerate(_row_digests(output), start=position))
 
+    def first_position(self, other: "Fingerprints", name: str, positions: Iterable[int]) -> int | None:
+        """The first of the positions at which the output of a module differs."""
+        rows, others = self.digests.get(name, {}), other.digests.get(name, {})
+        return next((p for p in positions if rows.get(p) != others.get(p)), None)
+
     def first_difference(self, other: "Fingerprints") -> tuple[str, int] | None:
         """The first module, in the order of computation, whose output differs, and the first such position."""
         for name, rows in self.digests.items():
-            others = other.digests.get(name, {})
-            for position, digest in rows.items():
-                if others.get(position) != digest:
-                    return name, position
+            position = self.first_position(other, name, rows)
+            if position is not None:
+                return name, position
         extra = [name for name in other.digests if name not in self.digests]
         return (extra[0], min(other.digests[extra[0]])) if extra else None
 

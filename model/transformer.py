@@ -4,6 +4,9 @@
 cache. Inside, the tokens of all sequences are one flat list without padding, and a token's numbers depend only on its
 own sequence: on the CPU its logits are the same bits alone or in a batch, in one prefill or in single steps, for any
 number of threads. That also means that a long prompt may be computed in pieces (`TOKENS_PER_PIECE`) to bound memory.
+
+`forward` and `mtp_logits` run to the end what `forward_by_module` and `mtp_by_module` do step by step: each yields a
+module's name and output as soon as it is computed, so that two models can advance in turn (see `dsv4.model.compare`).
 """
 
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from .config import Config
 from .layers import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
 from .moe import MixtureOfExperts
 from .residency import Scope, WeightStore
+from .trace import Modules, heard
 
 TOKENS_PER_PIECE = 512
 
@@ -49,29 +53,22 @@ class Block:
         self._around_attention = HyperConnection(config, weights, "attn", arithmetic)
         self._around_experts = HyperConnection(config, weights, "ffn", arithmetic)
 
-    def __call__(
-        self, h: torch.Tensor, token_ids: torch.Tensor, call: "Call", name: str, trace: Trace | None
-    ) -> torch.Tensor:
-        """h [T, n, D] -> [T, n, D]; `name` is the layer's place in the caches and in the trace."""
+    def __call__(self, h: torch.Tensor, token_ids: torch.Tensor, call: "Call", name: str) -> Modules[torch.Tensor]:
+        """h [T, n, D] -> [T, n, D]; `name` is the layer's place in the caches and in the reports."""
         eps = self._config.rms_norm_eps
         x, post, comb = self._around_attention.enter(h)
         x = self._arithmetic.operations.rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
         output = self._attention(x, call.positions, call.segments, call.layer_caches(name))
         h = self._around_attention.leave(output, h, post, comb)
-        _tell(trace, f"{name}.attn", output)
+        yield f"{name}.attn", output
         x, post, comb = self._around_experts.enter(h)
         x = self._arithmetic.operations.rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
         output, experts = self._experts(x, token_ids)
         h = self._around_experts.leave(output, h, post, comb)
-        _tell(trace, f"{name}.ffn.gate.experts", experts)
-        _tell(trace, f"{name}.ffn", output)
-        _tell(trace, name, h)
+        yield f"{name}.ffn.gate.experts", experts
+        yield f"{name}.ffn", output
+        yield name, h
         return h
-
-
-def _tell(trace: Trace | None, name: str, tensor: torch.Tensor) -> None:
-    if trace is not None:
-        trace(name, tensor)
 
 
 class Call:
@@ -113,15 +110,15 @@ class MtpBlock:
         self.head = Head(config, self._weights, store.scope(""), arithmetic)
 
     def __call__(
-        self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call, trace: Trace | None
-    ) -> torch.Tensor:
+        self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call
+    ) -> Modules[torch.Tensor]:
         """h [T, n, D], embeddings [T, D] of the next tokens and their ids [T] -> streams [T, n, D]."""
         eps, linear, weights = self._config.rms_norm_eps, self._arithmetic.quantized_linear, self._weights
         norm = self._arithmetic.operations.rms_norm
         token = linear(norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
         normed = norm(h, weights.vector("hnorm.weight"), eps)
         streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).view(h.shape)
-        return self._block(token.unsqueeze(1) + streams, token_ids, call, self._name, trace)
+        return (yield from self._block(token.unsqueeze(1) + streams, token_ids, call, self._name))
 
 
 class Transformer:
@@ -173,6 +170,14 @@ class Transformer:
         rows: which logits to compute. trace: called with each module's name and output (flat, [T, ...]).
         Raises UsageError for token ids out of range, a context that is too long, or shapes that do not fit.
         """
+        return heard(self.forward_by_module(token_ids, cache, lengths=lengths, rows=rows), trace)
+
+    __call__ = forward
+
+    def forward_by_module(
+        self, token_ids: torch.Tensor, cache: Cache, *, lengths: list[int] | None = None, rows: Rows = "all"
+    ) -> Modules[Output]:
+        """`forward`, one module after each `next`."""
         counts = self._check(token_ids, cache, lengths)
         token_ids = token_ids.to(self.device)
         hidden = self._new_hidden(token_ids)
@@ -180,20 +185,18 @@ class Transformer:
         for starts, parts in _pieces(counts):
             call = Call(cache, starts, parts, self.device)
             ids = token_ids[call.sequence, call.column]
-            h = self._stack(ids, call, trace)
+            h = yield from self._stack(ids, call)
             call.finish()
             hidden[call.sequence, call.column] = h
-            _store_logits(logits, self._head, h, call, counts, rows, trace)
+            yield from _store_logits(logits, self._head, h, call, counts, rows)
         return Output(logits, hidden)
 
-    __call__ = forward
-
-    def _stack(self, ids: torch.Tensor, call: Call, trace: Trace | None) -> torch.Tensor:
+    def _stack(self, ids: torch.Tensor, call: Call) -> Modules[torch.Tensor]:
         embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
         h = embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
-        _tell(trace, "embed", h)
+        yield "embed", h
         for number, layer in enumerate(self._layers):
-            h = layer(h, ids, call, f"layers.{number}", trace)
+            h = yield from layer(h, ids, call, f"layers.{number}")
         return h
 
     @torch.inference_mode()
@@ -212,6 +215,18 @@ class Transformer:
         hidden [B, S, n, D] from `forward`; next_token_ids int64 [B, S]: the token that follows each position.
         Raises UsageError if the checkpoint has no MTP block of the kind that Flash and Pro have.
         """
+        return heard(self.mtp_by_module(hidden, next_token_ids, mtp_cache, lengths=lengths, rows=rows), trace)
+
+    def mtp_by_module(
+        self,
+        hidden: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        mtp_cache: Cache,
+        *,
+        lengths: list[int] | None = None,
+        rows: Rows = "all",
+    ) -> Modules[torch.Tensor | None]:
+        """`mtp_logits`, one module after each `next`."""
         if not self._mtp:
             raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
         counts = self._check(next_token_ids, mtp_cache, lengths)
@@ -221,9 +236,9 @@ class Transformer:
             call = Call(mtp_cache, starts, parts, self.device)
             ids = token_ids[call.sequence, call.column]
             embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
-            h = block(hidden[call.sequence, call.column], embedded, ids, call, trace)
+            h = yield from block(hidden[call.sequence, call.column], embedded, ids, call)
             call.finish()
-            _store_logits(logits, block.head, h, call, counts, rows, trace)
+            yield from _store_logits(logits, block.head, h, call, counts, rows)
         return logits
 
     def _new_hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -271,18 +286,17 @@ def _store_logits(
     call: Call,
     counts: list[int],
     rows: Rows,
-    trace: Trace | None,
-) -> None:
+) -> Modules[None]:
     if logits is None:
         return
     if rows == "all":
         computed = head(h)
         logits[call.sequence, call.column] = computed
-        _tell(trace, "logits", computed)
+        yield "logits", computed
         return
     lengths = torch.tensor(counts, device=h.device)
     last = (call.column == lengths[call.sequence] - 1).nonzero().squeeze(-1)
     if len(last):
         computed = head(h[last])
         logits[call.sequence[last], 0] = computed
-        _tell(trace, "logits", computed)
+        yield "logits", computed

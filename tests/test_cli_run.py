@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY
+from tiny import TINY, flipped
 
 from dsv4 import cli, run_chat
 from dsv4.convert.synthetic import Geometry, make_checkpoint
@@ -287,13 +287,7 @@ def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path:
 
 
 def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    shard = next(path for path in copy.glob("*.safetensors") if "norm.weight" in load_file(path))
-    raw = bytearray(shard.read_bytes())
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    at = 8 + int.from_bytes(raw[:8], "little") + header["norm.weight"]["data_offsets"][0]
-    raw[at] ^= 1  # the last bit of one weight of the final norm
-    shard.write_bytes(raw)
+    copy = flipped(folder, tmp_path / "copy", "norm.weight")
     arguments = (folder, "--tokens", "0,5,9", "--compare", str(copy))
     found = run_json(capfd, *arguments, code=1)
     assert found["first_module"] == "logits" and 0 < found["max_difference"] < 1
@@ -314,6 +308,55 @@ def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) 
         for how in ((), ("--no-simulation",)):
             out, _ = run(capfd, source, "--tokens", ids, "--prefill", "8", "--compare", converted, "-q", *how)
             assert out.startswith("BIT-EQUAL")
+
+
+# Of checkpoints that need 776,547 bytes and at least 143,176: more than memory holds, while half of it suffices; more
+# than memory holds, and half of it does not suffice.
+SIDE_BY_SIDE, ONE_BY_ONE = ("--max-memory", "500KB"), ("--max-memory", "200KB")
+EXPERTS = [f"layers.1.ffn.experts.{i}.w1.weight" for i in range(2)]
+
+
+@pytest.mark.parametrize("tensor", [None, *EXPERTS, "mtp.0.ffn.shared_experts.w2.weight"])
+@pytest.mark.parametrize("split", [(), ("--prefill", "4")])
+def test_side_by_side_prints_the_same(
+    capfd: Capture, folder: str, tmp_path: Path, tensor: str | None, split: tuple[str, ...]
+) -> None:
+    second = folder if tensor is None else str(flipped(folder, tmp_path / "copy", tensor))
+    arguments = (folder, "--tokens", "0,5,9,100,300,17,4", "--compare", second, *split)
+    printed, pages, objects = [], [], []
+    for memory in ((), ONE_BY_ONE, SIDE_BY_SIDE):
+        page = tmp_path / "page.html"
+        out, err = run(capfd, *arguments, *memory, "--report", str(page), code=int(tensor is not None))
+        printed.append(out)
+        pages.append(page.read_text())
+        objects.append(run_json(capfd, *arguments, *memory, code=int(tensor is not None)))
+        del objects[-1]["peak_memory_bytes"]
+        assert ("side by side" in err) == (memory is SIDE_BY_SIDE)
+        assert err.count("differs at position") == (memory is SIDE_BY_SIDE and tensor is not None)
+    assert printed[0] == printed[1] == printed[2] and pages[0] == pages[1] == pages[2]
+    assert objects[0] == objects[1] == objects[2]
+    assert (objects[0]["first_module"] is None) == (tensor is None)
+    if tensor is not None and not split:  # in one prefill, the first that is met is the first there is
+        assert f"{objects[0]['first_module']} differs at position {objects[0]['first_position']}; going on" in err
+
+
+def test_side_by_side_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
+    arguments = (folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE)
+    out, err = run(capfd, *arguments, "--tolerance", "1", "-q")
+    assert out.startswith("within tolerance") and not err
+
+
+def test_interrupted_side_by_side(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def interrupting(self: object, name: str, position: int, output: torch.Tensor) -> None:
+        if next(calls) == 5:
+            raise Interrupted("interrupted", "Run the same command again.")
+
+    monkeypatch.setattr("dsv4.model.trace.Fingerprints.__call__", interrupting)
+    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE, code=130)
+    assert not out and err.splitlines()[-1] == "error: interrupted" and next(calls) == 6
 
 
 # --- chat ---

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv4.convert.checkpoint import Checkpoint
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 from dsv4.errors import MachineError
 from dsv4.model import load
-from dsv4.model.residency import WeightStore
+from dsv4.model.loading import demand
+from dsv4.model.residency import Demand, WeightStore
 from dsv4.model.transformer import Transformer
 
 GEOMETRY = Geometry(
@@ -69,6 +71,14 @@ def test_one_byte_less_than_needed_is_refused(folder: Path) -> None:
     load(folder, max_memory=least)
     with pytest.raises(MachineError, match="takes"):
         load(folder, max_memory=least - 1)
+
+
+def test_what_a_model_demands_is_known_from_headers(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
+    checkpoint = Checkpoint.open(folder)
+    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert demand(checkpoint) == Demand(whole, least=smallest(folder))
+    assert load(folder, max_memory=whole).store.resident_bytes == resident[1]
+    assert load(folder, max_memory=whole - 1).store.resident_bytes < resident[1]
 
 
 def test_only_chosen_experts_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,12 @@ def run(
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option("--compare", parser=named, metavar="OTHER", help="Run another checkpoint on the same tokens."),
+        typer.Option(
+            "--compare",
+            parser=named,
+            metavar="OTHER",
+            help="Run another checkpoint on the same tokens; both at once if memory is short.",
+        ),
     ] = None,
     tolerance: Annotated[
         float,

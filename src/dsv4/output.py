@@ -105,6 +105,11 @@ class Progress:
         if self._bar is not None and done == total and self._bar.last_print_n:
             self._bar.refresh()  # what comes next may take a while too: show the end, if anything was shown
 
+    def clear(self) -> None:
+        """Make room for words: wipe the bar out until the next advance."""
+        if self._bar is not None:
+            self._bar.clear()
+
     def vanish(self) -> None:
         """There was nothing to do after all: wipe the bar out at the end."""
         if self._bar is not None:

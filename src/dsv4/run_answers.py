@@ -65,6 +65,10 @@ class TokenProgress:
         self._done += tokens
         self._bar.advance(round(self._done) - self._bar.done)
 
+    def clear(self) -> None:
+        """Make room for words: wipe the bar out until the next advance."""
+        self._bar.clear()
+
     def close(self) -> None:
         """Wipe the bar out: from here on the terminal belongs to the answer."""
         if not self._closed:

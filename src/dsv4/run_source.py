@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dsv4.convert.checkpoint import Checkpoint
     from dsv4.convert.ranks import Ranks
     from dsv4.model.config import Config
+    from dsv4.model.parallel import Group
+    from dsv4.model.residency import Demand
     from dsv4.model.transformer import Transformer
 
 
@@ -106,13 +108,23 @@ def memory_limit(loading: Loading) -> int | None:
     return usable if usable is None or loading.ranks is None else usable // loading.ranks.local_count
 
 
+def _group(loading: Loading) -> "Group":
+    from dsv4.model.parallel import ALONE, Group
+
+    return Group(loading.ranks.index, loading.ranks.count) if loading.ranks else ALONE
+
+
+def demand(source: Source, loading: Loading) -> "Demand":
+    """The memory that the weights want in this process. Raises InputError for a checkpoint that cannot be loaded."""
+    from dsv4.model import loading as engine
+
+    return engine.demand(source.checkpoint, _group(loading))
+
+
 def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
     """The model, with a progress bar while its weights are read."""
     from dsv4.model import load
-    from dsv4.model.parallel import ALONE, Group
 
-    ranks = loading.ranks
-    group = Group(ranks.index, ranks.count) if ranks else ALONE
     bar, done = None, 0
 
     def advance(read: int, total: int) -> None:
@@ -122,7 +134,8 @@ def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
         done = read
 
     try:
-        model = load(source.checkpoint, loading.place, loading.simulation, memory_limit(loading), advance, group)
+        limit, group = memory_limit(loading), _group(loading)
+        model = load(source.checkpoint, loading.place, loading.simulation, limit, advance, group)
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
