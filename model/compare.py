@@ -60,17 +60,14 @@ class _Side:
         return Run(self.evaluation, self.fingerprints)
 
 
-def _parting(one: _Side, other: _Side, reached: tuple[Reached | None, Reached | None]) -> tuple[str, int] | None:
-    """Module and position of the first difference in what both have just computed.
+def _parting(one: _Side, other: _Side, reached: Reached | None) -> tuple[str, int] | None:
+    """Module and position of the first difference in what both have just computed, where `one` has reached.
 
-    Models of different structure come to different modules: that is a difference too.
+    A model of other structure has come to another module and lacks this one: that is a difference too.
     """
-    first = reached[0] or reached[1]
-    if first is None:
+    if reached is None:
         return None
-    name, positions = first
-    if reached[0] != reached[1]:
-        return name, positions[0]
+    name, positions = reached
     position = one.fingerprints.first_position(other.fingerprints, name, positions)
     return None if position is None else (name, position)
 
@@ -93,7 +90,7 @@ def run_side_by_side(
     one, other = (_Side(model, tokens, prefill, mtp, on_progress) for model in models)
     parted = None
     while one.evaluation is None or other.evaluation is None:
-        reached = one.advance(), other.advance()
+        reached, _ = one.advance(), other.advance()
         if parted is None:
             parted = _parting(one, other, reached)
             if parted is not None and on_difference is not None:

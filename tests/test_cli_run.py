@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +23,9 @@ from dsv4.model.encoding import encode_messages
 from dsv4.model.generate import Answer, Limits, Statistics, generate
 from dsv4.model.sampling import Sampling
 from dsv4.model.tokenizer import load_tokenizer
+from dsv4.model.transformer import Transformer
+from dsv4.output import Output
+from dsv4.run_source import Loading, Source, load_model
 
 FEW = ("--max-new-tokens", "4", "--temperature", "0")
 Capture = pytest.CaptureFixture[str]
@@ -345,6 +349,38 @@ def test_side_by_side_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, 
     arguments = (folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE)
     out, err = run(capfd, *arguments, "--tolerance", "1", "-q")
     assert out.startswith("within tolerance") and not err
+
+
+def test_side_by_side_shares_the_memory(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+
+    def spy(source: Source, loading: Loading, out: Output) -> Transformer:
+        assert loading.max_memory == 250_000
+        model = load_model(source, loading, out)
+        stores.append(model.store)
+        return model
+
+    monkeypatch.setattr("dsv4.run_compare.load_model", spy)
+    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE)
+    assert len(stores) == 2 and all(0 < store.resident_bytes <= 250_000 and store.reads for store in stores)
+
+
+class Terminal(io.StringIO):
+    """A screen to draw bars on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_over_both_and_words_beside_it(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4.output.SECONDS_UNTIL_A_PASSING_BAR", 0)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
+    assert cli.run(["run", folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE]) == 1
+    screen = sys.stderr.getvalue()
+    assert screen.count("computing:   0%") == 1 and "0.00/6.00" in screen
+    before, _, words = screen.partition("logits differs at position 0; going on")
+    assert words and not before.rpartition("\r")[2].strip()
 
 
 def test_interrupted_side_by_side(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
