@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import TINY, flipped
 
+from dsv4.convert.ranks import Ranks
 from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model import load
@@ -18,7 +19,9 @@ from dsv4.model.evaluate import Evaluation, check_tokens, teacher_forced
 from dsv4.model.residency import Demand
 from dsv4.model.trace import Fingerprints
 from dsv4.model.transformer import Transformer
-from dsv4.run_compare import Room, advance_together
+from dsv4.output import configure
+from dsv4.run_compare import Room, advance_together, compare_checkpoints
+from dsv4.run_source import Loading, open_source
 
 TOKENS = [0, 5, 9, 100, 300, 17, 4, 8, 99, 250, 12]
 
@@ -204,6 +207,22 @@ def test_when_two_models_advance_together(
     limits: list[int | None], demands: tuple[Demand, Demand], together: bool
 ) -> None:
     assert advance_together([Room(limit, demands) for limit in limits]) == together
+
+
+class Two(Ranks):
+    """This rank, and another one whose machine has less to give."""
+
+    def gather(self, value: Room) -> list[Room]:
+        return [value, Room(500_000, value.demands)]
+
+
+@pytest.mark.parametrize("ranks", [None, Two(0, 1)])
+def test_ranks_decide_together(folder: Path, ranks: Ranks | None, capsys: pytest.CaptureFixture[str]) -> None:
+    out = configure()
+    source, loading = open_source(str(folder), out), Loading(max_memory=10**9, ranks=ranks)
+    assert compare_checkpoints((source, source), loading, TOKENS, None, 0.0, None, out) == 0
+    printed = capsys.readouterr()
+    assert ("side by side" in printed.err) == (ranks is not None) and printed.out.startswith("BIT-EQUAL")
 
 
 def evaluation(logits: Any, mtp: Any = None) -> Run:
