@@ -65,10 +65,10 @@ def check(source: Path, work: Path) -> None:
 
 def check_run(shared: Path) -> None:
     """The engine against the reference's logits, judged by the program that lies with them."""
-    judge, golden = shared / "check_run.py", shared / "tiny" / "expected"
-    noise = ["--noise", str(shared / "noise.json"), "tiny.simulated"]
-    for file, options in (("logits.exact.npz", []), ("logits.simulated.npz", noise)):
-        command = [sys.executable, str(judge), str(shared / "tiny"), str(golden / file), *options]
+    for golden in sorted(shared.glob("*/expected/logits.*.npz")):
+        checkpoint, kind = golden.parent.parent, golden.name.split(".")[1]
+        noise = [] if kind == "exact" else ["--noise", str(shared / "noise.json"), f"{checkpoint.name}.{kind}"]
+        command = [sys.executable, str(shared / "check_run.py"), str(checkpoint), str(golden), *noise]
         subprocess.run(command, check=True)
 
 

@@ -1,0 +1,107 @@
+"""Checks single layers on the inputs and outputs that the reference recorded, where they lie beside the project.
+
+    python .ci/shared_layers.py FOLDER
+
+Each folder in FOLDER with an `expected/layers.safetensors` is run layer by layer: each layer gets the reference's own
+input, so that nothing builds up. In two places the reference's numbers depend on how tokens were split into calls,
+which dsv4 rules out: its logits are the same bits for any split. Both are of rounding only, and are put back here:
+
+- torch's bfloat16 rsqrt rounds the square root too for the elements that are left over when a call's are taken 32 at a
+  time: those of the last tokens. dsv4 decides for each token as if it were alone; with 64 or 128 heads nothing is left.
+- A first call of fewer tokens than the window lists as many window keys, not a window full; the keys after them then
+  fall into other blocks of the sum, and a running maximum is rounded with.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dsv4.model import attention, load, loading, ops, parts
+from dsv4.model.transformer import Call, Transformer
+
+PREFILL = 126  # tokens of the first call; then single steps
+VECTOR = attention.BFLOAT16_VECTOR
+MEDIAN_LIMIT, P90_LIMIT = 4e-3, 2e-2  # of the relative difference, over positions: what comes with the files asks for
+
+window_rows = attention.window_rows
+
+
+def head_norm_by_call(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+    """parts.head_norm with the tokens that are left over in this call."""
+    tokens, heads, _ = q.shape
+    last = tokens - tokens * heads % VECTOR // heads
+    usual, rounded = parts.head_norm(q[:last], eps, heads), parts.head_norm(q[last:], eps, 0)
+    return torch.cat((usual, rounded))
+
+
+def window_rows_by_call(position: int, count: int, first: int, window: int) -> torch.Tensor:
+    """attention.window_rows, as wide as the first call is long."""
+    rows = window_rows(position, count, first, window)
+    return rows[:, :count] if position == 0 and 1 < count < window else rows
+
+
+def result(modules: Iterator[Any]) -> torch.Tensor:
+    """What a layer returns, once it has told of its modules."""
+    while True:
+        try:
+            next(modules)
+        except StopIteration as end:
+            return torch.as_tensor(end.value)
+
+
+@torch.inference_mode()
+def outputs(model: Transformer, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The output of each layer, and of the MTP block, for the reference's inputs."""
+    config, tokens, count = model.config, known["tokens"].long(), len(known["h0"])
+    cache, mtp_cache = model.new_cache(1), model.new_mtp_cache(1)
+    made: dict[str, list[torch.Tensor]] = {}
+    spans = [(0, PREFILL), *((begin, begin + 1) for begin in range(PREFILL, count))]
+    for begin, end in spans:
+        call = Call(cache, [0], [end - begin], model.device)
+        for number, layer in enumerate(model._layers):
+            h = layer(known[f"h{number}"][begin:end], tokens[begin:end], call, f"layers.{number}")
+            made.setdefault(f"h{number + 1}", []).append(result(h))
+        call.finish()
+        call, following = Call(mtp_cache, [0], [end - begin], model.device), tokens[begin + 1 : end + 1]
+        embedded, last = model.store.embedding(following).bfloat16(), known[f"h{config.num_hidden_layers}"]
+        made.setdefault("mtp_out", []).append(result(model._mtp[0](last[begin:end], embedded, following, call)))
+        call.finish()
+    return {name: torch.cat(parts) for name, parts in made.items()}
+
+
+def check(folder: Path) -> list[dict[str, Any]]:
+    """Relative differences of each module's output, over positions."""
+    known = load_file(folder / "expected" / "layers.safetensors")
+    found = []
+    for name, made in outputs(load(folder), known).items():
+        a, b = made.flatten(1).double(), known[name].flatten(1).double()
+        difference = (a - b).norm(dim=1) / b.norm(dim=1)
+        median, p90 = float(difference.median()), float(difference.quantile(0.9))
+        ok = median < MEDIAN_LIMIT and p90 < P90_LIMIT
+        found.append({"output": name, "median": median, "p90": p90, "equal": float((difference == 0).double().mean())})
+        found[-1]["ok"] = ok
+        print(f"{folder.name} {json.dumps(found[-1])}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--any-split", action="store_true", help="dsv4's own rules, the same for every split")
+    options = parser.parse_args()
+    if not options.any_split:
+        operations = replace(ops.REFERENCE, head_norm=head_norm_by_call)
+        loading.choose = lambda device: operations
+        attention.window_rows = window_rows_by_call
+    files = sorted(options.folder.glob("*/expected/layers.safetensors"))
+    return 0 if all(found["ok"] for file in files for found in check(file.parent.parent)) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
