@@ -45,10 +45,17 @@ def _explained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Group:
-    """This process is rank `index` of `count` that run one model together."""
+    """This process is rank `index` of `count` that run one model together.
+
+    by_way_of_cpu: what ranks exchange lies on a device that gloo and nccl do not reach, and is copied there and back.
+    """
 
     index: int = 0
     count: int = 1
+    by_way_of_cpu: bool = False
+
+    def _reachable(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cpu().contiguous() if self.by_way_of_cpu else x.contiguous()
 
     def part(self, length: int) -> tuple[int, int]:
         """[start, stop) of this rank in a dimension of `length`, which the number of ranks divides."""
@@ -72,10 +79,11 @@ class Group:
         """The ranks' parts [..., n] side by side: [..., count * n]."""
         if self.count == 1:
             return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        mine = self._reachable(x)
+        parts = [torch.empty_like(mine) for _ in range(self.count)]
         with _explained():
-            dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(x.contiguous()))
-        return torch.cat(parts, dim=-1)
+            dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(mine))
+        return torch.cat(parts, dim=-1).to(x.device)
 
     def combine(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n], n even, where at most one rank has other bits than zero in each place: those bits, everywhere.
@@ -84,10 +92,10 @@ class Group:
         """
         if self.count == 1:
             return x
-        x = x.contiguous()
+        mine = self._reachable(x)
         with _explained():
-            dist.all_reduce(x.view(torch.int32))
-        return x
+            dist.all_reduce(mine.view(torch.int32))
+        return mine.to(x.device)
 
 
 ALONE = Group()

@@ -1,6 +1,7 @@
 """A device besides the CPU, made in Python, for machines that have none: it computes on the CPU, and refuses to mix.
 
-    python second_device.py CHECKPOINT BYTES      what the engine computes on it, against the CPU, as JSON
+    python second_device.py compare CHECKPOINT BYTES      what the engine computes on it, against the CPU, as JSON
+    python second_device.py run CHECKPOINT ...            `dsv4 run`, which may say --device npu
 
 Its tensors are boxes around CPU tensors. Each operation of torch that meets one unpacks them all, and fails if a tensor
 of the CPU is among them, as a real device would: a forgotten `device=` shows. It is a program and not a fixture because
@@ -8,8 +9,6 @@ torch can have one such device per process, under one name, and because a few fu
 boxes: they are replaced before the engine is imported.
 """
 
-import contextlib
-import io
 import json
 import sys
 from typing import Any
@@ -109,17 +108,6 @@ def logits(folder: str, device: str, **options: Any) -> list[torch.Tensor]:
     return [done.logits, done.mtp_logits]
 
 
-def greedy(folder: str, device: str) -> list[int]:
-    """Tokens from the command line."""
-    from dsv4 import cli
-
-    said = io.StringIO()
-    line = ["run", folder, "--tokens", "3,1,4,1,5", "--device", device, "--no-simulation", "--temperature", "0"]
-    with contextlib.redirect_stdout(said):
-        assert cli.run([*line, "--max-new-tokens", "12", "--json"]) == 0
-    return list(json.loads(said.getvalue())["answers"][0]["tokens"])
-
-
 def is_mixing_refused() -> bool:
     try:
         torch.zeros(3, device=NAME) + torch.zeros(3)
@@ -128,7 +116,7 @@ def is_mixing_refused() -> bool:
     return False
 
 
-def main(folder: str, least_memory: int) -> dict[str, Any]:
+def compare(folder: str, least_memory: int) -> dict[str, Any]:
     """What the test looks at."""
     torch.set_num_threads(1)
     expected = logits(folder, "cpu", simulation=False)
@@ -138,10 +126,20 @@ def main(folder: str, least_memory: int) -> dict[str, Any]:
         differences = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, there, strict=True)]
         found[name] = max(differences)
     found["simulated"] = all(bool(each.isfinite().all()) for each in logits(folder, NAME))
-    found["tokens"] = {device: greedy(folder, device) for device in ("cpu", NAME)}
     return found
 
 
-if __name__ == "__main__":
+def main() -> int:
     library = install()
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
+    if sys.argv[1] == "compare":
+        print(json.dumps(compare(sys.argv[2], int(sys.argv[3]))))
+        return 0
+    from dsv4 import cli
+
+    code = cli.run(sys.argv[1:])
+    del library
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

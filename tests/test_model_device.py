@@ -1,6 +1,7 @@
 """The engine on a device that is not the CPU: every tensor it computes with lies there, and the numbers agree."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,24 @@ from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import MachineError
 from dsv4.model import load
 
-PROGRAM = Path(__file__).with_name("second_device.py")
+PROGRAM = str(Path(__file__).with_name("second_device.py"))
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+GREEDY = (
+    "--tokens", "3,1,4,1,5", "--no-simulation", "--temperature", "0", "--max-new-tokens", "12", "--json",
+)  # fmt: skip
+
+
+def output_of(*command: object) -> dict[str, Any]:
+    """The JSON object that a program prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("device") / "c", seed=6, tokenizer=False)
 
 
 def least_memory(folder: Path) -> int:
@@ -23,12 +41,8 @@ def least_memory(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = make_checkpoint(tmp_path_factory.mktemp("device") / "c", seed=6, tokenizer=False)
-    command = [sys.executable, str(PROGRAM), str(folder), str(least_memory(folder))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+def found(folder: Path) -> dict[str, Any]:
+    return output_of(PROGRAM, "compare", folder, least_memory(folder))
 
 
 def test_the_device_tells_when_devices_are_mixed(found: dict[str, Any]) -> None:
@@ -45,6 +59,8 @@ def test_simulated_quantizations_run_there(found: dict[str, Any]) -> None:
     assert found["simulated"]
 
 
-def test_greedy_tokens_from_the_command_line(found: dict[str, Any]) -> None:
-    assert found["tokens"]["npu"] == found["tokens"]["cpu"]
-    assert len(found["tokens"]["cpu"]) > 5
+def test_greedy_tokens_from_the_command_line_alone_and_as_two_ranks(folder: Path) -> None:
+    on_the_cpu = output_of("-m", "dsv4", "run", folder, *GREEDY)["answers"]
+    assert output_of(PROGRAM, "run", folder, *GREEDY, "--device", "npu")["answers"] == on_the_cpu
+    assert output_of(*TORCHRUN, PROGRAM, "run", folder, *GREEDY, "--device", "npu")["answers"] == on_the_cpu
+    assert len(on_the_cpu[0]["tokens"]) > 5

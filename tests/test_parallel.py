@@ -129,9 +129,12 @@ class TestAnswers:
             assert ended.out == [expected[1], ""] and "side by side" in ended.err[0] and not ended.err[1]
             assert ended.err[0].count("differs at position") == code
 
-    def test_a_chat_is_for_one(self, folder: Path, tmp_path: Path) -> None:
-        ended = run_ranks(2, tmp_path, "run", folder)
-        assert 2 in ended.codes and set(ended.codes) <= {2, 143} and "chat" in ended.err[ended.codes.index(2)]
+    @pytest.mark.parametrize(
+        ("options", "word"), [([], "chat"), (["--tokens", "1", "--device", "cuda:0"], "a GPU each")]
+    )
+    def test_wrong_usage(self, options: list[str], word: str, folder: Path, tmp_path: Path) -> None:
+        ended = run_ranks(2, tmp_path, "run", folder, *options)
+        assert 2 in ended.codes and set(ended.codes) <= {2, 143} and word in ended.err[ended.codes.index(2)]
 
     @pytest.mark.parametrize("dies", [0, 1])
     def test_a_killed_rank_is_an_error(self, dies: int, folder: Path, tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ class Loading:
     ranks: "Ranks | None" = None
 
     @property
+    def kind(self) -> str:
+        """The device without its number."""
+        return self.device.partition(":")[0]
+
+    @property
     def place(self) -> str:
         """The device of this process."""
         return f"cuda:{self.ranks.local_index}" if self.ranks and self.device == "cuda" else self.device
@@ -97,11 +102,10 @@ def memory_limit(loading: Loading) -> int | None:
     """Bytes that weights may occupy: as asked for, or what is free where they will be, with a margin."""
     if loading.max_memory is not None:
         return loading.max_memory
-    kind = loading.device.partition(":")[0]
-    if kind != "cpu":
+    if loading.kind != "cpu":
         import torch
 
-        backend: Any = getattr(torch, kind, None)
+        backend: Any = getattr(torch, loading.kind, None)
         if hasattr(backend, "mem_get_info") and backend.is_available():
             return int(backend.mem_get_info(loading.place)[0] * MARGIN)
     usable = usable_memory()
@@ -109,9 +113,12 @@ def memory_limit(loading: Loading) -> int | None:
 
 
 def _group(loading: Loading) -> "Group":
+    from dsv4.convert.ranks import BACKENDS
     from dsv4.model.parallel import ALONE, Group
 
-    return Group(loading.ranks.index, loading.ranks.count) if loading.ranks else ALONE
+    if loading.ranks is None:
+        return ALONE
+    return Group(loading.ranks.index, loading.ranks.count, by_way_of_cpu=loading.kind not in BACKENDS)
 
 
 def demand(source: Source, loading: Loading) -> "Demand":
