@@ -34,9 +34,8 @@ LOCK_NAME = PREFIX + "lock"
 SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
-DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache
+DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache, if given in whole pages
 SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
-COPIED_AT_ONCE = 2**16  # takes less time than to let other threads run
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
 
 
@@ -71,32 +70,10 @@ def create_folder(folder: Path) -> None:
     fsync_folder(folder.parent)
 
 
-class _Stage:
-    """Memory that O_DIRECT can write from: pages of its own, filled from data that lies anywhere."""
-
-    def __init__(self) -> None:
-        self.pages = memoryview(mmap.mmap(-1, WRITE_BYTES))
-        self.used = 0
-
-    @property
-    def full(self) -> bool:
-        return self.used == len(self.pages)
-
-    def fill(self, data: memoryview) -> memoryview:
-        """Copy what fits; returns what did not."""
-        count = min(len(self.pages) - self.used, len(data))
-        to, part = self.pages[self.used : self.used + count], data[:count]
-        if count < COPIED_AT_ONCE:
-            to[:] = part
-        else:
-            np.copyto(np.frombuffer(to, np.uint8), np.frombuffer(part, np.uint8))  # other threads run meanwhile
-        self.used += count
-        return data[count:]
-
-    def take(self) -> memoryview:
-        """What is in it, which then counts as written."""
-        taken, self.used = self.pages[: self.used], 0
-        return taken
+def _are_pages(data: memoryview) -> bool:
+    """Whether O_DIRECT can write the bytes: whole pages that begin where a page of memory does."""
+    address = np.frombuffer(data, np.uint8).ctypes.data if data else 0
+    return address % mmap.PAGESIZE == 0 and len(data) % mmap.PAGESIZE == 0
 
 
 class AtomicFile:
@@ -113,7 +90,7 @@ class AtomicFile:
         self._committed = False
         try:
             self._allocate()
-            self._stage = _Stage() if size >= DIRECT_BYTES and self._set_direct(True) else None
+            self._direct = size >= DIRECT_BYTES and self._set_direct(True)
         except BaseException:
             self.abort()
             raise
@@ -141,10 +118,9 @@ class AtomicFile:
 
     def _write_cached(self) -> None:
         """Leave O_DIRECT: for the last bytes, which fill no page, or because the file system wants it after all."""
-        stage, self._stage = self._stage, None
-        if stage is not None:
+        if self._direct:
             self._set_direct(False)
-            self._put(stage.take())
+            self._direct = False
 
     def _put(self, data: memoryview) -> None:
         """Hand bytes to the kernel; short writes are continued."""
@@ -152,22 +128,20 @@ class AtomicFile:
             try:
                 count = os.write(self._descriptor, data[:WRITE_BYTES])
             except OSError as error:
-                if error.errno != errno.EINVAL or self._stage is None:
+                if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._write_cached()  # a block size that does not divide ours, or the rest of a short write
                 continue
             data = data[count:]
 
     def write(self, data: memoryview) -> None:
-        """Append bytes."""
+        """Append bytes. A large file goes past the page cache as long as whole pages are given, where pages begin."""
         data = data.cast("B")
         self.written += len(data)
-        while data and self._stage is not None:
-            data = self._stage.fill(data)
-            if self._stage.full:
-                self._put(self._stage.take())
+        if not _are_pages(data):
+            self._write_cached()
         self._put(data)
-        if self._stage is None and self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+        if not self._direct and self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
             # Starts writing dirty pages out without waiting, and lets go of those that are out already: a long run
             # does not push everything else out of the machine's page cache.
             os.posix_fadvise(self._descriptor, 0, self.written, os.POSIX_FADV_DONTNEED)
@@ -177,7 +151,6 @@ class AtomicFile:
         """Check the length, fsync, rename, fsync the folder. Raises MachineError if not all bytes were written."""
         if self.written != self.size:
             raise MachineError(f"{self.path.name}: {self.written} bytes written, {self.size} planned")
-        self._write_cached()
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1

@@ -1,9 +1,9 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
-Workers make pieces; the calling thread takes them in file order and hands them to two more threads, one that hashes
-the shard and one that writes it. At most `window` pieces are made ahead and BYTES_BEHIND wait for the disk, which
-bounds memory whatever the size of the shard. hashlib, preadv, write, torch and the compiled cast all let go of the
-interpreter's lock, so threads are enough.
+Workers make pieces; the calling thread takes them in file order and puts them into blocks, which two more threads hash
+and write (see shard_outflow.py). At most `window` pieces are alive at a time, which bounds memory whatever the size of
+the shard. hashlib, preadv, write, torch and the compiled cast all let go of the interpreter's lock, so threads are
+enough.
 """
 
 import hashlib
@@ -23,10 +23,9 @@ from .files import AtomicFile
 from .journal import FinishedShard
 from .plan import Op, OutputShard, OutputTensor
 from .settings import Settings
+from .shard_outflow import Outflow
 from .shard_scan import ScannedShard, scan_shard
 from .tensor_pieces import Counts, Made, Piece, make, split
-
-BYTES_BEHIND = 24 * 2**20  # three pieces: enough that neither the disk nor the hash waits for the other
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -130,63 +129,10 @@ def _entry(tensor: OutputTensor, file: str, state: _Tensor, digests: tuple[str, 
     return entry
 
 
-class _Outflow:
-    """A shard's bytes on their way into its file and its hash, in order, behind the thread that hands them over."""
-
-    def __init__(self, file: AtomicFile, workers: Workers, advance: Callable[[int], None]) -> None:
-        self._file, self._workers, self._advance = file, workers, advance
-        self._sha256 = hashlib.sha256()
-        self._behind: deque[tuple[Future[None], Future[None], int]] = deque()
-        self._bytes_behind = 0
-        self._stopped = False
-
-    def begin(self, header: bytes) -> None:
-        """The bytes in front of the data, which progress does not count."""
-        self._sha256.update(header)
-        self._file.write(memoryview(header))
-
-    def _write(self, data: memoryview) -> None:
-        if self._stopped:
-            return
-        try:
-            self._file.write(data)
-        except BaseException:
-            self._stopped = True  # what is queued behind must not follow
-            raise
-
-    def _settle(self) -> None:
-        """Wait for the oldest bytes."""
-        hashing, writing, count = self._behind.popleft()
-        hashing.result()
-        writing.result()
-        self._bytes_behind -= count
-        self._advance(count)
-
-    def put(self, data: memoryview) -> None:
-        """The next bytes of the data; they must stay as they are."""
-        hashing = self._workers.hasher.submit(self._sha256.update, data)
-        writing = self._workers.writer.submit(self._write, data)
-        self._behind.append((hashing, writing, len(data)))
-        self._bytes_behind += len(data)
-        while self._bytes_behind > BYTES_BEHIND:
-            self._settle()
-
-    def finish(self) -> str:
-        """Wait until all is written. Returns the SHA-256 of the file."""
-        while self._behind:
-            self._settle()
-        return self._sha256.hexdigest()
-
-    def stop(self) -> None:
-        """Write nothing more; when this returns, the writing thread has let go of the file."""
-        self._stopped = True
-        self._workers.writer.submit(lambda: None).result()
-
-
 class _Entries:
     """Takes pieces in file order, passes their bytes on, and turns each finished tensor into a manifest entry."""
 
-    def __init__(self, scanned: ScannedShard, outflow: _Outflow) -> None:
+    def __init__(self, scanned: ScannedShard, outflow: Outflow) -> None:
         self._scanned, self._outflow = scanned, outflow
         self.of_tensors: dict[str, dict[str, Any]] = {}
         self._state = _Tensor()
@@ -240,7 +186,7 @@ def write_shard(
     final = scanned.shard
     pieces = (piece for tensor in final.tensors if tensor.nbytes for piece in split(tensor))
     file = AtomicFile(folder / final.file, final.size)
-    outflow = _Outflow(file, workers, advance)
+    outflow = Outflow(file, workers.hasher, workers.writer, advance)
     try:
         outflow.begin(final.header)
         entries, scales = _Entries(scanned, outflow), scanned.scales

@@ -33,7 +33,7 @@ from hostile import GEOMETRY as TWO_LAYERS
 from hostile import INDEX
 
 from dsv4 import cli
-from dsv4.convert import files
+from dsv4.convert import files, shard_outflow
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import make_checkpoint
 
@@ -253,6 +253,7 @@ def main() -> None:
     for number in SIGNALS.values():
         signal.signal(number, cli._on_signal)
     before, shared = None, options[-1:] == ["--shared"]
+    shard_outflow.BLOCK_BYTES = 2**13  # the shards are small: many writes all the same
     if options[-1:] == ["--direct"]:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
     options = [option for option in options if option not in ("--shared", "--direct")]

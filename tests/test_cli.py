@@ -179,6 +179,19 @@ def test_stdout_may_close(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode in (1, 141)  # the help is printed by the command-line library, whose code is 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(("full", "folder", "code"), [("stdout", "good", 4), ("stderr", "missing", 3)])
+def test_where_the_words_go_may_be_full(full: str, folder: str, code: int, options: list[str], tmp_path: Path) -> None:
+    good_checkpoint(tmp_path / "good")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "dsv4", "inspect", str(tmp_path / folder), *options]
+    with open("/dev/full", "w") as sink:
+        done = subprocess.run(command, text=True, **(streams | {full: sink}))
+    assert done.returncode == code and "Traceback" not in (done.stderr or "")
+    assert full == "stderr" or "standard output: No space left on device" in done.stderr
+
+
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
 

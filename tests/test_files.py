@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from dsv4.convert.files import AtomicFile
 from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import Interrupted
 
-STAGE = 2**14
-SIZES = [2 * STAGE, 2 * STAGE + 1, 5 * STAGE - 1, 7 * STAGE + 4096]
+AT_ONCE = 2**14
+SIZES = [2 * AT_ONCE, 2 * AT_ONCE + 1, 5 * AT_ONCE - 1, 7 * AT_ONCE + 4096]
 Refusal = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -57,20 +58,24 @@ def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.os, "write", lambda descriptor, data: real(descriptor, data[: len(data) // 2 + 1]))
 
 
+@pytest.mark.parametrize("unit", [mmap.PAGESIZE, 1], ids=["pages", "bytes"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("refusal", [nothing, no_direct_io, late_refusal, short_writes])
 def test_the_bytes_are_those_that_were_given(
-    refusal: Refusal, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refusal: Refusal, size: int, unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "WRITE_BYTES", STAGE)
-    monkeypatch.setattr(files, "DIRECT_BYTES", 2 * STAGE)
+    """In whole pages but for the last, or in pieces of any length."""
+    monkeypatch.setattr(files, "WRITE_BYTES", AT_ONCE)
+    monkeypatch.setattr(files, "DIRECT_BYTES", 2 * AT_ONCE)
     refusal(monkeypatch)
     random = np.random.default_rng(size)
     data = random.bytes(size)
+    pages = mmap.mmap(-1, size)
+    pages[:] = data
     with AtomicFile(tmp_path / "file", size) as file:
-        rest = memoryview(data)
+        rest = memoryview(pages)
         while rest:
-            count = int(random.integers(1, 2 * STAGE))
+            count = unit * int(random.integers(1, 2 * AT_ONCE // unit))
             file.write(rest[:count])
             rest = rest[count:]
         file.commit()
@@ -93,8 +98,10 @@ def test_a_large_file_goes_past_the_page_cache(tmp_path: Path, monkeypatch: pyte
             able = False
     monkeypatch.setattr(files.os, "write", write)
     size = files.DIRECT_BYTES + 1
+    pages = memoryview(mmap.mmap(-1, size))
     with AtomicFile(tmp_path / "file", size) as file:
-        file.write(memoryview(bytes(size)))
+        file.write(pages[:-1])
+        file.write(pages[-1:])
         file.commit()
     sizes = [files.WRITE_BYTES, files.WRITE_BYTES, 1]
     assert direct == list(zip(sizes, [able, able, False], strict=True))

@@ -18,7 +18,7 @@ from fault_lab import GEOMETRY
 from hostile import INDEX
 
 from dsv4 import cli
-from dsv4.convert import files
+from dsv4.convert import files, shard_outflow
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import make_checkpoint
 
@@ -145,6 +145,7 @@ def check_promises(output: Path, whole: dict[str, str]) -> None:
 def test_promises_hold_after_power_loss_at_any_moment(
     direct: bool, record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(shard_outflow, "BLOCK_BYTES", 2**13)  # the shards are small: many writes all the same
     if direct:  # as large shards are written
         monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)

@@ -48,11 +48,11 @@ def check_visible(output: Path, whole: dict[str, str]) -> None:
         assert {name for name in whole if name.endswith(".safetensors")} <= set(visible)
 
 
-# strace counts the calls of each thread: the main one writes headers and side files, another the data.
+# strace counts the calls of each thread: the main one writes side files, another the shards.
 @pytest.mark.parametrize(
     "inject",
-    ["write:signal=KILL:when=2", "write:signal=KILL:when=30", "fsync:signal=KILL:when=4", "fsync:signal=KILL:when=20",
-     f"{RENAMES}:signal=KILL:when=1", f"{RENAMES}:signal=KILL:when=10"],
+    ["write:signal=KILL:when=1", "write:signal=KILL:when=2", "write:signal=KILL:when=8", "fsync:signal=KILL:when=4",
+     "fsync:signal=KILL:when=20", f"{RENAMES}:signal=KILL:when=1", f"{RENAMES}:signal=KILL:when=10"],
 )  # fmt: skip
 def test_killed(inject: str, source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     done = traced(source, tmp_path / "out", inject)
@@ -65,7 +65,7 @@ def test_killed(inject: str, source: Path, whole: dict[str, str], tmp_path: Path
 
 @pytest.mark.parametrize(
     ("inject", "words"),
-    [("fsync:error=EIO:when=5", "disk reports an error"), ("write:error=ENOSPC:when=40", "Free some disk space")],
+    [("fsync:error=EIO:when=5", "disk reports an error"), ("write:error=ENOSPC:when=2", "Free some disk space")],
 )
 def test_refused(inject: str, words: str, source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     done = traced(source, tmp_path / "out", inject)

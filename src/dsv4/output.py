@@ -6,6 +6,7 @@ answer and errors only), and silent (errors only), for the ranks of a shared run
 Colour only on a terminal, and never when NO_COLOR is set or TERM is `dumb`.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -157,6 +158,9 @@ class Output:
         except UnicodeEncodeError:
             encoding = stream.encoding or "ascii"
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True, end=end)
+        except OSError as error:
+            error.filename = "standard output" if stream is sys.stdout else "standard error"
+            raise
 
     def _colour(self, text: str, code: str, stream: TextIO) -> str:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
@@ -203,12 +207,16 @@ class Output:
             self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
 
     def error(self, error: Dsv4Error) -> None:
-        """The message of a failed command, on stderr; with `--json` also as the one object on stdout."""
+        """The message of a failed command, on stderr; with `--json` also as the one object on stdout.
+
+        Where one of them takes nothing any more, that is no error of its own: the exit code is the same.
+        """
         text = f"{self.speaker}: {error}" if self.speaker else str(error)
-        self._write(sys.stderr, self._colour("error: ", "31", sys.stderr) + text)
-        if error.hint:
-            self._write(sys.stderr, f"  {error.hint}")
-        self.result({"error": text, "hint": error.hint, "exit_code": error.exit_code})
+        words = self._colour("error: ", "31", sys.stderr) + text + (f"\n  {error.hint}" if error.hint else "")
+        with contextlib.suppress(ClosedPipe, OSError):
+            self._write(sys.stderr, words)
+        with contextlib.suppress(ClosedPipe, OSError):
+            self.result({"error": text, "hint": error.hint, "exit_code": error.exit_code})
 
     def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> Progress:
         """A progress bar on stderr, human mode only."""
