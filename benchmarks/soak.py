@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from dsv4 import cli
-from dsv4.convert import files
+from dsv4.convert import files, shard_outflow
 from dsv4.convert.files import PREFIX
 from dsv4.convert.synthetic import Geometry, make_checkpoint
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
-    files.WRITE_BYTES = files.DIRECT_BYTES = 2**14
+    files.WRITE_BYTES = files.DIRECT_BYTES = shard_outflow.BLOCK_BYTES = 2**14
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         totals = soak(options.minutes, Path(work))
