@@ -1,4 +1,4 @@
-"""The engine on a device that is not the CPU: every tensor it computes with lies there, and the numbers agree."""
+"""Numbers and engine on a device that is not the CPU: all that they compute with lies there, and results agree."""
 
 import json
 import os
@@ -43,6 +43,11 @@ def least_memory(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
     return output_of(PROGRAM, "compare", folder, least_memory(folder))
+
+
+def test_the_numbers_are_the_same_bits_there() -> None:
+    found = output_of(PROGRAM, "quant")
+    assert len(found) > 20 and [name for name, same in found.items() if not same] == []
 
 
 def test_the_device_tells_when_devices_are_mixed(found: dict[str, Any]) -> None:
