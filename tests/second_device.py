@@ -2,6 +2,7 @@
 
     python second_device.py compare CHECKPOINT BYTES      what the engine computes on it, against the CPU, as JSON
     python second_device.py run CHECKPOINT ...            `dsv4 run`, which may say --device npu
+    python second_device.py reached CHECKPOINT ...        the same, where ranks can exchange what lies on the device
     python second_device.py quant                         which functions of dsv4.quant give the same bits on both
 
 Its tensors are boxes around CPU tensors. Each operation of torch that meets one unpacks them all, and fails if a tensor
@@ -221,8 +222,11 @@ def main() -> int:
         print(json.dumps(found))
         return 0
     from dsv4 import cli
+    from dsv4.convert import ranks
 
-    code = cli.run(sys.argv[1:])
+    if sys.argv[1] == "reached":
+        ranks.BACKENDS[NAME] = "gloo"  # which gets what is in the boxes
+    code = cli.run(["run", *sys.argv[2:]])
     del library
     return code
 
