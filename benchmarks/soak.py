@@ -57,13 +57,17 @@ class Totals:
 
 def start(arguments: list[str], words: Path = Path(os.devnull)) -> int:
     """A forked process that runs one command line, with stderr into the file `words`. Returns its id."""
+    # Python's own handler would unwind the child through the code below, which removes the folder that all work in.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if child:
         return child
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = ["dsv4", *arguments]
     code: object = 70
     try:
