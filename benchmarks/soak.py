@@ -1,6 +1,6 @@
 """Convert, kill at a random moment, continue, verify; for a number of minutes.
 
-    python benchmarks/soak.py --minutes 20 [--folder DIR] [--seed N]
+    python benchmarks/soak.py [FOLDER] [--minutes 20] [--seed N]
 
 Every run is a fork of one process that has torch loaded. It is killed with SIGKILL, SIGTERM or SIGINT after a random
 time, and started again until it ends by itself. The shards are small, but written past the page cache in small steps,
@@ -163,7 +163,7 @@ def soak(minutes: float, work: Path) -> Totals:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("folder", nargs="?", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)

@@ -4,7 +4,7 @@ Makes a checkpoint of real Flash dimensions (experts of 2048 x 4096, FP4 with E8
 reads everything once so that both work from the page cache, then alternates the two and compares the best of each.
 Peak memory is that of the whole process, less that of a process which only imports torch.
 
-    python benchmarks/verify.py [--experts 80] [--folder /path/with/3GB] [--runs 3]
+    python benchmarks/verify.py [FOLDER with 3 GB free] [--experts 80] [--runs 3]
 
 Limits: wall time at most twice that of `sha256sum` with as many processes as cores, and 1 GiB of memory.
 """
@@ -138,7 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=80, help="12.6 MB in FP4 each")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: a temporary folder)")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="where to make the checkpoints; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="dsv4-verify-", dir=arguments.folder))
     try:
