@@ -198,7 +198,9 @@ def write_shard(
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(file.path)
-        outflow.stop()
-        file.abort(error)
+        try:
+            outflow.stop()
+        finally:
+            file.abort(error)
         raise
     return file, FinishedShard(final.file, final.size, sha256, entries.of_tensors | _empty_entries(final))
