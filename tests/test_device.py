@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dsv4.convert.ranks import Ranks
 from dsv4.convert.synthetic import make_checkpoint
 from dsv4.errors import MachineError
 from dsv4.model import load
+from dsv4.run_source import Loading
 
 PROGRAM = str(Path(__file__).with_name("second_device.py"))
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -43,6 +47,18 @@ def least_memory(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
     return output_of(PROGRAM, "compare", folder, least_memory(folder))
+
+
+@pytest.mark.parametrize(("device", "there", "place"), [
+    ("cpu", 1, "cpu"), ("npu", 1, "npu"), ("npu", 4, "npu:1"), ("cuda", 4, "cuda:1"), ("npu:3", 4, "npu:3"),
+])  # fmt: skip
+def test_each_rank_has_a_device_of_its_own(
+    device: str, there: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("npu", "cuda"):
+        monkeypatch.setattr(torch, kind, SimpleNamespace(device_count=lambda: there), raising=False)
+    assert Loading(device, ranks=Ranks(5, 8, local_index=1, local_count=4)).place == place
+    assert Loading(device).place == device
 
 
 def test_the_numbers_are_the_same_bits_there() -> None:

@@ -130,7 +130,7 @@ class TestAnswers:
             assert ended.err[0].count("differs at position") == code
 
     @pytest.mark.parametrize(
-        ("options", "word"), [([], "chat"), (["--tokens", "1", "--device", "cuda:0"], "a GPU each")]
+        ("options", "word"), [([], "chat"), (["--tokens", "1", "--device", "cuda:0"], "a device each: --device cuda")]
     )
     def test_wrong_usage(self, options: list[str], word: str, folder: Path, tmp_path: Path) -> None:
         ended = run_ranks(2, tmp_path, "run", folder, *options)

@@ -59,7 +59,7 @@ class _Request:
             (self.generation.mtp and (self.logits or self.compare), "--logits and --compare run the MTP block anyway"),
             (self.logits and self.sources.interactive, "--logits needs a prompt: a text, --messages or --tokens"),
             (self.compare and self.sources.interactive, "--compare needs a prompt: a text, --messages or --tokens"),
-            (self.ranks and self.loading.device.startswith("cuda:"), "several ranks need a GPU each: --device cuda"),
+            (self.ranks and ":" in self.loading.device, f"ranks have a device each: --device {self.loading.kind}"),
             (self.ranks and self.sources.interactive, "a chat is for one process: several need a prompt"),
             (self.trace and self.sources.interactive, "--trace needs a prompt: a text, --messages or --tokens"),
         ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Loading:
     """How a checkpoint is loaded. `max_memory` None: what the machine has free, with a margin.
 
-    `ranks`: those that load and run it together, each on a GPU of its own if the device is one.
+    `ranks`: those that load and run it together.
     """
 
     device: str = "cpu"
@@ -41,8 +41,13 @@ class Loading:
 
     @property
     def place(self) -> str:
-        """The device of this process."""
-        return f"cuda:{self.ranks.local_index}" if self.ranks and self.device == "cuda" else self.device
+        """The device of this process: of several ranks on a machine each has one of its own, if there are several."""
+        if self.ranks is None or self.device == "cpu" or ":" in self.device:
+            return self.device
+        import torch
+
+        count = getattr(getattr(torch, self.kind, None), "device_count", lambda: 1)()
+        return f"{self.device}:{self.ranks.local_index}" if count > 1 else self.device
 
 
 @dataclass(frozen=True)
