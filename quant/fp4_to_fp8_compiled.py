@@ -63,9 +63,11 @@ def cast_into(
     library = _library()
     if library is None or not _fits(packed, scale_bytes, block_bytes, block, out):
         return fp4_to_fp8.cast_into(packed, scale_bytes, block_bytes, block, out)
+    # Held until C is done with it: two threads that are first at once make a table each, and the cache drops one.
+    tables = _tables()
     rows, groups = scale_bytes.shape
     zeros: int = library.dsv4_fp4_to_fp8(
-        packed.data_ptr(), scale_bytes.data_ptr(), block_bytes.data_ptr(), _tables().data_ptr(),
+        packed.data_ptr(), scale_bytes.data_ptr(), block_bytes.data_ptr(), tables.data_ptr(),
         fp4_to_fp8.TABLE_K_MIN, fp4_to_fp8.TABLE_K_MAX, out.data_ptr(),
         rows, groups, block.rows, block.columns // e2m1.GROUP_SIZE,
     )  # fmt: skip

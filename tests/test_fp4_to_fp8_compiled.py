@@ -3,7 +3,9 @@
 import os
 import shutil
 import sysconfig
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +115,25 @@ def test_too_few_scales_are_an_error_and_not_read_past_their_end(cast_into: fp4_
         cast_into(
             random_bytes(4, 32), random_bytes(3, 2), random_bytes(1, 1), WHOLE, torch.empty(4, 64, dtype=torch.uint8)
         )
+
+
+def test_the_table_is_there_as_long_as_c_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that are the first at once make a table each; the cache keeps one, whichever C is reading."""
+    tables = []
+
+    def kept_by_nobody() -> torch.Tensor:
+        table = torch.zeros(1, dtype=torch.uint8)
+        tables.append(weakref.ref(table))
+        return table
+
+    def read(*arguments: int) -> int:
+        return sum(table() is not None and table().data_ptr() in arguments for table in tables)
+
+    monkeypatch.setattr(fp4_to_fp8_compiled, "_tables", kept_by_nobody)
+    monkeypatch.setattr(fp4_to_fp8_compiled, "_library", lambda: SimpleNamespace(dsv4_fp4_to_fp8=read))
+    out = torch.empty(4, 64, dtype=torch.uint8)
+    arguments = random_bytes(4, 32), random_bytes(4, 2), random_bytes(1, 1), WHOLE, out
+    assert fp4_to_fp8_compiled.cast_into(*arguments) == 1
 
 
 def test_the_choice(not_compiled: None) -> None:
