@@ -16,6 +16,7 @@ from dsv4.errors import InputError, printable
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1
 METADATA = "__metadata__"
 
 # Bits per element. I8 with a sibling E8M0 scale is packed FP4; F4 is the reference engine's tag for the same bytes.
@@ -69,7 +70,13 @@ def strict_json(raw: bytes, what: str) -> Any:
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor. Raises ValueError if its bits do not fill whole bytes; KeyError for an unknown dtype."""
+    """Bytes of a tensor.
+
+    Raises ValueError if its bits do not fill whole bytes or its dimensions overflow 64 bits, those of an empty tensor
+    included (safetensors multiplies them one by one); KeyError for an unknown dtype.
+    """
+    if math.prod(size or 1 for size in shape) * DTYPE_BITS[dtype] >= MAX_BITS:
+        raise ValueError("the product of its dimensions overflows")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
         raise ValueError(f"{bits} bits are not whole bytes")

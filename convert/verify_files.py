@@ -25,6 +25,7 @@ from dsv4.errors import InputError, printable
 Severity = Literal["note", "difference", "unreadable"]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1: the library multiplies dimensions in 64 bits
 
 # Bits of one element as the safetensors header counts them. F4 is two E2M1 codes a byte, with a shape in elements.
 DTYPE_BITS = {
@@ -210,6 +211,8 @@ def _entry_problem(name: str, value: object) -> str:
         return "its shape is not a list of sizes"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         return "its data_offsets are not two byte positions"
+    if math.prod(size or 1 for size in shape) * DTYPE_BITS[value["dtype"]] >= MAX_BITS:
+        return "the product of its dimensions overflows"
     bits = math.prod(shape) * DTYPE_BITS[value["dtype"]]
     if offsets[1] - offsets[0] != bits // 8 or bits % 8:
         return f"its shape needs {bits // 8} bytes, its data_offsets give it {offsets[1] - offsets[0]}"

@@ -134,6 +134,9 @@ def nearly_right(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
         0,
     )
 )
+@example(({"a": {"dtype": "F32", "shape": [4, 2**62, 0], "data_offsets": [0, 0]}}, 0))
+@example(({"a": {"dtype": "I8", "shape": [2**62, 2, 2, 0], "data_offsets": [0, 0]}}, 0))
+@example(({"a": {"dtype": "F64", "shape": [0, 2**62], "data_offsets": [0, 0]}}, 0))
 def test_headers_that_are_nearly_right(tmp_path: Path, case: tuple[dict[str, Any], int]) -> None:
     header, length = case
     compare(file_of(header, bytes(length)), tmp_path)
@@ -169,6 +172,14 @@ def test_every_cut_of_a_file(tmp_path: Path) -> None:
         assert ours(GOOD[:length]) is None
         compare(GOOD[:length], tmp_path)
     assert ours(GOOD + b"\0") is None
+
+
+@pytest.mark.parametrize("shape", [[4, 2**62, 0], [0, 2**62, 4], [2**62, 0, 4], [2**63 - 1, 2, 0], [2**64, 0]])
+def test_dimensions_that_overflow_are_refused_wherever_the_zero_is(tmp_path: Path, shape: list[int]) -> None:
+    content = file_of({"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, 0]}}, b"")
+    assert ours(content) is None
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert verifier_s(tmp_path / "x.safetensors") is None
 
 
 def test_reads_what_safetensors_writes() -> None:
