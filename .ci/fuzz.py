@@ -14,9 +14,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["dsv4"]):
-    from dsv4.convert.checkpoint import Checkpoint
-    from dsv4.convert.safetensors_format import build_header, header_length, parse_header
-    from dsv4.convert.verify_files import LocalFiles, read_index, read_shard
+    from dsv4.convert.checkpoint.header import build_header, header_length, parse_header
+    from dsv4.convert.checkpoint.reader import Checkpoint
+    from dsv4.convert.proof.files import LocalFiles, read_index, read_shard
     from dsv4.errors import InputError
 
 from safetensors import SafetensorError, safe_open

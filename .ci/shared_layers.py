@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dsv4.model import attention, load, loading, ops, parts
+from dsv4.model import load, loading
+from dsv4.model.kernels import reference as ops
+from dsv4.model.kernels import reference_small as parts
+from dsv4.model.layers import attention
 from dsv4.model.transformer import Call, Transformer
 
 PREFILL = 126  # tokens of the first call; then single steps

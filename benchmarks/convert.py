@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from dsv4.convert import convert
-from dsv4.convert.safetensors_format import build_header
+from dsv4.convert.checkpoint.header import build_header
 from dsv4.quant import e2m1, fp4_to_fp8, fp4_to_fp8_compiled
 from dsv4.quant.block_scales import Block
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from dsv4.convert import convert
-from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load
 from dsv4.model.transformer import Transformer
 

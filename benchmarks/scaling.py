@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from dsv4.convert.synthetic import Geometry, make_checkpoint
-from dsv4.convert.synthetic_geometry import config as config_json
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.synthetic.geometry import config as config_json
 from dsv4.model import load
 from dsv4.model.config import OVERLAP_RATIO, Config
 from dsv4.model.parallel import Group

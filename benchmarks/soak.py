@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 from dsv4 import cli
-from dsv4.convert import files, shard_outflow
-from dsv4.convert.files import PREFIX
-from dsv4.convert.synthetic import Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.write import atomic_file as files
+from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write.atomic_file import PREFIX
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED_EXIT = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -100,7 +100,7 @@ MEASURE = """
 import resource, sys, time
 import torch
 resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-from dsv4.convert.verification import verify
+from dsv4.convert.proof.run import verify
 started, processor = time.perf_counter(), time.process_time()
 result = verify(sys.argv[1], sys.argv[2])
 seconds, processor = time.perf_counter() - started, time.process_time() - processor

@@ -12,14 +12,14 @@ shard_writer and files write; conversion does it all. The verify_* modules share
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conversion import convert as convert
-    from .verification import verify as verify
+    from dsv4.convert.proof.run import verify as verify
+    from dsv4.convert.write.run import convert as convert
 
 __all__ = ["convert", "verify"]
 
 _LAZY = {
-    "convert": "conversion",
-    "verify": "verification",
+    "convert": "write.run",
+    "verify": "proof.run",
 }  # public name -> module, imported when first used: torch takes a second
 
 

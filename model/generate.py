@@ -12,9 +12,10 @@ from typing import Literal
 
 import torch
 
+from dsv4.model.evaluate.trace import PositionedTrace, counting, positioned, together
+
 from .cache import Cache
 from .sampling import Sampler, Sampling
-from .trace import PositionedTrace, counting, positioned, together
 from .transformer import Rows, Transformer
 
 Finish = Literal["stop", "length"]

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
-from dsv4.convert.checkpoint import Checkpoint
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import MachineError, printable
+from dsv4.model.kernels.cpu import NATIVE, library
+from dsv4.model.kernels.reference import REFERENCE, Operations
+from dsv4.model.kernels.torch_device import ACCELERATED
+from dsv4.model.layers.common import Arithmetic
 
-from .accelerated import ACCELERATED
 from .config import Config
-from .layers import Arithmetic
-from .native import NATIVE, library
-from .ops import REFERENCE, Operations
 from .parallel import ALONE, Group, check_divisible
-from .residency import Demand, Progress, WeightStore
 from .transformer import Transformer
+from .weight_store import Demand, Progress, WeightStore
 from .weights import check, mtp_stages
 
 

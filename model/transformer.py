@@ -6,7 +6,8 @@ own sequence: on the CPU its logits are the same bits alone or in a batch, in on
 number of threads. That also means that a long prompt may be computed in pieces (`TOKENS_PER_PIECE`) to bound memory.
 
 `forward` and `mtp_logits` run to the end what `forward_by_module` and `mtp_by_module` do step by step: each yields a
-module's name and output as soon as it is computed, so that two models can advance in turn (see `dsv4.model.compare`).
+module's name and output as soon as it is computed, so that two models can advance in turn (see
+`dsv4.model.evaluate.compare`).
 """
 
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from typing import Literal
 import torch
 
 from dsv4.errors import UsageError
+from dsv4.model.evaluate.trace import Modules, heard
+from dsv4.model.layers.attention import Attention, Segment
+from dsv4.model.layers.common import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
+from dsv4.model.layers.moe import MixtureOfExperts
 
-from .attention import Attention, Segment
 from .cache import Cache, LayerCache, new_cache
 from .config import Config
-from .layers import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
-from .moe import MixtureOfExperts
-from .residency import Scope, WeightStore
-from .trace import Modules, heard
+from .weight_store import Scope, WeightStore
 
 TOKENS_PER_PIECE = 512
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsv4.convert.checkpoint import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.errors import InputError
 from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, dequantize_fp4, dequantize_fp8, scale_shape
 from dsv4.quant.e4m3 import is_nan

@@ -14,7 +14,7 @@ bfloat16. Nothing here depends on the neighbours of a row or on the number of th
 
 import torch
 
-from dsv4.quant import e2m1, e4m3
+from . import e2m1, e4m3
 
 FP8_GROUP = 128  # group of the input of a quantized linear layer
 FP4_GROUP = 32

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.quant import e2m1, e4m3, e8m0
+from . import e2m1, e4m3, e8m0
 
 
 class Block(NamedTuple):

@@ -25,8 +25,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dsv4.quant import e2m1, e4m3, e8m0
-from dsv4.quant.block_scales import Block, scale_shape
+from . import e2m1, e4m3, e8m0
+from .block_scales import Block, scale_shape
 
 REFERENCE_SHIFT = 6  # S = max(s) - 6: the largest E2M1 value, 6, becomes 384 = 6 * 2**6 <= 448
 GUARANTEED_SPAN = 14  # max(s) - min(s) up to which the reference S is exact for every code: 6 - (-8)

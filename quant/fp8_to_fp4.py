@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.quant import e2m1, e4m3, e8m0
-from dsv4.quant.block_scales import Block, block_amax, decode_scale, expand_scale
+from . import e2m1, e4m3, e8m0
+from .block_scales import Block, block_amax, decode_scale, expand_scale
 
 
 class Fp4Form(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.quant import e2m1, e4m3, e8m0
-from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, expand_scale
+from . import e2m1, e4m3, e8m0
+from .block_scales import FP4_BLOCK, Block, decode_scale, expand_scale
 
 HALF_WAY = 0x8000  # the low 16 bits of a float32 that lies midway between two BF16 values
 

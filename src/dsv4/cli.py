@@ -1,6 +1,6 @@
 """The `dsv4` command: names the subcommands, and turns every ending into a message and an exit code.
 
-Each subcommand lives in `command_<name>.py`. Those modules import only the standard library and Typer at the top
+Each subcommand lives in `commands/<name>.py`. Those modules import only the standard library and Typer at the top
 and the heavy packages inside the command, so that `dsv4 --help` answers at once.
 """
 
@@ -20,20 +20,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from dsv4 import (
-    __version__,
-    command_convert,
-    command_demo,
-    command_doctor,
-    command_download,
-    command_encode,
-    command_env,
-    command_inspect,
-    command_run,
-    command_verify,
-    output,
-)
-from dsv4.convert.ranks import launched
+from dsv4 import __version__, output
+from dsv4.commands import convert, demo, doctor, download, encode, env, inspect, verify
+from dsv4.commands.run import command as run_command
+from dsv4.distributed import launched
 from dsv4.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -93,15 +83,15 @@ class _Command(typer.core.TyperCommand):
 
 # What `dsv4 --help` says of each: short enough for one line of 80 columns.
 for _module, _function, _help in (
-    (command_demo, command_demo.demo, "See it all on a small checkpoint, made on the spot."),
-    (command_inspect, command_inspect.inspect, "Show what is in a checkpoint, from its headers alone."),
-    (command_download, command_download.download, "Fetch a checkpoint from a hub and check every byte."),
-    (command_convert, command_convert.convert, "Convert a checkpoint without changing a value."),
-    (command_verify, command_verify.verify, "Prove that two checkpoints hold the same model."),
-    (command_run, command_run.run, "Answer prompts, or compare the logits of two checkpoints."),
-    (command_doctor, command_doctor.doctor, "Say whether an engine will load a folder, and how."),
-    (command_encode, command_encode.encode, "Print the exact prompt that messages become."),
-    (command_env, command_env.env, "Show versions, devices, memory and disks."),
+    (demo, demo.demo, "See it all on a small checkpoint, made on the spot."),
+    (inspect, inspect.inspect, "Show what is in a checkpoint, from its headers alone."),
+    (download, download.download, "Fetch a checkpoint from a hub and check every byte."),
+    (convert, convert.convert, "Convert a checkpoint without changing a value."),
+    (verify, verify.verify, "Prove that two checkpoints hold the same model."),
+    (run_command, run_command.run, "Answer prompts, or compare the logits of two checkpoints."),
+    (doctor, doctor.doctor, "Say whether an engine will load a folder, and how."),
+    (encode, encode.encode, "Print the exact prompt that messages become."),
+    (env, env.env, "Show versions, devices, memory and disks."),
 ):
     app.command(_function.__name__, cls=_Command, short_help=_help, epilog=_module.EPILOG)(_function)
 

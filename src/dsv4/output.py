@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 from dsv4.errors import Dsv4Error, printable
 
 if TYPE_CHECKING:
-    from dsv4.convert.ranks import Ranks
+    from dsv4.distributed import Ranks
 
 Mode = Literal["human", "json", "quiet", "silent"]
 

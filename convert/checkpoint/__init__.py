@@ -1,0 +1,1 @@
+"""Reading a checkpoint: container, index, config, names, layouts. The only room of convert/ that model/ may use."""

@@ -1,0 +1,248 @@
+"""The read side of a checkpoint: config, index and every header, validated once before any work.
+
+`Checkpoint.open` reads headers only, a few MB even for the 865 GB of V4-Pro. Tensor bytes are read on demand, by
+rows, so that memory is what the caller decides. The index and the shards must agree in both directions: a shard that
+is missing, a tensor that only one of them knows, or two shards that hold the same tensor are errors, because an
+engine would load such a folder and compute nonsense.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4.errors import InputError, printable
+
+from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
+from .storage import Folder, Storage, check_component
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+MAX_INDEX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
+
+Headers = Callable[[int, int], None]  # told how many shards' headers are read, and of how many
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F4": torch.uint8,
+}  # fmt: skip
+
+
+def untold(done: int, total: int) -> None:
+    """`Headers` when nobody wants to know."""
+
+
+def row_count(shape: tuple[int, ...], nbytes: int) -> int:
+    """Rows that a tensor can be read by: its first dimension; 1 for a scalar, and where rows are not whole bytes."""
+    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what its header declares. `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str  # safetensors tag, such as F8_E4M3
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension; of everything for a scalar."""
+        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the checkpoint: its size, the SHA-256 of its header, and its tensors in data order."""
+
+    name: str
+    size: int
+    header_sha256: str
+    tensors: tuple[str, ...]
+
+
+def read_json(storage: Storage, name: str, size: int, limit: int) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes. Raises InputError."""
+    where = f"{storage.label}/{name}"
+    if size > limit:
+        raise InputError(f"{where}: {size} bytes, at most {limit} are believable")
+    value = strict_json(storage.read(name, 0, size), where)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object is expected")
+    return value
+
+
+def read_header(storage: Storage, name: str, size: int) -> tuple[Header, str]:
+    """Validated header of one file and the SHA-256 of its bytes. Raises InputError."""
+    where = f"{storage.label}/{printable(name)}"
+    prefix = storage.read(name, 0, min(size, LENGTH_BYTES))
+    raw = storage.read(name, LENGTH_BYTES, header_length(prefix, size, where))
+    return parse_header(raw, size, where), hashlib.sha256(prefix + raw).hexdigest()
+
+
+def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{where}: weight_map must map tensor names to shard names")
+    for shard in set(weight_map.values()):
+        check_component(shard, where)
+        if not shard.endswith(".safetensors"):
+            raise InputError(f"{where}: '{printable(shard)}' is not a .safetensors file")
+    check_twins(sorted(set(weight_map.values())), where)
+    check_twins(list(weight_map), where)
+    return weight_map
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(printable, names[:3]))
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _shard_names(storage: Storage, sizes: dict[str, int]) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the shards, and the index's map from tensor to shard if there is an index."""
+    if INDEX_NAME in sizes:
+        index = read_json(storage, INDEX_NAME, sizes[INDEX_NAME], MAX_INDEX_BYTES)
+        weight_map = _weight_map(index, f"{storage.label}/{INDEX_NAME}")
+        shards = sorted(set(weight_map.values()))
+        missing = [s for s in shards if s not in sizes]
+        if missing:
+            text = f"{storage.label}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}"
+            raise InputError(text, "Finish the download first.")
+        strangers = [f for f in sizes if "/" not in f and f.endswith(".safetensors") and f not in shards]
+        if strangers:
+            raise InputError(
+                f"{storage.label}: the index does not name {_some(strangers)}",
+                "Remove it, or download the index again.",
+            )
+        return shards, weight_map
+    if SINGLE_NAME in sizes:
+        return [SINGLE_NAME], None
+    found = sum(f.endswith(".safetensors") for f in sizes)
+    raise InputError(
+        f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
+        "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run` and `dsv4 doctor`."
+        if "model0-mp" in "".join(sizes)
+        else "Name the folder of a complete checkpoint.",
+    )
+
+
+def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], label: str) -> None:
+    where = f"{label}/{INDEX_NAME}"
+    absent = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].shard != shard]
+    if absent:
+        raise InputError(f"{where}: names {len(absent)} tensors that are not in their shard: {_some(absent)}")
+    unknown = [n for n in tensors if n not in weight_map]
+    if unknown:
+        raise InputError(f"{where}: does not name {len(unknown)} tensors of the shards: {_some(unknown)}")
+
+
+def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, TensorInfo]]:
+    """One safetensors file: what it is, and where its tensors are. Raises InputError."""
+    header, digest = read_header(storage, name, size)
+    tensors = {
+        tensor: TensorInfo(
+            tensor, entry.dtype, entry.shape, name, header.data_start + entry.begin, entry.end - entry.begin
+        )
+        for tensor, entry in header.entries.items()
+    }
+    return Shard(name, size, digest, tuple(header.entries)), tensors
+
+
+def _collect(
+    storage: Storage, names: list[str], sizes: dict[str, int], headers: Headers
+) -> tuple[dict[str, Shard], dict[str, TensorInfo]]:
+    shards: dict[str, Shard] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for number, name in enumerate(names, 1):
+        shards[name], found = read_file(storage, name, sizes[name])
+        for tensor, info in found.items():
+            if tensor in tensors:
+                raise InputError(
+                    f"{storage.label}: '{printable(tensor)}' is in two shards: {tensors[tensor].shard} and {name}"
+                )
+            tensors[tensor] = info
+        headers(number, len(names))
+    check_twins(list(tensors), storage.label)
+    return shards, tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened, validated checkpoint. Get one with `Checkpoint.open`."""
+
+    storage: Storage
+    config: dict[str, Any]
+    files: dict[str, int]  # every file and its size
+    shards: dict[str, Shard]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, source: Path | str | Storage, headers: Headers = untold) -> "Checkpoint":
+        """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
+        if not isinstance(source, str | Path):
+            return cls._open(source, headers)
+        storage = Folder(Path(source))
+        try:
+            return cls._open(storage, headers)
+        except BaseException:
+            storage.close()
+            raise
+
+    @classmethod
+    def _open(cls, storage: Storage, headers: Headers) -> "Checkpoint":
+        sizes = storage.sizes()
+        names, weight_map = _shard_names(storage, sizes)
+        if CONFIG_NAME not in sizes:
+            raise InputError(f"{storage.label}: {CONFIG_NAME} is missing", "Copy it from the release.")
+        config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
+        shards, tensors = _collect(storage, names, sizes, headers)
+        if weight_map is not None:
+            _check_index(weight_map, tensors, storage.label)
+        return cls(storage, config, sizes, shards, tensors)
+
+    def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
+        """Bytes [start, stop) of a tensor's data, in fresh memory. Raises KeyError for an unknown name."""
+        info = self.tensors[name]
+        buffer = bytearray((info.nbytes if stop is None else stop) - start)
+        if buffer:
+            self.storage.read_into(info.shard, memoryview(buffer), info.offset + start)
+        return buffer
+
+    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
+        """Rows [start_row, stop_row) of a tensor, in its declared dtype (F4: bytes of two codes), in fresh memory."""
+        info = self.tensors[name]
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise InputError(f"'{printable(name)}' has dtype {info.dtype}, which torch cannot hold")
+        shape = info.shape
+        if shape and (start_row or stop_row is not None):
+            stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
+            shape = (stop_row - start_row, *shape[1:])
+            data = self.read_bytes(name, start_row * info.row_bytes, stop_row * info.row_bytes)
+        else:
+            data = self.read_bytes(name)
+        if info.dtype == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        if not data:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
+
+    def close(self) -> None:
+        """Let go of open files."""
+        self.storage.close()
+
+
+def layout_bytes(tensors: dict[str, TensorInfo]) -> int:
+    """Sum of the tensors' bytes: `total_size` of an index."""
+    return sum(tensor_bytes(info.dtype, info.shape) for info in tensors.values())

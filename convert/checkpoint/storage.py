@@ -1,0 +1,151 @@
+"""Where the bytes of a checkpoint come from: a folder now, a hub through the same four methods elsewhere.
+
+Everything is read by `pread` into memory that the caller bounds. Nothing is mapped: a file that shrinks under a map
+is a SIGBUS, and mapped pages hide how much memory a run needs.
+"""
+
+import os
+import re
+import stat
+import threading
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from dsv4.errors import InputError, printable
+
+from .source import download_hint
+
+_SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
+
+
+def check_component(name: str, what: str) -> None:
+    """Refuse a file name that is not one plain component: no separators, drives, dots only, controls or NUL."""
+    if not _SAFE_COMPONENT.fullmatch(name) or name.endswith("."):
+        raise InputError(
+            f"{what}: '{printable(name[:80])}' is not a plain file name", "A shard lies beside its index, in no folder."
+        )
+
+
+class Storage(Protocol):
+    """Read access to the files of one checkpoint. Safe to use from several threads."""
+
+    label: str  # how messages call it: a path or a repository
+
+    def sizes(self) -> dict[str, int]:
+        """Name and size of each file, names relative with `/` for sub-folders."""
+        ...
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes. Raises InputError if the file ends before."""
+        ...
+
+    def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` of the file. Raises InputError if the file ends before."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What names this source for good, such as repository and commit; {} for a folder, which may move."""
+        ...
+
+    def changed_ns(self, name: str) -> int:
+        """When a file last changed, ns since 1970; 0 if it cannot change."""
+        ...
+
+    def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
+        """Make the shards in `now` readable, begin with `upcoming`, and let go of all others: for remote sources."""
+        ...
+
+    def disk_bytes(self) -> int:
+        """Disk that reading the shards needs beside the output."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files."""
+        ...
+
+
+class Folder:
+    """A checkpoint in a local folder. Symlinks to regular files are followed (the hub caches are made of them)."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            kind = "is not a folder" if path.exists() else "does not exist"
+            hint = "Name the folder that holds config.json and the shards." + download_hint(str(path))
+            raise InputError(f"{printable(str(path))}: {kind}", hint)
+        self.path = path
+        self.label = printable(str(path))
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def sizes(self) -> dict[str, int]:
+        """Regular files of the folder and its sub-folders, by relative name; hidden files and folders left out."""
+        found: dict[str, int] = {}
+        for folder, folders, files in os.walk(self.path, followlinks=False):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for file in sorted(files):
+                full = Path(folder, file)
+                if not file.startswith(".") and full.is_file():
+                    found[full.relative_to(self.path).as_posix()] = full.stat().st_size
+        return found
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                self._descriptors[name] = self._open(name)
+            return self._descriptors[name]
+
+    def _open(self, name: str) -> int:
+        path = self.path / name
+        try:
+            # A FIFO would block the open; O_NONBLOCK lets us look at it and refuse.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise InputError(f"{self.label}: {printable(name)} is missing", "Download it again.") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InputError(f"{self.label}: {printable(name)} is not a regular file")
+        return descriptor
+
+    def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
+        """See Storage."""
+        descriptor, done = self._descriptor(name), 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise InputError(f"{self.label}: {printable(name)} ends at byte {offset + done}", "Download it again.")
+            done += count
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """See Storage."""
+        buffer = bytearray(length)
+        self.read_into(name, memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def identity(self) -> dict[str, Any]:
+        """See Storage."""
+        return {}
+
+    def changed_ns(self, name: str) -> int:
+        """See Storage. The inode's change time: unlike the modification time, it cannot be set back."""
+        return os.fstat(self._descriptor(name)).st_ctime_ns
+
+    def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
+        """See Storage. A local file is always there."""
+
+    def disk_bytes(self) -> int:
+        """See Storage."""
+        return 0
+
+    def close(self) -> None:
+        """See Storage."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

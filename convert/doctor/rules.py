@@ -1,0 +1,300 @@
+"""Will this engine load this folder and compute the right thing? The checks, over what doctor_engines.py says of each.
+
+Where nobody knows, the verdict says so and is not a yes.
+
+Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte into float32, a missing expert_dtype
+means fp4 to one engine and fp8 to another, and a weight whose scale is missing passes as codes without a scale.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dsv4.convert.checkpoint.inventory import (
+    architecture_name,
+    compress_ratios,
+    expert_dtype,
+    quantization,
+    text,
+    weight_block,
+)
+from dsv4.convert.checkpoint.reader import Headers, untold
+from dsv4.errors import printable
+
+from .engines import ABSENT, ENGINES, Engine, EngineName
+from .facts import Facts, gather
+
+Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
+
+# wrong: it loads and computes something else. refuses: it stops with an error. unknown: nobody has shown that it works.
+FAILURES = ("wrong", "refuses")
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of one rule: what was found, what to do about it if it is a failure, and the command that does it."""
+
+    rule: str
+    status: Status
+    text: str
+    fix: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What every rule gets to see."""
+
+    facts: Facts
+    name: EngineName
+    engine: Engine
+    tensor_parallel: int | None
+
+    @property
+    def convert(self) -> str:
+        """The command that writes this checkpoint for this engine, from the release if this folder lost its form."""
+        facts, folder = self.facts, shlex.quote(self.facts.folder)
+        if self.engine.layout == "mp":
+            ranks = self.tensor_parallel or "N"
+            return f"dsv4 convert {folder} NEW --to same --layout mp --model-parallel {ranks}"
+        decoded = facts.layout == "mp" or facts.experts == {"bf16"} or not facts.wo_a <= set(self.engine.wo_a)
+        return f"dsv4 convert {'RELEASE' if decoded else folder} NEW --target {self.name}"
+
+
+def _layout(p: Patient) -> Iterator[Check]:
+    wanted = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp"}
+    if p.facts.layout == p.engine.layout:
+        yield Check("layout", "ok", wanted[p.facts.layout])
+    elif p.facts.layout == "mp":
+        found = f"rank files; {p.name} reads {wanted['hf']}"
+        yield Check("layout", "refuses", found, "Convert the release again, without --layout mp.", p.convert)
+    else:
+        found = f"a Hugging Face folder; {p.name} reads {wanted['mp']}"
+        yield Check("layout", "refuses", found, command=p.convert)
+
+
+def _architecture(p: Patient) -> Iterator[Check]:
+    if p.facts.layout == "mp":
+        return
+    model, architecture = text(p.facts.config, "model_type"), architecture_name(p.facts.config)
+    shown = printable(f"{architecture} ({model})")
+    if p.name == "transformers" and model != "deepseek_v4":
+        yield Check("architecture", "refuses", f"{shown}; of this family transformers knows model_type deepseek_v4")
+    elif architecture != "DeepseekV4ForCausalLM":
+        yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
+    else:
+        yield Check("architecture", "ok", shown)
+    ratios = compress_ratios(p.facts.config) or ()
+    if p.name == "transformers" and set(ratios) - {0, 4, 128}:
+        yield Check("architecture", "refuses", "transformers knows compress ratios 0, 4 and 128 only")
+
+
+def _tensors(p: Patient) -> Iterator[Check]:
+    for finding in p.facts.problems[:5]:
+        yield Check("tensors", "wrong", finding.text, finding.hint)
+    if len(p.facts.problems) > 5:
+        yield Check("tensors", "wrong", f"{len(p.facts.problems) - 5} more such faults: dsv4 inspect lists them")
+    if not p.facts.problems:
+        yield Check("tensors", "ok", "names, shapes and block scales fit the config")
+
+
+def _experts(p: Patient) -> Iterator[Check]:
+    stored = sorted(p.facts.experts)
+    if len(stored) > 1:
+        text_ = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
+        yield Check("experts", "wrong", text_, "Convert without --on-inexact keep.")
+    elif stored and stored[0] not in p.engine.expert_scales:
+        found = f"{stored[0]}: no checkpoint like this is known that {p.name} loads"
+        yield Check("experts", "unknown", found, command=p.convert)
+    elif stored:
+        yield Check("experts", "ok", stored[0])
+
+
+def _expert_dtype(p: Patient) -> Iterator[Check]:
+    if len(p.facts.experts) != 1:
+        return
+    (stored,) = p.facts.experts
+    declared = expert_dtype(p.facts.config)
+    shown = "no expert_dtype" if declared is None else f'"expert_dtype": "{printable(declared)}"'
+    allowed = p.engine.declared.get(stored)
+    if allowed is None or declared in allowed:
+        yield Check("expert_dtype", "ok", shown)
+        return
+    means = p.engine.undeclared if declared is None else declared
+    edit = "Remove the key from" if allowed == (ABSENT,) else f'Write "expert_dtype": "{allowed[0]}" into'
+    found = f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}"
+    # convert refuses a config that contradicts its tensors, and does not touch experts that are FP4 for an FP4 reader
+    repairs = stored == "fp8" and declared in (stored, ABSENT) and p.engine.layout == "hf"
+    yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert if repairs else "")
+
+
+def _expert_scales(p: Patient) -> Iterator[Check]:
+    if len(p.facts.experts) != 1:
+        return
+    (stored,) = p.facts.experts
+    allowed = p.engine.expert_scales.get(stored)
+    found = sorted(p.facts.expert_scales)
+    if allowed is None or not found:
+        return
+    if set(found) <= set(allowed):
+        yield Check("expert scales", "ok", ", ".join(found))
+    else:
+        text_ = f"{', '.join(found)}; {p.name} reads {' or '.join(allowed)}, without an error for anything else"
+        yield Check("expert scales", "wrong", text_, command=p.convert)
+
+
+def _wo_a(p: Patient) -> Iterator[Check]:
+    found = sorted(p.facts.wo_a)
+    if set(found) <= set(p.engine.wo_a):
+        yield Check("wo_a", "ok", ", ".join(found))
+    elif p.name == "reference":
+        yield Check("wo_a", "wrong", f"{', '.join(found)}; the reference engine holds it in bf16", command=p.convert)
+    else:
+        yield Check("wo_a", "unknown", f"{', '.join(found)}: only fp8 is known to load in {p.name}", command=p.convert)
+
+
+def _quantization_config(p: Patient) -> Iterator[Check]:
+    if p.facts.layout == "mp":
+        return
+    declared, rule = quantization(p.facts.config), "quantization_config"
+    if not p.facts.quantized:
+        if declared:
+            fix = "Remove quantization_config (and expert_dtype) from config.json."
+            found = "there, but no tensor is quantized: FP8 layers are set up for weights that have no scales"
+            yield Check(rule, "wrong", found, fix)
+        else:
+            yield Check(rule, "ok", "none, as for plain weights")
+        return
+    fix = "Copy quantization_config from the release."
+    if text(declared, "quant_method") != "fp8":
+        yield Check(rule, "wrong", "does not say quant_method fp8, but there are quantized weights", fix)
+    elif weight_block(p.facts.config) is None:
+        yield Check(rule, "wrong", "has no weight_block_size", fix)
+    elif p.name == "transformers" and declared.get("scale_fmt", "float") not in ("float", "ue8m0"):
+        yield Check(rule, "refuses", "scale_fmt is neither float nor ue8m0", fix)
+    else:
+        rows, columns = p.facts.block
+        yield Check(rule, "ok", f"fp8 in blocks of {rows} x {columns}")
+
+
+def _ragged(p: Patient) -> Iterator[Check]:
+    if p.facts.ragged and p.name == "transformers":
+        name = printable(p.facts.ragged[0])
+        text_ = f"{len(p.facts.ragged)} FP8 weights are not whole blocks ({name}): it misplaces their scales"
+        yield Check("block edges", "wrong", text_, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to bf16")
+
+
+def _side_files(p: Patient) -> Iterator[Check]:
+    absent = [name for name in p.engine.needs if name not in p.facts.files]
+    missed = [name for name in p.engine.wants if name not in p.facts.files]
+    if absent:
+        yield Check("side files", "refuses", f"missing: {', '.join(absent)}", "Copy them from the release.")
+    if missed:
+        yield Check("side files", "note", f"missing: {', '.join(missed)}", "Copy them from the release.")
+    if not absent and not missed:
+        yield Check("side files", "ok", "all there")
+
+
+def _share(p: Patient, keys: tuple[str, ...]) -> int | None:
+    total = 1
+    for key in keys:
+        value = p.facts.dimension(key)
+        if value is None:
+            return None
+        total *= value
+    return total
+
+
+def _tensor_parallel(p: Patient) -> Iterator[Check]:
+    ranks, rule = p.tensor_parallel, "tensor parallel"
+    if ranks is None:
+        return
+    if p.facts.layout == "mp" and p.facts.ranks != ranks:
+        text_ = f"the files are for {p.facts.ranks} ranks, not {ranks}"
+        yield Check(rule, "refuses", text_, command=f"dsv4 convert RELEASE NEW --layout mp --model-parallel {ranks}")
+        return
+    faults = []
+    for key in p.engine.divided:
+        value = p.facts.dimension(key)
+        if value is not None and value % ranks:
+            faults.append(f"{key} {value} cannot be divided by {ranks}")
+    for keys in p.engine.split_blocks if p.facts.quantized else ():
+        width = _share(p, keys)
+        if width is not None and (width % ranks or width // ranks % p.facts.block[0]):
+            faults.append(f"{' x '.join(keys)} = {width} over {ranks} ranks is no multiple of {p.facts.block[0]}")
+    for fault in faults:
+        yield Check(rule, "refuses", fault, "Use fewer ranks.")
+    if not faults:
+        yield Check(rule, "ok", f"{ranks} ranks")
+
+
+def _traps(p: Patient) -> Iterator[Check]:
+    for trap in p.engine.traps:
+        if trap.concerns(p.facts):
+            yield Check("start", "note", trap.text)
+    if p.facts.mtp and p.name == "transformers":
+        yield Check("mtp", "note", "transformers leaves out the draft blocks mtp.*: no speculative decoding")
+
+
+RULES: tuple[Callable[[Patient], Iterator[Check]], ...] = (
+    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _ragged,
+    _side_files, _tensor_parallel, _traps,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All verdicts about one folder and one engine. `start`: the command that starts it there, "" if it has none."""
+
+    folder: str
+    engine: EngineName
+    checks: tuple[Check, ...]
+    start: str
+
+    @property
+    def loads(self) -> bool | None:
+        """Whether the engine will load it and compute the right thing; None if it may, but nobody has shown it."""
+        found = {check.status for check in self.checks}
+        return False if found & set(FAILURES) else None if "unknown" in found else True
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        checks = [
+            {"rule": c.rule, "status": c.status, "text": c.text, "fix": c.fix, "command": c.command}
+            for c in self.checks
+        ]
+        return {
+            "folder": self.folder,
+            "engine": self.engine,
+            "loads": self.loads,
+            "start": self.start,
+            "checks": checks,
+        }
+
+
+def _start(p: Patient) -> str:
+    if p.engine.serve is None:
+        return ""
+    command, option = p.engine.serve
+    variables = [trap.variable for trap in p.engine.traps if trap.variable and trap.concerns(p.facts)]
+    ranks = [f"{option} {p.tensor_parallel}"] if p.tensor_parallel else []
+    return " ".join([*variables, command, shlex.quote(p.facts.folder), *ranks])
+
+
+def diagnose(
+    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Headers = untold
+) -> Diagnosis:
+    """Apply every rule. `headers` is told how many shards' headers are read, and of how many.
+
+    Raises InputError if the folder is not there or holds no safetensors file.
+    """
+    facts = gather(Path(folder), headers)
+    patient = Patient(facts, engine, ENGINES[engine], tensor_parallel)
+    checks = list(_layout(patient))
+    if facts.unreadable is not None:
+        checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
+    elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
+        checks += [check for rule in RULES for check in rule(patient)]
+    return Diagnosis(facts.folder, engine, tuple(checks), _start(patient))

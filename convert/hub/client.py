@@ -1,0 +1,209 @@
+"""The two hubs behind one small interface: resolve a revision, list files, read a range, fetch a file.
+
+The client libraries do the network work (`hub_huggingface.py`, `hub_modelscope.py`), so their caches, tokens,
+mirrors, proxies and retries are what a user already knows. Here is what both have in common: what a listed file is,
+which names are acceptable, and how the bytes on disk are compared with what the hub listed.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+
+from dsv4.convert.checkpoint.header import LENGTH_BYTES, header_length, parse_header
+from dsv4.convert.checkpoint.source import HubName, HubSource
+from dsv4.errors import InputError, MachineError, printable
+
+STAGING = ".dsv4-incoming"  # inside the target folder; a file moves out of it when it has been checked
+RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are
+_CHUNK_BYTES = 4 << 20
+_BAD = "It was fetched twice. Try again later, or use --fallback to take it from the other hub."
+_ATTEMPTS = 3
+
+Result = TypeVar("Result")
+
+
+class NetworkError(MachineError):
+    """The hub did not answer, or answered that it cannot now or will not. Another hub, or a later run, may do."""
+
+
+class Busy(NetworkError):
+    """The hub answered that it cannot right now (429, 5xx): worth another try within seconds."""
+
+
+class BadFile(InputError):
+    """A file that arrived is not the one that the hub lists. Fetching it once more may help."""
+
+
+class NoRepository(InputError):
+    """The hub knows no such repository, or does not show it to this token."""
+
+
+class Meter(Protocol):
+    """Where a transfer reports its bytes. `update` may be negative when the library starts a file again."""
+
+    def update(self, count: int) -> None:
+        """`count` more bytes have arrived."""
+        ...
+
+
+class NoMeter:
+    """A meter for transfers that nobody watches."""
+
+    def update(self, count: int) -> None:
+        """See Meter."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the hub lists it. Large files have a SHA-256; small ones at Hugging Face only git's SHA-1."""
+
+    name: str
+    size: int
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+class Hub(Protocol):
+    """One hub, with one token. Methods raise NoRepository, InputError, NetworkError or MachineError."""
+
+    prefix: HubName
+    title: str
+
+    def offline(self) -> bool:
+        """The library was told not to use the network."""
+        ...
+
+    def cached_files(self, repository: str, revision: str | None, cache: Path | None) -> tuple[str, list[RemoteFile]]:
+        """Commit and files of a snapshot in the library's own cache, found without a network."""
+        ...
+
+    def resolve(self, repository: str, revision: str | None) -> str:
+        """The commit that a branch or tag (None: the default branch) points to now."""
+        ...
+
+    def files(self, repository: str, commit: str) -> list[RemoteFile]:
+        """Every file of a commit."""
+        ...
+
+    def read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes by a range request."""
+        ...
+
+    def fetch_to_folder(
+        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+    ) -> Path:
+        """Fetch a file to `folder`/name. `again` ignores every copy that is already on disk."""
+        ...
+
+    def fetch_to_cache(
+        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, meter: Meter, again: bool
+    ) -> Path:
+        """Fetch a file into the library's own cache and return its path there."""
+        ...
+
+    def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
+        """The file in the library's own cache, if it is there."""
+        ...
+
+    def snapshot_folder(self, repository: str, commit: str, cache: Path | None) -> Path:
+        """Where the library's own cache keeps the files of a commit."""
+        ...
+
+    def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
+        """Note in the library's own cache what the revision pointed to, so that it is found without a network."""
+        ...
+
+    def abort(self) -> None:
+        """End the transfers that the meter cannot end."""
+        ...
+
+    def similar(self, repository: str) -> list[str]:
+        """Repositories with names like this one, best first; empty if the hub cannot say."""
+        ...
+
+
+def with_patience(action: Callable[[], Result]) -> Result:
+    """`action`, tried again after 1 and 2 seconds when the hub is busy: the libraries do so for files only."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return action()
+        except Busy:
+            time.sleep(2**attempt)
+    return action()
+
+
+def check_remote_name(name: str, label: str) -> None:
+    """Refuse a listed name that would leave the folder, or that no careful repository has."""
+    parts = name.split("/")
+    bad = (
+        not name.isprintable()
+        or any(c in name for c in '\\:*?"<>|')
+        or any(part in ("", ".", "..") or part.endswith((" ", ".")) or len(part.encode()) > 255 for part in parts)
+        or parts[0] in (STAGING, RECORD)
+    )
+    if bad:
+        hint = "The repository lists a file whose name is not safe. Do not use it before its owner explains that."
+        raise InputError(f"{label}: refusing the file name '{printable(name[:120])}'", hint)
+
+
+def _digest(stream: BinaryIO, kind: str, prefix: bytes = b"") -> str:
+    digest = hashlib.new(kind, prefix, usedforsecurity=False)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_hash(stream: BinaryIO, size: int, file: RemoteFile, where: str) -> None:
+    """git's SHA-1 (of "blob", the size and the bytes) is what Hugging Face lists for small files."""
+    if size != file.size:
+        raise BadFile(f"{where}: {size} bytes arrived, the hub lists {file.size}", _BAD)
+    if file.sha256 is not None:
+        kind, expected, found = "SHA-256", file.sha256, _digest(stream, "sha256")
+    elif file.git_sha1 is not None:
+        kind, expected, found = "git SHA-1", file.git_sha1, _digest(stream, "sha1", b"blob %d\0" % size)
+    else:
+        return
+    if found != expected.lower():
+        raise BadFile(f"{where}: the bytes are not those that the hub lists: {kind} {expected}, found {found}", _BAD)
+
+
+def _check_header(stream: BinaryIO, size: int, where: str) -> None:
+    prefix = stream.read(LENGTH_BYTES)
+    try:
+        parse_header(stream.read(header_length(prefix, size, where)), size, where)
+    except InputError as error:
+        raise BadFile(str(error), _BAD) from None
+
+
+def check_bytes(data: bytes, file: RemoteFile, label: str) -> None:
+    """Compare a file in memory with the hub's listing: size and hash. Raises BadFile."""
+    _check_hash(io.BytesIO(data), len(data), file, f"{label}/{printable(file.name)}")
+
+
+def check_file(path: Path, file: RemoteFile, label: str) -> None:
+    """Compare a file on disk with the hub's listing: size, hash, and the header of a shard. Raises BadFile."""
+    where, size = f"{label}/{printable(file.name)}", path.stat().st_size
+    with path.open("rb") as stream:
+        _check_hash(stream, size, file, where)
+        if file.name.endswith(".safetensors"):
+            stream.seek(0)
+            _check_header(stream, size, where)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of one repository and its files by name."""
+
+    source: HubSource
+    hub: Hub
+    commit: str
+    files: dict[str, RemoteFile]
+
+    @property
+    def label(self) -> str:
+        """How messages call it: the source with the commit it was resolved to."""
+        return f"{self.source.hub}:{self.source.repository}@{self.commit[:12]}"

@@ -1,0 +1,362 @@
+"""`dsv4 download`: the files of one commit, whole and checked, into a folder or the hub library's own cache.
+
+What is already there is checked and kept, so an interrupted download goes on where it was. There is no state file
+that could be wrong: what counts is the bytes. The commit goes into a small record beside the files.
+"""
+
+import fcntl
+import fnmatch
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv4.convert.checkpoint.source import HubSource
+from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
+
+from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
+from .fetch import Counter, FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials, sync
+from .open import open_hub, open_snapshot, other_hub
+
+_SPARE_BYTES = 64 << 20  # left free for what else happens on the disk
+
+
+def choose(files: dict[str, RemoteFile], include: Sequence[str], exclude: Sequence[str]) -> list[RemoteFile]:
+    """The files that match a pattern of `include` (all if there is none) and none of `exclude`, in the hub's order.
+
+    Patterns are shell patterns, and `folder/` means everything in it, as in `hf download`. Raises UsageError for a
+    pattern of `include` that matches nothing: it is a typing mistake more often than a wish.
+    """
+
+    def matches(name: str, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern + "*" if pattern.endswith("/") else pattern)
+
+    for pattern in include:
+        if not any(matches(name, pattern) for name in files):
+            shown = ", ".join(map(printable, list(files)[:5]))
+            raise UsageError(f"--include '{printable(pattern)}' matches no file", f"The repository holds {shown}, …")
+    return [
+        file
+        for name, file in files.items()
+        if (not include or any(matches(name, p) for p in include)) and not any(matches(name, p) for p in exclude)
+    ]
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that holds, or will hold, `folder`."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@dataclass(frozen=True)
+class DownloadPlan:
+    """What a download will do. `missing` is decided by size alone; the bytes are compared when it runs."""
+
+    snapshot: Snapshot
+    place: Place
+    files: tuple[RemoteFile, ...]
+    missing: tuple[RemoteFile, ...]
+    free: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all chosen files."""
+        return sum(f.size for f in self.files)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes still to fetch."""
+        return sum(f.size for f in self.missing)
+
+    @property
+    def root(self) -> Path:
+        """Where the files will be."""
+        return self.place.root(self.snapshot)
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        absent = {f.name for f in self.missing}
+        return {
+            "source": str(self.snapshot.source),
+            "commit": self.snapshot.commit,
+            "folder": str(self.root),
+            "bytes": self.bytes,
+            "missing_bytes": self.missing_bytes,
+            "free_bytes": self.free,
+            "files": [
+                {"name": f.name, "size": f.size, "sha256": f.sha256, "present": f.name not in absent}
+                for f in self.files
+            ],
+        }
+
+
+def plan_download(
+    snapshot: Snapshot, place: Place, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> DownloadPlan:
+    """Look at what is there and what is missing. Writes nothing."""
+    files = choose(snapshot.files, include, exclude)
+
+    def absent(file: RemoteFile) -> bool:
+        path = place.path(snapshot, file.name)
+        return not path.is_file() or path.stat().st_size != file.size
+
+    missing = tuple(f for f in files if absent(f))
+    return DownloadPlan(snapshot, place, tuple(files), missing, free_bytes(place.root(snapshot)))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Repository, commit and hashes of a folder that `dsv4 download` filled; None for other folders."""
+    try:
+        value = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("files"), dict) else None
+
+
+def check_folder(plan: DownloadPlan) -> None:
+    """Refuse a folder that another repository was downloaded into: its files would be replaced. Raises UsageError."""
+    record = read_record(plan.place.folder) if plan.place.folder else None
+    source = plan.snapshot.source
+    if record is not None and str(record.get("source")).partition(":")[2] != source.repository:
+        text = f"{printable(str(plan.place.folder))} holds files of {printable(str(record.get('source')))}"
+        raise UsageError(text, "Choose another folder.")
+
+
+def check_space(plan: DownloadPlan) -> None:
+    """Refuse what cannot fit. Raises MachineError with both numbers."""
+    need = plan.missing_bytes + _SPARE_BYTES if plan.missing else 0
+    if need > plan.free:
+        raise MachineError(
+            f"{printable(str(plan.root))}: {plan.missing_bytes} bytes are missing, {plan.free} are free on that disk",
+            "Free some space, choose another disk, or fetch less with --include.",
+        )
+
+
+@dataclass
+class Fallback:
+    """The other hub, opened when it is needed for the first time."""
+
+    source: HubSource
+    token: str | None = None
+    _snapshot: Snapshot | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, source: HubSource, token: str | None = None) -> "Fallback":
+        """The same repository on the other hub; its default branch, because commits are each hub's own."""
+        return cls(HubSource(other_hub(source.hub), source.repository), token)
+
+    def snapshot(self) -> Snapshot:
+        """The other hub's listing."""
+        with self._lock:
+            if self._snapshot is None:
+                self._snapshot = open_snapshot(self.source, self.token)
+            return self._snapshot
+
+    def twin(self, file: RemoteFile) -> RemoteFile:
+        """The other hub's entry for a file. Raises InputError if it is not the same file."""
+        twin = self.snapshot().files.get(file.name)
+        if twin is None:
+            raise InputError(f"{self.source}: does not have {printable(file.name)}")
+        same = twin.size == file.size and (not twin.sha256 or not file.sha256 or twin.sha256 == file.sha256)
+        if not same:
+            raise InputError(f"{self.source}: lists another {printable(file.name)} (size or SHA-256 differ)")
+        return twin
+
+
+@dataclass
+class DownloadResult:
+    """What happened: names of files that were fetched, that were there already, and that came from the other hub."""
+
+    fetched: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    from_fallback: list[str] = field(default_factory=list)
+
+
+class _Download:
+    """One running download. `warn` gets words for the user."""
+
+    def __init__(
+        self, plan: DownloadPlan, fallback: Fallback | None, counter: Counter, warn: Callable[[str], None]
+    ) -> None:
+        self.plan, self.fallback, self.counter, self.warn = plan, fallback, counter, warn
+        self.stop = threading.Event()
+        self.result = DownloadResult()
+        self._lock = threading.Lock()
+        self._first_hub_is_down = threading.Event()
+
+    def obtain(self, file: RemoteFile) -> None:
+        """Bring one file to its place, unless it is there."""
+        if self.stop.is_set():
+            raise Stopped
+        snapshot, place = self.plan.snapshot, self.plan.place
+        meter = FileMeter(file.size, self.counter, self._lock, self.stop)
+        if is_checked(place.path(snapshot, file.name), file, snapshot.label):
+            meter.finish()
+            self._note(self.result.kept, file)
+            return
+        try:
+            if self._first_hub_is_down.is_set():
+                raise NetworkError(f"{snapshot.source}: gave up on it")
+            fetch_checked(snapshot, file, place, meter, self.warn)
+        except (NetworkError, BadFile) as error:
+            self._from_other_hub(file, meter, error)
+        self._note(self.result.fetched, file)
+
+    def _from_other_hub(self, file: RemoteFile, meter: FileMeter, error: Dsv4Error) -> None:
+        if self.fallback is None:
+            raise error
+        if isinstance(error, NetworkError) and not self._first_hub_is_down.is_set():
+            self._first_hub_is_down.set()
+            self.warn(f"{error}. Going on with {self.fallback.source}.")
+        meter.restart()
+        self.fallback.twin(file)
+        # Checked against the first hub's listing, whatever the other one says.
+        fetch_checked(self.fallback.snapshot(), file, self.plan.place, meter, self.warn)
+        self._note(self.result.from_fallback, file)
+
+    def abort(self) -> None:
+        """End what is under way."""
+        self.plan.snapshot.hub.abort()
+
+    def _note(self, names: list[str], file: RemoteFile) -> None:
+        with self._lock:
+            names.append(file.name)
+
+
+def _recorded(source: HubSource, token: str | None, folder: Path) -> Snapshot | None:
+    """The listing that an earlier run of the same download left in the folder."""
+    record = read_record(folder)
+    wanted = (f"{source.hub}:{source.repository}", source.revision)
+    if record is None or (record.get("source"), record.get("revision")) != wanted:
+        return None
+    files = {name: RemoteFile(name, **value) for name, value in record["files"].items()}
+    return Snapshot(source, open_hub(source.hub, token), str(record["commit"]), files)
+
+
+def open_with_fallback(
+    source: HubSource, token: str | None, place: Place, fallback: bool, warn: Callable[[str], None]
+) -> tuple[Snapshot, Fallback | None]:
+    """The snapshot to download, and the other hub if `fallback` asks for it.
+
+    When the first hub cannot even list its files, the listing of an earlier run in the same folder says what they
+    must be; without one the other hub's listing is all there is, and the whole download comes from there. `token` is
+    for the first hub only.
+    """
+    other = Fallback.of(source) if fallback else None
+    try:
+        return open_snapshot(source, token, place.cache), other
+    except NetworkError as error:
+        if other is None:
+            raise
+        known = _recorded(source, token, place.folder) if place.folder else None
+        if known is not None:
+            return known, other
+        warn(f"{error}. Taking everything from {other.source}: hashes are compared with its own listing only.")
+        return other.snapshot(), None
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """A staging folder that belongs to this process alone; removed at the end if everything moved out of it."""
+    staging = folder / STAGING
+    staging.mkdir(parents=True, exist_ok=True)
+    with (staging / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"{printable(str(folder))}: another dsv4 download is writing there"
+            raise MachineError(text, "Wait for it, or choose another folder.") from None
+        remove_partials(folder)
+        yield
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_record(plan: DownloadPlan) -> None:
+    """Note repository, commit and hashes in the folder; a folder may hold several downloads of one commit."""
+    folder = plan.root
+    value = {
+        "source": f"{plan.snapshot.source.hub}:{plan.snapshot.source.repository}",
+        "revision": plan.snapshot.source.revision,
+        "commit": plan.snapshot.commit,
+        "files": {
+            f.name: {"size": f.size, "sha256": f.sha256, "git_sha1": f.git_sha1} for f in plan.snapshot.files.values()
+        },
+    }
+    temporary = folder / f"{RECORD}.{os.getpid()}"
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, folder / RECORD)
+
+
+def _raise_bad_files(futures: list[Future[None]]) -> None:
+    """All bad files in one error."""
+    faults = [error for f in futures if isinstance(error := f.exception(), BadFile)]
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        text = "\n  ".join(map(str, faults))
+        raise BadFile(f"{len(faults)} files are not what the hub lists:\n  {text}", faults[0].hint)
+
+
+def _first_fault(futures: set[Future[None]]) -> BaseException | None:
+    """The first error that ends the run: of the network, the machine or the program. A bad file does not."""
+    pending = futures
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        for future in done:
+            error = future.exception()
+            if error is not None and not isinstance(error, BadFile):
+                return error
+    return None
+
+
+def _run_all(download: _Download, workers: int) -> None:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="download")
+    # Large files first: the last one to finish decides how long it takes.
+    ordered = sorted(download.plan.files, key=lambda f: -f.size)
+    futures = [pool.submit(download.obtain, file) for file in ordered]
+    try:
+        fault = _first_fault(set(futures))
+    finally:
+        download.stop.set()
+        if not all(future.done() for future in futures):
+            download.abort()
+        pool.shutdown(wait=True, cancel_futures=True)
+    if fault is not None:
+        raise fault
+    _raise_bad_files(futures)
+
+
+def download(
+    plan: DownloadPlan,
+    *,
+    workers: int,
+    fallback: Fallback | None = None,
+    counter: Counter,
+    warn: Callable[[str], None],
+) -> DownloadResult:
+    """Carry out a plan. `counter` advances by bytes, `warn` gets words.
+
+    Raises BadFile naming every file that is bad on both attempts, NetworkError, MachineError, OSError; what was
+    finished stays, and the same call goes on from there.
+    """
+    check_folder(plan)
+    check_space(plan)
+    running = _Download(plan, fallback, counter, warn)
+    snapshot, place = plan.snapshot, plan.place
+    if place.folder is None:
+        _run_all(running, workers)
+        snapshot.hub.remember(snapshot.source.repository, snapshot.source.revision, snapshot.commit, place.cache)
+        return running.result
+    with _only_one(place.folder):
+        _write_record(plan)  # before the files: if the hub goes away, it says what they must be
+        _run_all(running, workers)
+    return running.result

@@ -1,0 +1,50 @@
+"""Opening a repository on a hub: the client for the hub, and a snapshot of one commit with its listing."""
+
+from pathlib import Path
+
+from dsv4.convert.checkpoint.source import HubName, HubSource
+from dsv4.errors import printable
+
+from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
+
+
+def open_hub(name: HubName, token: str | None = None) -> Hub:
+    """The client for one hub. Imports its library."""
+    if name == "hf":
+        from .huggingface import HuggingFace
+
+        return HuggingFace(token)
+    from .modelscope import ModelScope
+
+    return ModelScope(token)
+
+
+def other_hub(name: HubName) -> HubName:
+    """The hub that is not this one."""
+    return "ms" if name == "hf" else "hf"
+
+
+def _name_similar(hub: Hub, source: HubSource, error: NoRepository) -> NoRepository:
+    names = [f"{source.hub}:{name}" if source.hub == "ms" else name for name in hub.similar(source.repository)]
+    guess = f"Did you mean {' or '.join(map(printable, names))}? " if names else ""
+    return NoRepository(str(error), guess + error.hint)
+
+
+def open_snapshot(source: HubSource, token: str | None = None, cache: Path | None = None) -> Snapshot:
+    """Resolve the revision to a commit and list its files, every name checked.
+
+    With HF_HUB_OFFLINE, both come from `cache` (None: the library's own). Raises NoRepository with similar names,
+    InputError for names that are not safe, NetworkError, MachineError.
+    """
+    hub = open_hub(source.hub, token)
+    if hub.offline():
+        commit, files = hub.cached_files(source.repository, source.revision, cache)
+    else:
+        try:
+            commit = with_patience(lambda: hub.resolve(source.repository, source.revision))
+        except NoRepository as error:
+            raise _name_similar(hub, source, error) from None
+        files = with_patience(lambda: hub.files(source.repository, commit))
+    for file in files:
+        check_remote_name(file.name, str(source))
+    return Snapshot(source, hub, commit, {file.name: file for file in files})

@@ -1,0 +1,1 @@
+"""What `dsv4 inspect` shows: parameters, cache sizes, findings, single tensors."""

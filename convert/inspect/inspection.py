@@ -1,0 +1,236 @@
+"""What is in a checkpoint, from its headers alone: a few MB read, even of V4-Pro's 865 GB.
+
+`inspect_checkpoint` collects facts; printing them is the command's business. Everything is counted from the tensors
+where the tensors can say it (parameters, layer kinds, storage), and taken from config.json only where they cannot.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dsv4.convert.checkpoint.inventory import (
+    architecture_name,
+    compress_ratios,
+    count,
+    describes_v4,
+    expert_dtype,
+    text,
+    weight_block,
+)
+from dsv4.convert.checkpoint.reader import Checkpoint, Shard, TensorInfo, read_header
+from dsv4.convert.checkpoint.storage import Folder, check_component
+from dsv4.convert.plan.sizes import sizes_after_conversion
+from dsv4.errors import InputError, printable
+
+from .findings import Finding, routed_expert_dtypes, what_looks_wrong
+from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
+from .parameters import FAMILIES, ROUTED_EXPERT, Parameters, block_of, count_parameters, family, parameters_of
+
+Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
+Routing = Literal["hash", "score", "none"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the main stack. `ratio` is None where neither the tensors nor the config say it."""
+
+    index: int
+    ratio: int | None
+    attention: Attention
+    routing: Routing
+    experts: int  # routed experts that are there
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a lightning indexer selects this layer's compressed entries."""
+        return self.attention == "csa"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Tensors of one dtype or family."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(self.tensors + other.tensors, self.parameters + other.parameters, self.bytes + other.bytes)
+
+    def as_json(self) -> dict[str, int]:
+        """The three counts by name."""
+        return {"tensors": self.tensors, "parameters": self.parameters, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `dsv4 inspect` shows. For a single file `config` is empty and what needs it is None."""
+
+    label: str
+    config: dict[str, Any]
+    shards: int
+    total: Amount
+    parameters: Parameters
+    dtypes: dict[str, Amount]
+    families: dict[str, Amount]
+    layers: list[Layer]
+    mtp_blocks: int
+    expert_formats: list[str]
+    cache: CacheLayout | None
+    sizes: dict[str, int] | None  # after each conversion; None where none is possible
+    findings: list[Finding]
+
+
+def open_file(path: Path) -> Checkpoint:
+    """One .safetensors file, which need not belong to a checkpoint, with an empty config. Raises InputError."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{printable(str(path))}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
+    check_component(path.name, str(path.parent))
+    folder = Folder(path.parent)
+    size = path.stat().st_size
+    header, digest = read_header(folder, path.name, size)
+    tensors = {
+        name: TensorInfo(name, e.dtype, e.shape, path.name, header.data_start + e.begin, e.end - e.begin)
+        for name, e in header.entries.items()
+    }
+    shard = Shard(path.name, size, digest, tuple(tensors))
+    return Checkpoint(folder, {}, {path.name: size}, {path.name: shard}, tensors)
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    """How the checkpoint is called: one file without a config by its own path, not its folder's."""
+    label = checkpoint.storage.label
+    return label if checkpoint.config else f"{label}/{printable(next(iter(checkpoint.shards)))}"
+
+
+def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | None) -> Layer:
+    ape = inner.get("attn.compressor.ape")
+    ratio = ape.shape[0] if ape and ape.shape else declared_ratio
+    indexed = any(name.startswith("attn.indexer.") for name in inner)
+    compressed = bool(ratio) or any(name.startswith("attn.compressor.") for name in inner)
+    known: Attention = "csa" if indexed else "hca" if compressed else "sliding"
+    attention: Attention = known if ratio in (None, 0, 4, 128) else "compressed"
+    routing: Routing = "hash" if "ffn.gate.tid2eid" in inner else "score" if "ffn.gate.weight" in inner else "none"
+    experts = {match[1] for name in inner if (match := ROUTED_EXPERT.fullmatch(name))}
+    return Layer(index, ratio, attention, routing, len(experts))
+
+
+def _layers(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> tuple[list[Layer], int]:
+    """The layers of the main stack in order, and how many MTP blocks there are."""
+    inner: dict[tuple[str, int], dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        block = block_of(name)
+        if block:
+            inner.setdefault(block[:2], {})[block[2]] = info
+    ratios = compress_ratios(config) or ()
+    layers = [
+        _layer(index, names, ratios[index] if index < len(ratios) else None)
+        for (stack, index), names in sorted(inner.items(), key=lambda item: item[0])
+        if stack == "layers"
+    ]
+    return layers, sum(stack == "mtp" for stack, _ in inner)
+
+
+def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | None:
+    """None where the cache is not described (V4.1 shares caches between layers) or a width is missing."""
+    keys = ("sliding_window", "head_dim", "qk_rope_head_dim", "index_head_dim")
+    window, head, rope, index = (count(config, key) for key in keys)
+    if not describes_v4(config) or window is None or head is None or rope is None or index is None or rope > head:
+        return None
+    ratios = tuple(layer.ratio or 0 for layer in layers)
+    return CacheLayout(ratios, tuple(layer.indexed for layer in layers), window, head, rope, index)
+
+
+def _amounts(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Amount], dict[str, Amount]]:
+    dtypes: dict[str, Amount] = {}
+    families = {name: Amount() for name in FAMILIES}
+    for info in tensors.values():
+        one = Amount(1, parameters_of(info, tensors), info.nbytes)
+        dtypes[info.dtype] = dtypes.get(info.dtype, Amount()) + one
+        families[family(info.name)] += one
+    by_bytes = sorted(dtypes.items(), key=lambda item: -item[1].bytes)
+    return dict(by_bytes), {name: amount for name, amount in families.items() if amount.tensors}
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
+    try:
+        return sizes_after_conversion(checkpoint)
+    except InputError:
+        return None  # the findings say what is wrong
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Facts about an opened checkpoint and what looks wrong with it; of a single file only the facts."""
+    tensors, config = checkpoint.tensors, checkpoint.config
+    layers, mtp_blocks = _layers(tensors, config)
+    chosen = count(config, "num_experts_per_tok")
+    drafting = count(config, "dspark_num_experts_per_tok")
+    dtypes, families = _amounts(tensors)
+    return Inspection(
+        label=_label(checkpoint),
+        config=config,
+        shards=len(checkpoint.shards),
+        total=sum(dtypes.values(), Amount()),
+        parameters=count_parameters(tensors, chosen, chosen if drafting is None else drafting),
+        dtypes=dtypes,
+        families=families,
+        layers=layers,
+        mtp_blocks=mtp_blocks,
+        expert_formats=sorted(routed_expert_dtypes(tensors)),
+        cache=_cache_layout(layers, config),
+        sizes=_sizes(checkpoint) if config else None,
+        findings=what_looks_wrong(checkpoint) if config else [],
+    )
+
+
+def layer_counts(inspection: Inspection) -> dict[str, int]:
+    """How many layers of each kind, by attention and by routing."""
+    layers = inspection.layers
+    return {
+        "total": len(layers),
+        **{kind: sum(layer.attention == kind for layer in layers) for kind in get_args(Attention)},
+        **{kind: sum(layer.routing == kind for layer in layers) for kind in ("hash", "score")},
+        "mtp": inspection.mtp_blocks,
+    }
+
+
+def _cache_json(cache: CacheLayout | None) -> dict[str, Any]:
+    if cache is None:
+        return {"kv_cache_bytes": None, "kv_cache": None}
+    return {
+        "kv_cache_bytes": {str(length): size for length, size in cache_sizes(cache).items()},
+        "kv_cache": {
+            "entry_bytes": cache.entry_bytes,
+            "index_key_bytes": cache.index_key_bytes,
+            "share_of_deepseek_v3_2_at_1048576": shares_of_v3_2(cache),
+        },
+    }
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    parameters, config = inspection.parameters, inspection.config
+    block = weight_block(config)
+    return {
+        "checkpoint": inspection.label,
+        "architecture": architecture_name(config),
+        "model_type": text(config, "model_type"),
+        "shards": inspection.shards,
+        "tensors": inspection.total.tensors,
+        "bytes": inspection.total.bytes,
+        "parameters": {
+            "total": parameters.total,
+            "active": parameters.active,
+            "mtp_total": parameters.mtp_total,
+            "mtp_active": parameters.mtp_active,
+        },
+        "dtypes": {name: amount.as_json() for name, amount in inspection.dtypes.items()},
+        "families": {name: amount.as_json() for name, amount in inspection.families.items()},
+        "layers": layer_counts(inspection),
+        "experts": {"stored": inspection.expert_formats, "declared": expert_dtype(config)},
+        "weight_block_size": list(block) if block else None,
+        **_cache_json(inspection.cache),
+        "converted_bytes": inspection.sizes,
+        "findings": [{"level": f.level, "text": f.text, "hint": f.hint} for f in inspection.findings],
+    }

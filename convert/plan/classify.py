@@ -1,0 +1,164 @@
+"""What each tensor is: declared by its dtype, its name, its sibling scale and the config; never guessed from sizes.
+
+A quantized weight is `<stem>.weight` with `<stem>.scale` beside it (or `<stem>.weight_scale_inv`, as Hugging Face
+conversions call it). The two may lie in different shards. Everything that is not a quantized weight or its scale is
+plain and keeps its bytes, whatever its name: that is how checkpoints with tensors unknown to us convert too.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.errors import InputError, printable
+from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
+
+# The release's names, and what Hugging Face conversions make of `ffn` and `attn`.
+ROUTED_EXPERT = re.compile(r"\.(ffn|mlp)\.experts\.\d+\.w[123]\.weight$")
+WO_A = re.compile(r"\.(self_)?attn\.wo_a\.weight$")
+# The n-gram table of V4.1 has one scale per 32 elements of a row although it is FP8: its own third geometry.
+ROW_SCALED_FP8 = re.compile(r"\.engram\.embed\.weight$")
+
+WEIGHT_SUFFIX = ".weight"
+SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
+
+
+class Format(Enum):
+    """How the elements of a weight are stored."""
+
+    FP4 = "fp4"
+    FP8 = "fp8"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor that is not a scale, with the scale that belongs to it and the block it is for."""
+
+    info: TensorInfo
+    format: Format
+    scale: TensorInfo | None = None
+    block: Block | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor."""
+        return self.info.name
+
+    @property
+    def is_routed_expert(self) -> bool:
+        """Whether the name is that of a routed expert's matrix, in the main stack or in a draft block."""
+        return ROUTED_EXPERT.search(self.name) is not None
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape in elements: two FP4 elements share a byte of an I8 tensor; the tag F4 already counts elements."""
+        shape = self.info.shape
+        return (*shape[:-1], 2 * shape[-1]) if self.format is Format.FP4 and self.info.dtype == "I8" else shape
+
+
+def quantization_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config's quantization_config, {} if it has none. Raises InputError if it is not an object."""
+    value = config.get("quantization_config", {})
+    if not isinstance(value, dict):
+        raise InputError("config.json: quantization_config must be an object")
+    return value
+
+
+def expert_dtype(config: dict[str, Any]) -> str | None:
+    """`expert_dtype` at the top level or, as V4.1 has it, inside quantization_config; None where neither says it."""
+    value = config.get("expert_dtype", quantization_config(config).get("expert_dtype"))
+    if value not in (None, "fp4", "fp8"):
+        raise InputError(f"config.json: expert_dtype is {printable(repr(value))}, 'fp4' or 'fp8' expected")
+    return value
+
+
+def fp8_block(config: dict[str, Any]) -> Block:
+    """The block of FP8 weights, from quantization_config.weight_block_size. Raises InputError if it is not there."""
+    size = quantization_config(config).get("weight_block_size")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 2**20 for n in size)):
+        raise InputError(
+            f"config.json: quantization_config.weight_block_size is {printable(repr(size)[:60])}, two counts expected",
+            "Copy config.json from the release: without it the FP8 scales cannot be placed.",
+        )
+    return Block(*size)
+
+
+def find_scale(name: str, tensors: dict[str, TensorInfo]) -> TensorInfo | None:
+    """The scale that belongs to `<stem>.weight`, by name; None if there is none or the name has another form."""
+    if not name.endswith(WEIGHT_SUFFIX):
+        return None
+    stem = name.removesuffix(WEIGHT_SUFFIX)
+    found = [tensors[stem + suffix] for suffix in SCALE_SUFFIXES if stem + suffix in tensors]
+    if len(found) > 1:
+        raise InputError(f"'{printable(name)}' has two scales: {found[0].name} and {found[1].name}")
+    return found[0] if found else None
+
+
+def _check_scale(weight: Weight, dtypes: tuple[str, ...]) -> None:
+    scale, block = weight.scale, weight.block
+    assert scale is not None and block is not None
+    if scale.dtype not in dtypes:
+        raise InputError(f"'{printable(scale.name)}' has dtype {scale.dtype}, {' or '.join(dtypes)} expected")
+    if len(weight.info.shape) != 2:
+        raise InputError(f"'{printable(weight.name)}' has shape {list(weight.info.shape)}, two dimensions expected")
+    expected = scale_shape(weight.logical_shape, block)
+    if scale.shape != expected:
+        raise InputError(
+            f"'{printable(scale.name)}' has shape {list(scale.shape)}, {list(expected)} expected: "
+            f"one scale per {block.rows} x {block.columns} of {list(weight.logical_shape)}"
+        )
+
+
+def _fp4(info: TensorInfo, scale: TensorInfo) -> Weight:
+    weight = Weight(info, Format.FP4, scale, FP4_BLOCK)
+    _check_scale(weight, ("F8_E8M0",))
+    return weight
+
+
+def _fp8(info: TensorInfo, scale: TensorInfo, config: dict[str, Any]) -> Weight:
+    block = FP4_BLOCK if ROW_SCALED_FP8.search(info.name) else fp8_block(config)
+    weight = Weight(info, Format.FP8, scale, block)
+    _check_scale(weight, ("F8_E8M0", "F32"))
+    return weight
+
+
+def _classify(info: TensorInfo, scale: TensorInfo | None, config: dict[str, Any]) -> Weight:
+    if scale is not None and info.dtype in ("I8", "F4"):
+        return _fp4(info, scale)
+    if scale is not None and info.dtype == "F8_E4M3":
+        return _fp8(info, scale, config)
+    quantized = info.dtype == "F8_E4M3" or (info.dtype in ("I8", "F4") and ROUTED_EXPERT.search(info.name))
+    if scale is None and quantized and info.name.endswith(WEIGHT_SUFFIX):
+        raise InputError(
+            f"'{printable(info.name)}' is {info.dtype}, but its scale '{info.name.removesuffix(WEIGHT_SUFFIX)}.scale' "
+            "is missing",
+            "The checkpoint is incomplete: download it again.",
+        )
+    return Weight(info, Format.PLAIN, scale)
+
+
+def _check_config(weights: list[Weight], config: dict[str, Any]) -> None:
+    declared = expert_dtype(config)
+    for weight in weights:
+        if not weight.is_routed_expert or declared is None or weight.format is Format.PLAIN:
+            continue
+        if weight.format.value != declared:
+            raise InputError(
+                f"config.json says expert_dtype '{declared}', but '{weight.name}' holds {weight.format.value}",
+                "Take config.json and the shards from the same release.",
+            )
+
+
+def classify(checkpoint: Checkpoint) -> list[Weight]:
+    """Every tensor of the checkpoint that is not the scale of another, in the order of the shards.
+
+    Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors.
+    """
+    tensors, config = checkpoint.tensors, checkpoint.config
+    scales = {name: find_scale(name, tensors) for name in tensors}
+    owned = {scale.name for scale in scales.values() if scale is not None}
+    weights = [_classify(tensors[n], scales[n], config) for n in tensors if n not in owned]
+    _check_config(weights, config)
+    return weights

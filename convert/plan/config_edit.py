@@ -1,0 +1,82 @@
+"""The config of the output: what the tensors now are, and every other key as it was, in its order.
+
+Also the reference engine's own config, whose keys are the release's under other names.
+"""
+
+import json
+from typing import Any
+
+from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS
+from dsv4.errors import InputError
+
+from .settings import TARGETS, Settings
+
+
+def _without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    edited = {key: value for key, value in config.items() if key != "expert_dtype"}
+    if "quantization_config" in edited:
+        inner = edited["quantization_config"]
+        edited["quantization_config"] = {key: value for key, value in inner.items() if key != "expert_dtype"}
+    return edited
+
+
+def _with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
+    """Set the key where it is; at the end of the top level if it is nowhere."""
+    edited = dict(config)
+    inner = edited.get("quantization_config", {})
+    if "expert_dtype" in inner:
+        edited["quantization_config"] = {**inner, "expert_dtype": value}
+    if "expert_dtype" in edited or "expert_dtype" not in inner:
+        edited["expert_dtype"] = value
+    return edited
+
+
+def edit_config(config: dict[str, Any], settings: Settings, some_kept: bool = False) -> dict[str, Any]:
+    """config.json of the output, for the Hugging Face layout.
+
+    some_kept: tensors stayed quantized under `--on-inexact keep`; a BF16 config must go on saying how.
+    """
+    if settings.to == "same" or (settings.to == "bf16" and some_kept):
+        return config
+    if settings.to == "bf16":
+        return {k: v for k, v in _without_expert_dtype(config).items() if k != "quantization_config"}
+    value = "fp4" if settings.to == "fp4" else TARGETS[settings.target].expert_dtype
+    return _without_expert_dtype(config) if value is None else _with_expert_dtype(config, value)
+
+
+def edit_inference_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A released inference/config.json for the output: `expert_dtype` only where the experts are FP4."""
+    if settings.to == "same":
+        return config
+    edited = {key: value for key, value in config.items() if key != "expert_dtype"}
+    return {**edited, "expert_dtype": "fp4"} if settings.to == "fp4" else edited
+
+
+def _lookup(config: dict[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def make_inference_config(config: dict[str, Any], experts_are_fp4: bool, mtp_stages: int) -> dict[str, Any]:
+    """The reference engine's config from config.json. Raises InputError naming a key that is missing."""
+    made: dict[str, Any] = {}
+    for key, path in INFERENCE_KEYS:
+        value = _lookup(config, path)
+        if value is None and key not in OPTIONAL_KEYS:
+            raise InputError(f"config.json: {path} is missing; the reference engine's config needs it")
+        if value is not None:
+            made[key] = value
+        if key == "hc_sinkhorn_iters":
+            made["dtype"] = "fp8"
+        if key == "n_hash_layers" and mtp_stages > 1:
+            made["n_mtp_layers"] = mtp_stages
+        if key == "scale_fmt" and experts_are_fp4:
+            made["expert_dtype"] = "fp4"
+    return made
+
+
+def dump(config: dict[str, Any]) -> bytes:
+    """Bytes of a config file."""
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,87 @@
+"""The files beside the shards: what is copied into the output, and what is written new.
+
+A loader wants the tokenizer, the generation config and the `encoding/` folder beside the weights; a person wants the
+licence and the model card. Which files those are is an allow-list: a downloads folder may hold anything.
+"""
+
+import json
+import re
+from typing import Any
+
+from dsv4.convert.checkpoint.header import tensor_bytes
+from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
+
+from .classify import Format, classify
+from .config_edit import dump, edit_config, edit_inference_config, make_inference_config
+from .plan import Plan
+
+TOKENIZER = re.compile(r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab[^/]*|merges\.txt")
+BESIDE_WEIGHTS = re.compile(
+    r"generation_config\.json|(pre)?processor_config\.json|chat_template[^/]*|[^/]*\.jinja|[^/]*\.py"
+    r"|(LICENSE|NOTICE)[^/]*|[^/]*\.md|(encoding|inference|assets|figures)/.*"
+)
+NEVER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)|.*\.index\.json")
+INFERENCE_CONFIG = "inference/config.json"
+MTP_STAGE = re.compile(r"^mtp\.(\d+)\.")
+
+
+def copied_files(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Names of the side files that the output gets from the source, sorted."""
+    names = sorted(n for n in checkpoint.files if not NEVER.fullmatch(n))
+    if plan.settings.layout == "mp":
+        return [n for n in names if TOKENIZER.fullmatch(n)]
+    return [n for n in names if TOKENIZER.fullmatch(n) or BESIDE_WEIGHTS.fullmatch(n)]
+
+
+def read_side_file(checkpoint: Checkpoint, name: str, plan: Plan) -> bytes:
+    """Content of a copied file, as it will be in the output."""
+    content = checkpoint.storage.read(name, 0, checkpoint.files[name])
+    if name != INFERENCE_CONFIG:
+        return content
+    config = read_json(checkpoint.storage, name, checkpoint.files[name], MAX_CONFIG_BYTES)
+    edited = edit_inference_config(config, plan.settings)
+    return content if edited == config else dump(edited)
+
+
+def _mtp_stages(checkpoint: Checkpoint) -> int:
+    stages = {int(match[1]) for match in map(MTP_STAGE.match, checkpoint.tensors) if match}
+    return max(stages) + 1 if stages else 0
+
+
+def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
+    """The reference engine's config.json: the source's own inference config where it ships one, else made."""
+    if INFERENCE_CONFIG in checkpoint.files:
+        return read_side_file(checkpoint, INFERENCE_CONFIG, plan)
+    fp4_experts = any(w.is_routed_expert and w.format is Format.FP4 for w in classify(checkpoint))
+    stays_fp4 = plan.settings.to == "same" and fp4_experts
+    return dump(make_inference_config(checkpoint.config, stays_fp4, _mtp_stages(checkpoint)))
+
+
+def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:
+    """Content of the output's config.json; the source's own bytes if nothing in it changes."""
+    if plan.settings.layout == "mp":
+        return _engine_config(checkpoint, plan)
+    edited = edit_config(checkpoint.config, plan.settings, some_kept)
+    if edited == checkpoint.config:
+        return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
+    return dump(edited)
+
+
+def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Make the config files once before the work, not only after it. Raises InputError for what they lack."""
+    config_file(checkpoint, plan)
+    if INFERENCE_CONFIG in checkpoint.files:
+        read_side_file(checkpoint, INFERENCE_CONFIG, plan)
+
+
+def index_file(tensors: dict[str, dict[str, Any]]) -> bytes:
+    """Content of model.safetensors.index.json. `tensors`: manifest entries by name."""
+    total_size = sum(tensor_bytes(entry["dtype"], tuple(entry["shape"])) for entry in tensors.values())
+    weight_map = {name: tensors[name]["shard"] for name in sorted(tensors)}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def index_names(plan: Plan) -> list[str]:
+    """Files that are written last, in their order."""
+    return [CONFIG_NAME] if plan.settings.layout == "mp" else [INDEX_NAME, CONFIG_NAME]

@@ -1,0 +1,55 @@
+"""How large a checkpoint would be after each conversion, without planning one in full.
+
+Weights of one kind (same format, shape, scale and role) become tensors of one size, so the planner is asked once per
+kind instead of once per tensor: V4-Pro has 71424 expert matrices of two kinds.
+"""
+
+from collections import Counter
+from collections.abc import Hashable
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+
+from .classify import WO_A, Format, Weight, classify, fp8_block
+from .plan import outputs_of
+from .settings import Settings, TargetName, To, resolve
+
+# Command line options of a conversion, and the arguments of `resolve` that they stand for.
+CONVERSIONS: dict[str, tuple[To, TargetName | None]] = {
+    "--to fp8": ("fp8", None),
+    "--to fp8 --target vllm": ("fp8", "vllm"),
+    "--to fp8 --target sglang": ("fp8", "sglang"),
+    "--to fp8 --target transformers": ("fp8", "transformers"),
+    "--to bf16": ("bf16", None),
+    "--to fp4": ("fp4", None),
+}
+
+
+def _kind(weight: Weight) -> Hashable:
+    scale = (weight.scale.dtype, weight.scale.shape) if weight.scale else None
+    is_wo_a = WO_A.search(weight.name) is not None
+    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, is_wo_a
+
+
+def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:
+    casts = any(w.is_routed_expert and w.format is Format.FP4 for w in weights)
+    block = fp8_block(checkpoint.config) if casts and settings.to == "fp8" else None
+    sizes = (sum(output.nbytes for output in outputs_of(weight, settings, block)) for weight in weights)
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+
+def sizes_after_conversion(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of all tensors after each conversion, by the options of `dsv4 convert`. Nothing about exactness is said.
+
+    Raises InputError when the checkpoint cannot be converted.
+    """
+    every = classify(checkpoint)
+    counts = Counter(map(_kind, every))
+    one_of = {_kind(weight): weight for weight in every}
+    upcast = any(weight.is_routed_expert and weight.format is Format.FP8 for weight in every)
+    return {
+        options: _tensor_bytes(
+            [one_of[kind] for kind in counts], list(counts.values()), checkpoint, resolve(to, target=target)
+        )
+        for options, (to, target) in CONVERSIONS.items()
+        if to != "fp4" or upcast
+    }

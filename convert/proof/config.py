@@ -1,0 +1,215 @@
+"""Config and side files: does what the checkpoint says about itself agree with the tensors that are there?
+
+`config.json` may differ between the two sides only where it describes how weights are stored (`expert_dtype`,
+`quantization_config`, `torch_dtype`); every other key is the model. What it says about storage is compared with the
+headers, not with what a converter would have written. In the reference engine's layout `config.json` is that
+engine's own, and is compared with the source's `inference/config.json`.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dsv4.errors import printable
+
+from .files import INDEX_NAME, Files, Severity, parse_json, read_bytes
+from .layout import Checkpoint
+from .plan import Weight, understand
+
+# What may differ because weights are stored in another way; `check_config` compares these with the tensors instead.
+_STORAGE_KEYS = {
+    "expert_dtype",
+    "quantization_config.expert_dtype",
+    "quantization_config.scale_fmt",
+    "quantization_config.weight_block_size",
+}
+MIXTURE = " (no config can describe both, and engines take all for one: a convert with --on-inexact keep does this)"
+_SCALE_FORMATS = ("ue8m0", "float")
+# Files that a loader needs to be the source's own. Others (model card, licence, inference code) may differ.
+_NEEDED = re.compile(r"(tokenizer.*|special_tokens_map\.json|generation_config\.json|.*\.jinja|encoding/.*)")
+_NEEDED_BY_ENGINE = re.compile(r"tokenizer(_config)?\.json")  # what the reference converter copies
+_NOT_SIDE_FILES = {INDEX_NAME, "config.json", "dsv4.json"}
+_EXPERT_WEIGHT = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\..*\.weight")
+_CHUNK = 1 << 20
+
+
+def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hex. `advance` is told of the bytes read."""
+    digest = hashlib.sha256()
+    buffer = bytearray(min(size, _CHUNK))
+    for start in range(0, size, _CHUNK):
+        view = memoryview(buffer)[: min(_CHUNK, size - start)]
+        files.read_into(name, start, view)
+        digest.update(view)
+        advance(len(view))
+    return digest.hexdigest()
+
+
+MAX_CONFIG_BYTES = 10_000_000
+
+
+def read_config(
+    checkpoint: Checkpoint, name: str = "config.json", limit: int = MAX_CONFIG_BYTES
+) -> dict[str, Any] | None:
+    """A JSON object of the checkpoint; None (and a problem, unless there is no such file) when it cannot be read.
+
+    A file of more than `limit` bytes is not read.
+    """
+    size = checkpoint.files.sizes().get(name)
+    if size is None:
+        return None
+    if size > limit:
+        checkpoint.problem("config", f"{name} has {size} bytes, at most {limit} are believable", "unreadable")
+        return None
+    try:
+        value = parse_json(read_bytes(checkpoint.files, name, 0, size))
+    except ValueError as error:
+        checkpoint.problem("config", f"{name} is not JSON: {printable(str(error))}", "unreadable")
+        return None
+    if not isinstance(value, dict):
+        checkpoint.problem("config", f"{name} is not a JSON object", "unreadable")
+        return None
+    return value
+
+
+def _side_files(files: Files) -> dict[str, int]:
+    return {
+        name: size
+        for name, size in files.sizes().items()
+        if name not in _NOT_SIDE_FILES and not name.endswith(".safetensors")
+    }
+
+
+def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
+    """Tokenizer, generation config, encoding by hash; the rest only noted."""
+    needed = _NEEDED_BY_ENGINE if output.layout == "mp" or source.layout == "mp" else _NEEDED
+    mine, theirs = _side_files(source.files), _side_files(output.files)
+    for name in sorted(mine.keys() | theirs.keys()):
+        matters, shown = needed.fullmatch(name), printable(name)
+        severity: Severity = "difference" if matters else "note"
+        if name not in theirs:
+            output.problem("side file", f"{shown} is missing", severity)
+        elif name not in mine:
+            if matters:
+                output.problem("side file", f"{shown} is not in the source", "note")
+        elif mine[name] != theirs[name] or file_hash(source.files, name, mine[name]) != file_hash(
+            output.files, name, theirs[name]
+        ):
+            output.problem("side file", f"{shown} differs from the source's", severity)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as dotted keys, so that a difference can be named."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found = {}
+    for key, inner in value.items():
+        found.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    ours, found = _flat(mine), _flat(theirs)
+    # Whether there should be one: `check_config` knows, from the tensors.
+    unquantized = not ("quantization_config" in theirs and "quantization_config" in mine)
+    for key in sorted(ours.keys() | found.keys()):
+        if key in _STORAGE_KEYS or (key in ours and key in found and ours[key] == found[key]):
+            continue
+        if unquantized and key.startswith("quantization_config."):
+            continue
+        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (ours, found))
+        severity: Severity = "note" if key == "transformers_version" else "difference"
+        output.problem("config", f"{printable(key)} is {now}, in the source's {name} it is {was}", severity)
+
+
+def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
+    """Every key that describes the model has to be the same."""
+    name = "inference/config.json" if output.layout == "mp" and source.layout != "mp" else "config.json"
+    mine, theirs = read_config(source, name), read_config(output)
+    if mine is not None and theirs is not None:
+        _compare_keys(output, mine, theirs, name)
+    elif mine is not None and output.layout != "mp":
+        output.problem("config", "config.json is missing")
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Every weight with a block scale, by name."""
+    found = {}
+    for name, tensor in checkpoint.tensors.items():
+        scale = checkpoint.tensors.get(name.removesuffix("weight") + "scale") if name.endswith(".weight") else None
+        if scale is not None:
+            weight = understand(tensor, scale, packed=True)
+            if isinstance(weight, Weight):
+                found[name] = weight
+    return found
+
+
+def _expert_formats(checkpoint: Checkpoint, weights: dict[str, Weight]) -> set[str]:
+    """How the routed experts are stored: fp4, fp8 or the dtype of weights without scale."""
+    names = {"E2M1": "fp4", "E4M3": "fp8"}
+    found = set()
+    for name, tensor in checkpoint.tensors.items():
+        if _EXPERT_WEIGHT.fullmatch(name):
+            weight = weights.get(name)
+            found.add(names.get(weight.number_format.name, "") if weight else tensor.dtype.lower())
+    return found
+
+
+def _check_experts(checkpoint: Checkpoint, config: dict[str, Any], weights: dict[str, Weight]) -> None:
+    quantization = config.get("quantization_config")
+    nested = quantization.get("expert_dtype") if isinstance(quantization, dict) else None
+    stored = _expert_formats(checkpoint, weights)
+    for place, said in (("expert_dtype", config.get("expert_dtype")), ("quantization_config.expert_dtype", nested)):
+        if said is not None and stored and {said} != stored:
+            found = " and ".join(sorted(stored)) + (MIXTURE if len(stored) > 1 else "")
+            checkpoint.problem("config", f"{place} says '{printable(str(said))}', the routed experts are {found}")
+    if config.get("expert_dtype") is None and nested is None and "fp4" in stored and checkpoint.layout != "mp":
+        checkpoint.problem("config", "has no expert_dtype; some loaders take these FP4 experts for FP8", "note")
+
+
+def _check_blocks(checkpoint: Checkpoint, quantization: dict[str, Any], weights: dict[str, Weight]) -> None:
+    said = quantization.get("weight_block_size")
+    known = said in ([128, 128], [32, 32])
+    rows, columns = said if known and isinstance(said, list) else (1, 1)
+    for name, weight in weights.items():
+        # The engram embedding has its own 1x32 blocks, which no config key mentions.
+        if weight.number_format.name != "E4M3" or weight.scale is None or ".engram." in name:
+            continue
+        if not known or weight.scale.shape != (-(-weight.rows // rows), -(-weight.columns // columns)):
+            shown = f"{printable(name)} has {weight.block[0]}x{weight.block[1]} blocks"
+            checkpoint.problem("config", f"weight_block_size says {printable(repr(said))}, {shown}")
+            return
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Config against tensors: expert dtype, block size, and whether anything is quantized at all."""
+    config = read_config(checkpoint)
+    if config is None:
+        if "config.json" not in checkpoint.files.sizes():
+            checkpoint.problem("config", "there is no config.json", "note")
+        return
+    weights = _weights(checkpoint)
+    _check_experts(checkpoint, config, weights)
+    if checkpoint.layout == "mp":
+        return
+    quantization = config.get("quantization_config")
+    fp8 = [name for name, weight in weights.items() if weight.number_format.name == "E4M3"]
+    if isinstance(quantization, dict) and not weights:
+        checkpoint.problem("config", "has a quantization_config, but no tensor is quantized")
+    elif isinstance(quantization, dict):
+        _check_blocks(checkpoint, quantization, weights)
+        for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3",)), ("scale_fmt", _SCALE_FORMATS)):
+            if quantization.get(key, known[0]) not in known:
+                said = printable(repr(quantization[key]))
+                checkpoint.problem("config", f"{key} says {said}, expected {' or '.join(known)}")
+    elif fp8:
+        checkpoint.problem("config", f"has no quantization_config, but {len(fp8)} tensors are FP8 with block scales")
+
+
+def declares_powers_of_two(checkpoint: Checkpoint) -> bool:
+    """Whether the config says `scale_fmt: ue8m0`: every scale a power of two, also in a float32 container."""
+    config = read_config(checkpoint) or {}
+    quantization = config.get("quantization_config")
+    nested = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
+    return "ue8m0" in (config.get("scale_fmt"), nested)

@@ -1,0 +1,279 @@
+"""What a checkpoint holds, whoever wrote it: one list of whole tensors under the release's names.
+
+Understood on either side of a comparison:
+
+- Hugging Face folders with an index, with several shards and no index, or with a single `model.safetensors`;
+- the reference engine's `model{i}-mp{N}.safetensors`, one whole model per rank: slices are put together along the
+  axis that engine slices, experts are collected from all ranks, copies are checked against each other;
+- a leading `model.`, `self_attn`, `mlp`, `weight_scale_inv`, `e_score_correction_bias`: names other tools use for
+  `attn`, `ffn`, `scale`, `bias`.
+
+This is `verify`'s own statement of those rules, not the converter's. A rule that does not hold for the files at hand
+(a rank that lacks a tensor, an expert in the wrong rank, two names that mean the same tensor) is a `Problem`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dsv4.errors import InputError, printable
+
+from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_index, read_shard, shard_names
+
+RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+_PARTS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+# What each rank holds a slice of. Scales are sliced as their weights are.
+_SLICED_ROWS = re.compile(
+    r"(embed|head)\.weight"
+    r"|.*\.(attn|indexer)\.wq_b\.(weight|scale)"
+    r"|.*\.attn\.(wo_a\.(weight|scale)|attn_sink)"
+    r"|.*\.indexer\.weights_proj\.(weight|scale)"
+    r"|.*\.markov_head\.markov_w[12]\.weight"
+)
+_SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A whole tensor: `parts` follow each other along `axis`; `copies` are further copies of all of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    parts: tuple[Entry, ...]
+    copies: tuple[Entry, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole, copies not counted."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def shards(self) -> set[str]:
+        """Every file that has to be read for it."""
+        return {entry.shard for entry in (*self.parts, *self.copies)}
+
+
+@dataclass
+class Checkpoint:
+    """One side of a comparison, as far as headers tell."""
+
+    where: str  # "source" or "output"
+    files: Files
+    layout: str = "hf"
+    ranks: int = 1
+    shards: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
+        """Write down something that is wrong."""
+        self.problems.append(Problem(area, self.where, text, severity))
+
+
+def canonical(name: str) -> str:
+    """The release's name of a tensor: `model.layers.0.mlp.gate.weight` -> `layers.0.ffn.gate.weight`."""
+    name = name.removeprefix("model.")
+    if name.startswith(("vision.", "aligner.")):  # their own modules keep their own names, `mlp` among them
+        return name
+    return ".".join(_PARTS.get(part, part) for part in name.split("."))
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    """A few of the names, printable, and how many more."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(map(printable, ordered[:limit])) + more
+
+
+def _read_shards(
+    checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], told: Callable[[], None]
+) -> dict[str, Shard]:
+    shards = {}
+    for name in names:
+        shards[name] = shard = read_shard(checkpoint.files, name, sizes[name])
+        told()
+        shown = printable(name)
+        if shard.broken:
+            checkpoint.problem("shard", f"{shown} cannot be read: {shard.broken}", "unreadable")
+        for text in shard.problems:
+            checkpoint.problem("shard", f"{shown}: {text}")
+        for tensor, reason in shard.unreadable.items():
+            checkpoint.problem("shard", f"{shown}: {printable(tensor)}: {reason}", "unreadable")
+            checkpoint.unreadable[canonical(tensor)] = f"{shown}: {reason}"
+    checkpoint.shards = names
+    return shards
+
+
+def _check_weight_map(checkpoint: Checkpoint, weights: dict[str, str], shards: dict[str, Shard]) -> None:
+    """The index must name exactly the tensors that are there, each in the shard that holds it."""
+    held = {tensor: name for name, shard in shards.items() for tensor in (*shard.entries, *shard.unreadable)}
+    for name in sorted(set(weights.values()) - shards.keys()):
+        checkpoint.problem("index", f"names the shard {printable(name)}, which is not there", "unreadable")
+    for tensor, shard_name in weights.items():
+        shard = shards.get(shard_name)
+        if shard is None or shard.broken:
+            reason = "is not there" if shard is None else "cannot be read"
+            checkpoint.unreadable[canonical(tensor)] = f"{printable(shard_name)} {reason}"
+    readable = {tensor for tensor, name in weights.items() if name in shards and not shards[name].broken}
+    if absent := [tensor for tensor in readable if tensor not in held]:
+        checkpoint.problem("index", f"lists {len(absent)} tensors that no shard holds: {_some(absent)}")
+    if unlisted := [tensor for tensor in held if tensor not in weights]:
+        checkpoint.problem("index", f"lacks {len(unlisted)} tensors that the shards hold: {_some(unlisted)}")
+    if moved := [tensor for tensor in readable if tensor in held and held[tensor] != weights[tensor]]:
+        checkpoint.problem("index", f"places {len(moved)} tensors in another shard than holds them: {_some(moved)}")
+
+
+def _check_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: dict[str, Shard]) -> None:
+    if INDEX_NAME not in sizes:
+        if len(shards) > 1:
+            checkpoint.problem("index", f"there are {len(shards)} shards and no {INDEX_NAME}", "note")
+        return
+    index = read_index(checkpoint.files, sizes[INDEX_NAME])
+    if index.reason:
+        checkpoint.problem("index", f"{INDEX_NAME} cannot be used: {index.reason}", "unreadable")
+        return
+    _check_weight_map(checkpoint, index.weight_map, shards)
+    if index.unknown:
+        checkpoint.problem("index", f"has what no index has: {_some(index.unknown)}")
+    total = sum(entry.size for shard in shards.values() for entry in shard.entries.values())
+    if index.total_size is None:
+        checkpoint.problem("index", "has no total_size", "note")
+    elif index.total_size != total and not checkpoint.unreadable:
+        checkpoint.problem("index", f"total_size says {index.total_size} bytes, the tensors have {total}")
+
+
+def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
+    """Hugging Face: every entry is a whole tensor."""
+    for shard in shards.values():
+        for entry in shard.entries.values():
+            name = canonical(entry.name)
+            if name in checkpoint.tensors:
+                first = checkpoint.tensors[name].parts[0]
+                checkpoint.problem(
+                    "layout",
+                    f"{printable(entry.name)} in {printable(shard.name)} and {printable(first.name)} in "
+                    f"{printable(first.shard)} are the same tensor twice",
+                    "unreadable",
+                )
+                checkpoint.unreadable[name] = "the checkpoint holds it twice"
+            else:
+                checkpoint.tensors[name] = Tensor(name, entry.dtype, entry.shape, 0, (entry,))
+
+
+def _ranks(names: list[str]) -> list[tuple[int, int, str]]:
+    """(rank, of how many, file name) of the reference engine's files among `names`."""
+    found = [(match, name) for name in names if (match := RANK_FILE.fullmatch(name))]
+    return sorted((int(match[1]), int(match[2]), name) for match, name in found)
+
+
+def _joined(name: str, entries: list[Entry], axis: int) -> Tensor | str:
+    """The ranks' slices as one tensor, or why they do not fit together."""
+    first = entries[0]
+    rest = {(entry.dtype, len(entry.shape), entry.shape[:axis] + entry.shape[axis + 1 :]) for entry in entries}
+    if len(rest) > 1 or len(first.shape) <= axis:
+        return "the ranks' slices do not fit together: " + ", ".join(f"{e.dtype} {list(e.shape)}" for e in entries)
+    shape = list(first.shape)
+    shape[axis] = sum(entry.shape[axis] for entry in entries)
+    return Tensor(name, first.dtype, tuple(shape), axis, tuple(entries))
+
+
+def _replicated(name: str, entries: list[Entry]) -> Tensor | str:
+    first = entries[0]
+    if any((entry.dtype, entry.shape) != (first.dtype, first.shape) for entry in entries):
+        return "the ranks' copies differ: " + ", ".join(f"{e.dtype} {list(e.shape)}" for e in entries)
+    return Tensor(name, first.dtype, first.shape, 0, (first,), tuple(entries[1:]))
+
+
+def _experts_per_rank(names: Iterable[str], ranks: int) -> dict[str, int]:
+    """How many experts of each module one rank holds: all of them, divided by the ranks."""
+    count: dict[str, int] = defaultdict(int)
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            count[match[1]] = max(count[match[1]], int(match[2]) + 1)
+    return {module: max(1, total // ranks) for module, total in count.items()}
+
+
+def _place_expert(checkpoint: Checkpoint, name: str, held: dict[int, Entry], per_rank: dict[str, int]) -> None:
+    """An expert belongs to one rank. Another rank's copy, or the wrong rank, is what the engine would not find."""
+    match = _EXPERT.fullmatch(name)
+    assert match is not None
+    rank = int(match[2]) // per_rank[match[1]]
+    if set(held) != {rank}:
+        there = ", ".join(map(str, sorted(held)))
+        checkpoint.problem("layout", f"{printable(name)} belongs to rank {rank}, it is in rank {there}")
+    entries = [held[rank]] if rank in held else list(held.values())
+    checkpoint.tensors[name] = Tensor(name, entries[0].dtype, entries[0].shape, 0, tuple(entries[:1]))
+
+
+def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict[str, int]) -> None:
+    """The reference engine's layout: put the ranks' slices together, collect the experts, keep the copies."""
+    held: dict[str, dict[int, Entry]] = defaultdict(dict)
+    for shard_name, shard in shards.items():
+        for entry in shard.entries.values():
+            held[canonical(entry.name)][ranks[shard_name]] = entry
+    per_rank = _experts_per_rank(held, checkpoint.ranks)
+    for name, by_rank in held.items():
+        if _EXPERT.fullmatch(name):
+            _place_expert(checkpoint, name, by_rank, per_rank)
+            continue
+        entries = [by_rank[rank] for rank in sorted(by_rank)]
+        if len(entries) < checkpoint.ranks:
+            absent = ", ".join(str(rank) for rank in range(checkpoint.ranks) if rank not in by_rank)
+            checkpoint.problem("layout", f"{printable(name)} is not in rank {absent}")
+        if checkpoint.ranks > 1 and _SLICED_ROWS.fullmatch(name):
+            tensor = _joined(name, entries, 0)
+        elif checkpoint.ranks > 1 and _SLICED_COLUMNS.fullmatch(name):
+            tensor = _joined(name, entries, 1)
+        else:
+            tensor = _replicated(name, entries)
+        if isinstance(tensor, str):
+            checkpoint.problem("layout", f"{printable(name)}: {tensor}", "unreadable")
+            checkpoint.unreadable[name] = tensor
+        else:
+            checkpoint.tensors[name] = tensor
+
+
+def _open_ranks(
+    checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple[int, int, str]], told: Callable[[], None]
+) -> None:
+    counts = {count for _, count, _ in found}
+    if len(counts) > 1:
+        raise InputError(
+            f"{checkpoint.files.label} holds files of several conversions: "
+            + ", ".join(f"{printable(name)}" for _, _, name in found),
+            "Keep the files of one model-parallel size in a folder.",
+        )
+    checkpoint.layout, checkpoint.ranks = "mp", counts.pop()
+    present = {rank: name for rank, _, name in found}
+    shards = _read_shards(checkpoint, sizes, [name for _, _, name in found], told)
+    for rank in range(checkpoint.ranks):
+        if rank not in present:
+            text = f"model{rank}-mp{checkpoint.ranks}.safetensors is not there"
+            checkpoint.problem("layout", text, "unreadable")
+    _collect_ranks(checkpoint, shards, {name: rank for rank, name in present.items()})
+
+
+def open_checkpoint(files: Files, where: str, told: Callable[[], None] = lambda: None) -> Checkpoint:
+    """Read all headers (and the index) of a checkpoint. `where` is "source" or "output"; `told` hears of each header.
+
+    Raises InputError when there is no safetensors file at all, or when files of several conversions lie together.
+    """
+    checkpoint = Checkpoint(where, files)
+    sizes = files.sizes()
+    names = list(shard_names(files))
+    if not names and INDEX_NAME not in sizes:
+        raise InputError(f"{files.label} holds no safetensors file", "Give the folder that holds the shards.")
+    if INDEX_NAME not in sizes and (found := _ranks(names)):
+        _open_ranks(checkpoint, sizes, found, told)
+    else:
+        shards = _read_shards(checkpoint, sizes, names, told)
+        _check_index(checkpoint, sizes, shards)
+        _collect_whole(checkpoint, shards)
+    for name in checkpoint.unreadable:
+        checkpoint.tensors.pop(name, None)
+    return checkpoint

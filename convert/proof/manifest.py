@@ -1,0 +1,125 @@
+"""`dsv4.json`, when a checkpoint has one: the sizes and hashes that were written down when it was made.
+
+Only used when a checkpoint is verified alone. With the source at hand the manifest proves nothing that the tensors
+do not.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.errors import printable
+
+from .config import file_hash, read_config
+from .files import Entry
+from .layout import Checkpoint, canonical
+from .share import ALONE, Share
+
+MANIFEST = "dsv4.json"
+FORMAT = 1
+MAX_BYTES = 10**9  # about 400 for each tensor: 50 MB for V4-Pro, more where every rank has hashes of its own
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was written down, and which files this process hashes. All is empty when the file cannot be understood."""
+
+    shards: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    mine: dict[str, int] = field(default_factory=dict)  # name -> size
+    understood: bool = True
+
+    @property
+    def bytes_to_hash(self) -> int:
+        """Bytes that this process reads for it."""
+        return sum(self.mine.values())
+
+
+def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | None:
+    """The manifest of a checkpoint, None when it has none. Files of another size than it says are not hashed."""
+    sizes = checkpoint.files.sizes()
+    if MANIFEST not in sizes:
+        return None
+    value = read_config(checkpoint, MANIFEST, MAX_BYTES)
+    if value is None:
+        return Manifest(understood=False)
+    parts = [value.get(key, {}) for key in ("shards", "files", "tensors")]
+    if value.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
+        checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
+        return Manifest(understood=False)
+    shards, files, tensors = parts
+    said = {**shards, **files}
+    names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
+    mine = share.of(names, [sizes[name] for name in names])
+    return Manifest(shards, files, tensors, {name: sizes[name] for name in mine})
+
+
+def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, str]:
+    """SHA-256 of the files that this process hashes."""
+    return {name: file_hash(checkpoint.files, name, size, advance) for name, size in manifest.mine.items()}
+
+
+def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:
+    """Whether one file is as the manifest has it. Writes a problem when it is not."""
+    shown = printable(name)
+    if not isinstance(said, dict):
+        checkpoint.problem("manifest", f"its entry for {shown} cannot be understood")
+    elif name not in sizes:
+        checkpoint.problem("manifest", f"lists {shown}, which is not there")
+    elif said.get("size") != sizes[name]:
+        checkpoint.problem("manifest", f"{shown} has {sizes[name]} bytes, the manifest says {said.get('size')}")
+    elif said.get("sha256") != hashes[name]:
+        checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+    else:
+        return True
+    return False
+
+
+def _tensor_hash(checkpoint: Checkpoint, entry: Entry) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, entry.size, _CHUNK):
+        buffer = bytearray(min(_CHUNK, entry.size - start))
+        checkpoint.files.read_into(entry.shard, entry.offset + start, memoryview(buffer))
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
+def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool) -> None:
+    """Dtype and shape; in a shard whose hash is wrong also the hash: which of its tensors changed?"""
+    shown = printable(entry.name)
+    if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
+        claimed = f"{said.get('dtype')} {said.get('shape')}"
+        text = f"{shown} is {entry.dtype} {list(entry.shape)}, the manifest says {printable(claimed)}"
+        checkpoint.problem("manifest", text)
+    if shard_differs and "sha256" in said and _tensor_hash(checkpoint, entry) != said["sha256"]:
+        checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+
+
+def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
+    """Exactly the tensors that are there are listed, as they are. Slices of ranks are listed as nothing whole."""
+    there = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
+    listed = {canonical(name): value for name, value in said.items()}
+    for name in sorted(listed.keys() - there):
+        checkpoint.problem("manifest", f"lists {printable(name)}, which is not there")
+    for name in sorted(there - listed.keys()):
+        checkpoint.problem("manifest", f"does not list {printable(name)}")
+    for name, tensor in checkpoint.tensors.items():
+        value = listed.get(name)
+        if isinstance(value, dict) and len(tensor.parts) == 1 and not tensor.copies:
+            _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
+
+
+def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:
+    """Sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes."""
+    if not manifest.understood:
+        return
+    sizes, shards = checkpoint.files.sizes(), manifest.shards
+    broken = {name for name, said in shards.items() if not _check_file(checkpoint, name, said, sizes, hashes)}
+    for name, said in manifest.files.items():
+        _check_file(checkpoint, name, said, sizes, hashes)
+    for name in sorted(set(checkpoint.shards) - shards.keys()):
+        checkpoint.problem("manifest", f"does not list {printable(name)}")
+    _check_tensors(checkpoint, manifest.tensors, broken)

@@ -1,0 +1,154 @@
+"""What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder, one more for each part of it.
+
+The first line binds the journal to one job: source, settings, version. Each further line is one finished shard with
+its size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run
+reads every shard it names again and compares the hash before it relies on it. A torn last line is ignored.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UsageError, printable
+
+from .atomic_file import PREFIX, AppendLog, read_small, remove
+
+_STEM, _ENDING = PREFIX + "journal", ".jsonl"
+MAX_JOURNAL_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """One shard under its final name, as it was when it was written."""
+
+    file: str
+    size: int
+    sha256: str
+    tensors: dict[str, dict[str, Any]]  # manifest entries
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _shard(entry: dict[str, Any]) -> FinishedShard | None:
+    try:
+        return FinishedShard(str(entry["file"]), int(entry["size"]), str(entry["sha256"]), dict(entry["tensors"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the journals of a folder say.
+
+    jobs: the job of each journal. owned: names of all files the jobs write. started_ns: when the first began.
+    """
+
+    jobs: list[dict[str, Any]]
+    owned: list[Any]
+    started_ns: int
+    shards: dict[str, FinishedShard]
+
+
+def journal_name(part: str = "") -> str:
+    """File name of a journal: of a whole conversion, or of one part (`2-of-8`)."""
+    return f"{_STEM}.{part}{_ENDING}" if part else _STEM + _ENDING
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(f"{_STEM}*{_ENDING}") if p.is_file())
+
+
+def _read_one(path: Path) -> Past | None:
+    lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn
+    entries = [entry for entry in map(_parse, lines) if entry is not None]
+    try:
+        job, owned, started = dict(entries[0]["job"]), list(entries[0]["owned"]), int(entries[0]["started_ns"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    shards = [shard for shard in map(_shard, entries[1:]) if shard is not None]
+    return Past([job], owned, started, {shard.file: shard for shard in shards})
+
+
+def read_journal(folder: Path) -> Past | None:
+    """All journals of an unfinished conversion together; None if there is none that can be used."""
+    pasts = [past for past in map(_read_one, _journals(folder)) if past is not None]
+    if not pasts:
+        return None
+    return Past(
+        [job for past in pasts for job in past.jobs],
+        [name for past in pasts for name in past.owned],
+        min(past.started_ns for past in pasts),
+        {file: shard for past in pasts for file, shard in past.shards.items()},
+    )
+
+
+def remove_journals(folder: Path) -> None:
+    """The conversion is complete, or given up."""
+    for path in _journals(folder):
+        remove(path)
+
+
+def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
+    """Name the first thing in which two jobs differ, as `settings.to: 'fp8' before, 'bf16' now`; None if nothing."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            found = describe_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{printable(where)}: {printable(repr(old)[:80])} before, {printable(repr(new)[:80])} now"
+
+
+def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old job, with the new one's `on_inexact` if its own was "error": what that let through is exact anyway."""
+    options, wanted = old.get("options"), new.get("options")
+    if not isinstance(options, dict) or not isinstance(wanted, dict) or options.get("on_inexact") != "error":
+        return old
+    return {**old, "options": {**options, "on_inexact": wanted.get("on_inexact")}}
+
+
+def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """Raises UsageError naming what differs if the folder holds another job's output."""
+    difference = describe_difference(_as_resumed_by(old, new), new)
+    if difference:
+        raise UsageError(
+            f"{printable(str(folder))} holds the output of another conversion ({difference})",
+            "Choose another folder, or replace it with --overwrite.",
+        )
+
+
+class Journal:
+    """The journal of the running conversion, open for adding lines."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], owned: list[str], part: str = "") -> None:
+        self._path = folder / journal_name(part)
+        fresh = not self._path.is_file() or _read_one(self._path) is None
+        if fresh:
+            remove(self._path)
+        self._log = AppendLog(self._path)
+        if fresh:
+            self._log.append(json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()}))
+
+    def add(self, shard: FinishedShard) -> None:
+        """Record a shard that is durable under its final name."""
+        entry = {"file": shard.file, "size": shard.size, "sha256": shard.sha256, "tensors": shard.tensors}
+        self._log.append(json.dumps(entry))
+
+    def close(self) -> None:
+        """Let go of the file; it stays for the next run."""
+        self._log.close()
+
+    def discard(self) -> None:
+        """Nothing is worth remembering."""
+        self.close()
+        remove(self._path)

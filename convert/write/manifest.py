@@ -1,0 +1,141 @@
+"""`dsv4.json`, the record of a finished conversion: from what, how, and the hash of everything that was written.
+
+It holds no dates, host names or paths: the same source and options give the same bytes anywhere.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv4 import __version__
+from dsv4.convert.checkpoint.header import strict_json
+from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
+from dsv4.convert.plan.settings import Settings
+from dsv4.errors import InputError, printable
+
+from .atomic_file import read_small
+from .journal import FinishedShard
+
+MANIFEST_NAME = "dsv4.json"
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 10**9
+
+
+def describe_job(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """What makes two conversions the same: format and program version, source, options."""
+    config = checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
+    shards = {s.name: {"size": s.size, "header_sha256": s.header_sha256} for s in checkpoint.shards.values()}
+    source = {**checkpoint.storage.identity(), "config_sha256": hashlib.sha256(config).hexdigest(), "shards": shards}
+    return {
+        "format": MANIFEST_FORMAT,
+        "dsv4_version": __version__,
+        "source": source,
+        "options": settings.to_json(),
+    }
+
+
+def summarize(tensors: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Totals over the manifest entries of all tensors."""
+
+    def total(key: str) -> int:
+        return sum(entry.get(key, 0) for entry in tensors.values())
+
+    return {
+        "tensors": len(tensors),
+        "cast_tensors": sum("blocks" in entry for entry in tensors.values()),
+        "blocks": total("blocks"),
+        "max_span": max((entry.get("max_span", 0) for entry in tensors.values()), default=0),
+        "moved_blocks": total("moved_blocks"),
+        "inexact_blocks": total("inexact_blocks"),
+        "changed_elements": total("changed_elements"),
+        "negative_zeros": total("negative_zeros"),
+        "nan_codes": total("nan_codes"),
+    }
+
+
+def _with_slice(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    hashes = first.get("sha256_by_shard", {first["shard"]: first["sha256"]}) | {entry["shard"]: entry["sha256"]}
+    counts: dict[str, int] = {
+        key: first.get(key, 0) + entry.get(key, 0)
+        for key in ("nan_codes", "changed_elements")
+        if key in first or key in entry
+    }
+    return {**first, **counts, "sha256_by_shard": hashes}
+
+
+def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:
+    """The entries of all tensors by name.
+
+    In the reference engine's layout a name can be in several shards, as copies or as slices. The entry is then the
+    first shard's; slices add their counts to it, and `sha256_by_shard` has the hash of each.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        for name, entry in shard.tensors.items():
+            first = merged.setdefault(name, entry)
+            if first is not entry and "slice" in entry:
+                merged[name] = _with_slice(first, entry)
+    return merged
+
+
+def make_manifest(
+    job: dict[str, Any], shards: list[FinishedShard], files: dict[str, bytes], kept: list[str]
+) -> dict[str, Any]:
+    """The manifest of a finished output. kept: tensors left as they were for want of an exact form."""
+    tensors = merge_shards(shards)
+    return {
+        **job,
+        "summary": summarize(tensors),
+        "kept_tensors": kept,
+        "shards": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards},
+        "files": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+        "tensors": tensors,
+    }
+
+
+def dump_manifest(manifest: dict[str, Any]) -> bytes:
+    """Bytes of dsv4.json: one tensor a line, so that two of them can be compared with `diff`."""
+    head = {key: value for key, value in manifest.items() if key != "tensors"}
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    lines = [f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(e)}" for n, e in manifest["tensors"].items()]
+    return (text + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether the parts that this program relies on are there."""
+    if not isinstance(value, dict) or value.get("format") != MANIFEST_FORMAT:
+        return False
+    if not all(isinstance(value.get(key), dict) for key in ("shards", "files", "tensors", "summary")):
+        return False
+    entries = [*value["shards"].values(), *value["files"].values()]
+    sizes = all(isinstance(entry, dict) and type(entry.get("size")) is int for entry in entries)
+    return sizes and isinstance(value.get("kept_tensors"), list)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an output folder; None if it has none. Raises InputError if it is not one of ours."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    manifest = strict_json(read_small(path, MAX_MANIFEST_BYTES), printable(str(path)))
+    if not _is_manifest(manifest):
+        raise InputError(f"{printable(str(path))}: not a manifest of this version of dsv4", "Choose another folder.")
+    return dict(manifest)
+
+
+def _stays_inside(name: Any) -> bool:
+    """Whether a relative name cannot lead out of its folder."""
+    parts = name.split("/") if isinstance(name, str) else [".."]
+    return all(part not in ("", ".", "..") for part in parts) and name.isprintable() and "\\" not in name
+
+
+def check_owned(names: list[Any]) -> list[str]:
+    """File names from a manifest or journal, refused if one could lead out of the folder. Raises InputError."""
+    for name in names:
+        if not _stays_inside(name):
+            shown = printable(str(name)[:80])
+            raise InputError(f"manifest or journal names a file '{shown}'", "It was tampered with: use a new folder.")
+    return names

@@ -1,0 +1,166 @@
+"""The state of an output folder: empty, half done, done, or somebody else's.
+
+A folder is ours if it holds our journal (unfinished) or our manifest (finished). Nothing in a folder that is not ours
+is ever touched; in ours, only the files that journal or manifest name.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import Any
+
+from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, Checkpoint, read_header
+from dsv4.convert.checkpoint.storage import Folder
+from dsv4.convert.plan.plan import OutputShard, Plan
+from dsv4.convert.plan.side_files import index_names
+from dsv4.errors import InputError, UsageError, printable
+
+from .atomic_file import PREFIX, fsync_folder, remove, remove_empty_folder
+from .journal import FinishedShard, Past, check_same_job, read_journal, remove_journals
+from .manifest import MANIFEST_NAME, check_owned, read_manifest
+
+HASH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in the output folder: at most one of a journal (unfinished) and a manifest (finished)."""
+
+    journal: Past | None = None
+    manifest: dict[str, Any] | None = None
+
+
+def look(folder: Path) -> Found:
+    """Find out what the output folder is. Raises UsageError if it holds files and none of them says it is ours."""
+    if not folder.is_dir():
+        return Found()
+    journal = read_journal(folder)
+    if journal is not None:
+        return Found(journal=journal)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return Found(manifest=manifest)
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(PREFIX))
+    if strangers:
+        raise UsageError(
+            f"{printable(str(folder))} is not empty (it holds {printable(strangers[0])}) and was not written by dsv4",
+            "Choose a new or empty folder. --overwrite replaces only what dsv4 wrote.",
+        )
+    return Found()
+
+
+def owned_files(found: Found) -> list[str]:
+    """Names of the files that belong to the conversion found. Raises InputError if one would lead elsewhere."""
+    if found.journal is not None:
+        return check_owned(found.journal.owned)
+    if found.manifest is not None:
+        return check_owned([*found.manifest["shards"], *found.manifest["files"], MANIFEST_NAME])
+    return []
+
+
+def check_in_the_way(folder: Path, found: Found, names: list[str]) -> None:
+    """Raises UsageError if a file that is not ours has a name that the conversion would write."""
+    foreign = sorted(n for n in set(names) - set(owned_files(found)) if (folder / n).exists())
+    if foreign:
+        raise UsageError(
+            f"{printable(str(folder))}: {printable(foreign[0])} was not written by dsv4 and would be replaced",
+            "Move it away: --overwrite replaces only what dsv4 wrote.",
+        )
+
+
+def owned_bytes(folder: Path, found: Found) -> int:
+    """Bytes on disk of the conversion found."""
+    return sum(path.stat().st_size for path in map(folder.joinpath, owned_files(found)) if path.is_file())
+
+
+def clear(folder: Path, found: Found) -> None:
+    """Remove a former conversion's files, and its sub-folders unless something else is in them.
+
+    Index and config go first: what is half removed must not look like a model. Manifest and journal go last, when
+    everything else is durably gone: they are what makes the rest ours.
+    """
+    names = owned_files(found)
+    for name in sorted(set(names) - {MANIFEST_NAME}, key=lambda name: name not in (INDEX_NAME, CONFIG_NAME)):
+        remove(folder / name)
+    inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
+    for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
+        remove_empty_folder(folder / sub_folder)
+    fsync_folder(folder)
+    if MANIFEST_NAME in names:
+        remove(folder / MANIFEST_NAME)
+    remove_journals(folder)
+
+
+def source_changed(checkpoint: Checkpoint, since_ns: int) -> set[str]:
+    """Source shards that were changed after a time."""
+    return {name for name in checkpoint.shards if checkpoint.storage.changed_ns(name) > since_ns}
+
+
+def check_finished(folder: Path, manifest: dict[str, Any], job: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Whether a finished output is that of this job, by sizes and headers (`verify` proves the rest).
+
+    Raises UsageError if it is another job's, InputError if files are missing or the source was changed since.
+    """
+    check_same_job({key: manifest.get(key) for key in job}, job, folder)
+    storage = Folder(folder)
+    sizes = storage.sizes()
+    hint = "Convert again with --overwrite."
+    for name, entry in {**manifest["shards"], **manifest["files"]}.items():
+        if sizes.get(name) != entry["size"]:
+            state = "is missing" if name not in sizes else f"has {sizes[name]} bytes, {entry['size']} expected"
+            raise InputError(f"{printable(str(folder))}: {printable(name)} {state}", hint)
+        if name in manifest["shards"]:
+            read_header(storage, name, sizes[name])
+    changed = source_changed(checkpoint, (folder / MANIFEST_NAME).stat().st_mtime_ns)
+    if changed:
+        raise UsageError(f"the source changed after {printable(str(folder))} was made from it: {min(changed)}", hint)
+
+
+def file_sha256(path: Path, stop: Event) -> str:
+    """SHA-256 of a file, read in small pieces; once `stop` is set, only of what was read until then."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (block := file.read(HASH_BYTES)):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_intact(folder: Path, shard: FinishedShard, stop: Event) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.size and file_sha256(path, stop) == shard.sha256
+
+
+def usable_shards(
+    folder: Path,
+    past: Past,
+    shards: list[OutputShard],
+    checkpoint: Checkpoint,
+    pool: Executor,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, FinishedShard]:
+    """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now.
+
+    advance: told of the data bytes of each.
+    """
+    changed = source_changed(checkpoint, past.started_ns)
+    wanted = {s.file: s for s in shards}
+    trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
+    stop = Event()
+    intact = pool.map(lambda shard: _is_intact(folder, shard, stop), trusted)
+    usable = {}
+    try:
+        for shard, ok in zip(trusted, intact, strict=True):
+            if ok:
+                usable[shard.file] = shard
+                advance(wanted[shard.file].data_bytes)
+        return usable
+    finally:
+        stop.set()  # an interrupted run does not wait until its threads have read whole shards
+
+
+def files_of(plan: Plan, copied: list[str]) -> list[str]:
+    """Every name the conversion will write, for the journal."""
+    return [*(s.file for s in plan.shards), *copied, MANIFEST_NAME, *index_names(plan)]

@@ -1,0 +1,1 @@
+"""Teacher-forced logits, comparison of two checkpoints, traces."""

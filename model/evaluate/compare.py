@@ -1,0 +1,179 @@
+"""Two checkpoints on the same tokens: bit-equal, or how far apart and from which module on.
+
+Each can run by itself, one after the other. Where memory is short, and a run therefore takes as long as reading the
+files, both advance in turn, module by module (`run_side_by_side`): the same numbers, and a difference is known as soon
+as the first module shows it, not hours later.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv4.errors import InputError
+from dsv4.model.transformer import Transformer
+
+from .logits import Evaluation, OnProgress, teacher_forced_by_module
+from .trace import Fingerprints, counting
+
+Reached = tuple[str, range]  # a module and the positions it was computed for
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one checkpoint made of the tokens."""
+
+    evaluation: Evaluation
+    fingerprints: Fingerprints
+
+
+class _Side:
+    """One of two models on its way through the tokens. `evaluation` is there at the end."""
+
+    def __init__(
+        self, model: Transformer, tokens: Sequence[int], prefill: int | None, mtp: bool, on_progress: OnProgress | None
+    ) -> None:
+        self._modules = teacher_forced_by_module(model, tokens, prefill, mtp)
+        self._progress = counting(on_progress, model.config.num_hidden_layers)
+        self.fingerprints = Fingerprints()
+        self.evaluation: Evaluation | None = None
+
+    def advance(self) -> Reached | None:
+        """Compute one more module; None at the end."""
+        if self.evaluation is not None:
+            return None
+        try:
+            name, position, output = next(self._modules)
+        except StopIteration as finished:
+            self.evaluation = finished.value
+            return None
+        self.fingerprints(name, position, output)
+        if self._progress is not None:
+            self._progress(name, output)
+        return name, range(position, position + len(output))
+
+    def run(self) -> Run:
+        """What came out, once `advance` has reached the end."""
+        assert self.evaluation is not None
+        return Run(self.evaluation, self.fingerprints)
+
+
+def _parting(one: _Side, other: _Side, reached: Reached | None) -> tuple[str, int] | None:
+    """Module and position of the first difference in what both have just computed, where `one` has reached.
+
+    A model of other structure has come to another module and lacks this one: that is a difference too.
+    """
+    if reached is None:
+        return None
+    name, positions = reached
+    position = one.fingerprints.first_position(other.fingerprints, name, positions)
+    return None if position is None else (name, position)
+
+
+@torch.inference_mode()
+def run_side_by_side(
+    models: tuple[Transformer, Transformer],
+    tokens: Sequence[int],
+    prefill: int | None = None,
+    mtp: bool = True,
+    on_difference: Callable[[str, int], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Run, Run]:
+    """`teacher_forced` of two models in turn, a module of one and the same module of the other.
+
+    on_difference: hears the first module that is seen to differ, and its position there, once. Of a run with single
+    steps, an earlier module may yet differ at a later position; `Comparison.first_module` knows them all.
+    on_progress: hears of both models' tokens.
+    """
+    one, other = (_Side(model, tokens, prefill, mtp, on_progress) for model in models)
+    parted = None
+    while one.evaluation is None or other.evaluation is None:
+        reached, _ = one.advance(), other.advance()
+        if parted is None:
+            parted = _parting(one, other, reached)
+            if parted is not None and on_difference is not None:
+                on_difference(*parted)
+    return one.run(), other.run()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Per position: largest |difference| of logits, KL(first || second) in nats, whether the likeliest token agrees.
+
+    `max_difference` is over all positions; `mtp_max_difference` over the MTP block's, None without one in both.
+    `first_module` is the first module whose output differs in any bit, at `first_position`.
+    """
+
+    bit_equal: bool
+    max_difference: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    mtp_max_difference: float | None
+    first_module: str | None
+    first_position: int | None
+    difference: list[float]
+    kl: list[float]
+    top1: list[bool]
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the two count as the same: bit-equal, or every logit within `tolerance`."""
+        differences = [self.max_difference, self.mtp_max_difference or 0.0]
+        return self.bit_equal or all(d <= tolerance for d in differences)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, for `--json`."""
+        return asdict(self)
+
+
+def _same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.to(torch.float64), dim=-1)
+
+
+def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(one || other) of each row, float64 [n], at least 0: rounding can give a tiny negative sum."""
+    first, second = _log_probabilities(one), _log_probabilities(other)
+    return (first.exp() * (first - second)).sum(-1).clamp(min=0)
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Largest |difference| of each row; a NaN on one side only is infinitely far."""
+    far = (one.to(torch.float64) - other.to(torch.float64)).abs()
+    both = (one == other) | (one.isnan() & other.isnan())
+    return far.masked_fill(both, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf")).amax(-1)
+
+
+def compare(one: Run, other: Run) -> Comparison:
+    """The comparison of two runs on the same tokens. Raises InputError if their vocabularies differ."""
+    a, b = one.evaluation, other.evaluation
+    if a.logits.shape != b.logits.shape:
+        raise InputError(
+            f"the vocabularies have {a.logits.shape[-1]} and {b.logits.shape[-1]} tokens",
+            "Only checkpoints of the same model can be compared.",
+        )
+    difference, kl = _difference(a.logits, b.logits), _kl(a.logits, b.logits)
+    top1 = a.logits.argmax(-1) == b.logits.argmax(-1)
+    both_mtp = a.mtp_logits is not None and b.mtp_logits is not None
+    mtp = float(_difference(a.mtp_logits, b.mtp_logits).max()) if both_mtp else None  # type: ignore[arg-type]
+    parted = one.fingerprints.first_difference(other.fingerprints)
+    return Comparison(
+        bit_equal=_same_bits(a.logits, b.logits) and _same_bits(a.mtp_logits, b.mtp_logits),
+        max_difference=float(difference.max()),
+        mean_kl=float(np.mean(kl.numpy())),
+        max_kl=float(kl.max()),
+        top1_agreement=float(top1.to(torch.float64).mean()),
+        mtp_max_difference=mtp,
+        first_module=parted[0] if parted else None,
+        first_position=parted[1] if parted else None,
+        difference=difference.tolist(),
+        kl=kl.tolist(),
+        top1=top1.tolist(),
+    )

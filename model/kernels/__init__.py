@@ -1,0 +1,1 @@
+"""The hot operations: reference forms, the compiled CPU library, and torch on other devices."""

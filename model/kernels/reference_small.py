@@ -1,0 +1,98 @@
+"""The small operations between the products, in their reference forms: plain torch, fixed order of sums.
+
+Each of them reads and writes a few KB per token, but there are many: written as single torch calls they would cost a
+step as much time as the weights. `native.c` has each of them as one call with the same bits.
+Activations are bfloat16 or float32; arithmetic is float32 and the result is rounded to the input's dtype once.
+"""
+
+import torch
+
+from .deterministic import exp, sigmoid, silu, sqrt, tree_sum
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    """x [T, n] -> float32 [T]."""
+    wide = x.to(torch.float32)
+    return tree_sum(wide * wide) / wide.shape[-1]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., n] over its root mean square, times weight float32 [n]."""
+    factor = 1.0 / sqrt(mean_square(x) + eps)
+    return (x.to(torch.float32) * factor.unsqueeze(-1) * weight).to(x.dtype)
+
+
+def head_norm(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+    """q [T, H, c], each head over its root mean square; in bfloat16 the squares, the mean and the factor are rounded.
+
+    From head `left_over` on the square root is rounded too (see attention.left_over).
+    """
+    dtype = q.dtype
+    squares = (q * q).to(torch.float32)
+    mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
+    root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
+    root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
+    return q * (1.0 / root).to(dtype).unsqueeze(-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, m, c] with its last r dims turned: pairs (2i, 2i + 1) by the angle of cos and sin, float32 [T, r / 2]."""
+    r = 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    pairs = torch.unflatten(x[..., -r:].to(torch.float32), -1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return torch.cat((x[..., :-r], turned.to(x.dtype)), dim=-1)
+
+
+def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+    """[T, n, n] -> nearly doubly stochastic, float32: softmax over the last dim, then columns, rows, columns, ..."""
+    weights = exp(logits - logits.amax(-1, keepdim=True))
+    comb = weights / tree_sum(weights).unsqueeze(-1) + eps
+
+    def columns(c: torch.Tensor) -> torch.Tensor:
+        return c / (tree_sum(c.transpose(-1, -2)).unsqueeze(-2) + eps)
+
+    comb = columns(comb)
+    for _ in range(iterations - 1):
+        comb = columns(comb / (tree_sum(comb).unsqueeze(-1) + eps))
+    return comb
+
+
+def split_mixes(
+    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """mixes [T, (2 + n) n] -> pre [T, n], post [T, n], comb [T, n (from), n (to)], float32."""
+    pre = sigmoid(mixes[:, :n] * scale[0] + base[:n]) + eps
+    post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    logits = torch.unflatten(mixes[:, 2 * n :] * scale[2] + base[2 * n :], -1, (n, n))
+    return pre, post, sinkhorn(logits, iterations, eps)
+
+
+def _weighted(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """sum_j weights[t, j] * h[t, j] -> float32 [T, D], in the order of j."""
+    total = weights[:, 0, None] * h[:, 0].to(torch.float32)
+    for j in range(1, h.shape[1]):
+        total = total + weights[:, j, None] * h[:, j].to(torch.float32)
+    return total
+
+
+def collapse(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """The streams h [T, n, D] as one, weighted by float32 [T, n] -> [T, D] in h's dtype."""
+    return _weighted(weights, h).to(h.dtype)
+
+
+def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """A sublayer's output [T, D] and the old streams h [T, n, D] -> new: post_k * output + sum_j comb[j, k] h_j."""
+    wide = output.to(torch.float32)
+    streams = [post[:, k, None] * wide + _weighted(comb[:, :, k], h) for k in range(h.shape[1])]
+    return torch.stack(streams, dim=1).to(h.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tensor | None) -> torch.Tensor:
+    """silu(gate) * up, both [T, n] clamped (gate only from above), times share float32 [T] if there is one."""
+    clamped = gate.to(torch.float32).clamp(max=limit)
+    activation = silu(clamped) * up.to(torch.float32).clamp(-limit, limit)
+    if share is not None:
+        activation = share.unsqueeze(-1) * activation
+    return activation.to(gate.dtype)

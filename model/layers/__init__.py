@@ -1,0 +1,1 @@
+"""The layers of the architecture, each a class that reads its weights by name."""

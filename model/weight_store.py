@@ -1,0 +1,198 @@
+"""Which weights stay in memory, and which are read from the files each time they are needed.
+
+A weight is kept as it is stored, packed, so a checkpoint needs about its own size. Below that, `max_memory` decides:
+
+    always      norms, biases, tables, hyper-connections: a few MB per layer
+    pinned      dense matrices in the order of use, as many as fit: every token needs every one of them
+    the rest    of the dense matrices is read from the files at each use and dropped
+    experts     only those that a token chose are read; a least-recently-used cache holds as many as fit
+
+Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before it
+is needed. Pinning a prefix of the cycle saves exactly the part that fits. Where a weight lies changes no bit of it.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.errors import InputError, MachineError
+
+from .config import Config
+from .parallel import ALONE, Group
+from .weights import Matrix, read_matrix, read_vector, scale_name, tensor_shapes
+
+EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
+MATRIX = re.compile(r"\.weight$|hc_(attn|ffn|head)_fn$")
+EMBEDDING = "embed.weight"
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
+
+
+def stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a weight and its scale in the files, which is what it occupies in memory."""
+    scale = checkpoint.tensors.get(scale_name(name))
+    return checkpoint.tensors[name].nbytes + (scale.nbytes if scale is not None and name.endswith(".weight") else 0)
+
+
+def is_matrix(shape: tuple[int, ...], name: str) -> bool:
+    """Whether a tensor is used as a matrix; the others are norms, biases, tables and position biases."""
+    return len(shape) == 2 and MATRIX.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes of memory for a model's weights, or a rank's share: `whole` keeps all of them, less than `least` none."""
+
+    whole: int
+    least: int
+
+
+class WeightStore:
+    """All weights of a model by name, or a rank's share of them.
+
+    Raises MachineError when the largest single weight does not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        stages: int,
+        device: torch.device,
+        max_memory: int | None,
+        group: Group = ALONE,
+    ) -> None:
+        self.checkpoint, self.config, self.device, self.group = checkpoint, config, device, group
+        shapes = {n: shape for n, shape in tensor_shapes(config, stages).items() if group.holds(n, config)}
+        self._rows = {name: group.rows(name, shape) for name, shape in shapes.items()}
+        matrices = [name for name, shape in shapes.items() if is_matrix(shape, name)]
+        self._vector_names = [name for name, shape in shapes.items() if not is_matrix(shape, name)]
+        self._experts = {name for name in matrices if EXPERT.search(name)}
+        # Bytes in the files, scale included.
+        self.sizes = {n: stored_bytes(checkpoint, n) // (group.count if self._rows[n] else 1) for n in shapes}
+        self._pinned: dict[str, Matrix] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._recent: OrderedDict[str, Matrix] = OrderedDict()
+        self._recent_bytes = 0
+        self.reads = 0  # matrices read from the files since loading
+        fixed = sum(self.sizes[name] for name in self._vector_names)
+        self._largest = max((n for n in matrices if n != EMBEDDING), key=lambda n: self.sizes[n])
+        whole = fixed + sum(self.sizes[name] for name in matrices)
+        self.demand = Demand(whole, fixed + self.sizes[self._largest])
+        self._plan(matrices, max_memory)
+
+    def _plan(self, matrices: list[str], max_memory: int | None) -> None:
+        """Decide what is pinned and how many bytes the expert cache may hold."""
+        sizes, least = self.sizes, self.demand.least
+        if max_memory is None or self.demand.whole <= max_memory:
+            self._pinned_names, self._recent_limit = matrices, 0
+            return
+        if least > max_memory:
+            largest = sizes[self._largest]
+            raise MachineError(
+                f"max_memory is {max_memory} bytes, but norms and tables take {least - largest} and "
+                f"'{self._largest}' takes {largest}",
+                f"Allow at least {least} bytes.",
+            )
+        dense = [name for name in matrices if name not in self._experts]
+        left = max_memory - least  # one matrix is always in flight
+        # One layer's worth of chosen experts before anything is pinned, or each token would read them all again.
+        expert = max((sizes[name] for name in self._experts), default=0)
+        reserve = min(left // 2, 3 * expert * self.config.num_experts_per_tok * self.config.num_hidden_layers)
+        self._pinned_names = []
+        for name in dense:
+            if name != EMBEDDING and sizes[name] <= left - reserve:
+                self._pinned_names.append(name)
+                left -= sizes[name]
+        self._recent_limit = left
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Read what stays in memory. `progress` is told bytes done and bytes in all."""
+        total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
+        done = 0
+        for name in self._vector_names:
+            self._vectors[name] = read_vector(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
+            done += self.sizes[name]
+        for name in self._pinned_names:
+            self._pinned[name] = self._read(name)
+            done += self.sizes[name]
+            if progress is not None:
+                progress(done, total)
+
+    def _read(self, name: str) -> Matrix:
+        try:
+            return read_matrix(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
+        except ValueError as error:
+            raise InputError(f"'{name}': {error}") from None
+
+    def matrix(self, name: str) -> Matrix:
+        """A matrix, from memory if it is there, otherwise from the files."""
+        if name in self._pinned:
+            return self._pinned[name]
+        if name in self._recent:
+            self._recent.move_to_end(name)
+            return self._recent[name]
+        self.reads += 1
+        matrix = self._read(name)
+        if name in self._experts and matrix.nbytes <= self._recent_limit:
+            self._remember(matrix)
+        return matrix
+
+    def _remember(self, matrix: Matrix) -> None:
+        self._recent[matrix.name] = matrix
+        self._recent_bytes += matrix.nbytes
+        while self._recent_bytes > self._recent_limit:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_bytes -= oldest.nbytes
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm, bias, sink (float32) or table of expert ids (int64)."""
+        return self._vectors[name]
+
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, float32 [n, hidden_size]; single rows are read if the table is not in memory."""
+        start, stop = self._rows[EMBEDDING] or (0, self.config.vocab_size)
+        mine = ((token_ids >= start) & (token_ids < stop)).nonzero().squeeze(-1)
+        result = torch.zeros(len(token_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
+        result[mine] = self._embedding_rows(token_ids[mine], start)
+        return self.group.combine(result)
+
+    def _embedding_rows(self, token_ids: torch.Tensor, start: int) -> torch.Tensor:
+        if EMBEDDING in self._pinned:
+            return self._pinned[EMBEDDING].values[token_ids - start].to(torch.float32)
+        rows = [self.checkpoint.read_tensor(EMBEDDING, i, i + 1) for i in token_ids.tolist()]
+        none = self.checkpoint.read_tensor(EMBEDDING, 0, 0)
+        return torch.cat([none, *rows]).to(self.device, torch.float32)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights in memory now."""
+        held = sum(m.nbytes for m in self._pinned.values()) + self._recent_bytes
+        return held + sum(vector.nbytes for vector in self._vectors.values())
+
+    def scope(self, prefix: str) -> "Scope":
+        """The weights whose names start with `prefix`."""
+        return Scope(self, prefix)
+
+
+class Scope:
+    """Weights of one module, under their names within it."""
+
+    def __init__(self, store: WeightStore, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+
+    def matrix(self, name: str) -> Matrix:
+        """See WeightStore.matrix."""
+        return self._store.matrix(self._prefix + name)
+
+    def vector(self, name: str) -> torch.Tensor:
+        """See WeightStore.vector."""
+        return self._store.vector(self._prefix + name)
+
+    def scope(self, prefix: str) -> "Scope":
+        """A module inside this one."""
+        return Scope(self._store, self._prefix + prefix)

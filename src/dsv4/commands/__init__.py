@@ -1,0 +1,1 @@
+"""One module per command: declares its options and calls the packages below."""

@@ -1,0 +1,56 @@
+"""`dsv4 demo [FOLDER]`: the whole program on a small checkpoint, made on the spot."""
+
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import UsageError, printable
+from dsv4.options import as_folder, example
+
+EPILOG = example("dsv4 demo", "dsv4 demo ./demo")
+
+
+def _steps(folder: Path) -> list[list[str]]:
+    """The commands of the demo, in order, as one would type them."""
+    source, converted = str(folder / "source"), str(folder / "fp8")
+    return [
+        ["inspect", source],
+        ["convert", source, converted],
+        ["verify", source, converted, "--report", str(folder / "report.html")],
+        ["run", source, "-p", "What changed?", "--compare", converted],
+    ]
+
+
+def _choose_folder(folder: Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="dsv4-demo-"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{printable(str(folder))} is not an empty folder", "Name a new folder for the demo.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def demo(
+    folder: Annotated[
+        Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
+    ] = None,
+) -> None:
+    """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
+    from dsv4.cli import run
+    from dsv4.convert.synthetic.checkpoint import make_checkpoint
+
+    out = output.configure()
+    place = _choose_folder(folder)
+    out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
+    make_checkpoint(place / "source")
+    for step in _steps(place):
+        out.say(f"\n$ dsv4 {shlex.join(step)}")
+        code = run(step)
+        if code:
+            raise typer.Exit(code)
+    out.say(f"\nEverything is in {place}; open {place / 'report.html'} in a browser.")
+    out.hint("yours: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")

@@ -1,0 +1,276 @@
+"""`dsv4 inspect`: what is in a checkpoint, from its headers alone."""
+
+import shlex
+import textwrap
+from contextlib import ExitStack, closing
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import UsageError, printable
+from dsv4.opening import opening
+from dsv4.options import CacheDir, Json, Revision, Token, example, named
+
+if TYPE_CHECKING:
+    from dsv4.convert.checkpoint.reader import Checkpoint, Headers, TensorInfo
+    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.inspect.inspection import Inspection
+    from dsv4.convert.inspect.tensor_view import TensorView
+
+WIDTH = 80
+BAR = 40  # characters of the longest bar of a histogram
+ATTENTION = {"sliding": "sliding", "csa": "CSA", "hca": "HCA", "compressed": "compressed"}
+
+
+def human_count(number: int) -> str:
+    """`284332000000` -> `284B`, `1573000000000` -> `1.6T`: as model cards round."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.{0 if number >= 10 * size else 1}f}{unit}"
+    return str(number)
+
+
+def _section(out: output.Output, title: str, rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
+    out.text()
+    out.text(title)
+    for line in output.aligned(rows, right):
+        out.text(f"  {line}")
+
+
+def _layers_line(counts: dict[str, int]) -> str:
+    kinds = ", ".join(f"{counts[kind]} {name}" for kind, name in ATTENTION.items() if counts[kind])
+    routing = ", ".join(f"{counts[kind]} {kind}-routed" for kind in ("hash", "score") if counts[kind])
+    return f"{counts['total']}: {kinds}" + (f"; {routing}" if routing else "")
+
+
+def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
+    parameters = inspection.parameters
+    active = (
+        ""
+        if parameters.active is None or not inspection.config
+        else f", {human_count(parameters.active)} active per token"
+    )
+    rows = [["checkpoint", inspection.label]]
+    if facts["architecture"]:
+        rows.append(["architecture", printable(f"{facts['architecture']} ({facts['model_type']})")])
+    rows.append(["parameters", f"{human_count(parameters.total)} in total{active}"])
+    if inspection.mtp_blocks:
+        blocks = "block" if inspection.mtp_blocks == 1 else "blocks"
+        rows.append(["", f"{inspection.mtp_blocks} draft {blocks} (MTP) on top: {human_count(parameters.mtp_total)}"])
+    if inspection.layers:
+        rows.append(["layers", _layers_line(facts["layers"])])
+        experts = max(layer.experts for layer in inspection.layers)
+        chosen = inspection.config.get("num_experts_per_tok")
+        each = f", {chosen} for each token" if type(chosen) is int else ""
+        rows.append(["experts", f"{experts} routed a layer{each}; stored as {', '.join(inspection.expert_formats)}"])
+    total = inspection.total
+    shards = "shard" if inspection.shards == 1 else "shards"
+    size = output.human_bytes(total.bytes)
+    return [*rows, ["storage", f"{size} in {total.tensors:,} tensors, {inspection.shards} {shards}"]]
+
+
+def _amounts(out: output.Output, title: str, amounts: dict[str, Any]) -> None:
+    head = [title, "tensors", "parameters", "bytes"]
+    rows = [[n, f"{a.tensors:,}", human_count(a.parameters), output.human_bytes(a.bytes)] for n, a in amounts.items()]
+    out.text()
+    for line in output.aligned([head, *rows], (1, 2, 3)):
+        out.text(line)
+
+
+def _cache(out: output.Output, inspection: "Inspection") -> None:
+    from dsv4.convert.inspect.kv_cache import (
+        LENGTH_NAMES,
+        LENGTHS,
+        V3_2_STORAGE,
+        cache_sizes,
+        shares_of_v3_2,
+        v3_2_bytes,
+    )
+
+    cache = inspection.cache
+    if cache is None:
+        return
+    sizes = cache_sizes(cache)
+    _section(
+        out,
+        "KV cache of one sequence (FP8 keys with BF16 rotary part, FP4 index keys)",
+        [["tokens", *LENGTH_NAMES.values()], ["bytes", *(output.human_bytes(sizes[n]) for n in LENGTHS)]],
+        (1, 2, 3, 4),
+    )
+    rows = [
+        [how, output.human_bytes(v3_2_bytes(V3_2_STORAGE[how], LENGTHS[-1])), f"{100 * share:.1f}%"]
+        for how, share in shares_of_v3_2(cache).items()
+    ]
+    _section(out, "Share of DeepSeek-V3.2's cache at 1M tokens, if that is stored as", rows, (1, 2))
+
+
+def _sizes(out: output.Output, inspection: "Inspection") -> None:
+    if inspection.sizes is None:
+        return
+    now = inspection.total.bytes
+    rows = [[how, output.human_bytes(size), f"{size / now:.2f} x"] for how, size in inspection.sizes.items()]
+    _section(out, "What dsv4 convert would make of it", rows, (1, 2))
+
+
+def _findings(out: output.Output, inspection: "Inspection") -> None:
+    out.text()
+    if not inspection.config:
+        out.text("One file without its checkpoint: nothing to compare its tensors with.")
+        return
+    out.text("What looks wrong" if inspection.findings else "Nothing looks wrong.")
+    for finding in inspection.findings:
+        line = f"{finding.level}: {finding.text}."
+        for part in (line, finding.hint):
+            for piece in textwrap.wrap(part, WIDTH - 4, break_long_words=False, break_on_hyphens=False):
+                out.text(f"  {piece}" if piece and part is line and line.startswith(piece) else f"    {piece}")
+
+
+def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
+    from dsv4.convert.inspect.inspection import as_json
+
+    facts = as_json(inspection)
+    out.result(facts)
+    for line in output.aligned(_facts(inspection, facts)):
+        out.text(line)
+    _amounts(out, "dtype", inspection.dtypes)
+    _amounts(out, "part", inspection.families)
+    _cache(out, inspection)
+    _sizes(out, inspection)
+    _findings(out, inspection)
+    out.hint(f"list the tensors: dsv4 inspect {printable(shlex.quote(source))} --tensors 'layers.0.*'")
+
+
+def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
+    fields = {"name": info.name, "dtype": info.dtype, "shape": list(info.shape)}
+    return {**fields, "shard": info.shard, "bytes": info.nbytes}
+
+
+def _by_number(info: "TensorInfo") -> list[tuple[int, str]]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in info.name.split(".")]
+
+
+def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
+    found = [info for name, info in checkpoint.tensors.items() if fnmatchcase(name, pattern)]
+    total = sum(info.nbytes for info in found)
+    out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
+    for shard in dict.fromkeys(info.shard for info in found):
+        infos = sorted((info for info in found if info.shard == shard), key=_by_number)
+        rows = [[printable(i.name), i.dtype, str(list(i.shape)), output.human_bytes(i.nbytes)] for i in infos]
+        _section(out, printable(shard), rows, (3,))
+    out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {output.human_bytes(total)}")
+
+
+def _histogram(out: output.Output, title: str, counts: dict[str, int]) -> None:
+    if not counts:
+        return
+    most, total = max(counts.values()), sum(counts.values())
+    rows = [[key, f"{100 * n / total:.2f}%", "#" * max(1, round(BAR * n / most))] for key, n in counts.items()]
+    _section(out, title, rows, (0, 1))
+
+
+def _grid(out: output.Output, title: str, rows: list[list[str]]) -> None:
+    if rows:
+        _section(out, title, rows, tuple(range(len(rows[0]))))
+
+
+def _numbers(view: "TensorView") -> list[list[str]]:
+    zeros = f"{view.zeros:,} ({view.negative_zeros:,} of them -0)" if view.negative_zeros else f"{view.zeros:,}"
+    rows = [["elements", f"{view.elements:,}"], ["zeros", zeros]]
+    if view.nans:
+        rows.append(["NaN", f"{view.nans:,}"])
+    if view.minimum is not None:
+        rows.append(["range", f"{view.minimum:.6g} to {view.maximum:.6g}"])
+        rows.append(["root mean square", f"{view.root_mean_square:.6g}"])
+    return rows
+
+
+def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
+    from dsv4.convert.inspect.tensor_view import as_json, look
+    from dsv4.quant.e2m1 import VALUES
+
+    size = checkpoint.tensors[name].nbytes if name in checkpoint.tensors else 0
+    with out.progress(size, "reading", passing=True) as progress:
+        view = look(checkpoint, name, progress.advance)
+    out.result(as_json(view))
+    facts = [["tensor", printable(name)], ["stored as", f"{view.format} ({view.info.dtype})"],
+             ["shape", str(list(view.shape))], ["shard", view.info.shard]]  # fmt: skip
+    if view.scale and view.block:
+        block = f"{view.block.rows} x {view.block.columns}"
+        facts.append(["scale", f"{view.scale.dtype} {list(view.scale.shape)}, one per {block}"])
+    for line in output.aligned([*facts, *_numbers(view)]):
+        out.text(line)
+    _grid(out, "First values", [[f"{value:.6g}" for value in row] for row in view.values])
+    _grid(out, "Their codes", [[f"0x{code:02x}" for code in row] for row in view.codes])
+    _grid(out, "First scales", [[f"{value:.6g}" for value in row] for row in view.scales])
+    codes = {f"{VALUES[code]:g}": count for code, count in sorted(view.code_counts.items())}
+    _histogram(out, "FP4 codes, by value", codes)
+    _histogram(out, "Scales", {f"2**{e}": n for e, n in sorted(view.scale_counts.items())})
+    _histogram(out, "Magnitudes from", {f"2**{e}": n for e, n in sorted(view.exponent_counts.items())})
+
+
+def _open(source: str, revision: str | None, options: "HubOptions", headers: "Headers") -> "Checkpoint":
+    from dsv4.convert.checkpoint.reader import Checkpoint
+    from dsv4.convert.hub.storage import open_storage
+    from dsv4.convert.inspect.inspection import open_file
+    from dsv4.convert.write.atomic_file import SCRATCH_NAME
+
+    if Path(source).is_file():
+        return open_file(Path(source))
+    storage = open_storage(source, revision, Path(SCRATCH_NAME), options)  # headers need no scratch area: none is made
+    try:
+        return Checkpoint.open(storage, headers)
+    except BaseException:
+        storage.close()
+        raise
+
+
+def inspect(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            parser=named, metavar="CHECKPOINT", help="Folder, org/name, hf:org/name, ms:org/name or .safetensors file."
+        ),
+    ],
+    pattern: Annotated[str | None, typer.Argument(metavar="GLOB", help="With --tensors: which names.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors, those that match GLOB.")] = False,
+    tensor: Annotated[str | None, typer.Option("--tensor", metavar="NAME", help="Look into one tensor.")] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Show what is in a checkpoint, from its headers alone: parameters, layers, storage, KV cache, faults.
+
+    Of a checkpoint on a hub only the headers are fetched, a few MB.
+    """
+    out = output.configure(json)
+    if pattern is not None and not tensors:
+        raise UsageError(f"'{printable(pattern)}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
+    if tensors and tensor is not None:
+        raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
+    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.inspect.inspection import inspect_checkpoint
+
+    with ExitStack() as stack:
+        with opening(out) as headers:
+            options = HubOptions(token, cache_dir, warn=out.warn, detail=out.detail, headers=headers)
+            opened = stack.enter_context(closing(_open(checkpoint, revision, options, headers)))
+            inspection = None if tensors or tensor is not None else inspect_checkpoint(opened)
+        if inspection is not None:
+            _report(out, inspection, checkpoint)
+        elif tensor is not None:
+            _look(out, opened, tensor)
+        else:
+            _list(out, opened, pattern or "*")
+
+
+EPILOG = example(
+    "dsv4 inspect ./DeepSeek-V4-Flash",
+    "dsv4 inspect hf:deepseek-ai/DeepSeek-V4-Pro",
+    "dsv4 inspect ./DeepSeek-V4-Flash --tensors 'layers.0.ffn.experts.0.*'",
+    "dsv4 inspect ./DeepSeek-V4-Flash --tensor layers.0.ffn.experts.0.w1.weight",
+)

@@ -1,0 +1,1 @@
+"""`dsv4 run`: answers, chats, logits, comparisons."""

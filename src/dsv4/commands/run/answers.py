@@ -1,0 +1,217 @@
+"""`dsv4 run` with prompts: load, generate in batches, show the answers and what they took."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from dsv4.errors import EXIT_DONE
+from dsv4.machine import peak_memory
+from dsv4.output import Output, human_bytes, human_seconds
+
+from .prompts import Dialogue, Prompt
+from .source import Source
+
+if TYPE_CHECKING:
+    from dsv4.model.chat.answer import AnswerText
+    from dsv4.model.chat.tokenizer import TextTokenizer
+    from dsv4.model.evaluate.trace import TraceWriter
+    from dsv4.model.generate import Answer, Limits, Statistics
+    from dsv4.model.sampling import Sampling
+    from dsv4.model.transformer import Transformer
+
+BATCH = 8  # prompts of --file computed together
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are made. Without a seed, one is drawn and reported."""
+
+    temperature: float
+    top_p: float
+    seed: int | None
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    mtp: bool
+
+    def rules(self, source: Source) -> "Rules":
+        """The same for one checkpoint. Raises UsageError for what is out of range or not there."""
+        from dsv4.model.generate import Limits
+        from dsv4.model.sampling import Sampling
+
+        if self.mtp:
+            source.require_mtp()
+        sampling = Sampling(self.temperature, self.top_p, secrets.randbits(32) if self.seed is None else self.seed)
+        return Rules(sampling, Limits(self.max_new_tokens, source.stop_ids()), self.stop, self.mtp)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How answers of one checkpoint are made and when they end."""
+
+    sampling: "Sampling"
+    limits: "Limits"
+    stop: tuple[str, ...]
+    mtp: bool
+
+
+class TokenProgress:
+    """A passing bar over tokens, told of shares of them. `close` may be called again."""
+
+    def __init__(self, out: Output, tokens: int, what: str) -> None:
+        self._bar, self._done, self._closed = out.progress(tokens, what, " tokens", passing=True), 0.0, False
+
+    def advance(self, tokens: float) -> None:
+        """So many more are done."""
+        self._done += tokens
+        self._bar.advance(round(self._done) - self._bar.done)
+
+    def clear(self) -> None:
+        """Make room for words: wipe the bar out until the next advance."""
+        self._bar.clear()
+
+    def close(self) -> None:
+        """Wipe the bar out: from here on the terminal belongs to the answer."""
+        if not self._closed:
+            self._closed = True
+            self._bar.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def rate(tokens: int, seconds: float) -> float:
+    """Tokens per second, 0 if there was nothing to do."""
+    return tokens / seconds if tokens and seconds else 0.0
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.04 s`, `3.2 s`, `1:15`: the first token of a small model comes fast."""
+    return f"{seconds:.2f} s" if seconds < 1 else human_seconds(seconds)
+
+
+def statistics_json(statistics: "Statistics") -> dict[str, Any]:
+    """What a run took, for `--json`."""
+    drafted = statistics.drafted
+    return {
+        "prompt_tokens": statistics.prompt_tokens,
+        "new_tokens": statistics.new_tokens,
+        "prefill_tokens_per_second": rate(statistics.prompt_tokens, statistics.prefill_seconds),
+        "decode_tokens_per_second": rate(statistics.decoded_tokens, statistics.decode_seconds),
+        "first_token_seconds": statistics.first_token_seconds,
+        "drafted_tokens": drafted,
+        "accepted_tokens": statistics.accepted,
+        "acceptance_rate": statistics.accepted / drafted if drafted else None,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
+    """The closing lines on stderr."""
+    prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
+    decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
+    out.say(
+        f"prefill {statistics.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
+        f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s"
+    )
+    first = seconds_text(statistics.first_token_seconds)
+    out.say(f"first token after {first}, peak memory {human_bytes(peak_memory())}")
+    if mtp:
+        share = f" ({100 * statistics.accepted / statistics.drafted:.0f}%)" if statistics.drafted else ""
+        out.say(f"drafts: {statistics.accepted} of {statistics.drafted} accepted{share}")
+
+
+class Answers:
+    """Generates the answers of many prompts, batch by batch."""
+
+    def __init__(self, model: "Transformer", rules: Rules, tokenizer: "TextTokenizer | None", out: Output) -> None:
+        from dsv4.model.generate import Statistics
+
+        self.model, self.rules, self.tokenizer, self.out = model, rules, tokenizer, out
+        self.statistics = Statistics()
+        self.texts: list[AnswerText] = []
+
+    def _new_texts(self, count: int) -> None:
+        from dsv4.model.chat.answer import AnswerText
+
+        if self.tokenizer is not None:
+            tokenizer, rules = self.tokenizer, self.rules
+            self.texts = [AnswerText(tokenizer, rules.stop, rules.limits.stop_ids) for _ in range(count)]
+
+    def run(
+        self, prompts: list[Prompt], first: int, show: Callable[[str], None] | None, trace: "TraceWriter | None"
+    ) -> list["Answer"]:
+        """Answer one batch. `show` gets the text of a single answer as it grows."""
+        from dsv4.model.generate import generate
+
+        self._new_texts(len(prompts))
+
+        def on_token(row: int, token: int) -> bool:
+            if show is not None:
+                bar.close()
+            if not self.texts:
+                return False
+            piece = self.texts[row].add(token)
+            if show is not None and piece:
+                show(piece)
+            return self.texts[row].stopped
+
+        with TokenProgress(self.out, sum(len(prompt.tokens) for prompt in prompts), "prefill") as bar:
+            answers, statistics, _ = generate(
+                self.model,
+                [prompt.tokens for prompt in prompts],
+                self.rules.limits,
+                self.rules.sampling,
+                mtp=self.rules.mtp,
+                first_row=first,
+                on_token=on_token,
+                on_progress=bar.advance,
+                trace=trace,
+            )
+        if show is not None and self.texts:
+            show(self.texts[0].rest())
+        self.statistics.add(statistics)
+        return answers
+
+
+def answer_json(prompt: Prompt, answer: "Answer", text: str | None, mode: str) -> dict[str, Any]:
+    """One answer for `--json`: tokens, text, and the parsed message if the prompt was made of messages."""
+    from dsv4.model.chat.answer import parse_answer
+
+    result: dict[str, Any] = {"prompt_tokens": len(prompt.tokens), "tokens": answer.tokens, "finish": answer.finish}
+    if text is not None:
+        result["text"] = text
+    if prompt.messages is not None and text is not None:
+        result["message"], problem = parse_answer(text, mode)
+        if problem:
+            result["problem"] = problem
+    return result
+
+
+def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, trace: "TraceWriter | None") -> int:
+    """Answer all prompts and print the answers; the exit code. With a trace, one prompt at a time."""
+    out, results = answers.out, []
+    size = 1 if trace is not None else BATCH
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        if trace is not None:
+            trace.prompt = first
+        show = (lambda piece: out.data(piece, end="")) if len(prompts) == 1 else None
+        made = answers.run(batch, first, show, trace)
+        for i, (prompt, answer) in enumerate(zip(batch, made, strict=True)):
+            text = answers.texts[i].text if answers.texts else None
+            results.append(answer_json(prompt, answer, text, dialogue.mode))
+            if show is None and text is not None:
+                out.say(f"[{first + i + 1}]")
+                out.data(text)
+            elif text is None:
+                out.data(",".join(map(str, answer.tokens)))
+            elif show is not None:
+                out.data()
+    tell_statistics(out, answers.statistics, answers.rules.mtp)
+    statistics = statistics_json(answers.statistics)
+    out.result({"answers": results, "seed": answers.rules.sampling.seed, "statistics": statistics})
+    return EXIT_DONE

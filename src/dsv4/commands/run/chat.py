@@ -1,0 +1,182 @@
+"""Interactive chat: history, commands, streaming, and Ctrl-C that stops the answer and not the program.
+
+Every turn builds the whole prompt again, because the protocol drops old reasoning. When the new prompt starts with
+what is in the cache (always in chat mode), only the rest is computed.
+"""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted
+from dsv4.output import Output
+
+from .answers import Rules, TokenProgress, tell_statistics
+from .prompts import Dialogue, encode, starting_messages
+from .source import Source
+
+if TYPE_CHECKING:
+    from dsv4.model.chat.answer import AnswerText
+    from dsv4.model.chat.tokenizer import TextTokenizer
+    from dsv4.model.generate import Session
+    from dsv4.model.transformer import Transformer
+
+HELP = """\
+/mode chat|think|think-max   how the model answers
+/system TEXT                 set the system message, or remove it when TEXT is empty; starts again
+/clear                       forget the conversation
+/exit                        leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+def _only_ctrl_c(error: Interrupted) -> None:
+    """Raise the interruption again unless it is Ctrl-C: whoever sends SIGTERM wants the program to end."""
+    if error.exit_code != EXIT_INTERRUPTED:
+        raise error
+
+
+class Chat:
+    """One conversation."""
+
+    def __init__(
+        self,
+        model: "Transformer",
+        source: Source,
+        tokenizer: "TextTokenizer",
+        dialogue: Dialogue,
+        rules: Rules,
+        out: Output,
+    ) -> None:
+        self.model, self.source, self.tokenizer, self.rules, self.out = model, source, tokenizer, rules, out
+        self.dialogue = dialogue
+        self.messages: list[dict[str, Any]] = starting_messages(dialogue)
+        self.raw_text = ""
+        self.session: Session | None = None
+        self.turns = 0
+
+    def _prompt(self, line: str) -> list[int]:
+        if self.dialogue.raw:
+            self.raw_text += line
+            return self.tokenizer.encode(self.raw_text)
+        self.messages.append({"role": "user", "content": line})
+        return self.tokenizer.encode(encode(self.messages, self.dialogue))
+
+    def _remember(self, text: str) -> None:
+        from dsv4.model.chat.answer import remembered
+
+        if self.dialogue.raw:
+            self.raw_text += text
+        else:
+            self.messages.append(remembered(text, self.dialogue.mode))
+
+    def _generate(self, prompt: list[int], text: "AnswerText") -> None:
+        from dsv4.model.generate import generate
+
+        def on_token(row: int, token: int) -> bool:
+            bar.close()
+            self.out.data(text.add(token), end="")
+            return text.stopped
+
+        self.source.check_prompt(prompt)
+        session, self.session = self.session, None  # an interrupted answer leaves a cache that cannot be used
+        with TokenProgress(self.out, len(prompt), "prefill") as bar:
+            _, statistics, self.session = generate(
+                self.model,
+                [prompt],
+                self.rules.limits,
+                self.rules.sampling,
+                mtp=self.rules.mtp,
+                first_row=self.turns,
+                session=session,
+                on_token=on_token,
+                on_progress=bar.advance,
+            )
+        self.out.data(text.rest())
+        tell_statistics(self.out, statistics, self.rules.mtp)
+
+    def answer(self, line: str) -> None:
+        """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""
+        from dsv4.model.chat.answer import AnswerText
+
+        before, before_raw = list(self.messages), self.raw_text
+        text = AnswerText(self.tokenizer, self.rules.stop, self.rules.limits.stop_ids)
+        try:
+            self._generate(self._prompt(line), text)
+        except Interrupted as error:
+            _only_ctrl_c(error)
+            self.out.data(text.rest())
+            self.out.say("(stopped)")
+        except Dsv4Error as error:
+            self.messages, self.raw_text = before, before_raw
+            self.out.error(error)
+            return
+        self._remember(text.text)
+        self.turns += 1
+
+    def clear(self) -> None:
+        """Back to the start."""
+        self.messages, self.raw_text, self.session = starting_messages(self.dialogue), "", None
+
+    def command(self, line: str) -> bool:
+        """A line that starts with a slash; False to leave."""
+        from dsv4.model.chat.protocol import MODES
+
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/exit":
+            return False
+        if name == "/clear":
+            self.clear()
+            self.out.say("cleared")
+        elif name == "/mode" and rest in MODES and not self.dialogue.raw:
+            self.dialogue = replace(self.dialogue, mode=rest)
+            self.out.say(f"mode {rest}")
+        elif name == "/system" and not self.dialogue.raw:
+            self.dialogue = replace(self.dialogue, system=rest or None)
+            self.clear()
+            self.out.say("system message set, conversation cleared" if rest else "no system message")
+        else:
+            self.out.say(HELP)
+        return True
+
+
+def _read_line(out: Output) -> str | None:
+    """One line from the user; None at the end of input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    try:
+        import readline  # noqa: F401  # line editing for input(), where the platform has it
+    except ImportError:
+        pass
+    try:
+        return input("> ")
+    except EOFError:
+        out.say()
+        return None
+
+
+def _turn(chat: Chat) -> bool:
+    """One line from the user and what it asks for; False to leave."""
+    line = _read_line(chat.out)
+    if line is None:
+        return False
+    if line.startswith("/"):
+        return chat.command(line)
+    if line.strip():
+        chat.answer(line)
+    return True
+
+
+def talk(chat: Chat) -> int:
+    """Read lines and answer them until /exit or the end of input; the exit code."""
+    if sys.stdin.isatty():
+        chat.out.say("Talk to the model. /help lists the commands.")
+    going = True
+    while going:
+        try:
+            going = _turn(chat)
+        except Interrupted as error:
+            _only_ctrl_c(error)
+            chat.out.say("(/exit or Ctrl-D leaves)")
+    return EXIT_DONE

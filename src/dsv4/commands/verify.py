@@ -1,0 +1,309 @@
+"""`dsv4 verify`: prove that two checkpoints hold the same model, or that one is sound in itself."""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4 import output
+from dsv4.errors import InputError, Interrupted, UsageError, printable
+from dsv4.opening import opening
+from dsv4.options import (
+    CacheDir,
+    Json,
+    MaxMemory,
+    MaxWorkers,
+    Quiet,
+    Revision,
+    Scratch,
+    Token,
+    Verbose,
+    as_folder,
+    example,
+    named,
+    parse_size,
+)
+from dsv4.output import aligned, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from dsv4.convert.hub.proof import HubFiles
+    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.proof.result import Verification
+
+EPILOG = example(
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8",
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8 --inverse --report proof.html",
+    "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8 --tensor 'layers.3.*' --json",
+    "dsv4 verify ./Flash-FP8",
+    "dsv4 verify hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
+    "torchrun --nproc-per-node 4 -m dsv4 verify ./DeepSeek-V4-Pro /shared/Pro-FP8",
+)
+SHOWN = 20  # differing tensors listed without -v
+BLOCKS_SHOWN = 8
+
+
+def _share(text: str | None) -> float | None:
+    """`5%` or `0.05` -> 0.05."""
+    if text is None:
+        return None
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
+    return share
+
+
+def _describe(difference: dict[str, Any], verbose: bool) -> list[str]:
+    """A tensor that differs, in a few lines: where, how much, which blocks, the first element (`-v`: more of each)."""
+    limit = len(difference.get("blocks", [])) if verbose else BLOCKS_SHOWN
+    words = [difference["reason"]] if difference.get("reason") else []
+    if count := difference.get("different_elements"):
+        words.append(f"{count:,} of {difference['elements']:,} elements differ")
+    head = f"{difference['status']} {printable(difference['name'])}"
+    lines = ["  ".join(filter(None, (head, ", ".join(words))))]
+    if blocks := difference.get("blocks"):
+        size = "x".join(map(str, difference["block"]))
+        some = " ".join(f"({row},{column})" for row, column, _ in blocks[:limit])
+        more = difference["different_blocks"] - limit
+        lines.append(f"    in {size} blocks {some}" + (f" and {more} more" if more > 0 else ""))
+    for number, first in enumerate(difference.get("first_differences", [])[: None if verbose else 1]):
+        a, b = first["source"], first["output"]
+        at = ", ".join(map(str, first["at"]))
+        shown = [s["code"] + (f" * {s['scale']}" if s["scale"] else "") + f" = {s['value']}" for s in (a, b)]
+        lines.append(f"    {'then' if number else 'first'} at [{at}]: source {shown[0]}, output {shown[1]}")
+    return lines
+
+
+def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> None:
+    names = {difference["name"] for difference in differences}
+    # A scale differs because its weight does: one line for both.
+    differences = [d for d in differences if d["name"].removesuffix("scale") + "weight" not in names]
+    listed = differences if out.verbose else differences[:SHOWN]
+    for difference in listed:
+        for line in _describe(difference, out.verbose):
+            out.text(line)
+    if len(differences) > len(listed):
+        out.text(f"  and {len(differences) - len(listed)} more (-v lists all, --json has the details)")
+
+
+def _tell_blocks(out: output.Output, found: dict[str, Any]) -> None:
+    if blocks := found["statistics"].get("fp8_blocks"):
+        out.text(
+            f"FP8 blocks from FP4: {blocks['count']:,}, largest scale span 2^{max(map(int, blocks['spans']))} of "
+            f"2^{blocks['span_limit']}, smallest headroom {blocks['smallest_headroom']}"
+        )
+        if moved := blocks["other_scale_than_reference"]:
+            out.text(f"{moved:,} of them with another scale than the reference converter's")
+
+
+def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
+    for key, words in (
+        ("negative_zeros_became_positive", "negative zeros became positive"),
+        ("positive_zeros_became_negative", "positive zeros became negative"),
+    ):
+        if found[key]:
+            out.text(f"{found[key]:,} {words} (equal in value; --strict makes this a difference)")
+
+
+def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
+    inverse = found.get("inverse")
+    if inverse is None:
+        return
+    if not inverse["codes"]:
+        out.text("inverse: no FP4 weight was stored in another format, nothing to rebuild")
+    elif not inverse["sign"] and not inverse["wrong"]:
+        out.text(f"inverse: all {inverse['codes']:,} FP4 codes were rebuilt: the source could be deleted")
+    else:
+        back = inverse["codes"] - inverse["sign"] - inverse["wrong"]
+        out.text(f"inverse: {back:,} of {inverse['codes']:,} FP4 codes were rebuilt")
+    for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
+        if names := inverse[key]:
+            some = ", ".join(map(printable, names[:SHOWN]))
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            out.text(f"  {why} in {len(names)} tensors: {some}{more}")
+
+
+def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
+    _tell_differences(out, found["differences"])
+    for problem in found["problems"]:
+        if problem["severity"] != "note" or out.verbose:
+            out.text(f"{problem['where']} {problem['area']}: {problem['text']}")
+    rows = [[s, f"{found['counts'][s]:,}", w] for s, w in found["statuses"].items() if found["counts"][s]]
+    for line in aligned(rows, right=[1]) if rows and result.source is not None else []:
+        out.text(line)
+    _tell_blocks(out, found)
+    _tell_signs(out, found)
+    _tell_inverse(out, found)
+    out.text(result.verdict)
+    rate = result.read_bytes / max(result.seconds, 1e-9)
+    what = f"{human_bytes(result.read_bytes)} of {result.what_was_read} read"
+    out.say(f"{what} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
+
+
+@contextmanager
+def _opened(
+    source: str, revision: str | None, converted: Path | None, options: "HubOptions"
+) -> Iterator["Path | HubFiles"]:
+    """SOURCE as a folder, or as files of a hub that pass through a temporary folder beside the output's shards."""
+    from dsv4.convert.checkpoint.source import parse_source
+
+    where = parse_source(source, revision)
+    if isinstance(where, Path):
+        yield where
+        return
+    from dsv4.convert.hub.proof import HubFiles
+    from dsv4.convert.hub.storage import open_hub_storage
+
+    if converted is not None and not converted.is_dir():
+        raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
+    with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
+        with closing(open_hub_storage(where, Path(scratch) / "shards", options)) as storage:
+            yield HubFiles(storage)
+
+
+def _run(
+    out: output.Output,
+    source: "Path | HubFiles",
+    converted: Path | None,
+    settings: dict[str, Any],
+    opened: Callable[[], None],
+) -> "Verification":
+    """The work itself, with a bar over bytes. `opened` is called when all headers are read."""
+    from dsv4.convert.proof.run import verify as run
+
+    with ExitStack() as stack:
+        bars: list[output.Progress] = []
+
+        def start(total: int) -> None:
+            opened()
+            bars.append(stack.enter_context(out.progress(total, "verify")))
+
+        def advance(count: int) -> None:
+            bars[0].advance(count)
+
+        return run(source, converted, on_start=start, advance=advance, **settings)
+
+
+def _check_writable(report: Path) -> None:
+    """A page that cannot be written should not be found out about after an hour; nothing is left behind."""
+    there = report.exists()
+    report.open("a").close()
+    if not there:
+        report.unlink()
+
+
+def _write_report(report: Path, found: dict[str, Any]) -> None:
+    from dsv4.convert.proof.report import render
+
+    report.write_text(render(found), encoding="utf-8")
+
+
+def _runs(folder: Path) -> bool:
+    """Is this a folder that `dsv4 run` takes, rather than rank files or a repository?"""
+    return any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors"))
+
+
+def _tell_all(
+    out: output.Output, result: "Verification", source: str, converted: Path | None, report: Path | None
+) -> None:
+    """Page, JSON, text, and what to do next."""
+    found = result.to_json()
+    if report is not None:
+        _write_report(report, found)
+    out.result(found)
+    _tell(out, result, found)
+    if report is not None:
+        out.say(f"wrote {printable(str(report))}")
+    if result.exit_code or not _runs(Path(source)):
+        return
+    words = ["dsv4", "run", source, "-p", "Hello"]
+    if converted is None:
+        out.hint(f"run it: {printable(shlex.join(words))}")
+    elif _runs(converted):
+        out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(converted)]))}")
+
+
+def verify(
+    source: Annotated[
+        str,
+        typer.Argument(
+            parser=named, metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."
+        ),
+    ],
+    converted: Annotated[
+        Path | None, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder of the converted one.")
+    ] = None,
+    tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
+    shard: Annotated[
+        int | None, typer.Option("--shard", metavar="N", min=1, help="Only the N-th shard of OUTPUT.")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors, such as 5%.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which tensors --sample draws.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the proof as an HTML page.")
+    ] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    scratch: Scratch = 2,
+    token: Token = None,
+    max_workers: MaxWorkers = None,
+    max_memory: MaxMemory = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read all of SOURCE and OUTPUT and decide whether they hold the same model.
+
+    Trusts nothing that `convert` said and shares no code with it. Understands other people's conversions too: the
+    reference converter's `model{i}-mp{N}.safetensors`, float32 or E8M0 scales, merged or split shards, `model.` names.
+    With one checkpoint only: are its structure, config, codes and hashes sound? A source on a hub is streamed, with
+    --scratch of its shards on disk at once.
+    """
+    from dsv4.distributed import joined, launched
+
+    ranks = launched()
+    out = output.configure(json, quiet, verbose, ranks)
+    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.proof.selection import Selection
+    from dsv4.convert.proof.share import Share
+
+    settings: dict[str, Any] = {
+        "selection": Selection(tensor, shard, _share(sample), seed),
+        "strict": strict,
+        "inverse": inverse,
+        "max_workers": max_workers or (ranks.workers if ranks else None),
+        "max_memory": None if max_memory is None else parse_size(max_memory),
+    }
+    if ranks is not None and not ranks.is_first:
+        report = None
+    if report is not None:
+        _check_writable(report)
+    if converted is not None and converted.resolve() == Path(source).resolve():
+        out.warn("SOURCE and OUTPUT are the same folder")
+    try:
+        with joined(ranks) if ranks else nullcontext(), ExitStack() as before:
+            if ranks:
+                settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
+            headers = settings["headers"] = before.enter_context(opening(out))
+            options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail, headers=headers)
+            with _opened(source, revision, converted, options) as files:
+                result = _run(out, files, converted, settings, before.close)
+            _tell_all(out, result, source, converted, report)
+            if ranks:
+                ranks.leave()
+    except Interrupted as error:
+        error.hint = "Nothing was changed. The same command starts from the beginning."
+        raise
+    raise typer.Exit(result.exit_code)

@@ -1,0 +1,547 @@
+"""`dsv4 run` from the command line, on a checkpoint small enough to answer in milliseconds."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TINY, flipped
+
+from dsv4 import cli
+from dsv4.commands.run import chat as run_chat
+from dsv4.commands.run.source import Loading, Source, load_model
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.errors import Interrupted
+from dsv4.model import load
+from dsv4.model.chat.encoding import encode_messages
+from dsv4.model.chat.tokenizer import load_tokenizer
+from dsv4.model.generate import Answer, Limits, Statistics, generate
+from dsv4.model.sampling import Sampling
+from dsv4.model.transformer import Transformer
+from dsv4.output import Output
+
+FEW = ("--max-new-tokens", "4", "--temperature", "0")
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "small", geometry=TINY))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("run") / "other", geometry=TINY, seed=1))
+
+
+def run(capfd: Capture, *arguments: str, code: int = 0) -> tuple[str, str]:
+    found = cli.run(["run", *arguments])
+    captured = capfd.readouterr()
+    assert found == code, captured.err
+    return captured.out, captured.err
+
+
+def run_json(capfd: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
+    return json.loads(run(capfd, *arguments, "--json", code=code)[0])
+
+
+def greedy(folder: str, ids: list[int], count: int = 4) -> list[int]:
+    return generate(load(folder), [ids], Limits(count, frozenset([1])), Sampling(temperature=0))[0][0].tokens
+
+
+# --- prompts ---
+
+
+def test_a_prompt_in_each_mode(capfd: Capture, folder: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    modes = (("chat", "chat", None), ("think", "thinking", None), ("think-max", "thinking", "max"))
+    for mode, thinking, effort in modes:
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hello"}]
+        ids = tokenizer.encode(encode_messages(messages, thinking_mode=thinking, reasoning_effort=effort))
+        if len(ids) > TINY.max_position_embeddings:
+            assert "context" in run(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW, code=3)[1]
+            continue
+        answer = run_json(capfd, folder, "Hello", "--system", "S", "--mode", mode, *FEW)["answers"][0]
+        assert answer["prompt_tokens"] == len(ids)
+        assert answer["tokens"] == greedy(folder, ids)
+        assert answer["text"] == tokenizer.decode(answer["tokens"])
+
+
+def test_positional_p_and_messages_are_the_same(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_text(json.dumps([{"role": "user", "content": "Hello"}]))
+    answers = [
+        run_json(capfd, folder, *how, *FEW)["answers"]
+        for how in (("Hello",), ("-p", "Hello"), ("--messages", str(path)))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(capfd: Capture, folder: str) -> None:
+    text = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    out, err = run(capfd, folder, "Hello", *FEW)
+    assert out == text + "\n"
+    number = r"\d+(\.\d+)?"
+    assert re.search(rf"prefill \d+ tokens, {number} tokens/s; decode 3 tokens, {number} tokens/s\n", err)
+    assert re.search(r"first token after \S+ s, peak memory [\d.]+ [MG]B\n", err)
+    assert run(capfd, folder, "Hello", *FEW, "-q") == (out, "")
+
+
+def test_raw_sends_the_text_as_it_is(capfd: Capture, folder: str) -> None:
+    ids = load_tokenizer(folder).encode("Hello<think>")
+    answer = run_json(capfd, folder, "Hello<think>", "--raw", *FEW)["answers"][0]
+    assert answer["prompt_tokens"] == len(ids) and answer["tokens"] == greedy(folder, ids)
+    assert "message" not in answer
+
+
+def test_tokens_inline_and_from_a_file(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    expected = greedy(folder, [0, 17, 4])
+    for text in ("0,17,4", " [0, 17, 4]\n", "0 17\n4"):
+        path = tmp_path / "ids"
+        path.write_text(text)
+        assert run_json(capfd, folder, "--tokens", str(path), *FEW)["answers"][0]["tokens"] == expected
+    assert run(capfd, folder, "--tokens", "0,17,4", *FEW, "-q")[0] == ",".join(map(str, expected)) + "\n"
+
+
+def test_tokens_need_no_tokenizer(capfd: Capture, tmp_path: Path) -> None:
+    bare = str(make_checkpoint(tmp_path / "bare", geometry=TINY, tokenizer=False))
+    assert len(run_json(capfd, bare, "--tokens", "0,17,4", *FEW)["answers"][0]["tokens"]) == 4
+    assert "--tokens" in run(capfd, bare, "Hello", code=3)[1]
+
+
+def test_a_file_of_prompts(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    alone = [run_json(capfd, folder, text, *FEW)["answers"][0] for text in ("Hello", "The world of the", "a")]
+    lines, lists = tmp_path / "lines.txt", tmp_path / "lists.json"
+    lines.write_text("Hello\n\nThe world of the\na\n")
+    lists.write_text(json.dumps([[{"role": "user", "content": "Hello"}], "The world of the", "a"]))
+    for path in (lines, lists):
+        assert run_json(capfd, folder, "--file", str(path), *FEW)["answers"] == alone
+    out, err = run(capfd, folder, "--file", str(lines), *FEW)
+    assert out == "".join(answer["text"] + "\n" for answer in alone)
+    assert "[3]" in err
+
+
+def test_tools_reach_the_prompt(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    tools, messages = [{"type": "function", "function": {"name": "f"}}], [{"role": "user", "content": "Hello"}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    (tmp_path / "messages.json").write_text(json.dumps({"messages": messages, "tools": tools}))
+    prompt = encode_messages([{"role": "system", "content": "", "tools": tools}, *messages], thinking_mode="chat")
+    needed = len(load_tokenizer(folder).encode(prompt))
+    for how in (("Hello", "--tools", str(tmp_path / "tools.json")), ("--messages", str(tmp_path / "messages.json"))):
+        _, err = run(capfd, folder, *how, code=3)  # longer than this model's context, which is what we can see it by
+        assert f"the prompt has {needed} tokens, the model's context 200" in err
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """Make every answer these tokens."""
+
+    def answer(model: Any, prompts: Any, *_: Any, on_token: Any, **__: Any) -> Any:
+        for token in tokens:
+            on_token(0, token)
+        return [Answer(tokens, "stop")], Statistics(), None
+
+    monkeypatch.setattr("dsv4.model.generate.generate", answer)
+
+
+def test_the_reply_is_parsed(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    called = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1, "city": "Zürich"}'}}]
+    reply = {"role": "assistant", "content": "Wait. 🌍", "reasoning_content": "hm", "tool_calls": called}
+    question = [{"role": "user", "content": "q"}]
+    prompt, whole = (encode_messages(messages, thinking_mode="thinking") for messages in (question, [*question, reply]))
+    scripted(monkeypatch, load_tokenizer(folder).encode(whole.removeprefix(prompt)))
+    answer = run_json(capfd, folder, "q", "--mode", "think")["answers"][0]
+    expected = [{"type": "function", "function": called[0]["function"]}]
+    assert answer["message"] == {**reply, "tool_calls": expected}
+    assert answer["text"] == whole.removeprefix(prompt).removesuffix("<｜end▁of▁sentence｜>")
+    assert run(capfd, folder, "q", "--mode", "think", "-q")[0] == answer["text"] + "\n"
+
+
+def test_a_reply_that_breaks_the_protocol_is_shown_all_the_same(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    scripted(monkeypatch, load_tokenizer(folder).encode("hello<think>"))
+    answer = run_json(capfd, folder, "q")["answers"][0]
+    assert answer["message"] is None and answer["text"] == "hello<think>"
+    assert answer["problem"] == "completion, character 5: <think> inside the content"
+
+
+# --- drawing and stopping ---
+
+
+def test_the_seed_is_reported_and_repeats_the_answer(capfd: Capture, folder: str) -> None:
+    first = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6")
+    again = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6", "--seed", str(first["seed"]))
+    assert again["answers"] == first["answers"]
+    other = run_json(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "6", "--seed", str(first["seed"] + 1))
+    assert other["answers"] != first["answers"]
+
+
+def test_mtp_changes_nothing_and_is_counted(capfd: Capture, folder: str) -> None:
+    arguments = (folder, "--tokens", "0,5,9", "--max-new-tokens", "8")
+    for how in (("--temperature", "0"), ("--seed", "3")):
+        plain, drafting = run_json(capfd, *arguments, *how), run_json(capfd, *arguments, *how, "--mtp")
+        assert plain["answers"] == drafting["answers"]
+        assert plain["statistics"]["acceptance_rate"] is None
+        assert drafting["statistics"]["drafted_tokens"] > 0
+    assert re.search(r"drafts: \d+ of \d+ accepted \(\d+%\)", run(capfd, *arguments, "--mtp")[1])
+
+
+def test_stop_strings(capfd: Capture, folder: str) -> None:
+    arguments = (folder, "Hello", "--seed", "6", "--max-new-tokens", "24")
+    whole = run_json(capfd, *arguments)["answers"][0]["text"]
+    stop = next(c for i, c in enumerate(whole) if i and c.isalnum() and c not in whole[:i])
+    answer = run_json(capfd, *arguments, "--stop", stop, "--stop", "never in there")["answers"][0]
+    assert answer["text"] == whole[: whole.index(stop)]
+    assert answer["finish"] == "stop"
+    assert run(capfd, *arguments, "--stop", stop, "-q")[0] == answer["text"] + "\n"
+
+
+def test_the_end_token_ends_the_answer(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    tokens = greedy(folder, [0, 17, 4])
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, tokens[1]]}))
+    answer = run_json(capfd, str(copy), "--tokens", "0,17,4", *FEW)["answers"][0]
+    assert answer["tokens"] == tokens[: tokens.index(tokens[1]) + 1] and answer["finish"] == "stop"
+
+
+# --- logits, traces, comparison ---
+
+
+@pytest.mark.parametrize("how", [(), ("--no-simulation",), ("--max-memory", "900KB"), ("--prefill", "3")])
+def test_logits_of_every_position(capfd: Capture, folder: str, tmp_path: Path, how: tuple[str, ...]) -> None:
+    ids = [0, 5, 9, 200, 7, 7, 31]
+    path = tmp_path / "logits.safetensors"
+    run(capfd, folder, "--tokens", ",".join(map(str, ids)), "--logits", str(path), "-q", *how)
+    tensors = load_file(path)
+    model = load(folder, simulation="--no-simulation" not in how)
+    output = model.forward(torch.tensor([ids]), model.new_cache(1))
+    mtp = model.mtp_logits(output.hidden[:, :-1], torch.tensor([ids[1:]]), model.new_mtp_cache(1))
+    assert tensors["token_ids"].tolist() == ids and tensors["token_ids"].dtype == torch.int64
+    assert torch.equal(tensors["logits"], output.logits[0]) and tensors["logits"].dtype == torch.float32
+    assert torch.equal(tensors["mtp_logits"], mtp[0])
+
+
+def test_logits_go_where_they_are_told(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    run(capfd, folder, "--tokens", "0,5", "--logits", str(link), "-q")
+    assert link.is_symlink() and set(load_file(target)) == {"token_ids", "logits", "mtp_logits"}
+    assert "folder" in run(capfd, folder, "--tokens", "0,5", "--logits", str(tmp_path), code=3)[1]
+
+
+def test_trace(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    run(capfd, folder, "--tokens", "0,5,9,4", "--logits", str(tmp_path / "l"), "--trace", str(path), "--prefill", "3")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    modules = [line["module"] for line in lines if line["positions"] == [0, 3]]
+    assert modules[0] == "embed" and {"layers.0", "layers.1.attn", "mtp.0", "mtp.0.logits", "logits"} <= set(modules)
+    experts = [line for line in lines if "experts" in line]
+    assert all(len(line["experts"]) == line["positions"][1] - line["positions"][0] for line in experts)
+    layer = next(line for line in lines if line["module"] == "layers.1" and line["positions"] == [3, 4])
+    assert layer["shape"] == [1, 2, 128] and layer["min"] <= layer["mean"] <= layer["max"]
+    assert len(layer["sha256"]) == 64
+    again = tmp_path / "again.jsonl"
+    run(capfd, folder, "--tokens", "0,5,9,4", "--logits", str(tmp_path / "l"), "--trace", str(again), "--prefill", "3")
+    assert again.read_text() == path.read_text()
+    run(capfd, folder, "--tokens", "0,5,9,4", *FEW, "--trace", str(again))
+    assert {tuple(json.loads(line)["positions"]) for line in again.read_text().splitlines()} >= {(0, 4), (4, 5), (6, 7)}
+
+
+def test_compare_with_a_copy(capfd: Capture, folder: str) -> None:
+    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder)
+    assert out == "BIT-EQUAL: every logit of every position has the same bits in both checkpoints\n"
+    assert err.count("running") == 2
+
+
+def test_one_token_is_enough(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
+    assert run(capfd, folder, "--tokens", "5", "--compare", folder)[0].startswith("BIT-EQUAL")
+    assert run_json(capfd, folder, "--tokens", "5", "--compare", other, code=1)["mtp_max_difference"] is None
+    run(capfd, folder, "--tokens", "5", "--logits", str(tmp_path / "l"), "-q")
+    assert set(load_file(tmp_path / "l")) == {"token_ids", "logits"}
+
+
+def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
+    report = tmp_path / "report <1>.html"
+    result = run_json(capfd, folder, "--tokens", "0,5,9", "--compare", other, "--report", str(report), code=1)
+    assert not result["bit_equal"] and not result["same"]
+    assert result["first_module"] == "embed" and result["first_position"] == 0
+    ids, models = torch.tensor([[0, 5, 9]]), [load(folder), load(other)]
+    a, b = (model.forward(ids, model.new_cache(1)).logits[0].double() for model in models)
+    assert result["difference"] == (a - b).abs().amax(-1).tolist()
+    assert result["max_difference"] == max(result["difference"])
+    p, q = torch.softmax(a, -1), torch.softmax(b, -1)
+    assert result["kl"] == pytest.approx((p * (p / q).log()).sum(-1).tolist(), rel=1e-9)
+    assert result["top1"] == (a.argmax(-1) == b.argmax(-1)).tolist()
+    out, _ = run(capfd, folder, "--tokens", "0,5,9", "--compare", other, code=1)
+    assert out.startswith("DIFFERENT") and "first difference    embed, position 0" in out
+    page = report.read_text()
+    assert "font: 15px" in page and "{" not in page.partition("</style>")[2]
+    assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        curve = ElementTree.fromstring(svg).find("polyline")
+        assert curve is not None and len(curve.attrib["points"].split()) == 3
+
+
+def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    copy = flipped(folder, tmp_path / "copy", "norm.weight")
+    arguments = (folder, "--tokens", "0,5,9", "--compare", str(copy))
+    found = run_json(capfd, *arguments, code=1)
+    assert found["first_module"] == "logits" and 0 < found["max_difference"] < 1
+    assert found["mtp_max_difference"] == 0
+    within = run_json(capfd, *arguments, "--tolerance", str(found["max_difference"]))
+    assert within["same"] and not within["bit_equal"]
+    assert "within tolerance" in run(capfd, *arguments, "--tolerance", "1")[0]
+    run(capfd, *arguments, "--tolerance", str(found["max_difference"] * 0.99), code=1)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) -> None:
+    source = str(make_checkpoint(tmp_path / "source", geometry=TINY, mixed_scales=mixed))
+    ids = ",".join(str(i * 37 % 512) for i in range(11))
+    for target in ("fp8", "bf16"):
+        converted = str(tmp_path / target)
+        assert cli.run(["convert", source, converted, "--to", target, "--on-inexact", "keep", "-q"]) == 0
+        for how in ((), ("--no-simulation",)):
+            out, _ = run(capfd, source, "--tokens", ids, "--prefill", "8", "--compare", converted, "-q", *how)
+            assert out.startswith("BIT-EQUAL")
+
+
+# Of checkpoints that need 776,547 bytes and at least 143,176: more than memory holds, while half of it suffices; more
+# than memory holds, and half of it does not suffice.
+SIDE_BY_SIDE, ONE_BY_ONE = ("--max-memory", "500KB"), ("--max-memory", "200KB")
+EXPERTS = [f"layers.1.ffn.experts.{i}.w1.weight" for i in range(2)]
+
+
+@pytest.mark.parametrize("tensor", [None, *EXPERTS, "mtp.0.ffn.shared_experts.w2.weight"])
+@pytest.mark.parametrize("split", [(), ("--prefill", "4")])
+def test_side_by_side_prints_the_same(
+    capfd: Capture, folder: str, tmp_path: Path, tensor: str | None, split: tuple[str, ...]
+) -> None:
+    second = folder if tensor is None else str(flipped(folder, tmp_path / "copy", tensor))
+    arguments = (folder, "--tokens", "0,5,9,100,300,17,4", "--compare", second, *split)
+    printed, pages, objects = [], [], []
+    for memory in ((), ONE_BY_ONE, SIDE_BY_SIDE):
+        page = tmp_path / "page.html"
+        out, err = run(capfd, *arguments, *memory, "--report", str(page), code=int(tensor is not None))
+        printed.append(out)
+        pages.append(page.read_text())
+        objects.append(run_json(capfd, *arguments, *memory, code=int(tensor is not None)))
+        del objects[-1]["peak_memory_bytes"]
+        assert ("side by side" in err) == (memory is SIDE_BY_SIDE)
+        assert err.count("differs at position") == (memory is SIDE_BY_SIDE and tensor is not None)
+    assert printed[0] == printed[1] == printed[2] and pages[0] == pages[1] == pages[2]
+    assert objects[0] == objects[1] == objects[2]
+    assert (objects[0]["first_module"] is None) == (tensor is None)
+    if tensor is not None and not split:  # in one prefill, the first that is met is the first there is
+        assert f"{objects[0]['first_module']} differs at position {objects[0]['first_position']}; going on" in err
+
+
+def test_side_by_side_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
+    arguments = (folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE)
+    out, err = run(capfd, *arguments, "--tolerance", "1", "-q")
+    assert out.startswith("within tolerance") and not err
+
+
+def test_side_by_side_shares_the_memory(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+
+    def spy(source: Source, loading: Loading, out: Output) -> Transformer:
+        assert loading.max_memory == 250_000
+        model = load_model(source, loading, out)
+        stores.append(model.store)
+        return model
+
+    monkeypatch.setattr("dsv4.commands.run.compare.load_model", spy)
+    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE)
+    assert len(stores) == 2 and all(0 < store.resident_bytes <= 250_000 and store.reads for store in stores)
+
+
+class Terminal(io.StringIO):
+    """A screen to draw bars on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_over_both_and_words_beside_it(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4.output.SECONDS_UNTIL_A_PASSING_BAR", 0)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
+    assert cli.run(["run", folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE]) == 1
+    screen = sys.stderr.getvalue()
+    assert screen.count("computing:   0%") == 1 and "0.00/6.00" in screen
+    before, _, words = screen.partition("logits differs at position 0; going on")
+    assert words and not before.rpartition("\r")[2].strip()
+
+
+def test_interrupted_side_by_side(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def interrupting(self: object, name: str, position: int, output: torch.Tensor) -> None:
+        if next(calls) == 5:
+            raise Interrupted("interrupted", "Run the same command again.")
+
+    monkeypatch.setattr("dsv4.model.evaluate.trace.Fingerprints.__call__", interrupting)
+    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE, code=130)
+    assert not out and err.splitlines()[-1] == "error: interrupted" and next(calls) == 6
+
+
+# --- chat ---
+
+
+def chat(capfd: Capture, monkeypatch: pytest.MonkeyPatch, lines: str, *arguments: str) -> tuple[str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return run(capfd, *arguments)
+
+
+def test_chat_remembers(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path: Path) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    path = tmp_path / "history.json"
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    path.write_text(json.dumps([*history, {"role": "user", "content": "and"}]))
+    second = run_json(capfd, folder, "--messages", str(path), *FEW)["answers"][0]["text"]
+    out, err = chat(capfd, monkeypatch, "Hello\n\nand\n/clear\nHello\n/exit\nnever read\n", folder, *FEW)
+    assert out == f"{first}\n{second}\n{first}\n"
+    assert "cleared" in err and err.count("prefill") == 3
+
+
+def test_chat_commands(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    think = run_json(capfd, folder, "Hello", "--mode", "think", "--system", "S s", *FEW)["answers"][0]["text"]
+    lines = "/mode think\n/system S s\nHello\n/mode loud\n/help\n"
+    out, err = chat(capfd, monkeypatch, lines, folder, *FEW)
+    assert out == think + "\n"
+    assert "mode think" in err and err.count("/clear") == 2
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    real = run_chat.Chat._generate
+    turns = []
+
+    def interrupted_once(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
+        turns.append(prompt)
+        if len(turns) == 1:
+            monkeypatch.setattr(text, "add", lambda token: signal.raise_signal(signal.SIGINT))
+        real(self, prompt, text)
+
+    monkeypatch.setattr(run_chat.Chat, "_generate", interrupted_once)
+    before = signal.signal(signal.SIGINT, cli._on_signal)
+    try:
+        out, err = chat(capfd, monkeypatch, "Hello\n/clear\nHello\n", folder, *FEW)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "(stopped)" in err
+    assert out == f"\n{first}\n"
+
+
+def test_a_terminated_chat_ends(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    def terminate(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
+        cli._on_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(run_chat.Chat, "_generate", terminate)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
+    run(capfd, folder, *FEW, code=143)
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    lines = iter(["/mode think", KeyboardInterrupt, "/mode chat", None])
+
+    def read_line(out: Any) -> str | None:
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            cli._on_signal(signal.SIGINT, None)
+        return line
+
+    monkeypatch.setattr(run_chat, "_read_line", read_line)
+    _, err = run(capfd, folder)
+    assert err.index("mode think") < err.index("(/exit or Ctrl-D leaves)") < err.index("mode chat")
+
+
+def test_ctrl_c_without_a_chat_ends_the_program(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr("dsv4.model.generate.generate", interrupt)
+    assert "interrupted" in run(capfd, folder, "Hello", code=130)[1]
+
+
+def test_a_turn_that_does_not_fit_is_undone(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    first = run_json(capfd, folder, "Hello", *FEW)["answers"][0]["text"]
+    out, err = chat(capfd, monkeypatch, "x " * 150 + "\nHello\n", folder, *FEW)
+    assert "the model's context 200" in err
+    assert out == first + "\n"
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (("a", "-p", "b"), 2, "given twice"),
+        (("a", "--tokens", "1"), 2, "given 2 times"),
+        (("--tokens", "1", "--mode", "think"), 2, "--tokens needs no encoding"),
+        (("a", "--raw", "--system", "s"), 2, "--raw"),
+        (("--logits", "f"), 2, "--logits needs a prompt"),
+        (("--compare", "f"), 2, "--compare needs a prompt"),
+        (("a", "--prefill", "2"), 2, "--prefill belongs"),
+        (("a", "--report", "f"), 2, "--report belongs"),
+        (("a", "--compare", "b", "--logits", "f"), 2, "cannot be used together"),
+        (("--json",), 2, "--json needs a prompt"),
+        (("--tokens", "0,512"), 3, "token 1 is 512, the vocabulary has ids 0 to 511"),
+        (("--tokens", "0,x"), 3, "neither a list of token ids nor a file"),
+        (("--tokens", ""), 3, "the prompt is empty"),
+        (("--tokens", ",".join(["1"] * 201)), 3, "the prompt has 201 tokens, the model's context 200"),
+        (("--file", "missing.txt"), 3, "missing.txt"),
+        (("a", "--device", "nosuch"), 4, "nosuch"),
+        (("a", "--max-memory", "1KB"), 4, "max_memory"),
+        (("a", "--max-memory", "lots"), 2, "is not a size"),
+        (("a", "--top-p", "0"), 2, "top-p"),
+        (("a", "--compare", "nowhere"), 3, "nowhere"),
+        (("a", "--logits", "no/such/folder/l"), 3, "no/such/folder/l: the folder does not exist"),
+        (("a", "--compare", "a", "--report", "no/such/folder/r"), 3, "the folder does not exist"),
+    ],
+)
+def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: int, problem: str) -> None:
+    out, err = run(capfd, folder, *arguments, code=code)
+    assert problem in err
+    if "--json" not in arguments:
+        assert out == ""
+
+
+def test_no_checkpoint(capfd: Capture, tmp_path: Path) -> None:
+    assert "is not a folder" in run(capfd, str(tmp_path / "none"), "a", code=3)[1]
+    assert "model.safetensors.index.json" in run(capfd, str(tmp_path), "--tokens", "1", code=3)[1]
+
+
+@pytest.mark.parametrize(("value", "problem"), [("[]", "a JSON object"), ('{"eos_token_id": "x"}', "eos_token_id")])
+def test_a_strange_generation_config(capfd: Capture, folder: str, tmp_path: Path, value: str, problem: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text(value)
+    assert problem in run(capfd, str(copy), "--tokens", "1", code=3)[1]
+
+
+def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
+    geometry = Geometry(**{**vars(TINY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
+    bare = str(make_checkpoint(tmp_path / "bare", geometry=geometry))
+    assert "no MTP block" in run(capfd, bare, "--tokens", "1", "--mtp", code=2)[1]
+    path = tmp_path / "l.safetensors"
+    run(capfd, bare, "--tokens", "1,2", "--logits", str(path), "-q")
+    assert set(load_file(path)) == {"token_ids", "logits"}
+    full = str(make_checkpoint(tmp_path / "full", geometry=TINY))
+    assert run(capfd, bare, "--tokens", "1,2", "--compare", full)[0].startswith("BIT-EQUAL")

@@ -1,0 +1,335 @@
+"""`dsv4 verify` from the command line: exit codes, streams, selections, the manifest, and its independence."""
+
+import errno
+import hashlib
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_converter
+from raw_safetensors import Raw, merged, raw, read_folder, write_folder
+
+from dsv4 import cli
+from dsv4.cli import run
+from dsv4.convert.proof.run import verify
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.errors import Interrupted
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source and the reference converter's FP8 output of it, for two ranks."""
+    folder = tmp_path_factory.mktemp("verify")
+    make_checkpoint(folder / "source")
+    reference_converter.convert(folder / "source", folder / "output", 2, "fp8")
+    return folder / "source", folder / "output"
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = run(["verify", *map(str, arguments)])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_identical(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, *pair)
+    assert code == 0 and out.splitlines()[-1].startswith("IDENTICAL: ")
+    assert "negative zeros became positive (equal in value; --strict makes this a difference)" in out
+    assert "/s" in err
+    assert command(capsys, *pair, "--strict")[0] == 1
+    assert command(capsys, *pair, "--quiet") == (0, "", "")
+
+
+def test_json(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, *pair, "--json", "--inverse")
+    found = json.loads(out)
+    assert (code, err, found["exit_code"], found["differences"]) == (0, "", 0, [])
+    assert sum(found["counts"].values()) == len(found["tensors"])
+    names = merged(read_folder(pair[0])).keys()
+    assert found["tensors"].keys() == names  # every tensor once, nothing else
+    blocks = found["statistics"]["fp8_blocks"]
+    assert sum(blocks["spans"].values()) == blocks["count"] > 0
+    assert blocks["smallest_headroom"] == 14 - max(map(int, blocks["spans"]))
+    assert found["inverse"]["wrong"] == 0
+    assert found["inverse"]["sign"] == found["negative_zeros_became_positive"] > 0
+    assert found["inverse"]["sign_of_zero_lost_in"]
+    assert all(set(row) <= set("=≈") for row in found["experts"].values())
+
+
+def harmed(pair: tuple[Path, Path], folder: Path) -> tuple[str, Path]:
+    """A copy of the output with one byte of one expert changed."""
+    shutil.copytree(pair[1], folder)
+    shards = read_folder(folder)
+    shard = sorted(shards)[0]
+    name = next(name for name in shards[shard] if ".experts." in name and name.endswith("weight"))
+    codes = shards[shard][name].array().copy()
+    codes[0, 0] ^= 0x40
+    shards[shard][name] = shards[shard][name].like(codes)
+    write_folder(folder, {shard: shards[shard]}, index=False)
+    return name, folder
+
+
+def test_a_difference_is_shown(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, output = harmed(pair, tmp_path / "harmed")
+    code, out, _ = command(capsys, pair[0], output)
+    assert code == 1 and f"* {name}  1 of " in out
+    assert "in 128x128 blocks (0,0)" in out and "first at [0, 0]: source 0x" in out
+    assert out.splitlines()[-1].startswith("DIFFERENT: ")
+    assert command(capsys, pair[0], output, "--quiet") == (1, "", "")
+    assert command(capsys, pair[0], output, "--tensor", "norm.*")[0] == 0
+    assert command(capsys, pair[0], output, "--tensor", name)[0] == 1
+
+
+def test_truncated(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(pair[1], tmp_path / "cut")
+    path = sorted((tmp_path / "cut").glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = command(capsys, pair[0], tmp_path / "cut")
+    assert code == 3 and out.splitlines()[-1].startswith("NOT READABLE: ")
+    assert f"output shard: {path.name}: " in out
+
+
+def test_wrong_usage(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(capsys, *pair, "--tensor", "nothing.*")[0] == 2
+    assert command(capsys, *pair, "--shard", "99")[0] == 2
+    assert command(capsys, *pair, "--sample", "nine")[0] == 2
+    assert command(capsys, *pair, "--max-memory", "10kB")[0] == 2
+    assert command(capsys, pair[0], "--inverse")[0] == 2
+    assert command(capsys, pair[0], tmp_path / "absent")[0] == 3
+    assert command(capsys, tmp_path)[0] == 3
+
+
+def test_a_sample_says_so(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(capsys, *pair, "--sample", "20%", "--json")
+    found = json.loads(out)
+    assert code == 0 and "sample of 20% of the tensors, seed 0" in found["verdict"]
+    everything = len(verify(*pair).results)
+    assert 0.05 < len(found["tensors"]) / everything < 0.4
+    assert json.loads(command(capsys, *pair, "--sample", "20%", "--json")[1])["tensors"] == found["tensors"]
+    other = json.loads(command(capsys, *pair, "--sample", "20%", "--seed", "1", "--json")[1])
+    assert other["tensors"].keys() != found["tensors"].keys()
+    assert any("." in row for row in found["experts"].values())  # not checked
+
+
+def test_a_shard(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for number, path in enumerate(sorted(pair[0].glob("*.safetensors")), start=1):
+        found = json.loads(command(capsys, pair[1], pair[0], "--shard", str(number), "--json")[1])
+        assert found["tensors"].keys() == read_folder(pair[0])[path.name].keys()
+
+
+@pytest.mark.parametrize("options", [{"max_workers": 1}, {"max_workers": 3}, {"max_memory": 2_000_000}])
+def test_workers_and_memory_change_nothing(pair: tuple[Path, Path], options: dict[str, Any]) -> None:
+    wanted, found = verify(*pair).to_json(), verify(*pair, **options).to_json()
+    for timed in (wanted, found):
+        del timed["seconds"]
+    wanted["statistics"].pop("code_use")
+    found["statistics"].pop("code_use")  # counted in a share of the bands, which depends on their size
+    assert found == wanted
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+def test_bands_and_pieces_change_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert_dtype: str
+) -> None:
+    """Large tensors are compared in bands and pieces; here small ones are, and the result is that of one band."""
+    reference_converter.convert(pair[0], tmp_path, 2, expert_dtype)
+    random = np.random.default_rng(2)
+    for shard, tensors in read_folder(tmp_path).items():
+        for name, tensor in tensors.items():
+            data = np.frombuffer(tensor.data, np.uint8).copy()
+            if data.size > 9000:  # some harm to every large tensor, all over it
+                data[random.integers(0, data.size, 9)] ^= 0x11
+                tensors[name] = Raw(tensor.dtype, tensor.shape, data.tobytes())
+        write_folder(tmp_path, {shard: tensors}, index=False)
+    wanted = verify(pair[0], tmp_path, inverse=True).to_json()
+    assert wanted["counts"]["*"] > 50
+    monkeypatch.setattr("dsv4.convert.proof.run.BAND_BYTES", 4096)
+    monkeypatch.setattr("dsv4.convert.proof.compare_tensor.PIECE_BYTES", 20_000)
+    found = verify(pair[0], tmp_path, inverse=True).to_json()
+    for result in (wanted, found):
+        del result["seconds"], result["read_bytes"], result["statistics"]["code_use"]
+    assert found == wanted
+
+
+def test_progress_reaches_the_total(pair: tuple[Path, Path]) -> None:
+    totals: list[int] = []
+    steps: list[int] = []
+    verify(*pair, on_start=totals.append, advance=steps.append)
+    assert len(totals) == 1 and 0.99 * totals[0] <= sum(steps) <= totals[0]
+
+
+def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
+    steps: list[int] = []
+    before = set(threading.enumerate())
+
+    def interrupt(count: int) -> None:
+        steps.append(count)
+        if len(steps) == 200:
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted, match=r"interrupted after \d+% of [\d.]+ MB: no difference so far"):
+        verify(*pair, advance=interrupt)
+    assert set(threading.enumerate()) <= before  # nobody goes on reading
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    shards = read_folder(folder)
+    tensors = {
+        name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "shard": shard,
+            "sha256": hashlib.sha256(tensor.data).hexdigest(),
+        }
+        for shard, found in shards.items()
+        for name, tensor in found.items()
+    }
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    manifest = {
+        "format": 1,
+        "shards": {name: files.pop(name) for name in shards},
+        "files": files,
+        "tensors": tensors,
+    }
+    (folder / "dsv4.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+def test_one_checkpoint_alone(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(pair[0], tmp_path / "alone")
+    write_manifest(tmp_path / "alone")
+    code, out, err = command(capsys, tmp_path / "alone")
+    assert (code, out.splitlines()[-1]) == (0, "SOUND: structure, config, codes and hashes agree")
+    assert err.splitlines()[-1] == f"run it: dsv4 run {tmp_path / 'alone'} -p Hello"
+    for name in ("embed.weight", "norm.weight"):
+        shards = read_folder(tmp_path / "alone")
+        shard = next(s for s, tensors in shards.items() if name in tensors)
+        before = (tmp_path / "alone" / shard).read_bytes()
+        data = shards[shard][name].data
+        position = before.index(data)
+        (tmp_path / "alone" / shard).write_bytes(before[:position] + bytes([data[0] ^ 1]) + before[position + 1 :])
+        code, out, _ = command(capsys, tmp_path / "alone")
+        assert code == 1 and f"manifest: {name} has another SHA-256" in out
+        assert out.count("has another SHA-256") == 2  # the shard and the tensor, no other
+        (tmp_path / "alone" / shard).write_bytes(before)
+    (tmp_path / "alone" / "tokenizer.json").write_text("{}")
+    assert "manifest: tokenizer.json has " in command(capsys, tmp_path / "alone")[1]
+
+
+def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quantized tensors for their codes, and with a manifest every byte of every file that it lists."""
+    shutil.copytree(pair[0], tmp_path / "alone")
+    quantized = verify(pair[0])
+    shards = read_folder(pair[0])
+    scaled = {
+        n.removesuffix("weight") + "scale" for tensors in shards.values() for n in tensors if n.endswith("weight")
+    }
+    tensors = {name: tensor for found in shards.values() for name, tensor in found.items()}
+    scales = scaled & tensors.keys()
+    expected = sum(len(tensors[n].data) + len(tensors[n.removesuffix("scale") + "weight"].data) for n in scales)
+    assert quantized.read_bytes == expected and "of quantized tensors read" in command(capsys, pair[0])[2]
+    write_manifest(tmp_path / "alone")
+    listed = sum(f.stat().st_size for f in (tmp_path / "alone").rglob("*") if f.is_file() and f.name != "dsv4.json")
+    totals: list[int] = []
+    steps: list[int] = []
+    hashed = verify(tmp_path / "alone", on_start=totals.append, advance=steps.append)
+    assert hashed.read_bytes == expected + listed == totals[0] == sum(steps)
+    assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
+
+
+def test_a_manifest_may_be_as_large_as_the_checkpoint_has_tensors(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """V4-Flash's has 25 MB, which no config.json would have."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "alone"))
+    manifest = write_manifest(folder)
+    text = json.dumps(manifest)
+    (folder / "dsv4.json").write_text(text + " " * (11_000_000 - len(text)))
+    result = verify(folder)
+    assert (result.exit_code, result.hashed) == (0, True)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 11_000_000)
+    assert [p.text for p in verify(folder).problems if "believable" in p.text]
+
+
+def test_headers_are_told(pair: tuple[Path, Path]) -> None:
+    told: list[tuple[int, int]] = []
+    count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
+    verify(*pair, headers=lambda *found: told.append(found))
+    assert told == [(number, count) for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("when", ["open_checkpoint", "plan_pair"])
+def test_interrupted_before_anything_was_read(
+    when: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        cli._on_signal(signal.SIGINT, None)
+
+    monkeypatch.setattr(f"dsv4.convert.proof.run.{when}", interrupt)
+    code, _, err = command(capsys, *pair)
+    assert code == 130 and "interrupted" in err and "kept" not in err and "Nothing was changed." in err
+    assert "0%" not in err
+
+
+def test_alone_without_a_manifest(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(capsys, pair[1])
+    assert (code, out.splitlines()[-1]) == (0, "SOUND: structure, config and codes agree")
+
+
+def test_alone_finds_nan(tmp_path: Path) -> None:
+    codes = np.zeros((4, 32), np.uint8)
+    codes[2, 3] = 0x7F
+    tensors = {"a.weight": raw("F8_E4M3", codes), "a.scale": raw("F8_E8M0", np.array([[255]], np.uint8))}
+    write_folder(tmp_path, {"model.safetensors": tensors}, index=False)
+    result = verify(tmp_path)
+    found = [problem.text for problem in result.problems if problem.area == "codes"]
+    assert result.exit_code == 1 and len(found) == 2
+    assert found[0].startswith("a.weight holds 1 codes") and found[1].startswith("a.weight has 1 scales")
+
+
+def test_what_the_machine_refuses(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error", "the shard")
+
+    monkeypatch.setattr("os.preadv", refuse)
+    code, _, err = command(capsys, *pair)
+    assert code == 4 and "the shard: Input/output error" in err
+
+
+def test_the_same_folder_is_said(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = command(capsys, pair[0], pair[0])
+    assert code == 0 and "are the same folder" in err
+
+
+def test_everything_differs(tmp_path: Path) -> None:
+    """Counting must not depend on how much there is to count: every element, every block."""
+    random = np.random.default_rng(0)
+    codes = random.integers(1, 100, (300, 256), dtype=np.uint8)
+    scale = raw("F8_E8M0", np.full((3, 2), 120, np.uint8))
+    for place, found in (("a", codes), ("b", codes + np.uint8(1))):
+        tensors = {"x.weight": raw("F8_E4M3", found), "x.scale": scale}
+        write_folder(tmp_path / place, {"model.safetensors": tensors}, index=False)
+    (result, _) = verify(tmp_path / "a", tmp_path / "b").results
+    sizes = (128, 128, 44)
+    assert result.tally.different == codes.size
+    assert result.tally.blocks == {(r, c): rows * 128 for r, rows in enumerate(sizes) for c in range(2)}
+    assert [first["at"] for first in result.tally.first] == [[0, c] for c in range(5)]
+
+
+def test_hostile_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, name in (("a", "x\x1b[31m"), ("b", "y\x1b[31m")):
+        write_folder(tmp_path / place, {"model.safetensors": {name: raw("F32", np.zeros(1, np.float32))}}, index=False)
+    code, out, _ = command(capsys, tmp_path / "a", tmp_path / "b")
+    assert code == 1 and "\x1b" not in out and "x\\x1b[31m" in out

@@ -1,0 +1,110 @@
+"""Bytes of a shard on their way to its file and its hash: all of them, in order, and no more after a failure."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv4.convert.write import atomic_file as files
+from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write.atomic_file import AtomicFile
+from dsv4.convert.write.pipeline import Outflow
+
+BLOCK = 2**13
+Threads = tuple[ThreadPoolExecutor, ThreadPoolExecutor]
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
+    """A hasher and a writer, and blocks of two pages."""
+    monkeypatch.setattr(shard_outflow, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(files, "DIRECT_BYTES", BLOCK)
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
+        yield hasher, writer
+
+
+class Recorder:
+    """In place of a file: what was written, and a failure at one of the writes."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.written: list[bytes] = []
+        self.fails_at = fails_at
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+
+    def write(self, data: memoryview) -> None:
+        content = bytes(data)
+        self.may_go_on.wait(30)
+        if len(self.written) == self.fails_at:
+            raise OSError(28, "No space left on device")
+        self.written.append(content)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 8, BLOCK, 20 * BLOCK, 9 * BLOCK + 4095])
+def test_every_byte_in_order(size: int, threads: Threads, tmp_path: Path) -> None:
+    random = np.random.default_rng(size)
+    header, data, told = b"12345678", random.bytes(size), []
+    with AtomicFile(tmp_path / "file", len(header) + size) as file:
+        outflow = Outflow(file, *threads, told.append)
+        outflow.begin(header)
+        rest = memoryview(data)
+        while rest:
+            count = int(random.integers(1, 3 * BLOCK))
+            outflow.put(rest[:count])
+            rest = rest[count:]
+        sha256 = outflow.finish()
+        file.commit()
+    assert (tmp_path / "file").read_bytes() == header + data
+    assert sha256 == hashlib.sha256(header + data).hexdigest()
+    assert sum(told) == size and all(0 <= count <= BLOCK for count in told)
+
+
+def test_a_header_longer_than_a_block_is_not_progress(threads: Threads) -> None:
+    told: list[int] = []
+    outflow = Outflow(Recorder(), *threads, told.append)  # type: ignore[arg-type]
+    outflow.begin(bytes(2 * BLOCK + 5))
+    outflow.put(memoryview(bytes(BLOCK)))
+    outflow.finish()
+    assert told == [0, 0, BLOCK - 5, 5]
+
+
+def test_nothing_is_written_after_a_failure(threads: Threads) -> None:
+    file = Recorder(fails_at=2)
+    outflow = Outflow(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="No space"):
+        outflow.put(memoryview(bytes(20 * BLOCK)))
+    outflow.stop()
+    assert len(file.written) == 2
+
+
+def test_stop_waits_for_the_write_under_way_and_for_no_other(threads: Threads) -> None:
+    file = Recorder()
+    outflow = Outflow(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    file.may_go_on.clear()
+    outflow.put(memoryview(bytes(3 * BLOCK)))
+    stopping = threading.Thread(target=outflow.stop)
+    stopping.start()
+    stopping.join(0.2)
+    assert stopping.is_alive()
+    file.may_go_on.set()
+    stopping.join(30)
+    assert not stopping.is_alive() and len(file.written) <= 1
+
+
+def test_blocks_are_used_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(shard_outflow._Block):
+        def __init__(self) -> None:
+            made.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(shard_outflow, "_Block", Counted)
+    outflow = Outflow(Recorder(), *threads, lambda count: None)  # type: ignore[arg-type]
+    outflow.put(memoryview(bytes(50 * BLOCK)))
+    outflow.finish()
+    assert len(made) == shard_outflow.BLOCKS

@@ -1,0 +1,95 @@
+"""What a stranger reads: help that fits 80 columns, options worded once, hints and examples that are real commands."""
+
+from pathlib import Path
+
+import pytest
+import typer
+from command_lines import dsv4_commands, parse
+
+from dsv4 import cli
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+
+COMMANDS = typer.main.get_command(cli.app).commands
+# The same word for another thing on purpose: files, threads; memory of a conversion, of resident weights; …
+DIFFERENT = {"--max-workers", "--max-memory", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("words")
+    make_checkpoint(folder / "a source")
+    assert cli.run(["convert", str(folder / "a source"), str(folder / "fp8"), "-q"]) == 0
+    return folder / "a source", folder / "fp8"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert cli.run([str(a) for a in arguments]) == 0
+    streams = capsys.readouterr()
+    return streams.out + streams.err
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_a_terminal(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = said(capsys, *([name] if name else []), "--help")
+    assert [line for line in text.splitlines() if len(line) > 90] == []  # an example to paste stays in one line
+    assert not name or ("{" not in text.splitlines()[0] and "[[" not in text.splitlines()[0])
+    assert "..." not in text.split("Commands:")[-1] or name
+    for arguments in dsv4_commands(text.replace("\n    dsv4 ", "\ndsv4 ").replace("\n    torchrun ", "\ntorchrun ")):
+        parse(arguments)
+
+
+def test_every_command_has_examples() -> None:
+    assert all(f"dsv4 {name}" in (command.epilog or "") for name, command in COMMANDS.items())
+
+
+def test_an_option_says_the_same_everywhere() -> None:
+    found: dict[str, set[tuple[str | None, str | None]]] = {}
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("--") and option not in DIFFERENT:
+                    found.setdefault(option, set()).add((parameter.metavar, parameter.help))
+    assert {option: words for option, words in found.items() if len(words) > 1} == {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_options_take_has_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = said(capsys, name, "--help").split("Options:")[1]
+    assert not any(kind in options for kind in ("<int", "<float", "<str>", "<path>"))
+
+
+def hints(text: str) -> list[list[str]]:
+    """The commands of lines such as `prove it: dsv4 verify A B`."""
+    lines = [line.split(": ", 1)[1] for line in text.splitlines() if ": dsv4 " in line]
+    return dsv4_commands("\n".join(lines))
+
+
+def test_hints_are_commands_that_work(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = map(str, pair)
+    assert hints(said(capsys, "convert", source, output)) == [["verify", source, output]]
+    assert hints(said(capsys, "verify", source, output)) == [["run", source, "-p", "Hello", "--compare", output]]
+    [listing] = hints(said(capsys, "inspect", source))
+    assert "layers.0.attn_norm.weight" in said(capsys, *listing)
+
+
+def test_one_file_is_called_by_its_name(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pair[1])
+    text = said(capsys, "inspect", "model-00001-of-00004.safetensors")
+    assert "checkpoint  ./model-00001-of-00004.safetensors" in text and "active per token" not in text
+    assert hints(text)[0][:2] == ["inspect", "model-00001-of-00004.safetensors"]
+
+
+def test_a_report_that_was_not_made_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert cli.run(["verify", str(tmp_path / "nowhere"), "--report", str(page)]) != 0
+    assert not page.exists()
+
+
+def test_rank_files_are_recognised(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = tmp_path / "mp2"
+    said(capsys, "convert", pair[0], ranks, "--layout", "mp", "--model-parallel", 2)
+    assert cli.run(["inspect", str(ranks)]) == 3
+    assert "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run`" in capsys.readouterr().err

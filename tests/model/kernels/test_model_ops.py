@@ -1,0 +1,305 @@
+"""The order of sums, the functions built on it, and every row of the table of operations against the reference row."""
+
+import math
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dsv4.model.kernels import cpu as native
+from dsv4.model.kernels import reference as ops
+from dsv4.model.kernels import torch_device as accelerated
+from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
+from dsv4.model.weights import Matrix
+from dsv4.quant.block_scales import Block
+
+GENERATOR = torch.Generator().manual_seed(8)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def halves(values: list[np.float32]) -> np.float32:
+    """The sum by halves, one addition at a time."""
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [values[i] + values[i + half] for i in range(half)] + values[2 * half :]
+    return values[0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 28, 100])
+def test_tree_sum_adds_by_halves(length: int) -> None:
+    x = torch.randn(4, length, generator=GENERATOR) * 10 ** torch.randn(4, length, generator=GENERATOR)
+    assert tree_sum(x).tolist() == [float(halves(list(row))) for row in x.numpy()]
+
+
+@pytest.mark.parametrize("length", [5, 16, 48, 72])
+def test_lanes_add_in_order(length: int) -> None:
+    x, w = torch.randn(3, length, generator=GENERATOR), torch.randn(2, length, generator=GENERATOR)
+
+    def one(terms: np.ndarray, lane: Callable[[int], int], order: list[int]) -> float:
+        lanes = [np.float32(0)] * LANES
+        for k in order:
+            lanes[lane(k)] = lanes[lane(k)] + terms[k]
+        return float(halves(lanes))
+
+    odd_first = [k ^ 1 for k in range(length + length % 2) if k ^ 1 < length]
+    found = lane_dot(x, w).tolist()
+    assert found == [[one(a * b, lambda k: k % 32 // 2, odd_first) for b in w.numpy()] for a in x.numpy()]
+    assert lane_sum(x).tolist() == [one(a, lambda k: k % LANES, list(range(length))) for a in x.numpy()]
+
+
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [
+        (exp, math.exp),
+        (softplus, lambda v: math.log1p(math.exp(v)) if v < 600 else v),
+        (sigmoid, lambda v: 1 / (1 + math.exp(-v))),
+        (silu, lambda v: v / (1 + math.exp(-v))),
+    ],
+)
+def test_functions_are_accurate(
+    function: Callable[[torch.Tensor], torch.Tensor], formula: Callable[[float], float]
+) -> None:
+    """Within two units in the last place of float64 arithmetic; exp and softplus round once, the others twice more."""
+    x = torch.cat((torch.linspace(-80, 80, 4001), torch.randn(2000, generator=GENERATOR), torch.tensor([0.0, -0.0])))
+    expected = np.array([formula(float(v)) for v in x])
+    ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
+    error = np.abs(function(x).numpy().astype(np.float64) - expected) / ulp
+    assert error.max() < (0.51 if function in (exp, softplus) else 2.0)
+
+
+def test_functions_do_not_depend_on_the_neighbours() -> None:
+    """Bodies and tails of arrays go through the same operations: each element alone gives the same bits."""
+    x = torch.randn(67, generator=GENERATOR) * 5
+    for function in (exp, softplus, sigmoid, silu):
+        alone = torch.cat([function(x[i : i + 1].clone()) for i in range(len(x))])
+        assert torch.equal(bits(function(x)), bits(alone))
+
+
+def test_sqrt_is_correctly_rounded() -> None:
+    x = torch.cat((torch.rand(100_000, generator=GENERATOR) * 4, torch.arange(1.0, 2000.0), torch.tensor([0.0, 1e-30])))
+    assert (sqrt(x).numpy() == np.sqrt(x.numpy())).all()
+
+
+def test_exp_of_minus_infinity_is_zero() -> None:
+    assert exp(torch.tensor([-torch.inf, -500.0])).tolist() == [0.0, 0.0]
+
+
+def e8m0(shape: tuple[int, ...], smallest: int = 90) -> torch.Tensor:
+    return torch.randint(smallest, 160, shape, generator=GENERATOR).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def matrices(rows: int, columns: int) -> list[Matrix]:
+    """One of each stored format."""
+    normal = torch.randn(rows, columns, generator=GENERATOR)
+    blocks = (-(-rows // 128), -(-columns // 128))
+    packed = torch.randint(-128, 128, (rows, columns // 2), generator=GENERATOR).to(torch.int8)
+    fp8 = normal.to(torch.float8_e4m3fn)
+    shape = (rows, columns)
+    odd_scale = torch.rand(blocks, generator=GENERATOR) + 0.5
+    powers = 2.0 ** torch.randint(-9, 9, blocks, generator=GENERATOR)
+    return [
+        Matrix("float32", "float32", shape, normal),
+        Matrix("bfloat16", "bfloat16", shape, normal.to(torch.bfloat16)),
+        Matrix("fp8", "float8_e4m3fn", shape, fp8, e8m0(blocks), Block(128, 128)),
+        Matrix("fp8, float32 scales", "float8_e4m3fn", shape, fp8, powers, Block(128, 128)),
+        Matrix("fp8, odd scales", "float8_e4m3fn", shape, fp8, odd_scale, Block(128, 128), exact_products=False),
+        Matrix("fp8, 32 x 32", "float8_e4m3fn", shape, fp8, e8m0((-(-rows // 32), -(-columns // 32))), Block(32, 32)),
+        Matrix("fp4", "float4_e2m1fn", shape, packed, e8m0((rows, columns // 32))),
+        Matrix(
+            "fp4, tiny scales", "float4_e2m1fn", shape, packed, e8m0((rows, columns // 32), 0), exact_products=False
+        ),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(133, 224), (5, 512), (3, 32)])
+def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
+    for matrix in matrices(rows, columns):
+        for count in (1, 8):
+            x = torch.randn(count, columns, generator=GENERATOR).to(dtype)
+            for start, stop in ((0, None), (1, rows - 1)):
+                expected = ops.linear(x, matrix, start, stop)
+                found = native.linear(x, matrix, start, stop)
+                assert torch.equal(bits(found), bits(expected)), (matrix.name, count, start)
+                rounded = expected.to(torch.bfloat16)
+                for linear in (ops.linear, native.linear, accelerated.linear):
+                    found = linear(x, matrix, start, stop, torch.bfloat16)
+                    assert found.dtype == torch.bfloat16
+                    if linear is not accelerated.linear:
+                        assert torch.equal(bits(found), bits(rounded)), (matrix.name, count, start)
+                exact = x.to(torch.float64) @ matrix.decode(start, stop).to(torch.float64).T
+                scale = x.to(torch.float64).abs() @ matrix.decode(start, stop).to(torch.float64).abs().T
+                # A sum of n terms in lanes of n / 16: each addition is off by at most 2**-24 of the sum of magnitudes.
+                bound = scale * (columns / LANES + 5) * 2.0**-24
+                assert ((expected - exact).abs() <= bound).all(), matrix.name
+                assert ((accelerated.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_code_by_every_way_of_decoding(count: int) -> None:
+    """All codes of FP8 (NaN aside) and FP4 at scales 2**-60 to 2**60, against the tables, one code at a time."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = 0
+    for exponent in (-60, -7, 0, 60):
+        scale = torch.full((4, 8), 127 + exponent, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        fp8 = codes.view(torch.float8_e4m3fn).expand(4, 256).contiguous()
+        fp4 = codes[:128].view(torch.int8).expand(4, 128).contiguous()
+        for matrix in (
+            Matrix("fp8", "float8_e4m3fn", (4, 256), fp8, scale[:1, :2].contiguous(), Block(128, 128)),
+            Matrix("fp4", "float4_e2m1fn", (4, 256), fp4, scale),
+        ):
+            for element in range(256):
+                x = torch.zeros(count, 256, dtype=torch.bfloat16)
+                x[:, element] = 1
+                expected = matrix.decode()[:, element].expand(count, 4)
+                assert torch.equal(native.linear(x, matrix), expected), (matrix.name, exponent, element)
+
+
+def attention_case(queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    q = torch.randn(queries, 6, 64, generator=GENERATOR).to(dtype)
+    window = torch.randn(130, 64, generator=GENERATOR).to(dtype)
+    compressed = torch.randn(40, 64, generator=GENERATOR).to(dtype)
+    index = torch.randint(-1, 170, (queries, 150), generator=GENERATOR).to(torch.int32)
+    index[:, 0] = 3
+    index[0, 64:128] = -1  # a whole block of keys that nobody sees
+    return q, window, compressed, index, torch.randn(6, generator=GENERATOR)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("queries", [1, 2, 9])
+def test_sparse_attention(queries: int, dtype: torch.dtype) -> None:
+    q, window, compressed, index, sink = attention_case(queries, dtype)
+    expected = ops.sparse_attention(q, window, compressed, index, sink, 0.125)
+    assert torch.equal(bits(native.sparse_attention(q, window, compressed, index, sink, 0.125)), bits(expected))
+    exact = attention_in_float64(q, torch.cat((window, compressed)), index, sink, 0.125)
+    # bfloat16 probabilities and results are off by 2**-8 each, of values that average random numbers.
+    tolerance = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
+    for found in (expected, accelerated.sparse_attention(q, window, compressed, index, sink, 0.125)):
+        assert (found.to(torch.float64) - exact).abs().max() < tolerance
+
+
+def attention_in_float64(
+    q: torch.Tensor, pool: torch.Tensor, index: torch.Tensor, sink: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Softmax over the listed keys and the sink, one query at a time."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for t in range(len(q)):
+        keys = pool[index[t][index[t] >= 0].to(torch.int64)].to(torch.float64)
+        logits = torch.cat((q[t].to(torch.float64) @ keys.T * scale, sink[:, None].to(torch.float64)), 1)
+        out[t] = torch.softmax(logits, 1)[:, :-1] @ keys
+    return out
+
+
+def test_masked_keys_at_the_end_change_no_bit() -> None:
+    q, window, compressed, index, sink = attention_case(5, torch.bfloat16)
+    longer = torch.cat((index, torch.full((5, 77), -1, dtype=torch.int32)), 1)
+    for row in (ops.REFERENCE, native.NATIVE):
+        expected = row.sparse_attention(q, window, compressed, index, sink, 0.125)
+        assert torch.equal(bits(row.sparse_attention(q, window, compressed, longer, sink, 0.125)), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "blocks"), [(16, 50), (12, 3), (1, 7)])
+def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
+    q = torch.randn(5, heads, 32, generator=GENERATOR).to(dtype)
+    weights = torch.randn(5, heads, generator=GENERATOR).to(dtype)
+    keys = torch.randn(blocks, 32, generator=GENERATOR).to(dtype)
+    expected = ops.index_scores(q, weights, keys)
+    assert torch.equal(bits(native.index_scores(q, weights, keys)), bits(expected))
+    if dtype == torch.bfloat16:
+        assert torch.equal(expected, expected.to(torch.bfloat16).to(torch.float32))
+    products = torch.einsum("thd,bd->thb", q.double(), keys.double()).clamp(min=0) * weights.double()[..., None]
+    # In bfloat16 every product is rounded twice and the sum once, each time by at most 2**-8.
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
+    bound = 3.1 * unit * products.abs().sum(1) + 1e-6
+    for found in (expected, accelerated.index_scores(q, weights, keys)):
+        assert ((found - products.sum(1)).abs() <= bound).all()
+
+
+def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """Arguments for one of the small operations: ordinary values, and rows of zeros, huge and tiny numbers."""
+    x = torch.randn(9, 4, 160, generator=GENERATOR)
+    x[0], x[1], x[2], x[3, :, :5] = 0, x[1] * 1e4, x[2] * 1e-6, -0.0
+    h = x.to(dtype)
+    rows = h[:, 0]
+    positive = torch.rand(9, 4, generator=GENERATOR)
+    return {
+        "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
+        "mean_square": [(rows,), (h[:, :, :7],)],
+        "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
+        "head_norm": [(h, 1e-6, 0), (h, 1e-6, 3), (h, 1e-6, 4)],
+        "rotate": [(h, torch.randn(9, 16, generator=GENERATOR), torch.randn(9, 16, generator=GENERATOR))],
+        "split_mixes": [
+            (
+                torch.randn(9, (2 + n) * n, generator=GENERATOR) * 3,
+                torch.randn(3),
+                torch.randn((2 + n) * n),
+                n,
+                20,
+                1e-6,
+            )
+            for n in (1, 2, 3, 4)
+        ],
+        "collapse": [(positive, h)],
+        "expand": [(rows, h, positive, torch.rand(9, 4, 4, generator=GENERATOR))],
+        "swiglu": [(rows * 9, h[:, 1] * 9, 10.0, None), (rows * 9, h[:, 1] * 9, 10.0, positive[:, 0])],
+    }[name]
+
+
+SMALL = [
+    "simulate_fp8",
+    "mean_square",
+    "rms_norm",
+    "head_norm",
+    "rotate",
+    "split_mixes",
+    "collapse",
+    "expand",
+    "swiglu",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_operations(name: str, dtype: torch.dtype) -> None:
+    for arguments in widths(name, dtype):
+        expected, found = getattr(ops.REFERENCE, name)(*arguments), getattr(native.NATIVE, name)(*arguments)
+        pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+        for a, b in pairs:
+            assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "split_mixes"])
+def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than rows divide evenly among, and than there are rows."""
+    for threads in (2, 4, 50):
+        monkeypatch.setattr(native, "_threads", lambda work, threads=threads: threads)
+        for arguments in widths(name, torch.bfloat16):
+            found, expected = getattr(native.NATIVE, name)(*arguments), getattr(ops.REFERENCE, name)(*arguments)
+            assert torch.equal(bits(found), bits(expected)), threads
+
+
+def test_every_row_has_every_operation() -> None:
+    names = set(ops.Operations.__dataclass_fields__)
+    assert names == {"linear", "sparse_attention", "index_scores", *SMALL}
+    assert all(getattr(native.NATIVE, name) is not getattr(ops.REFERENCE, name) for name in names)
+
+
+def test_native_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> None:
+    """All 65,536 bit patterns but NaN and infinity, each in a group with an amax of 448, so that the scale is 1."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    every = every[every.abs() <= 448]
+    x = torch.stack((every, torch.full_like(every, 448.0)), 1)
+    expected = every.to(torch.float32).to(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(bits(native.simulate_fp8(x, 2)[:, 0]), bits(expected))
+
+
+def test_where_a_compiler_is_there_the_native_row_was_tested() -> None:
+    """Where there is none, both rows are the reference form, and the comparisons above say nothing."""
+    there = any(map(shutil.which, native.COMPILERS))
+    assert (native.library() is not None) == there

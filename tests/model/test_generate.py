@@ -1,0 +1,212 @@
+"""Generation: against a plain loop without cache, in batches, with drafts, with stops, and drawing as it should."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_model import VOCABULARY, FakeModel, logits_after
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TINY
+
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.errors import UsageError
+from dsv4.model import generate as generate_module
+from dsv4.model.generate import Limits, generate
+from dsv4.model.loading import load
+from dsv4.model.sampling import Sampler, Sampling
+from dsv4.model.transformer import Transformer
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8]]
+
+
+def tokens_of(model: Any, prompts: Any, limits: Limits, sampling: Sampling, **how: Any) -> list[list[int]]:
+    return [answer.tokens for answer in generate(model, prompts, limits, sampling, **how)[0]]
+
+
+def plain_loop(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits_after(tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_greedy_is_the_plain_loop(mtp: bool) -> None:
+    expected = [plain_loop(prompt, 12) for prompt in PROMPTS]
+    assert tokens_of(FakeModel(), PROMPTS, Limits(12), GREEDY, mtp=mtp) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 512])
+@pytest.mark.parametrize("mtp", [False, True])
+def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, mtp: bool) -> None:
+    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    heard: list[float] = []
+    found = tokens_of(FakeModel(), PROMPTS, Limits(5), GREEDY, mtp=mtp, on_progress=heard.append)
+    assert found == [plain_loop(prompt, 5) for prompt in PROMPTS]
+    assert sum(heard) == sum(map(len, PROMPTS))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6), min_size=1, max_size=4),
+    temperature=st.sampled_from([0.0, 0.3, 1.0]),
+    stop=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=6),
+    count=st.integers(1, 10),
+    seed=st.integers(0, 5),
+)
+def test_drafts_and_batches_change_nothing(
+    prompts: list[list[int]], temperature: float, stop: frozenset[int], count: int, seed: int
+) -> None:
+    limits, sampling = Limits(count, stop), Sampling(temperature, 0.9, seed)
+    alone = [tokens_of(FakeModel(), [prompt], limits, sampling, first_row=i)[0] for i, prompt in enumerate(prompts)]
+    for mtp in (False, True):
+        answers, statistics, _ = generate(FakeModel(), prompts, limits, sampling, mtp=mtp)
+        assert [answer.tokens for answer in answers] == alone
+        for answer in answers:
+            ended = answer.tokens[-1] in stop
+            assert answer.finish == ("stop" if ended else "length")
+            assert ended or len(answer.tokens) == count
+            assert not stop.intersection(answer.tokens[:-1])
+        assert statistics.new_tokens == sum(map(len, alone))
+
+
+def test_drafts_save_calls() -> None:
+    plain, drafting = FakeModel(), FakeModel()
+    generate(plain, [[1, 2]], Limits(40), GREEDY)
+    _, statistics, _ = generate(drafting, [[1, 2]], Limits(40), GREEDY, mtp=True)
+    assert plain.calls == 40
+    assert 0 < statistics.accepted < statistics.drafted
+    assert drafting.calls == 40 - statistics.accepted
+
+
+def test_the_caller_can_stop_a_row() -> None:
+    heard: list[tuple[int, int]] = []
+
+    def on_token(row: int, token: int) -> bool:
+        heard.append((row, token))
+        return row == 1 and len([r for r, _ in heard if r == 1]) == 3
+
+    answers, _, _ = generate(FakeModel(), PROMPTS, Limits(6), GREEDY, mtp=True, on_token=on_token)
+    assert [(len(answer.tokens), answer.finish) for answer in answers] == [(6, "length"), (3, "stop"), (6, "length")]
+    assert sorted(heard) == sorted((row, token) for row, answer in enumerate(answers) for token in answer.tokens)
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_the_context_ends_an_answer(mtp: bool) -> None:
+    answers, _, _ = generate(FakeModel(context=10), [[1, 2, 3], [1] * 10], Limits(50), GREEDY, mtp=mtp)
+    assert [len(answer.tokens) for answer in answers] == [7, 1]
+
+
+def test_a_session_goes_on_where_it_stands() -> None:
+    model = FakeModel()
+    answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
+    assert session is not None and session.tokens == [1, 2, 3, *answers[0].tokens[:-1]]
+    longer = [1, 2, 3, *answers[0].tokens, 7, 8]
+    heard: list[float] = []
+    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, session=session, on_progress=heard.append)
+    assert answers[0].tokens == plain_loop(longer, 4)
+    assert sum(heard) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
+
+
+def test_another_prompt_does_not_use_the_session() -> None:
+    model = FakeModel()
+    _, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
+    assert tokens_of(model, [[1, 2, 4, 4]], Limits(4), GREEDY, session=session) == [plain_loop([1, 2, 4, 4], 4)]
+
+
+def test_the_trace_says_which_position() -> None:
+    seen: list[tuple[str, int]] = []
+    generate(
+        FakeModel(), [[1, 2, 3]], Limits(3), GREEDY, trace=lambda name, position, output: seen.append((name, position))
+    )
+    assert [at for at in seen if at[0] == "logits"] == [("logits", 2), ("logits", 3), ("logits", 4)]
+    assert [at for at in seen if at[0] == "layers.1"] == [("layers.1", 0), ("layers.1", 3), ("layers.1", 4)]
+
+
+def test_statistics() -> None:
+    _, statistics, _ = generate(FakeModel(), PROMPTS, Limits(5), GREEDY)
+    assert (statistics.prompt_tokens, statistics.new_tokens, statistics.decoded_tokens) == (12, 15, 12)
+    assert 0 < statistics.first_token_seconds <= statistics.prefill_seconds
+
+
+class Oracle:
+    """The real engine with an MTP block that is right two times of three."""
+
+    def __init__(self, model: Transformer, answer: list[int], prompt: int) -> None:
+        self._model, self._answer, self._prompt = model, answer, prompt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def mtp_logits(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> torch.Tensor:
+        logits = self._model.mtp_logits(hidden, ids, cache, **how)
+        drafted = cache.lengths[0] + 1 - self._prompt  # the place in the answer of the token that is drafted
+        right = self._answer[min(drafted, len(self._answer) - 1)]
+        logits[0, -1, right if drafted % 3 else (right + 1) % 512] = 1e9
+        return logits
+
+
+def test_right_and_wrong_drafts_on_the_real_engine(tmp_path: Path) -> None:
+    model = load(make_checkpoint(tmp_path / "small", geometry=TINY))
+    prompt, limits = [(i * 37) % 300 + 3 for i in range(123)], Limits(14)  # past the window, and over blocks of 4
+    plain = tokens_of(model, [prompt], limits, GREEDY)[0]
+    oracle = Oracle(model, plain, len(prompt))
+    answers, statistics, _ = generate(oracle, [prompt], limits, GREEDY, mtp=True)
+    assert answers[0].tokens == plain
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+# --- drawing ---
+
+
+def draws(logits: torch.Tensor, sampling: Sampling, count: int) -> np.ndarray:
+    sampler = Sampler(sampling)
+    return np.bincount([sampler.choose(logits) for _ in range(count)], minlength=len(logits)) / count
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    assert Sampler(GREEDY).choose(torch.tensor([0.0, 2.0, 2.0, 1.0])) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    expected = torch.softmax(logits.double() / temperature, -1).numpy()
+    found = draws(logits, Sampling(temperature, seed=1), 20_000)
+    # 20000 draws have a standard deviation of at most 0.0036; five of them
+    assert np.abs(found - expected).max() < 0.018
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
+    assert draws(logits, Sampling(1.0, 0.5), 500).nonzero()[0].tolist() == [1]
+    assert draws(logits, Sampling(1.0, 0.6), 2000).nonzero()[0].tolist() == [1, 3]
+    found = draws(logits, Sampling(1.0, 0.9, seed=2), 20_000)
+    assert found[0] == 0
+    assert np.abs(found[[1, 2, 3]] - np.array([0.5, 0.15, 0.25]) / 0.9).max() < 0.018
+    assert draws(logits, Sampling(1.0, 1e-9), 100)[1] == 1
+
+
+def test_the_seed_and_the_row_decide() -> None:
+    logits = torch.zeros(1000)
+    first = [Sampler(Sampling(seed=3), row).choose(logits) for row in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+    assert Sampler(Sampling(seed=4), 0).choose(logits) != first[0]
+
+
+def test_extreme_logits() -> None:
+    logits = torch.tensor([float("-inf"), 3e38, -3e38])
+    assert Sampler(Sampling(0.01)).choose(logits) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top-p")],
+)
+def test_numbers_out_of_range(values: dict[str, float], name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        Sampling(**values)

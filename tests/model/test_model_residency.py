@@ -1,0 +1,118 @@
+"""Weights in memory or in the files: the same bits, within the limit, and only the chosen experts are read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.errors import MachineError
+from dsv4.model import load
+from dsv4.model.loading import demand
+from dsv4.model.transformer import Transformer
+from dsv4.model.weight_store import Demand, WeightStore
+
+GEOMETRY = Geometry(
+    compress_ratios=(0, 4, 0), vocab_size=64, hidden_size=128, n_routed_experts=16, num_experts_per_tok=2
+)
+TOKENS = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("residency") / "c", geometry=GEOMETRY, tokenizer=False)
+
+
+def steps(model: Transformer) -> torch.Tensor:
+    """Logits of TOKENS, one prefill and two steps."""
+    cache = model.new_cache(1)
+    calls = (TOKENS[:, :7], TOKENS[:, 7:8], TOKENS[:, 8:])
+    return torch.cat([model.forward(part, cache).logits for part in calls], 1)
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> tuple[torch.Tensor, int]:
+    model = load(folder)
+    logits = steps(model)
+    assert model.store.reads == 0
+    return logits, model.store.resident_bytes
+
+
+def smallest(folder: Path) -> int:
+    """The limit that the error message asks for."""
+    with pytest.raises(MachineError, match=r"max_memory is 1000 bytes, but norms and tables take \d+") as caught:
+        load(folder, max_memory=1000)
+    return int(caught.value.hint.split()[3])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.1])
+def test_any_limit_gives_the_same_bits(folder: Path, resident: tuple[torch.Tensor, int], share: float) -> None:
+    logits, everything = resident
+    least = smallest(folder)
+    limit = int(least + share * (everything - least))
+    model = load(folder, max_memory=limit)
+    assert torch.equal(steps(model), logits)
+    assert model.store.resident_bytes <= limit
+    assert (model.store.reads > 0) == (share < 1)
+
+
+def test_one_byte_less_than_needed_is_refused(folder: Path) -> None:
+    least = smallest(folder)
+    load(folder, max_memory=least)
+    with pytest.raises(MachineError, match="takes"):
+        load(folder, max_memory=least - 1)
+
+
+def test_what_a_model_demands_is_known_from_headers(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
+    checkpoint = Checkpoint.open(folder)
+    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert demand(checkpoint) == Demand(whole, least=smallest(folder))
+    assert load(folder, max_memory=whole).store.resident_bytes == resident[1]
+    assert load(folder, max_memory=whole - 1).store.resident_bytes < resident[1]
+
+
+def test_only_chosen_experts_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder, max_memory=smallest(folder))
+    read: list[str] = []
+    right = WeightStore._read
+    monkeypatch.setattr(WeightStore, "_read", lambda self, name: read.append(name) or right(self, name))
+    chosen: dict[str, set[int]] = {}
+
+    def trace(name: str, tensor: torch.Tensor) -> None:
+        if name.endswith(".experts"):
+            chosen[name] = set(tensor.flatten().tolist())
+
+    model.forward(TOKENS[:, :1], model.new_cache(1), trace=trace)
+    for layer in (0, 1):
+        expected = {f"layers.{layer}.ffn.experts.{e}" for e in chosen[f"layers.{layer}.ffn.gate.experts"]}
+        found = {n.split(".w")[0] for n in read if n.startswith(f"layers.{layer}.ffn.experts.")}
+        assert len(expected) == 2 and found == expected
+
+
+def test_hot_experts_are_read_once(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
+    """The same token again finds its experts in memory; the least recently used make room."""
+    least, everything = smallest(folder), resident[1]
+    model = load(folder, max_memory=least + (everything - least) // 2)
+    again = [TOKENS[:, :1]] * 2
+    reads = []
+    for part in again:
+        model.forward(part, model.new_cache(1))
+        reads.append(model.store.reads)
+    assert reads[1] - reads[0] < reads[0]
+
+
+def test_progress_ends_at_its_total(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load(folder, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] and len({total for _, total in seen}) == 1
