@@ -1,11 +1,63 @@
-"""Options that several commands share, defined once so that their wording never drifts."""
+"""What a command line can carry: options that several commands share, and how a command declares its own.
 
+A command declares its arguments and options as the fields of a frozen dataclass, each as Typer declares a parameter,
+and `command` hands the filled dataclass to the function that does the work:
+
+    @dataclass(frozen=True, kw_only=True)
+    class CopyOptions:
+        source: Annotated[str, typer.Argument(parser=named, metavar="SOURCE", help="The folder to copy.")]
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+        json: Json = False
+
+        def __post_init__(self) -> None:
+            ...  # raise UsageError for options that contradict each other
+
+    @command
+    def copy(options: CopyOptions) -> None:
+        ...  # the docstring is the help
+
+The order of the fields is the order in `--help`. One more option is one more field, and no function has to list them.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dsv4.errors import UsageError
+
+
+def command(work: Callable[[Any], None]) -> Callable[..., None]:
+    """Turn a function of one dataclass into a function that Typer reads as a command.
+
+    Its keyword parameters are the dataclass's fields, with their annotations and defaults; its name and docstring are
+    those of `work`. The field types are evaluated at import: name no class that only type checkers import.
+    """
+    hints = get_type_hints(work)
+    hints.pop("return", None)
+    (options,) = hints.values()
+    annotations = get_type_hints(options, include_extras=True)
+
+    @functools.wraps(work)
+    def from_command_line(**values: Any) -> None:
+        work(options(**values))
+
+    parameters = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=annotations[field.name],
+        )
+        for field in fields(options)
+    ]
+    from_command_line.__annotations__ = annotations
+    from_command_line.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return from_command_line
 
 
 def named(text: str) -> str:
@@ -28,7 +80,8 @@ MaxWorkers = Annotated[
     typer.Option("--max-workers", metavar="N", min=1, help="Threads that work at once. Default: one per core."),
 ]
 MaxMemory = Annotated[
-    str | None, typer.Option("--max-memory", metavar="SIZE", help="Bound on working memory, such as 2GB.")
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Most memory that the whole process may use, such as 8GB."),
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a repository.")
