@@ -1,9 +1,9 @@
-"""Will this engine load this folder and compute the right thing? The checks, over what doctor_engines.py says of each.
+"""Will this engine load this folder and compute the right thing? The rules compare the folder with the engine's row.
 
-Where nobody knows, the verdict says so and is not a yes.
+Where nobody knows, the verdict is `unknown`, and `doctor` does not say yes.
 
-Why so many rules are about silence: vLLM copies E8M0 expert scales byte by byte into float32, a missing expert_dtype
-means fp4 to one engine and fp8 to another, and a weight whose scale is missing passes as codes without a scale.
+Many rules are about faults that no engine reports: vLLM copies E8M0 expert scales byte by byte into float32, a missing
+expert_dtype means fp4 to one engine and fp8 to another, and a weight without its scale is read as unscaled codes.
 """
 
 import shlex
@@ -21,9 +21,9 @@ from dsv4.convert.checkpoint.inventory import (
     weight_block,
 )
 from dsv4.convert.checkpoint.reader import Headers, untold
-from dsv4.errors import printable
+from dsv4.convert.plan.engines import ABSENT, ENGINES, Caveat, Engine, EngineName
+from dsv4.errors import UsageError, printable
 
-from .engines import ABSENT, ENGINES, Engine, EngineName
 from .facts import Facts, gather
 
 Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
@@ -44,8 +44,8 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Patient:
-    """What every rule gets to see."""
+class RuleContext:
+    """What a rule looks at: the folder, the engine that is to load it and the number of ranks, if it was given."""
 
     facts: Facts
     name: EngineName
@@ -63,7 +63,7 @@ class Patient:
         return f"dsv4 convert {'RELEASE' if decoded else folder} NEW --target {self.name}"
 
 
-def _layout(p: Patient) -> Iterator[Check]:
+def _layout(p: RuleContext) -> Iterator[Check]:
     wanted = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp"}
     if p.facts.layout == p.engine.layout:
         yield Check("layout", "ok", wanted[p.facts.layout])
@@ -75,23 +75,26 @@ def _layout(p: Patient) -> Iterator[Check]:
         yield Check("layout", "refuses", found, command=p.convert)
 
 
-def _architecture(p: Patient) -> Iterator[Check]:
+def _architecture(p: RuleContext) -> Iterator[Check]:
     if p.facts.layout == "mp":
         return
     model, architecture = text(p.facts.config, "model_type"), architecture_name(p.facts.config)
     shown = printable(f"{architecture} ({model})")
-    if p.name == "transformers" and model != "deepseek_v4":
-        yield Check("architecture", "refuses", f"{shown}; of this family transformers knows model_type deepseek_v4")
+    if p.engine.model_types and model not in p.engine.model_types:
+        known = ", ".join(p.engine.model_types)
+        yield Check("architecture", "refuses", f"{shown}; of this family {p.name} knows model_type {known}")
     elif architecture != "DeepseekV4ForCausalLM":
         yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
     else:
         yield Check("architecture", "ok", shown)
-    ratios = compress_ratios(p.facts.config) or ()
-    if p.name == "transformers" and set(ratios) - {0, 4, 128}:
-        yield Check("architecture", "refuses", "transformers knows compress ratios 0, 4 and 128 only")
+    ratios, known_ratios = compress_ratios(p.facts.config) or (), p.engine.compress_ratios
+    if known_ratios and not set(ratios) <= set(known_ratios):
+        *most, last = known_ratios
+        listed = f"{', '.join(map(str, most))} and {last}"
+        yield Check("architecture", "refuses", f"{p.name} knows compress ratios {listed} only")
 
 
-def _tensors(p: Patient) -> Iterator[Check]:
+def _tensors(p: RuleContext) -> Iterator[Check]:
     for finding in p.facts.problems[:5]:
         yield Check("tensors", "wrong", finding.text, finding.hint)
     if len(p.facts.problems) > 5:
@@ -100,7 +103,7 @@ def _tensors(p: Patient) -> Iterator[Check]:
         yield Check("tensors", "ok", "names, shapes and block scales fit the config")
 
 
-def _experts(p: Patient) -> Iterator[Check]:
+def _experts(p: RuleContext) -> Iterator[Check]:
     stored = sorted(p.facts.experts)
     if len(stored) > 1:
         text_ = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
@@ -112,7 +115,7 @@ def _experts(p: Patient) -> Iterator[Check]:
         yield Check("experts", "ok", stored[0])
 
 
-def _expert_dtype(p: Patient) -> Iterator[Check]:
+def _expert_dtype(p: RuleContext) -> Iterator[Check]:
     if len(p.facts.experts) != 1:
         return
     (stored,) = p.facts.experts
@@ -130,7 +133,7 @@ def _expert_dtype(p: Patient) -> Iterator[Check]:
     yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert if repairs else "")
 
 
-def _expert_scales(p: Patient) -> Iterator[Check]:
+def _expert_scales(p: RuleContext) -> Iterator[Check]:
     if len(p.facts.experts) != 1:
         return
     (stored,) = p.facts.experts
@@ -145,17 +148,16 @@ def _expert_scales(p: Patient) -> Iterator[Check]:
         yield Check("expert scales", "wrong", text_, command=p.convert)
 
 
-def _wo_a(p: Patient) -> Iterator[Check]:
+def _wo_a(p: RuleContext) -> Iterator[Check]:
     found = sorted(p.facts.wo_a)
     if set(found) <= set(p.engine.wo_a):
         yield Check("wo_a", "ok", ", ".join(found))
-    elif p.name == "reference":
-        yield Check("wo_a", "wrong", f"{', '.join(found)}; the reference engine holds it in bf16", command=p.convert)
     else:
-        yield Check("wo_a", "unknown", f"{', '.join(found)}: only fp8 is known to load in {p.name}", command=p.convert)
+        status, text_ = p.engine.other_wo_a
+        yield Check("wo_a", status, text_.format(found=", ".join(found)), command=p.convert)
 
 
-def _quantization_config(p: Patient) -> Iterator[Check]:
+def _quantization_config(p: RuleContext) -> Iterator[Check]:
     if p.facts.layout == "mp":
         return
     declared, rule = quantization(p.facts.config), "quantization_config"
@@ -172,21 +174,21 @@ def _quantization_config(p: Patient) -> Iterator[Check]:
         yield Check(rule, "wrong", "does not say quant_method fp8, but there are quantized weights", fix)
     elif weight_block(p.facts.config) is None:
         yield Check(rule, "wrong", "has no weight_block_size", fix)
-    elif p.name == "transformers" and declared.get("scale_fmt", "float") not in ("float", "ue8m0"):
-        yield Check(rule, "refuses", "scale_fmt is neither float nor ue8m0", fix)
+    elif p.engine.scale_fmts and declared.get("scale_fmt", p.engine.scale_fmts[0]) not in p.engine.scale_fmts:
+        yield Check(rule, "refuses", f"scale_fmt is neither {' nor '.join(p.engine.scale_fmts)}", fix)
     else:
         rows, columns = p.facts.block
         yield Check(rule, "ok", f"fp8 in blocks of {rows} x {columns}")
 
 
-def _ragged(p: Patient) -> Iterator[Check]:
-    if p.facts.ragged and p.name == "transformers":
+def _partial_blocks(p: RuleContext) -> Iterator[Check]:
+    if p.facts.ragged and not p.engine.partial_blocks:
         name = printable(p.facts.ragged[0])
         text_ = f"{len(p.facts.ragged)} FP8 weights are not whole blocks ({name}): it misplaces their scales"
         yield Check("block edges", "wrong", text_, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to bf16")
 
 
-def _side_files(p: Patient) -> Iterator[Check]:
+def _side_files(p: RuleContext) -> Iterator[Check]:
     absent = [name for name in p.engine.needs if name not in p.facts.files]
     missed = [name for name in p.engine.wants if name not in p.facts.files]
     if absent:
@@ -197,7 +199,7 @@ def _side_files(p: Patient) -> Iterator[Check]:
         yield Check("side files", "ok", "all there")
 
 
-def _share(p: Patient, keys: tuple[str, ...]) -> int | None:
+def _share(p: RuleContext, keys: tuple[str, ...]) -> int | None:
     total = 1
     for key in keys:
         value = p.facts.dimension(key)
@@ -207,7 +209,7 @@ def _share(p: Patient, keys: tuple[str, ...]) -> int | None:
     return total
 
 
-def _tensor_parallel(p: Patient) -> Iterator[Check]:
+def _tensor_parallel(p: RuleContext) -> Iterator[Check]:
     ranks, rule = p.tensor_parallel, "tensor parallel"
     if ranks is None:
         return
@@ -230,17 +232,21 @@ def _tensor_parallel(p: Patient) -> Iterator[Check]:
         yield Check(rule, "ok", f"{ranks} ranks")
 
 
-def _traps(p: Patient) -> Iterator[Check]:
-    for trap in p.engine.traps:
-        if trap.concerns(p.facts):
-            yield Check("start", "note", trap.text)
-    if p.facts.mtp and p.name == "transformers":
-        yield Check("mtp", "note", "transformers leaves out the draft blocks mtp.*: no speculative decoding")
+def _concerns(caveat: Caveat, facts: Facts) -> bool:
+    experts = not caveat.experts or facts.experts == {caveat.experts}
+    scales = not caveat.scales or caveat.scales in facts.expert_scales
+    return experts and scales and (facts.mtp or not caveat.mtp)
 
 
-RULES: tuple[Callable[[Patient], Iterator[Check]], ...] = (
-    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _ragged,
-    _side_files, _tensor_parallel, _traps,
+def _caveats(p: RuleContext) -> Iterator[Check]:
+    for caveat in p.engine.caveats:
+        if _concerns(caveat, p.facts):
+            yield Check(caveat.rule, "note", caveat.text)
+
+
+RULES: tuple[Callable[[RuleContext], Iterator[Check]], ...] = (
+    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _partial_blocks,
+    _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 
 
@@ -274,27 +280,28 @@ class Diagnosis:
         }
 
 
-def _start(p: Patient) -> str:
-    if p.engine.serve is None:
+def _start(p: RuleContext) -> str:
+    if not p.engine.serve:
         return ""
-    command, option = p.engine.serve
-    variables = [trap.variable for trap in p.engine.traps if trap.variable and trap.concerns(p.facts)]
-    ranks = [f"{option} {p.tensor_parallel}"] if p.tensor_parallel else []
-    return " ".join([*variables, command, shlex.quote(p.facts.folder), *ranks])
+    variables = [c.variable for c in p.engine.caveats if c.variable and _concerns(c, p.facts)]
+    ranks = [f"{p.engine.ranks_option} {p.tensor_parallel}"] if p.tensor_parallel else []
+    return " ".join([*variables, p.engine.serve, shlex.quote(p.facts.folder), *ranks])
 
 
 def diagnose(
     folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Headers = untold
 ) -> Diagnosis:
-    """Apply every rule. `headers` is told how many shards' headers are read, and of how many.
+    """Apply every rule. `headers` is called with the number of shards whose headers were read, and of all.
 
-    Raises InputError if the folder is not there or holds no safetensors file.
+    Raises UsageError for an engine without a row, InputError if the folder is absent or holds no safetensors file.
     """
+    if engine not in ENGINES:
+        raise UsageError(f"there are no rules for {engine!r}", f"Engines are {', '.join(ENGINES)}.")
     facts = gather(Path(folder), headers)
-    patient = Patient(facts, engine, ENGINES[engine], tensor_parallel)
-    checks = list(_layout(patient))
+    context = RuleContext(facts, engine, ENGINES[engine], tensor_parallel)
+    checks = list(_layout(context))
     if facts.unreadable is not None:
         checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
     elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
-        checks += [check for rule in RULES for check in rule(patient)]
-    return Diagnosis(facts.folder, engine, tuple(checks), _start(patient))
+        checks += [check for rule in RULES for check in rule(context)]
+    return Diagnosis(facts.folder, engine, tuple(checks), _start(context))

@@ -9,7 +9,8 @@ from typing import Any
 from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS
 from dsv4.errors import InputError
 
-from .settings import TARGETS, Settings
+from .engines import TARGETS
+from .settings import Settings
 
 
 def _without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:

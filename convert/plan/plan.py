@@ -28,7 +28,8 @@ from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
 from .classify import WO_A, Format, Weight, classify, fp8_block
-from .settings import DEFAULT_MAX_SHARD_BYTES, Layout, Settings
+from .engines import Layout
+from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 
 # The order of the safetensors library: alignment first, so that every tensor starts at a multiple of its element size.
 DTYPE_ORDER = (

@@ -1,7 +1,7 @@
-"""What to convert to: the options, and what each engine wants, as data.
+"""What to convert to: the options of one run, completed by what the target engine needs.
 
 `Settings` is decided once from the command line and passed in; the rest of the converter never asks which engine it
-works for. The rows of TARGETS come from the published FP8 checkpoints and from what the loaders do with them.
+works for.
 """
 
 from dataclasses import dataclass
@@ -9,51 +9,12 @@ from typing import Any, Literal
 
 from dsv4.errors import UsageError
 
+from .engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
+
 To = Literal["fp8", "bf16", "fp4", "same"]
-Layout = Literal["hf", "mp"]
-TargetName = Literal["base", "vllm", "sglang", "transformers", "reference"]
-ScaleDtype = Literal["e8m0", "f32"]
-WoA = Literal["fp8", "bf16"]
 OnInexact = Literal["error", "keep", "round"]
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an engine loads: dtype of FP8 block scales, dtype of wo_a, what `expert_dtype` must say, and its traps."""
-
-    scale_dtype: ScaleDtype
-    wo_a: WoA
-    expert_dtype: str | None  # None: the key must be absent
-    traps: tuple[str, ...] = ()
-
-
-TARGETS: dict[TargetName, Target] = {
-    # The layout of the official FP8 Base releases.
-    "base": Target("f32", "fp8", "fp8"),
-    "vllm": Target(
-        "f32",
-        "fp8",
-        "fp8",
-        ("vLLM reads expert scales as float32; it sets VLLM_USE_DEEP_GEMM_E8M0=0 by itself for such a checkpoint.",),
-    ),
-    "sglang": Target(
-        "e8m0",
-        "bf16",
-        None,
-        ("SGLang assumes FP4 experts when it cannot probe the shards: start it with SGLANG_DSV4_FP4_EXPERTS=0.",),
-    ),
-    "transformers": Target(
-        "e8m0", "fp8", "fp8", ("transformers ignores mtp.*: no speculative decoding from these files there.",)
-    ),
-    "reference": Target(
-        "e8m0",
-        "fp8",
-        None,
-        ("The reference engine loads its own layout: convert with --layout mp --model-parallel N to run it.",),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -87,6 +48,8 @@ class Settings:
 
 
 def _check(to: To, layout: Layout, model_parallel: int | None, target: TargetName | None) -> None:
+    if target not in (None, *TARGETS):
+        raise UsageError(f"there is no target {target!r}", f"Targets are {', '.join(TARGETS)}.")
     if layout == "mp" and model_parallel is None:
         raise UsageError("--layout mp needs --model-parallel N", "N is the number of ranks the engine will run on.")
     if layout == "hf" and model_parallel is not None:

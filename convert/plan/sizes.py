@@ -10,15 +10,14 @@ from collections.abc import Hashable
 from dsv4.convert.checkpoint.reader import Checkpoint
 
 from .classify import WO_A, Format, Weight, classify, fp8_block
+from .engines import ENGINES, TargetName
 from .plan import outputs_of
-from .settings import Settings, TargetName, To, resolve
+from .settings import Settings, To, resolve
 
 # Command line options of a conversion, and the arguments of `resolve` that they stand for.
 CONVERSIONS: dict[str, tuple[To, TargetName | None]] = {
     "--to fp8": ("fp8", None),
-    "--to fp8 --target vllm": ("fp8", "vllm"),
-    "--to fp8 --target sglang": ("fp8", "sglang"),
-    "--to fp8 --target transformers": ("fp8", "transformers"),
+    **{f"--to fp8 --target {name}": ("fp8", name) for name, engine in ENGINES.items() if engine.layout == "hf"},
     "--to bf16": ("bf16", None),
     "--to fp4": ("fp4", None),
 }

@@ -16,18 +16,10 @@ import torch
 
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, Checkpoint
 from dsv4.convert.checkpoint.storage import Folder
+from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.partition import Part, deal
 from dsv4.convert.plan.plan import OutputShard, Plan, make_plan
-from dsv4.convert.plan.settings import (
-    DEFAULT_MAX_SHARD_BYTES,
-    Layout,
-    OnInexact,
-    ScaleDtype,
-    TargetName,
-    To,
-    WoA,
-    resolve,
-)
+from dsv4.convert.plan.settings import DEFAULT_MAX_SHARD_BYTES, OnInexact, To, resolve
 from dsv4.convert.plan.side_files import (
     check_configs,
     config_file,

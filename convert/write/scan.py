@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.plan.engines import Layout
 from dsv4.convert.plan.plan import Op, OutputShard, OutputTensor, kept_instead_of, output_order
-from dsv4.convert.plan.settings import Layout, Settings
+from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError, printable
 from dsv4.quant import e2m1, e4m3, fp4_to_fp8, to_bf16
 from dsv4.quant.block_scales import Block, decode_scale

@@ -9,7 +9,7 @@ import pytest
 from command_lines import blocks, dsv4_commands, parse
 
 from dsv4 import cli, errors, output
-from dsv4.convert.plan.settings import TARGETS
+from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

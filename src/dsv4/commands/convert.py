@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output
-from dsv4.convert.plan.settings import TARGETS, Layout, OnInexact, ScaleDtype, TargetName, To, WoA, resolve
+from dsv4.convert.plan.engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.settings import OnInexact, To, resolve
 from dsv4.errors import UsageError, printable
 from dsv4.machine import peak_memory
 from dsv4.opening import opening
@@ -329,6 +330,6 @@ def convert(
         _print_part(out, result, share)
         return
     source = remote["source"] if remote else source
-    traps = TARGETS[settings.target].traps if settings.layout == "hf" and settings.to == "fp8" else ()
+    traps = TARGETS[settings.target].caveats if settings.layout == "hf" and settings.to == "fp8" else ()
     _print_result(out, result, source, traps)
     out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(traps)})

