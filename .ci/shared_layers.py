@@ -14,7 +14,6 @@ which dsv4 rules out: its logits are the same bits for any split. Both are of ro
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +48,6 @@ def window_rows_by_call(position: int, count: int, first: int, window: int) -> t
     return rows[:, :count] if position == 0 and 1 < count < window else rows
 
 
-def result(modules: Iterator[Any]) -> torch.Tensor:
-    """What a layer returns, once it has told of its modules."""
-    while True:
-        try:
-            next(modules)
-        except StopIteration as end:
-            return torch.as_tensor(end.value)
-
-
 @torch.inference_mode()
 def outputs(model: Transformer, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The output of each layer, and of the MTP block, for the reference's inputs."""
@@ -69,11 +59,11 @@ def outputs(model: Transformer, known: dict[str, torch.Tensor]) -> dict[str, tor
         call = Call(cache, [0], [end - begin], model.device)
         for number, layer in enumerate(model._layers):
             h = layer(known[f"h{number}"][begin:end], tokens[begin:end], call, f"layers.{number}")
-            made.setdefault(f"h{number + 1}", []).append(result(h))
+            made.setdefault(f"h{number + 1}", []).append(h)
         call.finish()
         call, following = Call(mtp_cache, [0], [end - begin], model.device), tokens[begin + 1 : end + 1]
         embedded, last = model.store.embedding(following).bfloat16(), known[f"h{config.num_hidden_layers}"]
-        made.setdefault("mtp_out", []).append(result(model._mtp[0](last[begin:end], embedded, following, call)))
+        made.setdefault("mtp_out", []).append(model._mtp[0](last[begin:end], embedded, following, call))
         call.finish()
     return {name: torch.cat(parts) for name, parts in made.items()}
 

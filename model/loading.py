@@ -14,7 +14,7 @@ from dsv4.model.layers.common import Arithmetic
 from .config import Config
 from .parallel import ALONE, Group, check_divisible
 from .transformer import Transformer
-from .weight_store import Demand, Progress, WeightStore
+from .weight_store import Progress, WeightStore
 from .weights import check, mtp_stages
 
 
@@ -43,12 +43,6 @@ def _checked(checkpoint: Checkpoint, group: Group) -> tuple[Config, int]:
     check(config, checkpoint.tensors, stages)
     check_divisible(config, group)
     return config, stages
-
-
-def demand(checkpoint: Checkpoint, group: Group = ALONE) -> Demand:
-    """The memory that `load` wants for the weights, from headers alone. Raises InputError, UsageError."""
-    config, stages = _checked(checkpoint, group)
-    return WeightStore(checkpoint, config, stages, torch.device("cpu"), None, group).demand
 
 
 def load(

@@ -4,10 +4,6 @@
 cache. Inside, the tokens of all sequences are one flat list without padding, and a token's numbers depend only on its
 own sequence: on the CPU its logits are the same bits alone or in a batch, in one prefill or in single steps, for any
 number of threads. That also means that a long prompt may be computed in pieces (`TOKENS_PER_PIECE`) to bound memory.
-
-`forward` and `mtp_logits` run to the end what `forward_by_module` and `mtp_by_module` do step by step: each yields a
-module's name and output as soon as it is computed, so that two models can advance in turn (see
-`dsv4.model.evaluate.compare`).
 """
 
 from collections.abc import Callable
@@ -17,7 +13,6 @@ from typing import Literal
 import torch
 
 from dsv4.errors import UsageError
-from dsv4.model.evaluate.trace import Modules, heard
 from dsv4.model.layers.attention import Attention, Segment
 from dsv4.model.layers.common import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
 from dsv4.model.layers.moe import MixtureOfExperts
@@ -29,6 +24,8 @@ from .weight_store import Scope, WeightStore
 TOKENS_PER_PIECE = 512
 
 Trace = Callable[[str, torch.Tensor], None]
+"""Called with each module's name and output, [T, ...] for the T tokens of a piece, as soon as it is computed."""
+
 Rows = Literal["all", "last", "none"]
 
 
@@ -54,29 +51,35 @@ class Block:
         self._around_attention = HyperConnection(config, weights, "attn", arithmetic)
         self._around_experts = HyperConnection(config, weights, "ffn", arithmetic)
 
-    def __call__(self, h: torch.Tensor, token_ids: torch.Tensor, call: "Call", name: str) -> Modules[torch.Tensor]:
-        """h [T, n, D] -> [T, n, D]; `name` is the layer's place in the caches and in the reports."""
+    def __call__(self, h: torch.Tensor, token_ids: torch.Tensor, call: "Call", name: str) -> torch.Tensor:
+        """h [T, n, D] -> [T, n, D]; `name` is the layer's name in the caches and for the trace."""
         eps = self._config.rms_norm_eps
         x, post, comb = self._around_attention.enter(h)
         x = self._arithmetic.operations.rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
         output = self._attention(x, call.positions, call.segments, call.layer_caches(name))
         h = self._around_attention.leave(output, h, post, comb)
-        yield f"{name}.attn", output
+        call.trace(f"{name}.attn", output)
         x, post, comb = self._around_experts.enter(h)
         x = self._arithmetic.operations.rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
         output, experts = self._experts(x, token_ids)
         h = self._around_experts.leave(output, h, post, comb)
-        yield f"{name}.ffn.gate.experts", experts
-        yield f"{name}.ffn", output
-        yield name, h
+        call.trace(f"{name}.ffn.gate.experts", experts)
+        call.trace(f"{name}.ffn", output)
+        call.trace(name, h)
         return h
 
 
-class Call:
-    """The tokens of one call, laid out flat, and the caches they belong to."""
+def _no_trace(name: str, output: torch.Tensor) -> None:
+    pass
 
-    def __init__(self, cache: Cache, starts: list[int], counts: list[int], device: torch.device) -> None:
-        self.cache = cache
+
+class Call:
+    """The tokens of one call, laid out flat, the caches they belong to, and the trace that their modules report to."""
+
+    def __init__(
+        self, cache: Cache, starts: list[int], counts: list[int], device: torch.device, trace: Trace | None = None
+    ) -> None:
+        self.cache, self.trace = cache, trace or _no_trace
         self.segments: list[Segment] = []
         total = 0
         for sequence, count in enumerate(counts):
@@ -110,16 +113,14 @@ class MtpBlock:
         self._block = Block(config, config.num_hidden_layers + stage, self._weights, rotary, arithmetic)
         self.head = Head(config, self._weights, store.scope(""), arithmetic)
 
-    def __call__(
-        self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call
-    ) -> Modules[torch.Tensor]:
+    def __call__(self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> torch.Tensor:
         """h [T, n, D], embeddings [T, D] of the next tokens and their ids [T] -> streams [T, n, D]."""
         eps, linear, weights = self._config.rms_norm_eps, self._arithmetic.quantized_linear, self._weights
         norm = self._arithmetic.operations.rms_norm
         token = linear(norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
         normed = norm(h, weights.vector("hnorm.weight"), eps)
         streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).view(h.shape)
-        return (yield from self._block(token.unsqueeze(1) + streams, token_ids, call, self._name))
+        return self._block(token.unsqueeze(1) + streams, token_ids, call, self._name)
 
 
 class Transformer:
@@ -171,33 +172,28 @@ class Transformer:
         rows: which logits to compute. trace: called with each module's name and output (flat, [T, ...]).
         Raises UsageError for token ids out of range, a context that is too long, or shapes that do not fit.
         """
-        return heard(self.forward_by_module(token_ids, cache, lengths=lengths, rows=rows), trace)
-
-    __call__ = forward
-
-    def forward_by_module(
-        self, token_ids: torch.Tensor, cache: Cache, *, lengths: list[int] | None = None, rows: Rows = "all"
-    ) -> Modules[Output]:
-        """`forward`, one module after each `next`."""
         counts = self._check(token_ids, cache, lengths)
         token_ids = token_ids.to(self.device)
         hidden = self._new_hidden(token_ids)
         logits = self._new_logits(token_ids, rows)
         for starts, parts in _pieces(counts):
-            call = Call(cache, starts, parts, self.device)
+            call = Call(cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
-            h = yield from self._stack(ids, call)
+            h = self._stack(ids, call)
             call.finish()
             hidden[call.sequence, call.column] = h
-            yield from _store_logits(logits, self._head, h, call, counts, rows)
+            if logits is not None:
+                _add_logits(logits, self._head, h, call, counts, rows)
         return Output(logits, hidden)
 
-    def _stack(self, ids: torch.Tensor, call: Call) -> Modules[torch.Tensor]:
+    __call__ = forward
+
+    def _stack(self, ids: torch.Tensor, call: Call) -> torch.Tensor:
         embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
         h = embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
-        yield "embed", h
+        call.trace("embed", h)
         for number, layer in enumerate(self._layers):
-            h = yield from layer(h, ids, call, f"layers.{number}")
+            h = layer(h, ids, call, f"layers.{number}")
         return h
 
     @torch.inference_mode()
@@ -216,30 +212,19 @@ class Transformer:
         hidden [B, S, n, D] from `forward`; next_token_ids int64 [B, S]: the token that follows each position.
         Raises UsageError if the checkpoint has no MTP block of the kind that Flash and Pro have.
         """
-        return heard(self.mtp_by_module(hidden, next_token_ids, mtp_cache, lengths=lengths, rows=rows), trace)
-
-    def mtp_by_module(
-        self,
-        hidden: torch.Tensor,
-        next_token_ids: torch.Tensor,
-        mtp_cache: Cache,
-        *,
-        lengths: list[int] | None = None,
-        rows: Rows = "all",
-    ) -> Modules[torch.Tensor | None]:
-        """`mtp_logits`, one module after each `next`."""
         if not self._mtp:
             raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
         counts = self._check(next_token_ids, mtp_cache, lengths)
         token_ids = next_token_ids.to(self.device)
         logits, block = self._new_logits(token_ids, rows), self._mtp[0]
         for starts, parts in _pieces(counts):
-            call = Call(mtp_cache, starts, parts, self.device)
+            call = Call(mtp_cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
             embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
-            h = yield from block(hidden[call.sequence, call.column], embedded, ids, call)
+            h = block(hidden[call.sequence, call.column], embedded, ids, call)
             call.finish()
-            yield from _store_logits(logits, block.head, h, call, counts, rows)
+            if logits is not None:
+                _add_logits(logits, block.head, h, call, counts, rows, "mtp.0.logits")
         return logits
 
     def _new_hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -280,24 +265,24 @@ def _pieces(counts: list[int]) -> list[tuple[list[int], list[int]]]:
     return [([s] * len(counts), [min(max(n - s, 0), TOKENS_PER_PIECE) for n in counts]) for s in starts]
 
 
-def _store_logits(
-    logits: torch.Tensor | None,
+def _add_logits(
+    logits: torch.Tensor,
     head: Head,
     h: torch.Tensor,
     call: Call,
     counts: list[int],
     rows: Rows,
-) -> Modules[None]:
-    if logits is None:
-        return
+    name: str = "logits",
+) -> None:
+    """Compute the logits of a piece's tokens, all or each sequence's last, into their places in `logits`."""
     if rows == "all":
         computed = head(h)
         logits[call.sequence, call.column] = computed
-        yield "logits", computed
+        call.trace(name, computed)
         return
     lengths = torch.tensor(counts, device=h.device)
     last = (call.column == lengths[call.sequence] - 1).nonzero().squeeze(-1)
     if len(last):
         computed = head(h[last])
         logits[call.sequence[last], 0] = computed
-        yield "logits", computed
+        call.trace(name, computed)

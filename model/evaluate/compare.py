@@ -1,11 +1,8 @@
 """Two checkpoints on the same tokens: bit-equal, or how far apart and from which module on.
 
-Each can run by itself, one after the other. Where memory is short, and a run therefore takes as long as reading the
-files, both advance in turn, module by module (`run_side_by_side`): the same numbers, and a difference is known as soon
-as the first module shows it, not hours later.
+They run one after the other, so that each has all the memory. Of the first run only logits and fingerprints are kept.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,89 +10,17 @@ import numpy as np
 import torch
 
 from dsv4.errors import InputError
-from dsv4.model.transformer import Transformer
 
-from .logits import Evaluation, OnProgress, teacher_forced_by_module
-from .trace import Fingerprints, counting
-
-Reached = tuple[str, range]  # a module and the positions it was computed for
+from .logits import Evaluation
+from .trace import Fingerprints
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one checkpoint made of the tokens."""
+    """The result of one checkpoint on the tokens."""
 
     evaluation: Evaluation
     fingerprints: Fingerprints
-
-
-class _Side:
-    """One of two models on its way through the tokens. `evaluation` is there at the end."""
-
-    def __init__(
-        self, model: Transformer, tokens: Sequence[int], prefill: int | None, mtp: bool, on_progress: OnProgress | None
-    ) -> None:
-        self._modules = teacher_forced_by_module(model, tokens, prefill, mtp)
-        self._progress = counting(on_progress, model.config.num_hidden_layers)
-        self.fingerprints = Fingerprints()
-        self.evaluation: Evaluation | None = None
-
-    def advance(self) -> Reached | None:
-        """Compute one more module; None at the end."""
-        if self.evaluation is not None:
-            return None
-        try:
-            name, position, output = next(self._modules)
-        except StopIteration as finished:
-            self.evaluation = finished.value
-            return None
-        self.fingerprints(name, position, output)
-        if self._progress is not None:
-            self._progress(name, output)
-        return name, range(position, position + len(output))
-
-    def run(self) -> Run:
-        """What came out, once `advance` has reached the end."""
-        assert self.evaluation is not None
-        return Run(self.evaluation, self.fingerprints)
-
-
-def _parting(one: _Side, other: _Side, reached: Reached | None) -> tuple[str, int] | None:
-    """Module and position of the first difference in what both have just computed, where `one` has reached.
-
-    A model of other structure has come to another module and lacks this one: that is a difference too.
-    """
-    if reached is None:
-        return None
-    name, positions = reached
-    position = one.fingerprints.first_position(other.fingerprints, name, positions)
-    return None if position is None else (name, position)
-
-
-@torch.inference_mode()
-def run_side_by_side(
-    models: tuple[Transformer, Transformer],
-    tokens: Sequence[int],
-    prefill: int | None = None,
-    mtp: bool = True,
-    on_difference: Callable[[str, int], None] | None = None,
-    on_progress: OnProgress | None = None,
-) -> tuple[Run, Run]:
-    """`teacher_forced` of two models in turn, a module of one and the same module of the other.
-
-    on_difference: hears the first module that is seen to differ, and its position there, once. Of a run with single
-    steps, an earlier module may yet differ at a later position; `Comparison.first_module` knows them all.
-    on_progress: hears of both models' tokens.
-    """
-    one, other = (_Side(model, tokens, prefill, mtp, on_progress) for model in models)
-    parted = None
-    while one.evaluation is None or other.evaluation is None:
-        reached, _ = one.advance(), other.advance()
-        if parted is None:
-            parted = _parting(one, other, reached)
-            if parted is not None and on_difference is not None:
-                on_difference(*parted)
-    return one.run(), other.run()
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,22 @@
-"""Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block.
-
-As with the engine's forward pass, there is one computation, a generator of module outputs, and an ordinary function
-that runs it to its end.
-"""
+"""Teacher forcing: the logits of every position of given tokens, from the main model and from the MTP block."""
 
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from dsv4.errors import InputError
 from dsv4.model.transformer import Transformer
 
-from .trace import Modules, PositionedTrace, counting, heard
+from .trace import PositionedTrace, counting, positioned, together
 
 TOKENS_PER_CALL = 512  # of the prefill: how many tokens go through one layer before the next
 
-Result = TypeVar("Result")
-
-PositionedModules = Generator[tuple[str, int, torch.Tensor], None, Result]
-"""Yields (module, position of the first row, output [T, ...]); the MTP block's modules are called mtp.0.…"""
-
 OnProgress = Callable[[float], None]
+"""Called with the number of tokens computed since the last call, a fraction of a token after each layer."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +50,19 @@ def _spans(count: int, prefill: int) -> list[tuple[int, int]]:
     return large + [(begin, begin + 1) for begin in range(prefill, count)]
 
 
-def _placed(modules: Modules[Result], end: int, stage: str = "") -> PositionedModules[Result]:
-    """The modules of one call whose last token is at position `end` - 1.
+@torch.inference_mode()
+def teacher_forced(
+    model: Transformer,
+    tokens: Sequence[int],
+    prefill: int | None = None,
+    mtp: bool = True,
+    trace: PositionedTrace | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
 
-    `stage` goes in front of the name "logits", which main model and MTP block share.
-    """
-    while True:
-        try:
-            name, output = next(modules)
-        except StopIteration as finished:
-            result: Result = finished.value
-            return result
-        yield stage + name if name == "logits" else name, end - len(output), output
-
-
-def teacher_forced_by_module(
-    model: Transformer, tokens: Sequence[int], prefill: int | None = None, mtp: bool = True
-) -> PositionedModules[Evaluation]:
-    """`teacher_forced`, one module after each `next`. To be run under inference_mode.
-
-    The seconds of the result are those that passed, whatever else was done in between.
+    With `mtp` the MTP block, if there is one, computes its logits too. Raises InputError for tokens that the model
+    cannot read.
     """
     check_tokens(tokens, model.config.vocab_size, model.config.max_position_embeddings)
     prefill = len(tokens) if prefill is None else min(prefill, len(tokens))
@@ -87,16 +71,17 @@ def teacher_forced_by_module(
     mtp_cache = model.new_mtp_cache(1) if mtp and model.has_mtp and len(tokens) > 1 else None
     logits = torch.empty(len(tokens), model.config.vocab_size)
     mtp_logits = torch.empty(len(tokens) - 1, model.config.vocab_size) if mtp_cache is not None else None
+    progress = counting(on_progress, model.config.num_hidden_layers)
     started = prefilled = time.perf_counter()
     for begin, end in _spans(len(tokens), prefill):
-        output = yield from _placed(model.forward_by_module(ids[:, begin:end], cache), end)
+        output = model.forward(ids[:, begin:end], cache, trace=together(positioned(trace, end), progress))
         assert output.logits is not None
         logits[begin:end] = output.logits[0]
         following = ids[:, begin + 1 : end + 1]
         count = following.shape[1]
         if mtp_cache is not None and mtp_logits is not None and count:
-            block = model.mtp_by_module(output.hidden[:, :count], following, mtp_cache)
-            drafted = yield from _placed(block, begin + count, "mtp.0.")
+            report = positioned(trace, begin + count)
+            drafted = model.mtp_logits(output.hidden[:, :count], following, mtp_cache, trace=report)
             assert drafted is not None
             mtp_logits[begin : begin + count] = drafted[0]
         if end <= prefill:
@@ -109,31 +94,6 @@ def teacher_forced_by_module(
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,
     )
-
-
-@torch.inference_mode()
-def teacher_forced(
-    model: Transformer,
-    tokens: Sequence[int],
-    prefill: int | None = None,
-    mtp: bool = True,
-    trace: PositionedTrace | None = None,
-    on_progress: OnProgress | None = None,
-) -> Evaluation:
-    """Feed `tokens` to the model, the first `prefill` (default all) at once and the others one by one.
-
-    With `mtp` the MTP block, if there is one, runs along. `on_progress` hears how many tokens were computed, a share
-    of them after every layer.
-    """
-    progress = counting(on_progress, model.config.num_hidden_layers)
-
-    def hear(name: str, position: int, output: torch.Tensor) -> None:
-        if trace is not None:
-            trace(name, position, output)
-        if progress is not None:
-            progress(name, output)
-
-    return heard(teacher_forced_by_module(model, tokens, prefill, mtp), hear)
 
 
 _TAGS = {torch.int64: "I64", torch.float32: "F32"}

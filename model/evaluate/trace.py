@@ -1,43 +1,22 @@
 """What every module of a run computed, position by position: to a file, or as fingerprints for a comparison.
 
 The engine reports flat outputs, [T, ...] for the T tokens of a call. Here each report gets the position of its first
-token, so that two runs that split the same tokens differently can be laid side by side.
-
-Inside, a forward pass is a generator that yields every module's output as soon as it is computed. Whoever wants only
-the result has it run to its end (`heard`); whoever holds two of them can let them advance in turn, without threads.
+token, so that two runs that split the same tokens differently can be compared.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, TypeVarTuple
+from typing import Any, TextIO
 
 import torch
 
 _LAYER = re.compile(r"layers\.\d+")
 
-Result = TypeVar("Result")
-Report = TypeVarTuple("Report")
-
-Modules = Generator[tuple[str, torch.Tensor], None, Result]
-"""Yields (module, output [T, ...]) as each is computed, and returns the result. To be run under inference_mode."""
-
 PositionedTrace = Callable[[str, int, torch.Tensor], None]
 """Called with (module, position of the first row, output [T, ...])."""
-
-
-def heard(reports: Generator[tuple[*Report], None, Result], hear: Callable[[*Report], None] | None) -> Result:
-    """Run a generator of reports to its end, tell `hear` each of them, and return the result."""
-    while True:
-        try:
-            report = next(reports)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        if hear is not None:
-            hear(*report)
 
 
 def positioned(trace: PositionedTrace | None, end: int) -> Callable[[str, torch.Tensor], None] | None:
@@ -83,15 +62,29 @@ def _row_digests(output: torch.Tensor) -> list[bytes]:
 
 
 class Fingerprints:
-    """A trace that keeps 8 bytes per module and position: enough to say where two runs part, for any model size."""
+    """A trace that keeps 8 bytes per module and position: enough to say where two runs differ, for any model size.
 
-    def __init__(self) -> None:
+    With those of an `earlier` run, `on_difference` is called once, with the first module whose report differs and the
+    position, as soon as it is reported. Of a run with single steps, a module that comes earlier in the model may still
+    differ at a later position: `first_difference` knows all of them.
+    """
+
+    def __init__(
+        self, earlier: "Fingerprints | None" = None, on_difference: Callable[[str, int], None] | None = None
+    ) -> None:
         self.digests: dict[str, dict[int, bytes]] = {}
+        self._earlier, self._on_difference = earlier, on_difference
 
     def __call__(self, name: str, position: int, output: torch.Tensor) -> None:
-        """Keep the digests of one report."""
+        """Keep the digests of one report, and compare them with the earlier run's."""
         rows = self.digests.setdefault(name, {})
         rows.update(enumerate(_row_digests(output), start=position))
+        if self._earlier is None or self._on_difference is None:
+            return
+        differs = self.first_position(self._earlier, name, range(position, position + len(output)))
+        if differs is not None:
+            self._on_difference(name, differs)
+            self._earlier = None
 
     def first_position(self, other: "Fingerprints", name: str, positions: Iterable[int]) -> int | None:
         """The first of the positions at which the output of a module differs."""

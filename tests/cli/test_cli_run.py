@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -315,55 +316,54 @@ def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) 
             assert out.startswith("BIT-EQUAL")
 
 
-# Of checkpoints that need 776,547 bytes and at least 143,176: more than memory holds, while half of it suffices; more
-# than memory holds, and half of it does not suffice.
-SIDE_BY_SIDE, ONE_BY_ONE = ("--max-memory", "500KB"), ("--max-memory", "200KB")
+# Less than the 776,547 bytes of the weights, more than the 143,176 without which nothing runs.
+SHORT_OF_MEMORY = ("--max-memory", "500KB"), ("--max-memory", "200KB")
 EXPERTS = [f"layers.1.ffn.experts.{i}.w1.weight" for i in range(2)]
 
 
 @pytest.mark.parametrize("tensor", [None, *EXPERTS, "mtp.0.ffn.shared_experts.w2.weight"])
 @pytest.mark.parametrize("split", [(), ("--prefill", "4")])
-def test_side_by_side_prints_the_same(
+def test_compare_prints_the_same_with_little_memory(
     capfd: Capture, folder: str, tmp_path: Path, tensor: str | None, split: tuple[str, ...]
 ) -> None:
     second = folder if tensor is None else str(flipped(folder, tmp_path / "copy", tensor))
     arguments = (folder, "--tokens", "0,5,9,100,300,17,4", "--compare", second, *split)
     printed, pages, objects = [], [], []
-    for memory in ((), ONE_BY_ONE, SIDE_BY_SIDE):
+    for memory in ((), *SHORT_OF_MEMORY):
         page = tmp_path / "page.html"
         out, err = run(capfd, *arguments, *memory, "--report", str(page), code=int(tensor is not None))
         printed.append(out)
         pages.append(page.read_text())
         objects.append(run_json(capfd, *arguments, *memory, code=int(tensor is not None)))
         del objects[-1]["peak_memory_bytes"]
-        assert ("side by side" in err) == (memory is SIDE_BY_SIDE)
-        assert err.count("differs at position") == (memory is SIDE_BY_SIDE and tensor is not None)
+        assert err.count("differs at position") == (tensor is not None)
     assert printed[0] == printed[1] == printed[2] and pages[0] == pages[1] == pages[2]
     assert objects[0] == objects[1] == objects[2]
     assert (objects[0]["first_module"] is None) == (tensor is None)
-    if tensor is not None and not split:  # in one prefill, the first that is met is the first there is
+    if tensor is not None and not split:  # of one prefill, the difference reported first is that of the first module
         assert f"{objects[0]['first_module']} differs at position {objects[0]['first_position']}; going on" in err
 
 
-def test_side_by_side_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_path: Path) -> None:
+def test_compare_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_path: Path) -> None:
     copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
-    arguments = (folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE)
+    arguments = (folder, "--tokens", "0,5,9", "--compare", copy)
     out, err = run(capfd, *arguments, "--tolerance", "1", "-q")
     assert out.startswith("within tolerance") and not err
 
 
-def test_side_by_side_shares_the_memory(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = []
+def test_compare_holds_one_model_at_a_time(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Transformer]] = []
 
     def spy(source: Source, loading: Loading, out: Output) -> Transformer:
-        assert loading.max_memory == 250_000
+        assert all(model() is None for model in loaded) and loading.max_memory == 500_000
         model = load_model(source, loading, out)
-        stores.append(model.store)
+        assert 250_000 < model.store.resident_bytes <= 500_000
+        loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr("dsv4.commands.run.compare.load_model", spy)
-    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE)
-    assert len(stores) == 2 and all(0 < store.resident_bytes <= 250_000 and store.reads for store in stores)
+    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SHORT_OF_MEMORY[0])
+    assert len(loaded) == 2
 
 
 class Terminal(io.StringIO):
@@ -373,18 +373,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_one_bar_over_both_and_words_beside_it(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_difference_is_printed_beside_the_bar(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv4.output.SECONDS_UNTIL_A_PASSING_BAR", 0)
     monkeypatch.setattr("sys.stderr", Terminal())
     copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
-    assert cli.run(["run", folder, "--tokens", "0,5,9", "--compare", copy, *SIDE_BY_SIDE]) == 1
+    assert cli.run(["run", folder, "--tokens", "0,5,9", "--compare", copy]) == 1
     screen = sys.stderr.getvalue()
-    assert screen.count("computing:   0%") == 1 and "0.00/6.00" in screen
+    assert screen.count("computing:   0%") == 2 and "0.00/3.00" in screen
     before, _, words = screen.partition("logits differs at position 0; going on")
     assert words and not before.rpartition("\r")[2].strip()
 
 
-def test_interrupted_side_by_side(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_compare(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(100))
 
     def interrupting(self: object, name: str, position: int, output: torch.Tensor) -> None:
@@ -392,7 +392,7 @@ def test_interrupted_side_by_side(capfd: Capture, folder: str, monkeypatch: pyte
             raise Interrupted("interrupted", "Run the same command again.")
 
     monkeypatch.setattr("dsv4.model.evaluate.trace.Fingerprints.__call__", interrupting)
-    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SIDE_BY_SIDE, code=130)
+    out, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, code=130)
     assert not out and err.splitlines()[-1] == "error: interrupted" and next(calls) == 6
 
 

@@ -10,7 +10,6 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import MachineError
 from dsv4.model import load
-from dsv4.model.loading import demand
 from dsv4.model.transformer import Transformer
 from dsv4.model.weight_store import Demand, WeightStore
 
@@ -73,10 +72,9 @@ def test_one_byte_less_than_needed_is_refused(folder: Path) -> None:
         load(folder, max_memory=least - 1)
 
 
-def test_what_a_model_demands_is_known_from_headers(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
-    checkpoint = Checkpoint.open(folder)
-    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    assert demand(checkpoint) == Demand(whole, least=smallest(folder))
+def test_the_memory_that_a_model_needs(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
+    whole = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors.values())
+    assert load(folder).store.demand == Demand(whole, least=smallest(folder))
     assert load(folder, max_memory=whole).store.resident_bytes == resident[1]
     assert load(folder, max_memory=whole - 1).store.resident_bytes < resident[1]
 

@@ -1,4 +1,4 @@
-"""Fingerprints find the module where two runs part; comparisons see every bit and judge it rightly."""
+"""Fingerprints find the module where two runs differ first; comparisons see every bit and judge it rightly."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,13 @@ import pytest
 import torch
 from tiny import TINY, flipped
 
-from dsv4.commands.run.compare import Room, advance_together, compare_checkpoints
-from dsv4.commands.run.source import Loading, open_source
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.distributed import Ranks
 from dsv4.errors import InputError
 from dsv4.model import load
-from dsv4.model.evaluate.compare import Run, compare, run_side_by_side
+from dsv4.model.evaluate.compare import Run, compare
 from dsv4.model.evaluate.logits import Evaluation, check_tokens, teacher_forced
 from dsv4.model.evaluate.trace import Fingerprints
 from dsv4.model.transformer import Transformer
-from dsv4.model.weight_store import Demand
-from dsv4.output import configure
 
 TOKENS = [0, 5, 9, 100, 300, 17, 4, 8, 99, 250, 12]
 
@@ -87,142 +82,100 @@ def test_the_first_module_is_the_one_whose_weight_differs(model: Transformer, we
     assert not found.within(1e-9)
 
 
-def same_run(one: Run, other: Run) -> bool:
-    """Bit for bit, and every module reported for the same positions in the same order."""
-    a, b = one.evaluation, other.evaluation
-    found, expected = one.fingerprints.digests, other.fingerprints.digests
-    assert a.mtp_logits is not None and b.mtp_logits is not None
-    return (
-        (a.token_ids, a.prefill_tokens) == (b.token_ids, b.prefill_tokens)
-        and torch.equal(a.logits.view(torch.int32), b.logits.view(torch.int32))
-        and torch.equal(a.mtp_logits.view(torch.int32), b.mtp_logits.view(torch.int32))
-        and [(name, list(rows.items())) for name, rows in found.items()]
-        == [(name, list(rows.items())) for name, rows in expected.items()]
-    )
-
-
-def told(parted: list[tuple[str, int]]) -> Callable[[str, int], None]:
-    """Keeps what it is told."""
-    return lambda module, position: parted.append((module, position))
+def run_after(
+    earlier: Run, model: Transformer, prefill: int | None = None, report: Callable[[str, int], None] | None = None
+) -> tuple[Run, list[tuple[str, int]]]:
+    """The second of two runs, and the differences reported while it ran."""
+    reported: list[tuple[str, int]] = []
+    fingerprints = Fingerprints(earlier.fingerprints, report or (lambda *difference: reported.append(difference)))
+    return Run(teacher_forced(model, TOKENS, prefill, trace=fingerprints), fingerprints), reported
 
 
 @pytest.mark.parametrize("prefill", [None, 1, 6])
-def test_side_by_side_is_the_same_as_one_by_one(model: Transformer, damaged: Transformer, prefill: int | None) -> None:
-    alone = run(model, prefill=prefill), run(damaged, prefill=prefill)
-    assert not compare(*alone).bit_equal
-    for pair, expected in (((model, damaged), alone), ((damaged, model), alone[::-1]), ((model, model), alone[:1] * 2)):
-        parted: list[tuple[str, int]] = []
-        progress: list[float] = []
-        found = run_side_by_side(pair, TOKENS, prefill, True, told(parted), progress.append)
-        assert all(map(same_run, found, expected)) and compare(*found) == compare(*expected)
-        assert len(parted) == (pair[0] is not pair[1])
-        assert sum(progress) == pytest.approx(2 * len(TOKENS))
-    assert [r.evaluation.mtp_logits for r in run_side_by_side((model, damaged), TOKENS, mtp=False)] == [None, None]
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_second_run_reports_the_first_difference(
+    model: Transformer, damaged: Transformer, prefill: int | None, swapped: bool
+) -> None:
+    one, other = (damaged, model) if swapped else (model, damaged)
+    first = run(one, prefill=prefill)
+    second, reported = run_after(first, other, prefill)
+    found = compare(first, second)
+    assert not found.bit_equal and len(reported) == 1 and reported[0][0].startswith("layers.1.ffn")
+    assert found == compare(first, run(other, prefill=prefill))
+    if prefill is None:
+        assert reported == [(found.first_module, found.first_position)]
+    again, nothing = run_after(first, one, prefill)
+    assert nothing == [] and compare(first, again).bit_equal
 
 
 class Stop(Exception):
-    """Raised where a difference is told, to see what was computed by then."""
+    """Raised where a difference is reported, to see what was computed by then."""
 
 
-def test_each_module_is_computed_by_both_and_compared_at_once(
+def test_the_difference_is_reported_before_more_is_computed(
     model: Transformer, damaged: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed: list[tuple[Fingerprints, str]] = []
-    keep, modes = Fingerprints.__call__, []
+    first, computed, keep = run(model), [], Fingerprints.__call__
 
     def spy(self: Fingerprints, name: str, position: int, output: torch.Tensor) -> None:
-        computed.append((self, name))
+        computed.append(name)
         keep(self, name, position, output)
 
     def stop(module: str, position: int) -> None:
-        modes.append(torch.is_inference_mode_enabled())
         raise Stop(module, position)
 
     monkeypatch.setattr(Fingerprints, "__call__", spy)
     with pytest.raises(Stop) as stopped:
-        run_side_by_side((model, damaged), TOKENS, on_difference=stop)
-    assert modes == [True] and not torch.is_inference_mode_enabled()
+        run_after(first, damaged, report=stop)
     assert stopped.value.args[0] == "layers.1.ffn"
-    names = [name for _, name in computed]
-    assert names[::2] == names[1::2] == [
+    assert computed == [
         "embed", *(f"layers.0.{m}" for m in ("attn", "ffn.gate.experts", "ffn")), "layers.0",
         *(f"layers.1.{m}" for m in ("attn", "ffn.gate.experts", "ffn")),
     ]  # fmt: skip
-    assert len({id(side) for side, _ in computed[::2]}) == len({id(side) for side, _ in computed[1::2]}) == 1
 
 
-def test_what_is_met_first_may_not_be_what_is_first(model: Transformer, tmp_path: Path, folder: Path) -> None:
-    """In single steps: the last token's embedding is another one, but the head differs from the first token on."""
+def test_the_difference_reported_first_may_not_be_the_first_module(
+    model: Transformer, tmp_path: Path, folder: Path
+) -> None:
+    """In single steps: the last token's embedding differs, but the head differs from the first token on."""
     other = load(flipped(folder, tmp_path / "c", "norm.weight"))
     embedding = other.store.matrix("embed.weight").values
     embedding[TOKENS[-1]] += 1
-    parted: list[tuple[str, int]] = []
-    runs = run_side_by_side((model, other), TOKENS, 1, on_difference=told(parted))
-    found = compare(*runs)
-    assert parted == [("logits", 0)]
+    first = run(model, prefill=1)
+    second, reported = run_after(first, other, 1)
+    found = compare(first, second)
+    assert reported == [("logits", 0)]
     assert (found.first_module, found.first_position) == ("embed", len(TOKENS) - 1)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_models_of_other_depth_take_turns_too(model: Transformer, tmp_path: Path, swapped: bool) -> None:
+def test_models_of_other_depth(model: Transformer, tmp_path: Path, swapped: bool) -> None:
     deeper = load(make_checkpoint(tmp_path, geometry=replace(TINY, compress_ratios=(0, 4, 4, 0))))
-    pair = (deeper, model) if swapped else (model, deeper)
-    parted: list[tuple[str, int]] = []
-    found = run_side_by_side(pair, TOKENS, 6, on_difference=told(parted))
-    assert all(map(same_run, found, (run(pair[0], prefill=6), run(pair[1], prefill=6))))
-    assert len(parted) == 1
+    one, other = (deeper, model) if swapped else (model, deeper)
+    first = run(one, prefill=6)
+    second, reported = run_after(first, other, 6)
+    assert len(reported) == 1 and compare(first, second).first_module is not None
+
+
+def test_a_module_of_the_second_run_alone_is_a_difference() -> None:
+    reported: list[tuple[str, int]] = []
+    second = Fingerprints(Fingerprints(), lambda *difference: reported.append(difference))
+    second("layers.9", 4, torch.zeros(2, 3))
+    second("layers.9", 6, torch.zeros(2, 3))
+    assert reported == [("layers.9", 4)]
 
 
 def test_the_mode_of_the_caller_is_left_alone(model: Transformer) -> None:
-    run_side_by_side((model, model), TOKENS[:2])
+    run(model, TOKENS[:2])
     assert not torch.is_inference_mode_enabled()
     assert torch.ones(1, requires_grad=True).mul(2).requires_grad
 
 
-SMALL, LARGE = Demand(whole=60, least=10), Demand(whole=150, least=45)
-
-
-@pytest.mark.parametrize(
-    ("limits", "demands", "together"),
-    [
-        ([None], (LARGE, LARGE), False),  # nothing limits
-        ([150], (LARGE, LARGE), False),  # each fits, one at a time
-        ([149], (LARGE, LARGE), True),
-        ([149], (SMALL, LARGE), True),  # one is enough
-        ([149], (LARGE, SMALL), True),
-        ([149], (SMALL, SMALL), False),
-        ([90], (LARGE, LARGE), True),
-        ([89], (LARGE, LARGE), False),  # half is less than the least
-        ([89], (SMALL, LARGE), False),
-        ([59], (SMALL, SMALL), True),
-        ([0], (SMALL, SMALL), False),
-        ([149, 200], (LARGE, LARGE), True),  # short in one process
-        ([200, 149], (LARGE, LARGE), True),
-        ([None, 149], (LARGE, LARGE), True),
-        ([89, 149], (LARGE, LARGE), False),  # not enough in one process
-        ([200, 200], (LARGE, LARGE), False),
-    ],
-)
-def test_when_two_models_advance_together(
-    limits: list[int | None], demands: tuple[Demand, Demand], together: bool
-) -> None:
-    assert advance_together([Room(limit, demands) for limit in limits]) == together
-
-
-class Two(Ranks):
-    """This rank, and another one whose machine has less to give."""
-
-    def gather(self, value: Room) -> list[Room]:
-        return [value, Room(500_000, value.demands)]
-
-
-@pytest.mark.parametrize("ranks", [None, Two(0, 1)])
-def test_ranks_decide_together(folder: Path, ranks: Ranks | None, capsys: pytest.CaptureFixture[str]) -> None:
-    out = configure()
-    source, loading = open_source(str(folder), out), Loading(max_memory=10**9, ranks=ranks)
-    assert compare_checkpoints((source, source), loading, TOKENS, None, 0.0, None, out) == 0
-    printed = capsys.readouterr()
-    assert ("side by side" in printed.err) == (ranks is not None) and printed.out.startswith("BIT-EQUAL")
+def test_progress_counts_every_token_once(model: Transformer) -> None:
+    progress: list[float] = []
+    teacher_forced(model, TOKENS, 6, on_progress=progress.append)
+    assert sum(progress) == pytest.approx(len(TOKENS))
+    assert teacher_forced(model, TOKENS, mtp=False).mtp_logits is None
 
 
 def evaluation(logits: Any, mtp: Any = None) -> Run:

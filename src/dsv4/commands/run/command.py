@@ -218,7 +218,7 @@ def run(
             "--compare",
             parser=named,
             metavar="OTHER",
-            help="Run another checkpoint on the same tokens; both at once if memory is short.",
+            help="Run another checkpoint on the same tokens and compare.",
         ),
     ] = None,
     tolerance: Annotated[

@@ -1,14 +1,11 @@
 """`dsv4 run --logits` and `--compare`: teacher-forced logits, to a file or compared with another checkpoint's.
 
-Two checkpoints run one after the other, each with all the memory, as long as each fits into it. If one does not, its
-layers are read from the files again and again, and its run may take hours: then both are opened at once, each with
-half of the memory, and advance layer by layer, so that a difference is told as soon as it is met. What is printed at
-the end is the same.
+Two checkpoints run one after the other, each with all the memory. The fingerprints of the first run are compared while
+the second runs, so the first difference is printed as soon as it is computed, and not at the end of a run that may take
+hours.
 """
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import __version__
@@ -17,29 +14,15 @@ from dsv4.machine import peak_memory
 from dsv4.output import Output, aligned, human_bytes
 
 from .answers import TokenProgress, rate, seconds_text
-from .source import Loading, Source, demand, load_model, memory_limit
+from .source import Loading, Source, load_model
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison, Run
     from dsv4.model.evaluate.logits import Evaluation
-    from dsv4.model.evaluate.trace import PositionedTrace
+    from dsv4.model.evaluate.trace import Fingerprints, PositionedTrace
     from dsv4.model.transformer import Transformer
-    from dsv4.model.weight_store import Demand
+
 POSITIONS_SHOWN = 20  # without -v
-
-
-def _evaluate(
-    model: "Transformer",
-    tokens: list[int],
-    prefill: int | None,
-    out: Output,
-    trace: "PositionedTrace | None",
-    mtp: bool = True,
-) -> "Evaluation":
-    from dsv4.model.evaluate.logits import teacher_forced
-
-    with TokenProgress(out, len(tokens), "computing") as bar:
-        return teacher_forced(model, tokens, prefill, mtp=mtp, trace=trace, on_progress=bar.advance)
 
 
 def _timing(evaluation: "Evaluation") -> dict[str, Any]:
@@ -74,9 +57,10 @@ def save_logits(
     trace: "PositionedTrace | None",
 ) -> int:
     """Write the logits of every position to `path`; the exit code. Of several ranks the first writes."""
-    from dsv4.model.evaluate.logits import write_logits
+    from dsv4.model.evaluate.logits import teacher_forced, write_logits
 
-    evaluation = _evaluate(model, tokens, prefill, out, trace)
+    with TokenProgress(out, len(tokens), "computing") as bar:
+        evaluation = teacher_forced(model, tokens, prefill, trace=trace, on_progress=bar.advance)
     if out.mode == "silent":
         return EXIT_DONE
     write_logits(evaluation, path)
@@ -89,65 +73,30 @@ def save_logits(
     return EXIT_DONE
 
 
-@dataclass(frozen=True)
-class Room:
-    """What one process has for two models: `limit` bytes, None if nothing limits it, and what each of them demands."""
-
-    limit: int | None
-    demands: "tuple[Demand, Demand]"
-
-    @property
-    def is_short(self) -> bool:
-        """Whether one of the two, alone, would read weights from its files again and again."""
-        return self.limit is not None and any(demand.whole > self.limit for demand in self.demands)
-
-    @property
-    def half(self) -> int | None:
-        """Bytes for each, when both are loaded."""
-        return None if self.limit is None else self.limit // 2
-
-    @property
-    def halves_suffice(self) -> bool:
-        """Whether each can run with half."""
-        return self.half is None or all(demand.least <= self.half for demand in self.demands)
-
-
-def advance_together(rooms: Sequence[Room]) -> bool:
-    """Whether two models run side by side, from the rooms of all ranks, so that all decide alike.
-
-    They do if memory is short anywhere and half of it suffices everywhere.
-    """
-    return any(room.is_short for room in rooms) and all(room.halves_suffice for room in rooms)
-
-
-def _run_side_by_side(
-    sources: tuple[Source, Source], loading: Loading, tokens: list[int], prefill: int | None, mtp: bool, out: Output
-) -> "tuple[Run, Run]":
-    """Both checkpoints on the tokens at once, in turn; `loading` has the memory of each."""
-    from dsv4.model.evaluate.compare import run_side_by_side
-
-    out.say(f"running {sources[0].folder} and {sources[1].folder} side by side: memory is short")
-    models = load_model(sources[0], loading, out), load_model(sources[1], loading, out)
-    with TokenProgress(out, 2 * len(tokens), "computing") as bar:
-
-        def tell(module: str, position: int) -> None:
-            bar.clear()
-            out.say(f"{module} differs at position {position}; going on to compare the logits")
-
-        runs = run_side_by_side(models, tokens, prefill, mtp, tell, bar.advance)
-    _tell_timing(runs[1].evaluation, out)
-    return runs
-
-
-def _run(source: Source, loading: Loading, tokens: list[int], prefill: int | None, mtp: bool, out: Output) -> "Run":
-    """One checkpoint on the tokens, loaded and let go of, so that memory holds one at a time."""
+def _run(
+    source: Source,
+    loading: Loading,
+    tokens: list[int],
+    prefill: int | None,
+    mtp: bool,
+    out: Output,
+    earlier: "Fingerprints | None" = None,
+) -> "Run":
+    """One checkpoint on the tokens, loaded and freed again; the first difference from an `earlier` run is printed."""
     from dsv4.model.evaluate.compare import Run
+    from dsv4.model.evaluate.logits import teacher_forced
     from dsv4.model.evaluate.trace import Fingerprints
 
     out.say(f"running {source.folder}")
     model = load_model(source, loading, out)
-    fingerprints = Fingerprints()
-    evaluation = _evaluate(model, tokens, prefill, out, fingerprints, mtp)
+    with TokenProgress(out, len(tokens), "computing") as bar:
+
+        def print_difference(module: str, position: int) -> None:
+            bar.clear()
+            out.say(f"{module} differs at position {position}; going on to compare the logits")
+
+        fingerprints = Fingerprints(earlier, print_difference)
+        evaluation = teacher_forced(model, tokens, prefill, mtp=mtp, trace=fingerprints, on_progress=bar.advance)
     _tell_timing(evaluation, out)
     del model
     gc.collect()
@@ -207,12 +156,8 @@ def compare_checkpoints(
     _check_same_vocabulary(*sources)
     folders = (sources[0].folder, sources[1].folder)
     mtp = all(source.has_mtp for source in sources)
-    room = Room(memory_limit(loading), (demand(sources[0], loading), demand(sources[1], loading)))
-    if advance_together(loading.ranks.gather(room) if loading.ranks else [room]):
-        halved = replace(loading, max_memory=room.half)
-        one, other = _run_side_by_side(sources, halved, tokens, prefill, mtp, out)
-    else:
-        one, other = (_run(source, loading, tokens, prefill, mtp, out) for source in sources)
+    one = _run(sources[0], loading, tokens, prefill, mtp, out)
+    other = _run(sources[1], loading, tokens, prefill, mtp, out, one.fingerprints)
     comparison = compare(one, other)
     _tell(comparison, tolerance, out)
     if report is not None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dsv4.model.config import Config
     from dsv4.model.parallel import Group
     from dsv4.model.transformer import Transformer
-    from dsv4.model.weight_store import Demand
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,6 @@ def _group(loading: Loading) -> "Group":
     if loading.ranks is None:
         return ALONE
     return Group(loading.ranks.index, loading.ranks.count, by_way_of_cpu=loading.kind not in BACKENDS)
-
-
-def demand(source: Source, loading: Loading) -> "Demand":
-    """The memory that the weights want in this process. Raises InputError for a checkpoint that cannot be loaded."""
-    from dsv4.model import loading as engine
-
-    return engine.demand(source.checkpoint, _group(loading))
 
 
 def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
