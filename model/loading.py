@@ -36,8 +36,11 @@ def choose(device: torch.device) -> Operations:
     return REFERENCE if library() is None else NATIVE
 
 
-def _checked(checkpoint: Checkpoint, group: Group) -> tuple[Config, int]:
-    """The config and the number of MTP blocks of a checkpoint whose tensors fit them."""
+def check_loadable(checkpoint: Checkpoint, group: Group = ALONE) -> tuple[Config, int]:
+    """The config and the number of MTP blocks of a checkpoint, from its headers alone.
+
+    Raises InputError for tensors that do not fit the config, UsageError for ranks that cannot share them equally.
+    """
     config = Config.from_json(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
     check(config, checkpoint.tensors, stages)
@@ -61,7 +64,7 @@ def load(
     make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
-    config, stages = _checked(checkpoint, group)
+    config, stages = check_loadable(checkpoint, group)
     place = find_device(device)
     store = WeightStore(checkpoint, config, stages, place, max_memory, group)
     store.load(progress)

@@ -366,6 +366,14 @@ def test_compare_holds_one_model_at_a_time(capfd: Capture, folder: str, monkeypa
     assert len(loaded) == 2
 
 
+def test_compare_checks_both_before_it_runs_one(capfd: Capture, folder: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"q_lora_rank": 2 * config["q_lora_rank"]}))
+    _, err = run(capfd, folder, "--tokens", "0,5,9", "--compare", str(copy), code=3)
+    assert "running" not in err and "wq_a.weight" in err
+
+
 class Terminal(io.StringIO):
     """A screen to draw bars on."""
 

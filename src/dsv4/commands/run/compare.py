@@ -14,7 +14,7 @@ from dsv4.machine import peak_memory
 from dsv4.output import Output, aligned, human_bytes
 
 from .answers import TokenProgress, rate, seconds_text
-from .source import Loading, Source, load_model
+from .source import Loading, Source, check_loadable, load_model
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison, Run
@@ -154,6 +154,8 @@ def compare_checkpoints(
     from dsv4.model.evaluate.compare import compare
 
     _check_same_vocabulary(*sources)
+    for source in sources:
+        check_loadable(source, loading)
     folders = (sources[0].folder, sources[1].folder)
     mtp = all(source.has_mtp for source in sources)
     one = _run(sources[0], loading, tokens, prefill, mtp, out)

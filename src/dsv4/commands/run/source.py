@@ -125,6 +125,13 @@ def _group(loading: Loading) -> "Group":
     return Group(loading.ranks.index, loading.ranks.count, by_way_of_cpu=loading.kind not in BACKENDS)
 
 
+def check_loadable(source: Source, loading: Loading) -> None:
+    """Raise InputError or UsageError for a checkpoint that cannot be loaded, before any weight is read."""
+    from dsv4.model import loading as engine
+
+    engine.check_loadable(source.checkpoint, _group(loading))
+
+
 def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
     """The model, with a progress bar while its weights are read."""
     from dsv4.model import load
