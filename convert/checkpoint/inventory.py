@@ -9,64 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .config import config_count, config_string
+
 KNOWN_MODEL_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
-LARGEST_COUNT = 2**40
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part that describes the language model: V4.1 nests it, V4 does not."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
-
-
-def count(config: dict[str, Any], key: str) -> int | None:
-    """A non-negative whole number of the config, or None if it is absent or something else."""
-    value = text_config(config).get(key)
-    return value if type(value) is int and 0 <= value < LARGEST_COUNT else None
-
-
-def text(config: dict[str, Any], key: str) -> str | None:
-    """A string of the config, or None."""
-    value = config.get(key)
-    return value if isinstance(value, str) else None
-
-
-def architecture_name(config: dict[str, Any]) -> str | None:
-    """The first of `architectures`, such as DeepseekV4ForCausalLM."""
-    value = config.get("architectures")
-    return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
-
-
-def compress_ratios(config: dict[str, Any]) -> tuple[int, ...] | None:
-    """`compress_ratios` if it is a list of counts."""
-    value = text_config(config).get("compress_ratios")
-    if not isinstance(value, list) or not all(type(ratio) is int and 0 <= ratio < LARGEST_COUNT for ratio in value):
-        return None
-    return tuple(value)
-
-
-def quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """`quantization_config`, or an empty dict."""
-    value = config.get("quantization_config")
-    return value if isinstance(value, dict) else {}
-
-
-def weight_block(config: dict[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) of an FP8 block as the config declares it."""
-    value = quantization(config).get("weight_block_size")
-    if isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value):
-        return value[0], value[1]
-    return None
-
-
-def expert_dtype(config: dict[str, Any]) -> str | None:
-    """`expert_dtype`, at the top level (V4) or inside `quantization_config` (V4.1); None if absent."""
-    return text(config, "expert_dtype") or text(quantization(config), "expert_dtype")
 
 
 def describes_v4(config: dict[str, Any]) -> bool:
     """Whether the tensor lists below apply."""
-    return text(config, "model_type") in KNOWN_MODEL_TYPES
+    return config_string(config, "model_type") in KNOWN_MODEL_TYPES
 
 
 @dataclass(frozen=True)
@@ -92,7 +42,7 @@ class Dimensions:
     @classmethod
     def read(cls, config: dict[str, Any]) -> "Dimensions | list[str]":
         """The dimensions, or the names of the keys that are missing or not counts."""
-        values = {key: count(config, key) for key in cls.__dataclass_fields__}
+        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
         missing = [key for key, value in values.items() if value is None]
         zero = ("o_groups",) if values["o_groups"] == 0 else ()
         if missing or zero:

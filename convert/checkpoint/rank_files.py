@@ -4,7 +4,6 @@ Every tensor has its whole shape, and rows of it are read from the files that ho
 know nothing of the layout: the number of readers may be another one than N. All N files must be there.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from dsv4.errors import InputError, printable
 
 from .config import INFERENCE_KEYS, OPTIONAL_KEYS
-from .rank_layout import EXPERT, SLICED_COLUMNS, SLICED_ROWS
+from .names import expert_of, rank_file, rank_file_name
+from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
 from .reader import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -37,7 +37,6 @@ CONSTANTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "topk_method": "noaux_tc",
 }
-RANK_FILE = re.compile(r"model(\d{1,5})-mp(\d{1,5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 def _holders(name: str, there: list[int], count: int, label: str) -> tuple[int, ...]:
     """Which files to read a tensor from. Raises InputError if a slice is missing or an expert is in several."""
-    if EXPERT.search(name):
+    if expert_of(name):
         expected = 1
     elif SLICED_ROWS.search(name) or SLICED_COLUMNS.search(name):
         expected = count
@@ -98,14 +97,13 @@ def _whole(name: str, parts: list[TensorInfo], label: str) -> TensorInfo:
 
 def _names(sizes: dict[str, int], label: str) -> list[str]:
     """The rank files in the order of ranks; [] if there are none. Raises InputError if some are missing."""
-    found = {name: match for name in sizes if (match := RANK_FILE.fullmatch(name))}
-    if not found or INDEX_NAME in sizes:
+    counts = {found.ranks for found in map(rank_file, sizes) if found is not None}
+    if not counts or INDEX_NAME in sizes:
         return []
-    counts = {int(match[2]) for match in found.values()}
     if len(counts) > 1:
         raise InputError(f"{label}: rank files of {' and '.join(map(str, sorted(counts)))} ranks are mixed")
     count = counts.pop()
-    names = [f"model{rank}-mp{count}.safetensors" for rank in range(count)]
+    names = [rank_file_name(rank, count) for rank in range(count)]
     missing = [name for name in names if name not in sizes]
     if missing:
         raise InputError(f"{label}: {missing[0]} is missing ({len(missing)} of {len(names)} rank files are)")

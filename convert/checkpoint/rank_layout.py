@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import Block
 
+from .names import expert_of
+
 # Names of Hugging Face conversions to the reference engine's; none of them occurs in the releases.
 RENAMES = (
     ("self_attn", "attn"),
@@ -22,7 +24,6 @@ SLICED_ROWS = re.compile(
     r"|\.indexer\.weights_proj\.|\.markov_w[12]\."
 )
 SLICED_COLUMNS = re.compile(r"\.attn\.wo_b\.")
-EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.")
 VISION = re.compile(r"^(vision|aligner)\.")  # has an `mlp` of its own: nothing is renamed in there
 # Copies of embedding and head in a draft block are not written. The older converter leaves out every name with `emb`
 # or a last `head.weight`, the younger one names the two, for the sake of a Markov head with an embedding of its own.
@@ -90,22 +91,23 @@ def count_experts(names: list[str]) -> dict[str, int]:
     """Number of routed experts of each layer or draft block, by the part of the name before `.experts.`."""
     counts: dict[str, int] = {}
     for name in names:
-        if match := EXPERT.match(name):
-            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+        if expert := expert_of(name):
+            counts[expert.module] = max(counts.get(expert.module, 0), expert.number + 1)
     return counts
 
 
 def rank_of_expert(name: str, counts: dict[str, int], ranks: int) -> int | None:
     """The rank that holds a routed expert's tensor; None for any other tensor. Raises InputError if N does not fit."""
-    match = EXPERT.match(name)
-    if match is None:
+    expert = expert_of(name)
+    if expert is None:
         return None
-    if counts[match[1]] % ranks:
+    count = counts[expert.module]
+    if count % ranks:
         raise InputError(
-            f"{printable(match[1])} has {counts[match[1]]} experts: {ranks} ranks cannot share them equally",
+            f"{printable(expert.module)} has {count} experts: {ranks} ranks cannot share them equally",
             "Choose another --model-parallel.",
         )
-    return int(match[2]) // (counts[match[1]] // ranks)
+    return expert.number // (count // ranks)
 
 
 def skipped(name: str) -> bool:

@@ -4,12 +4,21 @@ Two layouts are told apart by the names of the files: a Hugging Face folder, and
 `model{i}-mp{N}.safetensors`, one file per rank and a config.json with that engine's own keys.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv4.convert.checkpoint.inventory import describes_v4, weight_block
+from dsv4.convert.checkpoint.config import weight_block
+from dsv4.convert.checkpoint.inventory import describes_v4
+from dsv4.convert.checkpoint.names import (
+    block_of,
+    expert_of,
+    find_scale,
+    is_expert_matrix,
+    is_routed_expert,
+    is_wo_a,
+    rank_file,
+)
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -22,10 +31,9 @@ from dsv4.convert.checkpoint.reader import (
 )
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.inspect.findings import Finding, routed_expert_dtypes, scale_findings, structure_findings
-from dsv4.convert.inspect.parameters import ROUTED_EXPERT, block_of, is_fp4, logical_shape, sibling_scale
+from dsv4.convert.inspect.parameters import is_fp4, logical_shape
 from dsv4.errors import InputError, printable
 
-RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 # The reference engine's names of the dimensions that it splits.
 ENGINE_KEYS = {
     "num_attention_heads": "n_heads",
@@ -68,12 +76,11 @@ def _add_tensors(facts: Facts, tensors: dict[str, TensorInfo]) -> None:
     facts.experts |= routed_expert_dtypes(tensors)
     rows, columns = facts.block
     for info in tensors.values():
-        block, scale = block_of(info.name), sibling_scale(info, tensors)
-        inner = block[2] if block else info.name
-        facts.mtp |= bool(block and block[0] == "mtp")
-        if ROUTED_EXPERT.fullmatch(inner) and inner.endswith(".weight") and scale:
+        block, scale = block_of(info.name), find_scale(info.name, tensors)
+        facts.mtp |= bool(block and block.stack == "mtp")
+        if is_expert_matrix(info.name) and scale:
             facts.expert_scales.add(scale.dtype)
-        if inner == "attn.wo_a.weight":
+        if is_wo_a(info.name):
             facts.wo_a.add({"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
         quantized = info.dtype == "F8_E4M3" or is_fp4(info, scale)
         facts.quantized |= quantized
@@ -101,36 +108,33 @@ def _hf(storage: Folder, headers: Headers) -> Facts:
 
 def _ranks(names: list[str], label: str) -> tuple[list[str], int]:
     """Rank files in order and the number of ranks. Raises InputError unless there is exactly one set, complete."""
-    matches = [match for match in map(RANK_FILE.fullmatch, names) if match]
-    counts = {int(match[2]) for match in matches}
+    matches = {file: name for name in names if (file := rank_file(name))}
+    counts = {file.ranks for file in matches}
     if len(counts) != 1:
         raise InputError(f"{label}: files of {len(counts)} different numbers of ranks", "Convert into an empty folder.")
     (ranks,) = counts
-    found = {int(match[1]): match[0] for match in matches}
+    found = {file.rank: name for file, name in matches.items()}
     if sorted(found) != list(range(ranks)):
         raise InputError(f"{label}: {len(found)} of {ranks} rank files are there", "Run the conversion again.")
     return [found[rank] for rank in range(ranks)], ranks
 
 
-def _expert_numbers(tensors: dict[str, TensorInfo]) -> set[tuple[str, int, str]]:
-    numbers = set()
-    for name in tensors:
-        block = block_of(name)
-        if block and (expert := ROUTED_EXPERT.fullmatch(block[2])):
-            numbers.add((block[0], block[1], expert[1]))
-    return numbers
+def _expert_numbers(tensors: dict[str, TensorInfo]) -> set[tuple[str, int]]:
+    """(module, number) of every routed expert."""
+    experts = (expert_of(name) for name in tensors if is_routed_expert(name))
+    return {(expert.module, expert.number) for expert in experts if expert is not None}
 
 
 def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
     """Ranks hold the same tensors except for the experts, and together all experts, each once."""
-    dense = [{name for name in tensors if ".ffn.experts." not in name} for tensors in per_rank]
+    dense = [{name for name in tensors if not is_routed_expert(name)} for tensors in per_rank]
     for rank, names in enumerate(dense):
         if names != dense[0]:
             odd = sorted(names ^ dense[0])[0]
             facts.problems.append(Finding("problem", f"{printable(odd)} is not in every rank (rank {rank})"))
     experts = [_expert_numbers(tensors) for tensors in per_rank]
     together = set().union(*experts)
-    blocks = {(stack, index) for stack, index, _ in together}
+    blocks = {module for module, _ in together}
     wanted = facts.dimension("n_routed_experts")
     if sum(map(len, experts)) != len(together) or (wanted and len(together) != wanted * len(blocks)):
         text = f"the ranks hold {len(together)} routed experts in {len(blocks)} blocks; {wanted} in each expected"
@@ -166,4 +170,4 @@ def gather(folder: Path, headers: Headers = untold) -> Facts:
         sizes = storage.sizes()
         if not any(name.endswith(".safetensors") for name in sizes):
             raise InputError(f"{storage.label}: holds no .safetensors file", "Name the folder of a checkpoint.")
-        return _mp(storage, sizes, headers) if any(map(RANK_FILE.fullmatch, sizes)) else _hf(storage, headers)
+        return _mp(storage, sizes, headers) if any(map(rank_file, sizes)) else _hf(storage, headers)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv4.convert.checkpoint.inventory import (
+from dsv4.convert.checkpoint.config import (
     architecture_name,
     compress_ratios,
+    config_string,
     expert_dtype,
     quantization,
-    text,
     weight_block,
 )
 from dsv4.convert.checkpoint.reader import Headers, untold
@@ -78,7 +78,7 @@ def _layout(p: RuleContext) -> Iterator[Check]:
 def _architecture(p: RuleContext) -> Iterator[Check]:
     if p.facts.layout == "mp":
         return
-    model, architecture = text(p.facts.config, "model_type"), architecture_name(p.facts.config)
+    model, architecture = config_string(p.facts.config, "model_type"), architecture_name(p.facts.config)
     shown = printable(f"{architecture} ({model})")
     if p.engine.model_types and model not in p.engine.model_types:
         known = ", ".join(p.engine.model_types)
@@ -170,7 +170,7 @@ def _quantization_config(p: RuleContext) -> Iterator[Check]:
             yield Check(rule, "ok", "none, as for plain weights")
         return
     fix = "Copy quantization_config from the release."
-    if text(declared, "quant_method") != "fp8":
+    if config_string(declared, "quant_method") != "fp8":
         yield Check(rule, "wrong", "does not say quant_method fp8, but there are quantized weights", fix)
     elif weight_block(p.facts.config) is None:
         yield Check(rule, "wrong", "has no weight_block_size", fix)

@@ -7,25 +7,30 @@ Thousands of tensors can share one fault, so findings are grouped by the name wi
 Two levels: a problem is something an engine will trip over, a note is something worth knowing.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dsv4.convert.checkpoint.inventory import (
-    Dimensions,
+from dsv4.convert.checkpoint.config import (
     compress_ratios,
-    describes_v4,
-    expected_tensors,
+    config_string,
     expert_dtype,
     quantization,
-    text,
     weight_block,
+)
+from dsv4.convert.checkpoint.inventory import Dimensions, describes_v4, expected_tensors
+from dsv4.convert.checkpoint.names import (
+    count_draft_stages,
+    find_scale,
+    is_routed_expert,
+    is_scale,
+    pattern_of,
+    weight_of_scale,
 )
 from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, TensorInfo, layout_bytes, read_json
 from dsv4.errors import printable
 
-from .parameters import SCALE_SUFFIXES, block_of, family, is_fp4, is_scale, logical_shape, packs_fp4, sibling_scale
+from .parameters import family, is_fp4, logical_shape, packs_fp4
 
 Level = Literal["problem", "note"]
 
@@ -43,12 +48,6 @@ class Finding:
     hint: str = ""
 
 
-def pattern_of(name: str) -> str:
-    """`layers.3.ffn.experts.7.w1.weight` -> `layers.{L}.ffn.experts.{E}.w1.weight`."""
-    name = re.sub(r"\bexperts\.\d+\.", "experts.{E}.", name)
-    return re.sub(r"\b(layers|mtp)\.\d+\.", lambda m: f"{m[1]}.{{{'L' if m[1] == 'layers' else 'M'}}}.", name)
-
-
 def _grouped(faults: Iterable[tuple[str, str]], level: Level, hint: str = "") -> Iterator[Finding]:
     """One finding for all (tensor, what is wrong) of the same pattern and wording."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -61,14 +60,14 @@ def _grouped(faults: Iterable[tuple[str, str]], level: Level, hint: str = "") ->
 
 def _expected_scale(info: TensorInfo, tensors: dict[str, TensorInfo], block: tuple[int, int]) -> tuple[int, ...]:
     *batch, rows, columns = logical_shape(info, tensors)
-    if is_fp4(info, sibling_scale(info, tensors)):
+    if is_fp4(info, find_scale(info.name, tensors)):
         return (*batch, rows, -(-columns // FP4_GROUP))
     return (*batch, -(-rows // block[0]), -(-columns // block[1]))
 
 
 def _scale_fault(info: TensorInfo, tensors: dict[str, TensorInfo], block: tuple[int, int]) -> str | None:
     """What is wrong with the scale of a quantized weight, or None."""
-    scale = sibling_scale(info, tensors)
+    scale = find_scale(info.name, tensors)
     if scale is None:
         return f"{info.dtype} weight without a block scale"
     if scale.dtype not in ("F8_E8M0", "F32"):
@@ -88,8 +87,7 @@ def scale_findings(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> It
     faults = []
     for info in tensors.values():
         if is_scale(info.name):
-            stem = next(info.name.removesuffix(suffix) for suffix in SCALE_SUFFIXES if info.name.endswith(suffix))
-            if f"{stem}.weight" not in tensors:
+            if weight_of_scale(info.name) not in tensors:
                 faults.append((info.name, "a block scale without its weight"))
         elif info.dtype == "F8_E4M3" or is_fp4(info):
             fault = _scale_fault(info, tensors, block)
@@ -102,9 +100,8 @@ def routed_expert_dtypes(tensors: dict[str, TensorInfo]) -> set[str]:
     """How the routed experts are stored, MTP blocks included: fp4, fp8, bf16, or the header's tag of anything else."""
     found = set()
     for info in tensors.values():
-        block = block_of(info.name)
-        if block and block[2].startswith("ffn.experts.") and info.name.endswith(".weight"):
-            fp4 = is_fp4(info, sibling_scale(info, tensors) if info.dtype == "U8" else None)
+        if is_routed_expert(info.name) and info.name.endswith(".weight"):
+            fp4 = is_fp4(info, find_scale(info.name, tensors) if info.dtype == "U8" else None)
             found.add("fp4" if fp4 else {"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
     return found
 
@@ -130,7 +127,7 @@ def _expert_dtype(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Ite
 def _quantization(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Iterator[Finding]:
     quantized = any(info.dtype == "F8_E4M3" for info in tensors.values())
     declared = quantization(config)
-    if quantized and text(declared, "quant_method") != "fp8":
+    if quantized and config_string(declared, "quant_method") != "fp8":
         yield Finding("problem", "there are FP8 weights, but quantization_config does not say quant_method fp8",
                       "Copy quantization_config from the release.")  # fmt: skip
     elif declared and not quantized and not any(packs_fp4(info) for info in tensors.values()):
@@ -155,7 +152,7 @@ def structure_findings(config: dict[str, Any], tensors: dict[str, TensorInfo]) -
         needed = f"one for each of {dimensions.num_hidden_layers} layers needed"
         yield Finding("problem", f"compress_ratios: {found}; {needed}")
         return
-    mtp = 1 + max((b[1] for b in map(block_of, tensors) if b and b[0] == "mtp"), default=-1)
+    mtp = count_draft_stages(tensors)
     blocks = dimensions.num_hidden_layers + mtp
     if blocks * max(dimensions.n_routed_experts, 1) > MAX_EXPERTS:
         yield Finding("problem", f"{blocks} layers of {dimensions.n_routed_experts} experts are not believable")

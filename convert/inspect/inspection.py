@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dsv4.convert.checkpoint.inventory import (
+from dsv4.convert.checkpoint.config import (
     architecture_name,
     compress_ratios,
-    count,
-    describes_v4,
+    config_count,
+    config_string,
     expert_dtype,
-    text,
     weight_block,
 )
+from dsv4.convert.checkpoint.inventory import describes_v4
+from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint, Shard, TensorInfo, read_header
 from dsv4.convert.checkpoint.storage import Folder, check_component
 from dsv4.convert.plan.sizes import sizes_after_conversion
@@ -25,7 +26,7 @@ from dsv4.errors import InputError, printable
 
 from .findings import Finding, routed_expert_dtypes, what_looks_wrong
 from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
-from .parameters import FAMILIES, ROUTED_EXPERT, Parameters, block_of, count_parameters, family, parameters_of
+from .parameters import FAMILIES, Parameters, count_parameters, family, parameters_of
 
 Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
 Routing = Literal["hash", "score", "none"]
@@ -112,30 +113,26 @@ def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | No
     known: Attention = "csa" if indexed else "hca" if compressed else "sliding"
     attention: Attention = known if ratio in (None, 0, 4, 128) else "compressed"
     routing: Routing = "hash" if "ffn.gate.tid2eid" in inner else "score" if "ffn.gate.weight" in inner else "none"
-    experts = {match[1] for name in inner if (match := ROUTED_EXPERT.fullmatch(name))}
+    experts = {expert.number for expert in map(expert_of, filter(is_routed_expert, inner)) if expert is not None}
     return Layer(index, ratio, attention, routing, len(experts))
 
 
 def _layers(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> tuple[list[Layer], int]:
     """The layers of the main stack in order, and how many MTP blocks there are."""
-    inner: dict[tuple[str, int], dict[str, TensorInfo]] = {}
+    inner: dict[int, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         block = block_of(name)
-        if block:
-            inner.setdefault(block[:2], {})[block[2]] = info
+        if block and block.stack == "layers":
+            inner.setdefault(block.number, {})[block.inner] = info
     ratios = compress_ratios(config) or ()
-    layers = [
-        _layer(index, names, ratios[index] if index < len(ratios) else None)
-        for (stack, index), names in sorted(inner.items(), key=lambda item: item[0])
-        if stack == "layers"
-    ]
-    return layers, sum(stack == "mtp" for stack, _ in inner)
+    layers = [_layer(i, names, ratios[i] if i < len(ratios) else None) for i, names in sorted(inner.items())]
+    return layers, len(draft_stages(tensors))
 
 
 def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | None:
     """None where the cache is not described (V4.1 shares caches between layers) or a width is missing."""
     keys = ("sliding_window", "head_dim", "qk_rope_head_dim", "index_head_dim")
-    window, head, rope, index = (count(config, key) for key in keys)
+    window, head, rope, index = (config_count(config, key) for key in keys)
     if not describes_v4(config) or window is None or head is None or rope is None or index is None or rope > head:
         return None
     ratios = tuple(layer.ratio or 0 for layer in layers)
@@ -164,8 +161,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Facts about an opened checkpoint and what looks wrong with it; of a single file only the facts."""
     tensors, config = checkpoint.tensors, checkpoint.config
     layers, mtp_blocks = _layers(tensors, config)
-    chosen = count(config, "num_experts_per_tok")
-    drafting = count(config, "dspark_num_experts_per_tok")
+    chosen = config_count(config, "num_experts_per_tok")
+    drafting = config_count(config, "dspark_num_experts_per_tok")
     dtypes, families = _amounts(tensors)
     return Inspection(
         label=_label(checkpoint),
@@ -215,7 +212,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
     return {
         "checkpoint": inspection.label,
         "architecture": architecture_name(config),
-        "model_type": text(config, "model_type"),
+        "model_type": config_string(config, "model_type"),
         "shards": inspection.shards,
         "tensors": inspection.total.tensors,
         "bytes": inspection.total.bytes,

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dsv4.convert.checkpoint.names import block_of, expert_of, find_scale, is_routed_expert, is_scale
 from dsv4.convert.checkpoint.reader import TensorInfo
 
-SCALE_SUFFIXES = (".scale", ".weight_scale_inv", ".weight_scale", ".weight_scale_2", ".input_scale")
 LOOKUP_TABLES = re.compile(r"(model\.)?embed\.weight|(model\.)?layers\.\d+\.engram\.embed\.weight")
-BLOCK = re.compile(r"(?:model\.)?(layers|mtp)\.(\d+)\.(.+)")
-ROUTED_EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.(.+)")
 
 # First match wins. The names are the release's, without `layers.{L}.`.
 _FAMILIES = (
@@ -37,25 +35,13 @@ _FAMILIES = (
 FAMILIES = (*(name for name, _ in _FAMILIES), "mtp blocks", "other")
 
 
-def is_scale(name: str) -> bool:
-    """Whether a tensor holds block scales. `hc_attn_scale` and its like are parameters and end differently."""
-    return name.endswith(SCALE_SUFFIXES)
-
-
-@lru_cache(maxsize=1 << 18)  # asked for several times for each of V4-Pro's 145116 names
-def block_of(name: str) -> tuple[str, int, str] | None:
-    """`layers.3.attn.wkv.weight` -> ("layers", 3, "attn.wkv.weight"); None for a tensor outside the blocks."""
-    match = BLOCK.fullmatch(name)
-    return (match[1], int(match[2]), match[3]) if match else None
-
-
 @lru_cache(maxsize=1 << 18)
 def family(name: str) -> str:
     """Which of `FAMILIES` a tensor belongs to; everything under `mtp.*` is one family."""
     block = block_of(name)
-    if block and block[0] == "mtp":
+    if block and block.stack == "mtp":
         return "mtp blocks"
-    inner = block[2] if block else name.removeprefix("model.")
+    inner = block.inner if block else name.removeprefix("model.")
     return next((title for title, pattern in _FAMILIES if pattern.match(inner)), "other")
 
 
@@ -69,15 +55,9 @@ def is_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
     return info.dtype == "F4" or packs_fp4(info, scale)
 
 
-def sibling_scale(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """The block scale of a weight, by name; None if there is none."""
-    stem = info.name.removesuffix(".weight")
-    return next((tensors[stem + suffix] for suffix in SCALE_SUFFIXES if stem + suffix in tensors), None)
-
-
 def logical_shape(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     """Shape in elements: packed FP4 has twice the columns that its header says."""
-    scale = sibling_scale(info, tensors) if info.dtype == "U8" else None
+    scale = find_scale(info.name, tensors) if info.dtype == "U8" else None
     if info.shape and packs_fp4(info, scale):
         return (*info.shape[:-1], 2 * info.shape[-1])
     return info.shape
@@ -104,22 +84,21 @@ def _active(
     infos: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo], chosen_experts: int | None
 ) -> tuple[int, int | None]:
     total = active = 0
-    experts: dict[tuple[str, int], set[str]] = {}
-    routed: dict[tuple[str, int], int] = {}
+    experts: dict[str, set[int]] = {}  # numbers of the experts, and their parameters, by module
+    routed: dict[str, int] = {}
     for info in infos:
         count = parameters_of(info, tensors)
         total += count
-        block = block_of(info.name)
-        expert = ROUTED_EXPERT.fullmatch(block[2]) if block else None
-        if block and expert:
-            experts.setdefault(block[:2], set()).add(expert[1])
-            routed[block[:2]] = routed.get(block[:2], 0) + count
+        expert = expert_of(info.name) if is_routed_expert(info.name) else None
+        if expert:
+            experts.setdefault(expert.module, set()).add(expert.number)
+            routed[expert.module] = routed.get(expert.module, 0) + count
         elif not LOOKUP_TABLES.fullmatch(info.name):
             active += count
     if routed and chosen_experts is None:
         return total, None
-    for key, count in routed.items():
-        active += count * min(chosen_experts or 0, len(experts[key])) // len(experts[key])
+    for module, count in routed.items():
+        active += count * min(chosen_experts or 0, len(experts[module])) // len(experts[module])
     return total, active
 
 

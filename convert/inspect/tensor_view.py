@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from dsv4.convert.checkpoint.inventory import weight_block
+from dsv4.convert.checkpoint.config import weight_block
+from dsv4.convert.checkpoint.names import find_scale, is_scale
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.errors import InputError, printable
 from dsv4.quant import e2m1
 from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize_fp8, scale_shape
 
-from .parameters import is_fp4, is_scale, logical_shape, sibling_scale
+from .parameters import is_fp4, logical_shape
 
 CORNER_ROWS, CORNER_COLUMNS = 4, 6
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB as float32
@@ -68,7 +69,7 @@ def _block(info: TensorInfo, scale: TensorInfo, declared: tuple[int, int] | None
 
 
 def _describe(info: TensorInfo, checkpoint: Checkpoint) -> TensorView:
-    scale = sibling_scale(info, checkpoint.tensors)
+    scale = find_scale(info.name, checkpoint.tensors)
     shape = logical_shape(info, checkpoint.tensors)
     if scale and is_fp4(info, scale) and scale.dtype == "F8_E8M0":
         if scale.shape != scale_shape(shape, FP4_BLOCK):

@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from dsv4.convert.checkpoint.config import checked_expert_dtype, required_weight_block
+from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, is_expert_matrix, scale_name, scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
-# The release's names, and what Hugging Face conversions make of `ffn` and `attn`.
-ROUTED_EXPERT = re.compile(r"\.(ffn|mlp)\.experts\.\d+\.w[123]\.weight$")
-WO_A = re.compile(r"\.(self_)?attn\.wo_a\.weight$")
 # The n-gram table of V4.1 has one scale per 32 elements of a row although it is FP8: its own third geometry.
 ROW_SCALED_FP8 = re.compile(r"\.engram\.embed\.weight$")
-
-WEIGHT_SUFFIX = ".weight"
-SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
 
 
 class Format(Enum):
@@ -49,7 +45,7 @@ class Weight:
     @property
     def is_routed_expert(self) -> bool:
         """Whether the name is that of a routed expert's matrix, in the main stack or in a draft block."""
-        return ROUTED_EXPERT.search(self.name) is not None
+        return is_expert_matrix(self.name)
 
     @property
     def logical_shape(self) -> tuple[int, ...]:
@@ -58,39 +54,13 @@ class Weight:
         return (*shape[:-1], 2 * shape[-1]) if self.format is Format.FP4 and self.info.dtype == "I8" else shape
 
 
-def quantization_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config's quantization_config, {} if it has none. Raises InputError if it is not an object."""
-    value = config.get("quantization_config", {})
-    if not isinstance(value, dict):
-        raise InputError("config.json: quantization_config must be an object")
-    return value
-
-
-def expert_dtype(config: dict[str, Any]) -> str | None:
-    """`expert_dtype` at the top level or, as V4.1 has it, inside quantization_config; None where neither says it."""
-    value = config.get("expert_dtype", quantization_config(config).get("expert_dtype"))
-    if value not in (None, "fp4", "fp8"):
-        raise InputError(f"config.json: expert_dtype is {printable(repr(value))}, 'fp4' or 'fp8' expected")
-    return value
-
-
 def fp8_block(config: dict[str, Any]) -> Block:
-    """The block of FP8 weights, from quantization_config.weight_block_size. Raises InputError if it is not there."""
-    size = quantization_config(config).get("weight_block_size")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 2**20 for n in size)):
-        raise InputError(
-            f"config.json: quantization_config.weight_block_size is {printable(repr(size)[:60])}, two counts expected",
-            "Copy config.json from the release: without it the FP8 scales cannot be placed.",
-        )
-    return Block(*size)
+    """The block of FP8 weights. Raises InputError if the config does not say it."""
+    return Block(*required_weight_block(config))
 
 
-def find_scale(name: str, tensors: dict[str, TensorInfo]) -> TensorInfo | None:
-    """The scale that belongs to `<stem>.weight`, by name; None if there is none or the name has another form."""
-    if not name.endswith(WEIGHT_SUFFIX):
-        return None
-    stem = name.removesuffix(WEIGHT_SUFFIX)
-    found = [tensors[stem + suffix] for suffix in SCALE_SUFFIXES if stem + suffix in tensors]
+def _scale_of(name: str, tensors: dict[str, TensorInfo]) -> TensorInfo | None:
+    found = scales_of(name, tensors)
     if len(found) > 1:
         raise InputError(f"'{printable(name)}' has two scales: {found[0].name} and {found[1].name}")
     return found[0] if found else None
@@ -129,18 +99,17 @@ def _classify(info: TensorInfo, scale: TensorInfo | None, config: dict[str, Any]
         return _fp4(info, scale)
     if scale is not None and info.dtype == "F8_E4M3":
         return _fp8(info, scale, config)
-    quantized = info.dtype == "F8_E4M3" or (info.dtype in ("I8", "F4") and ROUTED_EXPERT.search(info.name))
+    quantized = info.dtype == "F8_E4M3" or (info.dtype in ("I8", "F4") and is_expert_matrix(info.name))
     if scale is None and quantized and info.name.endswith(WEIGHT_SUFFIX):
         raise InputError(
-            f"'{printable(info.name)}' is {info.dtype}, but its scale '{info.name.removesuffix(WEIGHT_SUFFIX)}.scale' "
-            "is missing",
+            f"'{printable(info.name)}' is {info.dtype}, but its scale '{scale_name(info.name)}' is missing",
             "The checkpoint is incomplete: download it again.",
         )
     return Weight(info, Format.PLAIN, scale)
 
 
 def _check_config(weights: list[Weight], config: dict[str, Any]) -> None:
-    declared = expert_dtype(config)
+    declared = checked_expert_dtype(config)
     for weight in weights:
         if not weight.is_routed_expert or declared is None or weight.format is Format.PLAIN:
             continue
@@ -157,7 +126,7 @@ def classify(checkpoint: Checkpoint) -> list[Weight]:
     Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors.
     """
     tensors, config = checkpoint.tensors, checkpoint.config
-    scales = {name: find_scale(name, tensors) for name in tensors}
+    scales = {name: _scale_of(name, tensors) for name in tensors}
     owned = {scale.name for scale in scales.values() if scale is not None}
     weights = [_classify(tensors[n], scales[n], config) for n in tensors if n not in owned]
     _check_config(weights, config)

@@ -7,13 +7,13 @@ Within a shard tensors lie as the safetensors library orders them, by dtype and 
 the order of the source, so that a source that arrives shard by shard is consumed in order.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
 from dsv4.convert.checkpoint.header import build_header, tensor_bytes
+from dsv4.convert.checkpoint.names import is_wo_a, natural_order, rank_file_name
 from dsv4.convert.checkpoint.rank_layout import (
     Slice,
     check_blocks,
@@ -27,7 +27,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
 from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
-from .classify import WO_A, Format, Weight, classify, fp8_block
+from .classify import Format, Weight, classify, fp8_block
 from .engines import Layout
 from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 
@@ -192,7 +192,7 @@ def outputs_of(weight: Weight, settings: Settings, block: Block | None) -> list[
     """The tensors that one source weight (and its scale) becomes, before any slicing."""
     if weight.format is Format.PLAIN:
         return [_copy(weight)] if weight.scale is None else _kept(weight)
-    decode = settings.to == "bf16" or (settings.wo_a == "bf16" and WO_A.search(weight.name))
+    decode = settings.to == "bf16" or (settings.wo_a == "bf16" and is_wo_a(weight.name))
     if decode:
         return [OutputTensor(weight.name, "BF16", weight.logical_shape, Op.BF16, weight)]
     if weight.is_routed_expert and weight.format is Format.FP4 and settings.to == "fp8":
@@ -203,13 +203,8 @@ def outputs_of(weight: Weight, settings: Settings, block: Block | None) -> list[
     return [_copy(weight), _kept_scale(weight, settings.scale_dtype)]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts expert 2 before expert 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _in_source_order(checkpoint: Checkpoint) -> list[Weight]:
-    return sorted(classify(checkpoint), key=lambda w: (w.info.shard, _natural(w.name)))
+    return sorted(classify(checkpoint), key=lambda w: (w.info.shard, natural_order(w.name)))
 
 
 def _groups(weights: list[Weight], settings: Settings, block: Block | None) -> Iterator[list[OutputTensor]]:
@@ -284,7 +279,7 @@ def _mp_shards(weights: list[Weight], settings: Settings, block: Block | None) -
         for rank in range(ranks) if owner is None else (owner,):
             by_rank[rank].append(_mp_tensor(output, rank, ranks))
     return [
-        OutputShard(f"model{rank}-mp{ranks}.safetensors", tuple(sorted(tensors, key=output_order)))
+        OutputShard(rank_file_name(rank, ranks), tuple(sorted(tensors, key=output_order)))
         for rank, tensors in enumerate(by_rank)
     ]
 
@@ -308,7 +303,7 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
         notes.append("no routed expert is FP4: only the layout changes")
     if settings.to == "fp4" and Format.FP8 not in experts:
         notes.append("no routed expert is FP8: only the layout changes")
-    if settings.wo_a == "fp8" and any(WO_A.search(w.name) and w.format is Format.PLAIN for w in weights):
+    if settings.wo_a == "fp8" and any(is_wo_a(w.name) and w.format is Format.PLAIN for w in weights):
         notes.append("wo_a is BF16 in the source and stays so: FP8 would be a new quantization")
     return notes
 

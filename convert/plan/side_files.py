@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from dsv4.convert.checkpoint.header import tensor_bytes
+from dsv4.convert.checkpoint.names import count_draft_stages
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 
 from .classify import Format, classify
@@ -22,7 +23,6 @@ BESIDE_WEIGHTS = re.compile(
 )
 NEVER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)|.*\.index\.json")
 INFERENCE_CONFIG = "inference/config.json"
-MTP_STAGE = re.compile(r"^mtp\.(\d+)\.")
 
 
 def copied_files(checkpoint: Checkpoint, plan: Plan) -> list[str]:
@@ -43,18 +43,13 @@ def read_side_file(checkpoint: Checkpoint, name: str, plan: Plan) -> bytes:
     return content if edited == config else dump(edited)
 
 
-def _mtp_stages(checkpoint: Checkpoint) -> int:
-    stages = {int(match[1]) for match in map(MTP_STAGE.match, checkpoint.tensors) if match}
-    return max(stages) + 1 if stages else 0
-
-
 def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
     """The reference engine's config.json: the source's own inference config where it ships one, else made."""
     if INFERENCE_CONFIG in checkpoint.files:
         return read_side_file(checkpoint, INFERENCE_CONFIG, plan)
     fp4_experts = any(w.is_routed_expert and w.format is Format.FP4 for w in classify(checkpoint))
     stays_fp4 = plan.settings.to == "same" and fp4_experts
-    return dump(make_inference_config(checkpoint.config, stays_fp4, _mtp_stages(checkpoint)))
+    return dump(make_inference_config(checkpoint.config, stays_fp4, count_draft_stages(checkpoint.tensors)))
 
 
 def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:

@@ -7,9 +7,10 @@ kind instead of once per tensor: V4-Pro has 71424 expert matrices of two kinds.
 from collections import Counter
 from collections.abc import Hashable
 
+from dsv4.convert.checkpoint.names import is_wo_a
 from dsv4.convert.checkpoint.reader import Checkpoint
 
-from .classify import WO_A, Format, Weight, classify, fp8_block
+from .classify import Format, Weight, classify, fp8_block
 from .engines import ENGINES, TargetName
 from .plan import outputs_of
 from .settings import Settings, To, resolve
@@ -25,8 +26,7 @@ CONVERSIONS: dict[str, tuple[To, TargetName | None]] = {
 
 def _kind(weight: Weight) -> Hashable:
     scale = (weight.scale.dtype, weight.scale.shape) if weight.scale else None
-    is_wo_a = WO_A.search(weight.name) is not None
-    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, is_wo_a
+    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, is_wo_a(weight.name)
 
 
 def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:

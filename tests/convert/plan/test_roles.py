@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from dsv4.convert.checkpoint.config import checked_expert_dtype
 from dsv4.convert.checkpoint.header import tensor_bytes
+from dsv4.convert.checkpoint.names import find_scale
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.storage import Storage
-from dsv4.convert.plan.classify import Format, classify, expert_dtype, find_scale, fp8_block
+from dsv4.convert.plan.classify import Format, classify, fp8_block
 from dsv4.errors import InputError
 
 CONFIG: dict[str, Any] = {"quantization_config": {"weight_block_size": [128, 128]}}
@@ -107,7 +109,7 @@ def test_routed_experts(name: str, routed: bool) -> None:
     ],
 )
 def test_expert_dtype(config: dict[str, Any], expected: str | None) -> None:
-    assert expert_dtype(config) == expected
+    assert checked_expert_dtype(config) == expected
 
 
 def test_block_size() -> None:
