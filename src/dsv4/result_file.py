@@ -1,0 +1,85 @@
+"""Files that a command writes where the user says: reports, logits, traces. Complete under their name, or not there.
+
+As with shards, a file is written under a temporary name in the same folder, fsynced, and renamed: an older file of that
+name survives whatever goes wrong before. What is not an ordinary file, such as /dev/stdout or a pipe, is written to
+directly. A link stays a link: the file that it leads to is replaced.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dsv4.convert.write.atomic_file import PREFIX, fsync_folder
+from dsv4.errors import UsageError, printable
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a new file takes the place of `path`: there is none yet, or an ordinary one."""
+    return path.is_file() or not path.exists()
+
+
+def _temporary(folder: Path) -> Path:
+    """A name in `folder` that nobody else has."""
+    return folder / f"{PREFIX}{uuid.uuid4().hex[:12]}.part"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """System errors name the file that the user knows, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _written_beside(path: Path) -> Iterator[BinaryIO]:
+    """Write a temporary file beside `path` and rename it at the end; if anything fails, remove it."""
+    temporary = _temporary(path.parent)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def result_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, which has its name only when the with block ends without an error.
+
+    Raises OSError with the name of the file: a full disk, a missing permission.
+    """
+    final = Path(os.path.realpath(path))
+    with _naming(Path(path)):
+        if _is_replaced(final):
+            yield from _written_beside(final)
+        else:
+            with open(final, "wb", buffering=0) as file:
+                yield file
+
+
+def check_writable(path: str | Path) -> None:
+    """Fail now, not after hours of work, if `result_file` cannot write there. Leaves nothing behind.
+
+    Raises UsageError for a path that names no file in a folder that exists, OSError for what the system refuses.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise UsageError(f"{printable(str(path))} is a folder", "Name a file.")
+    if not final.parent.is_dir():
+        raise UsageError(f"{printable(str(path))}: the folder does not exist", "Create it first.")
+    with _naming(Path(path)):
+        if not _is_replaced(final):
+            os.close(os.open(final, os.O_WRONLY))
+            return
+        trial = _temporary(final.parent)
+        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        trial.unlink()
