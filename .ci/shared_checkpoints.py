@@ -64,9 +64,14 @@ def check(source: Path, work: Path) -> None:
 
 
 def check_run(shared: Path) -> None:
-    """The engine against the reference's logits, judged by the program that lies with them."""
-    for golden in sorted(shared.glob("*/expected/logits.*.npz")):
-        checkpoint, kind = golden.parent.parent, golden.name.split(".")[1]
+    """The engine against the reference's logits, judged by the program that comes with them.
+
+    The simulated logits are those computed with one rounding of each reciprocal square root, as on a GPU.
+    """
+    exact = shared.glob("*/expected/logits.exact.npz")
+    simulated = shared.glob("*/expected/float_rsqrt/logits.simulated.npz")
+    for golden in sorted([*exact, *simulated]):
+        checkpoint, kind = shared / golden.relative_to(shared).parts[0], golden.name.split(".")[1]
         noise = [] if kind == "exact" else ["--noise", str(shared / "noise.json"), f"{checkpoint.name}.{kind}"]
         command = [sys.executable, str(shared / "check_run.py"), str(checkpoint), str(golden), *noise]
         subprocess.run(command, check=True)

@@ -64,7 +64,7 @@ SIGNATURES = {
     "dsv4_simulate_fp8": "pplllii",
     "dsv4_mean_square": "pppllii",
     "dsv4_rms_norm": "ppfppllii",
-    "dsv4_head_norm": "pfllppllii",
+    "dsv4_head_norm": "pfppllii",
     "dsv4_rotate": "ppppllllii",
     "dsv4_split_mixes": "pppppplllf",
     "dsv4_collapse": "ppplllii",
@@ -279,16 +279,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return result
 
 
-def head_norm(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
     """See parts.head_norm."""
     loaded = library()
     if loaded is None:
-        return parts.head_norm(q, eps, left_over)
+        return parts.head_norm(q, eps)
     q, (tokens, heads, columns), threads = q.contiguous(), q.shape, _threads_for(q)
     result, scratch = torch.empty_like(q), torch.empty(threads * columns)
     loaded.dsv4_head_norm(
-        q.data_ptr(), eps, heads, left_over, result.data_ptr(), scratch.data_ptr(), tokens * heads, columns,
-        _is_bfloat16(q), threads,
+        q.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), tokens * heads, columns, _is_bfloat16(q), threads,
     )  # fmt: skip
     return result
 

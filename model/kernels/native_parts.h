@@ -82,24 +82,23 @@ void dsv4_rms_norm(const void *x, const float *weight, float eps, void *out, flo
            else rms_norm(x, weight, eps, out, scratch + share * columns, from, to, columns, 0))
 }
 
-INLINE void head_norm(const void *x, float eps, int64_t heads, int64_t left_over, void *out, float *scratch,
-                      int64_t from, int64_t to, int64_t columns, int is_bf16) {
+INLINE void head_norm(const void *x, float eps, void *out, float *scratch, int64_t from, int64_t to, int64_t columns,
+                      int is_bf16) {
     for (int64_t row = from; row < to; row++) {
         float mean = mean_square(x, row, columns, is_bf16, 1, scratch);
         mean = is_bf16 ? bf16(to_bf16(bf16(to_bf16(mean)) + eps)) : mean + eps;
-        float root = sqrtf(mean);
-        if (is_bf16 && row % heads >= left_over) root = bf16(to_bf16(root));
-        float factor = is_bf16 ? bf16(to_bf16(1.f / root)) : 1.f / root;
+        float factor = 1.f / sqrtf(mean);
+        if (is_bf16) factor = bf16(to_bf16(factor));
         for (int64_t k = row * columns; k < (row + 1) * columns; k++)
             write(out, is_bf16, k, read(x, is_bf16, k) * factor);
     }
 }
 
-/* x, out [rows, columns], `heads` rows of a token after each other; `scratch` holds threads * columns floats. */
-void dsv4_head_norm(const void *x, float eps, int64_t heads, int64_t left_over, void *out, float *scratch, int64_t rows,
-                    int64_t columns, int32_t is_bf16, int32_t threads) {
-    SHARED(rows, if (is_bf16) head_norm(x, eps, heads, left_over, out, scratch + share * columns, from, to, columns, 1);
-           else head_norm(x, eps, heads, left_over, out, scratch + share * columns, from, to, columns, 0))
+/* x, out [rows, columns]; `scratch` holds threads * columns floats. */
+void dsv4_head_norm(const void *x, float eps, void *out, float *scratch, int64_t rows, int64_t columns, int32_t is_bf16,
+                    int32_t threads) {
+    SHARED(rows, if (is_bf16) head_norm(x, eps, out, scratch + share * columns, from, to, columns, 1);
+           else head_norm(x, eps, out, scratch + share * columns, from, to, columns, 0))
 }
 
 INLINE void rotate(const void *x, const float *cos, const float *sin, void *out, int64_t from, int64_t to,

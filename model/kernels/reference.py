@@ -121,7 +121,7 @@ class Operations:
     simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
     mean_square: Callable[[torch.Tensor], torch.Tensor] = parts.mean_square
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = parts.rms_norm
-    head_norm: Callable[[torch.Tensor, float, int], torch.Tensor] = parts.head_norm
+    head_norm: Callable[[torch.Tensor, float], torch.Tensor] = parts.head_norm
     rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = parts.rotate
     split_mixes: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = parts.split_mixes
     collapse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = parts.collapse

@@ -22,16 +22,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x.to(torch.float32) * factor.unsqueeze(-1) * weight).to(x.dtype)
 
 
-def head_norm(q: torch.Tensor, eps: float, left_over: int) -> torch.Tensor:
+def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
     """q [T, H, c], each head over its root mean square; in bfloat16 the squares, the mean and the factor are rounded.
 
-    From head `left_over` on the square root is rounded too (see attention.left_over).
+    The square root is not rounded to bfloat16, as on a GPU.
     """
     dtype = q.dtype
     squares = (q * q).to(torch.float32)
     mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
     root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
-    root[:, left_over:] = root[:, left_over:].to(dtype).to(torch.float32)
     return q * (1.0 / root).to(dtype).unsqueeze(-1)
 
 

@@ -19,8 +19,6 @@ from .common import Arithmetic, Rotary
 from .compressor import Compressor, simulate_key
 from .indexer import Indexer
 
-BFLOAT16_VECTOR = 32  # elements of a 512-bit register
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -35,16 +33,6 @@ class Segment:
     def rows(self) -> slice:
         """Rows of the flat tensors."""
         return slice(self.start, self.start + self.count)
-
-
-def left_over(heads: int, first: int = 0) -> int:
-    """The first head, counted from head `first` of all `heads`, whose norm has one more rounding than the rest.
-
-    It belongs to the expected results, which a CPU computed: torch's bfloat16 `rsqrt` works on BFLOAT16_VECTOR
-    elements at a time, and for those left over it rounds the square root too. A single step of a model with 64 or 128
-    heads has none left over; one with 8 heads has nothing else.
-    """
-    return max(0, heads // BFLOAT16_VECTOR * BFLOAT16_VECTOR - first)
 
 
 def window_rows(position: int, count: int, first: int, window: int) -> torch.Tensor:
@@ -94,9 +82,7 @@ class Attention:
         qr = arithmetic.product(x, self._weights.matrix("wq_a.weight"))
         qr = operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
         q = arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
-        heads, eps = config.num_attention_heads, config.rms_norm_eps
-        from_head = left_over(heads, arithmetic.group.part(heads)[0])
-        normed = operations.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), eps, from_head)
+        normed = operations.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), config.rms_norm_eps)
         return qr, self._rotary.rotate(normed, positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

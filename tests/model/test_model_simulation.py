@@ -16,7 +16,6 @@ from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load, loading
 from dsv4.model.kernels import reference as ops
 from dsv4.model.kernels.reference_small import head_norm, swiglu
-from dsv4.model.layers.attention import left_over
 from dsv4.model.layers.common import Arithmetic
 from dsv4.model.transformer import Transformer
 from dsv4.model.weights import Matrix
@@ -77,17 +76,15 @@ def test_the_share_multiplies_before_the_rounding() -> None:
 
 @pytest.mark.parametrize("heads", [32, 64, 4, 36])
 def test_head_norm_rounds_squares_mean_and_factor(heads: int) -> None:
-    """And the square root too for the heads that are left over from a vector of 32."""
+    """And never the square root, however many heads there are."""
     q = torch.randn(6, heads, 64, generator=GENERATOR).to(torch.bfloat16)
     squares = (q.to(torch.float64) ** 2).to(torch.bfloat16).to(torch.float64)
     mean = squares.mean(-1).to(torch.float32).to(torch.bfloat16).to(torch.float64)
     root = ((mean + 1e-6).to(torch.bfloat16).to(torch.float64)).sqrt()
-    rounded = root.to(torch.float32).to(torch.bfloat16).to(torch.float64)
-    whole = heads // 32 * 32
-    factor = (1 / torch.cat((root[:, :whole], rounded[:, whole:]), 1)).to(torch.float32).to(torch.bfloat16)
+    factor = (1 / root).to(torch.float32).to(torch.bfloat16)
     # A mean within a float32 rounding of the middle between two bfloat16 goes either way: one head in a few hundred.
     # A rounding too many or too few would change more than a quarter of them.
-    assert (head_norm(q, 1e-6, left_over(heads)) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
+    assert (head_norm(q, 1e-6) == q * factor[..., None]).all(-1).to(torch.float32).mean() > 0.9
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
         "mean_square": [(rows,), (h[:, :, :7],)],
         "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
-        "head_norm": [(h, 1e-6, 0), (h, 1e-6, 3), (h, 1e-6, 4)],
+        "head_norm": [(h, 1e-6)],
         "rotate": [(h, torch.randn(9, 16, generator=GENERATOR), torch.randn(9, 16, generator=GENERATOR))],
         "split_mixes": [
             (
