@@ -1,14 +1,12 @@
 """The reference engine's rank files, `model{i}-mp{N}.safetensors`, read as the one checkpoint that they are slices of.
 
-Every tensor has its whole shape, and rows of it are read from the files that hold them, so whoever reads needs to
-know nothing of the layout: the number of readers may be another one than N. All N files must be there.
+Every tensor has its whole shape and an extent in each file that holds a slice of it, so whoever reads needs to know
+nothing of the layout: the number of readers may be another one than N. All N files must be there.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dsv4.errors import InputError, printable
 
@@ -18,15 +16,16 @@ from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
 from .reader import (
     CONFIG_NAME,
     INDEX_NAME,
-    MAX_CONFIG_BYTES,
     Checkpoint,
-    Headers,
+    Progress,
+    Shard,
     TensorInfo,
+    no_progress,
+    open_source,
+    read_config,
     read_file,
-    read_json,
-    untold,
 )
-from .storage import Folder, Storage
+from .storage import Storage
 
 # What the reference engine does not read from its config, because it is the same in every release.
 CONSTANTS: dict[str, Any] = {
@@ -39,75 +38,75 @@ CONSTANTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class RankFiles(Checkpoint):
-    """See Checkpoint. `holders`: the rank files that a tensor is read from, in the order of their slices."""
+def _slices(name: str, found: list[TensorInfo], count: int, label: str) -> list[TensorInfo]:
+    """Those of the ranks' tensors of one name that make it whole.
 
-    ranks: tuple[Checkpoint, ...]
-    holders: dict[str, tuple[int, ...]]
-
-    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """See Checkpoint."""
-        parts = [self.ranks[rank] for rank in self.holders[name]]
-        if SLICED_COLUMNS.search(name):
-            return _joined([part.read_tensor(name, start_row, stop_row) for part in parts], 1)
-        stop, first, found = self.tensors[name].shape[0] if stop_row is None else stop_row, 0, []
-        for part in parts:
-            count = part.tensors[name].shape[0]
-            begin, end = max(start_row - first, 0), min(stop - first, count)
-            if begin < end:
-                found.append(part.read_tensor(name, begin, end))
-            first += count
-        return _joined(found, 0) if found else parts[0].read_tensor(name, 0, 0)
-
-
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Slices put together, as bytes: not every dtype can be concatenated."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.view(torch.uint8) for part in parts], dim).view(parts[0].dtype)
-
-
-def _holders(name: str, there: list[int], count: int, label: str) -> tuple[int, ...]:
-    """Which files to read a tensor from. Raises InputError if a slice is missing or an expert is in several."""
+    Raises InputError if a slice is missing or several ranks have the same expert.
+    """
     if expert_of(name):
         expected = 1
     elif SLICED_ROWS.search(name) or SLICED_COLUMNS.search(name):
         expected = count
     else:
-        return (there[0],)
-    if len(there) != expected:
-        text = f"'{printable(name)}' is in {len(there)} of the {count} rank files, {expected} expected"
+        return found[:1]
+    if len(found) != expected:
+        text = f"'{printable(name)}' is in {len(found)} of the {count} rank files, {expected} expected"
         raise InputError(f"{label}: {text}")
-    return tuple(there)
+    return found
 
 
-def _whole(name: str, parts: list[TensorInfo], label: str) -> TensorInfo:
+def _whole(name: str, slices: list[TensorInfo], label: str) -> TensorInfo:
     """What a tensor is when its slices are put together. Raises InputError if they do not fit."""
+    first = slices[0]
+    if len(slices) == 1:
+        return first
     dim = 1 if SLICED_COLUMNS.search(name) else 0
-    rests = {(p.dtype, p.shape[:dim], p.shape[dim + 1 :]) for p in parts}
-    if len(rests) > 1 or (len(parts) > 1 and len(parts[0].shape) <= dim):
+    rests = {(s.dtype, s.shape[:dim], s.shape[dim + 1 :]) for s in slices}
+    if len(rests) > 1 or len(first.shape) <= dim or (dim and any(s.nbytes % max(s.shape[0], 1) for s in slices)):
         raise InputError(f"{label}: the slices of '{printable(name)}' do not fit together")
-    if len(parts) == 1:
-        return parts[0]
-    shape = parts[0].shape
-    length = sum(part.shape[dim] for part in parts)
-    return replace(parts[0], shape=(*shape[:dim], length, *shape[dim + 1 :]), nbytes=sum(part.nbytes for part in parts))
+    shape = (*first.shape[:dim], sum(s.shape[dim] for s in slices), *first.shape[dim + 1 :])
+    return replace(first, shape=shape, extents=tuple(s.extents[0] for s in slices), by_columns=dim == 1)
 
 
-def _names(sizes: dict[str, int], label: str) -> list[str]:
-    """The rank files in the order of ranks; [] if there are none. Raises InputError if some are missing."""
+def rank_file_names(sizes: dict[str, int], label: str) -> list[str]:
+    """The rank files of a folder in the order of ranks; [] if it is not of this layout.
+
+    Raises InputError if some are missing, or files for different numbers of ranks are mixed.
+    """
     counts = {found.ranks for found in map(rank_file, sizes) if found is not None}
     if not counts or INDEX_NAME in sizes:
         return []
     if len(counts) > 1:
-        raise InputError(f"{label}: rank files of {' and '.join(map(str, sorted(counts)))} ranks are mixed")
+        text = f"{label}: rank files of {' and '.join(map(str, sorted(counts)))} ranks are mixed"
+        raise InputError(text, "Convert into an empty folder.")
     count = counts.pop()
     names = [rank_file_name(rank, count) for rank in range(count)]
     missing = [name for name in names if name not in sizes]
     if missing:
-        raise InputError(f"{label}: {missing[0]} is missing ({len(missing)} of {len(names)} rank files are)")
+        text = f"{label}: {missing[0]} is missing ({len(missing)} of {len(names)} rank files are)"
+        raise InputError(text, "Copy the missing files, or run the conversion again.")
     return names
+
+
+def read_ranks(
+    storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress = no_progress
+) -> list[tuple[Shard, dict[str, TensorInfo]]]:
+    """The headers of the rank files, each rank's for itself. Raises InputError."""
+    ranks = []
+    for name in names:
+        ranks.append(read_file(storage, name, sizes[name]))
+        progress(len(ranks), len(names))
+    return ranks
+
+
+def assemble(ranks: list[dict[str, TensorInfo]], label: str) -> dict[str, TensorInfo]:
+    """The whole tensors that the ranks' tensors are slices or copies of. Raises InputError if they do not fit."""
+    found: dict[str, list[TensorInfo]] = {}
+    for tensors in ranks:
+        for name, info in tensors.items():
+            found.setdefault(name, []).append(info)
+    slices = {name: _slices(name, infos, len(ranks), label) for name, infos in found.items()}
+    return {name: _whole(name, infos, label) for name, infos in slices.items()}
 
 
 def release_config(config: dict[str, Any], label: str) -> dict[str, Any]:
@@ -129,26 +128,19 @@ def release_config(config: dict[str, Any], label: str) -> dict[str, Any]:
     return made
 
 
-def open_checkpoint(folder: str | Path, headers: Headers = untold) -> Checkpoint:
-    """A folder in either layout: Hugging Face, or rank files. Raises InputError."""
-    storage: Storage = Folder(Path(folder))
-    sizes, label = storage.sizes(), storage.label
-    names = _names(sizes, label)
-    if not names:
-        return Checkpoint.open(storage, headers)
-    if CONFIG_NAME not in sizes:
-        raise InputError(f"{label}: {CONFIG_NAME} is missing", "Copy it from the release.")
-    config = release_config(read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES), label)
-    ranks = []
-    for name in names:
-        shard, tensors = read_file(storage, name, sizes[name])
-        ranks.append(Checkpoint(storage, config, sizes, {name: shard}, tensors))
-        headers(len(ranks), len(names))
-    there: dict[str, list[int]] = {}
-    for number, rank in enumerate(ranks):
-        for name in rank.tensors:
-            there.setdefault(name, []).append(number)
-    holders = {name: _holders(name, numbers, len(ranks), label) for name, numbers in there.items()}
-    whole = {n: _whole(n, [ranks[i].tensors[n] for i in numbers], label) for n, numbers in holders.items()}
-    shards = {name: shard for rank in ranks for name, shard in rank.shards.items()}
-    return RankFiles(storage, config, sizes, shards, whole, tuple(ranks), holders)
+def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress) -> Checkpoint:
+    config = release_config(read_config(storage, sizes), storage.label)
+    ranks = read_ranks(storage, sizes, names, progress)
+    tensors = assemble([found for _, found in ranks], storage.label)
+    return Checkpoint(storage, config, sizes, {shard.name: shard for shard, _ in ranks}, tensors)
+
+
+def open_checkpoint(source: Path | str | Storage, progress: Progress = no_progress) -> Checkpoint:
+    """Open a folder (or any Storage) in either layout: Hugging Face, or rank files. Raises InputError."""
+
+    def build(storage: Storage) -> Checkpoint:
+        sizes = storage.sizes()
+        names = rank_file_names(sizes, storage.label)
+        return _open_ranks(storage, sizes, names, progress) if names else Checkpoint.open(storage, progress)
+
+    return open_source(source, build)

@@ -1,7 +1,7 @@
 """The read side of a checkpoint: config, index and every header, validated once before any work.
 
-`Checkpoint.open` reads headers only, a few MB even for the 865 GB of V4-Pro. Tensor bytes are read on demand, by
-rows, so that memory is what the caller decides. The index and the shards must agree in both directions: a shard that
+`Checkpoint.open` reads headers only, a few MB even for the 865 GB of V4-Pro. Bytes of tensors are read on demand, by
+rows, so that the caller decides about memory. The index and the shards must agree in both directions: a shard that
 is missing, a tensor that only one of them knows, or two shards that hold the same tensor are errors, because an
 engine would load such a folder and compute nonsense.
 """
@@ -10,14 +10,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import InputError, printable
 
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .storage import Folder, Storage, check_component
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,19 +26,11 @@ CONFIG_NAME = "config.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
 
-Headers = Callable[[int, int], None]  # told how many shards' headers are read, and of how many
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
-    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F4": torch.uint8,
-}  # fmt: skip
+Progress = Callable[[int, int], None]  # called with the number of headers read, and of headers to read
 
 
-def untold(done: int, total: int) -> None:
-    """`Headers` when nobody wants to know."""
+def no_progress(done: int, total: int) -> None:
+    """A `Progress` that does nothing."""
 
 
 def row_count(shape: tuple[int, ...], nbytes: int) -> int:
@@ -45,16 +38,38 @@ def row_count(shape: tuple[int, ...], nbytes: int) -> int:
     return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in one file. `offset` counts from the start of the file."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor is and what its header declares. `offset` counts from the start of the file."""
+    """What a header declares of a tensor, and where its bytes are.
+
+    A tensor of the Hugging Face layout lies in one extent. One that the ranks of the reference engine share has an
+    extent for each rank: rows one after the other, or, with `by_columns`, columns side by side.
+    """
 
     name: str
     dtype: str  # safetensors tag, such as F8_E4M3
     shape: tuple[int, ...]
-    shard: str
-    offset: int
-    nbytes: int
+    extents: tuple[Extent, ...]
+    by_columns: bool = False
+
+    @property
+    def shard(self) -> str:
+        """The file that holds it, the first of several."""
+        return self.extents[0].shard
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return sum(extent.nbytes for extent in self.extents)
 
     @property
     def row_bytes(self) -> int:
@@ -81,6 +96,13 @@ def read_json(storage: Storage, name: str, size: int, limit: int) -> dict[str, A
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON object is expected")
     return value
+
+
+def read_config(storage: Storage, sizes: dict[str, int]) -> dict[str, Any]:
+    """The object in config.json. Raises InputError."""
+    if CONFIG_NAME not in sizes:
+        raise InputError(f"{storage.label}: {CONFIG_NAME} is missing", "Copy it from the release.")
+    return read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
 
 
 def read_header(storage: Storage, name: str, size: int) -> tuple[Header, str]:
@@ -152,7 +174,7 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
     header, digest = read_header(storage, name, size)
     tensors = {
         tensor: TensorInfo(
-            tensor, entry.dtype, entry.shape, name, header.data_start + entry.begin, entry.end - entry.begin
+            tensor, entry.dtype, entry.shape, (Extent(name, header.data_start + entry.begin, entry.end - entry.begin),)
         )
         for tensor, entry in header.entries.items()
     }
@@ -160,7 +182,7 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
 
 
 def _collect(
-    storage: Storage, names: list[str], sizes: dict[str, int], headers: Headers
+    storage: Storage, names: list[str], sizes: dict[str, int], progress: Progress
 ) -> tuple[dict[str, Shard], dict[str, TensorInfo]]:
     shards: dict[str, Shard] = {}
     tensors: dict[str, TensorInfo] = {}
@@ -172,14 +194,26 @@ def _collect(
                     f"{storage.label}: '{printable(tensor)}' is in two shards: {tensors[tensor].shard} and {name}"
                 )
             tensors[tensor] = info
-        headers(number, len(names))
+        progress(number, len(names))
     check_twins(list(tensors), storage.label)
     return shards, tensors
 
 
+def open_source(source: Path | str | Storage, build: Callable[[Storage], "Checkpoint"]) -> "Checkpoint":
+    """Build a checkpoint from a Storage, or from a folder, whose files are closed again if that fails."""
+    if not isinstance(source, str | Path):
+        return build(source)
+    storage = Folder(Path(source))
+    try:
+        return build(storage)
+    except BaseException:
+        storage.close()
+        raise
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, validated checkpoint. Get one with `Checkpoint.open`."""
+    """An opened, validated checkpoint. Get one with `Checkpoint.open`, or in any layout with `open_checkpoint`."""
 
     storage: Storage
     config: dict[str, Any]
@@ -188,59 +222,89 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @classmethod
-    def open(cls, source: Path | str | Storage, headers: Headers = untold) -> "Checkpoint":
+    def open(cls, source: Path | str | Storage, progress: Progress = no_progress) -> "Checkpoint":
         """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
-        if not isinstance(source, str | Path):
-            return cls._open(source, headers)
-        storage = Folder(Path(source))
-        try:
-            return cls._open(storage, headers)
-        except BaseException:
-            storage.close()
-            raise
+        return open_source(source, lambda storage: cls._read(storage, progress))
 
     @classmethod
-    def _open(cls, storage: Storage, headers: Headers) -> "Checkpoint":
+    def _read(cls, storage: Storage, progress: Progress) -> "Checkpoint":
         sizes = storage.sizes()
         names, weight_map = _shard_names(storage, sizes)
-        if CONFIG_NAME not in sizes:
-            raise InputError(f"{storage.label}: {CONFIG_NAME} is missing", "Copy it from the release.")
-        config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
-        shards, tensors = _collect(storage, names, sizes, headers)
+        config = read_config(storage, sizes)
+        shards, tensors = _collect(storage, names, sizes, progress)
         if weight_map is not None:
             _check_index(weight_map, tensors, storage.label)
         return cls(storage, config, sizes, shards, tensors)
 
+    def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:
+        """Fill `buffer` (bytes) from byte `start` of a tensor's data. Raises KeyError for an unknown name."""
+        info = self.tensors[name]
+        if info.by_columns and len(info.extents) > 1:
+            self._read_columns(info, buffer, start)
+            return
+        first, stop = 0, start + len(buffer)  # `first`: where the extent begins in the tensor's data
+        for extent in info.extents:
+            begin, end = max(start, first), min(stop, first + extent.nbytes)
+            if begin < end:
+                target = buffer[begin - start : end - start]
+                self.storage.read_into(extent.shard, target, extent.offset + begin - first)
+            first += extent.nbytes
+
+    def _read_columns(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` where each extent holds some columns of every row."""
+        width = info.row_bytes
+        if not width or not buffer:
+            return
+        first, stop = start // width, -(-(start + len(buffer)) // width)  # rows that hold the bytes asked for
+        rows = bytearray((stop - first) * width)
+        column = 0
+        for extent in info.extents:
+            share = extent.nbytes // info.shape[0]
+            piece = self.storage.read(extent.shard, extent.offset + first * share, (stop - first) * share)
+            for row in range(stop - first):
+                rows[row * width + column : row * width + column + share] = piece[row * share : (row + 1) * share]
+            column += share
+        skipped = start - first * width
+        buffer[:] = memoryview(rows)[skipped : skipped + len(buffer)]
+
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:
         """Bytes [start, stop) of a tensor's data, in fresh memory. Raises KeyError for an unknown name."""
-        info = self.tensors[name]
-        buffer = bytearray((info.nbytes if stop is None else stop) - start)
-        if buffer:
-            self.storage.read_into(info.shard, memoryview(buffer), info.offset + start)
+        buffer = bytearray((self.tensors[name].nbytes if stop is None else stop) - start)
+        self.read_into(name, memoryview(buffer), start)
         return buffer
 
-    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> torch.Tensor:
-        """Rows [start_row, stop_row) of a tensor, in its declared dtype (F4: bytes of two codes), in fresh memory."""
+    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> "torch.Tensor":
+        """Rows [start_row, stop_row) of a tensor, in its declared dtype (F4: bytes of two codes), in fresh memory.
+
+        Raises InputError for a dtype that torch does not have.
+        """
+        from .torch_tensors import as_tensor  # torch takes a second to import, and headers do without
+
         info = self.tensors[name]
-        dtype = TORCH_DTYPES.get(info.dtype)
-        if dtype is None:
-            raise InputError(f"'{printable(name)}' has dtype {info.dtype}, which torch cannot hold")
         shape = info.shape
-        if shape and (start_row or stop_row is not None):
-            stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
-            shape = (stop_row - start_row, *shape[1:])
-            data = self.read_bytes(name, start_row * info.row_bytes, stop_row * info.row_bytes)
-        else:
-            data = self.read_bytes(name)
-        if info.dtype == "F4":
-            shape = (*shape[:-1], shape[-1] // 2)
-        if not data:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
+        if not shape or not (start_row or stop_row is not None):
+            return as_tensor(self.read_bytes(name), info.dtype, shape, name)
+        stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
+        data = self.read_bytes(name, start_row * info.row_bytes, stop_row * info.row_bytes)
+        return as_tensor(data, info.dtype, (stop_row - start_row, *shape[1:]), name)
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close the open files."""
         self.storage.close()
+
+
+def open_file(path: Path) -> Checkpoint:
+    """One .safetensors file, which need not belong to a checkpoint, with an empty config. Raises InputError."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{printable(str(path))}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
+    check_component(path.name, str(path.parent))
+    size = path.stat().st_size
+
+    def build(storage: Storage) -> Checkpoint:
+        shard, tensors = read_file(storage, path.name, size)
+        return Checkpoint(storage, {}, {path.name: size}, {path.name: shard}, tensors)
+
+    return open_source(path.parent, build)
 
 
 def layout_bytes(tensors: dict[str, TensorInfo]) -> int:

@@ -23,11 +23,11 @@ from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     Checkpoint,
-    Headers,
+    Progress,
     TensorInfo,
-    read_header,
+    no_progress,
+    read_file,
     read_json,
-    untold,
 )
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.inspect.findings import Finding, routed_expert_dtypes, scale_findings, structure_findings
@@ -90,7 +90,7 @@ def _add_tensors(facts: Facts, tensors: dict[str, TensorInfo]) -> None:
                 facts.ragged.append(info.name)
 
 
-def _hf(storage: Folder, headers: Headers) -> Facts:
+def _hf(storage: Folder, headers: Progress) -> Facts:
     facts = Facts(storage.label, "hf")
     try:
         checkpoint = Checkpoint.open(storage, headers)
@@ -141,7 +141,7 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
         facts.problems.append(Finding("problem", text))
 
 
-def _mp(storage: Folder, sizes: dict[str, int], headers: Headers) -> Facts:
+def _mp(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
     facts = Facts(storage.label, "mp", files=set(sizes))
     try:
         names, facts.ranks = _ranks(list(sizes), storage.label)
@@ -149,10 +149,7 @@ def _mp(storage: Folder, sizes: dict[str, int], headers: Headers) -> Facts:
             facts.config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
         per_rank = []
         for name in names:
-            header, _ = read_header(storage, name, sizes[name])
-            per_rank.append(
-                {n: TensorInfo(n, e.dtype, e.shape, name, e.begin, e.end - e.begin) for n, e in header.entries.items()}
-            )
+            per_rank.append(read_file(storage, name, sizes[name])[1])
             headers(len(per_rank), len(names))
     except InputError as error:
         facts.unreadable = error
@@ -164,7 +161,7 @@ def _mp(storage: Folder, sizes: dict[str, int], headers: Headers) -> Facts:
     return facts
 
 
-def gather(folder: Path, headers: Headers = untold) -> Facts:
+def gather(folder: Path, headers: Progress = no_progress) -> Facts:
     """Facts about a folder. Raises InputError if it is not a folder or holds no safetensors file at all."""
     with Folder(folder) as storage:
         sizes = storage.sizes()

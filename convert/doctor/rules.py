@@ -20,7 +20,7 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
-from dsv4.convert.checkpoint.reader import Headers, untold
+from dsv4.convert.checkpoint.reader import Progress, no_progress
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Caveat, Engine, EngineName
 from dsv4.errors import UsageError, printable
 
@@ -289,7 +289,7 @@ def _start(p: RuleContext) -> str:
 
 
 def diagnose(
-    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Headers = untold
+    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Progress = no_progress
 ) -> Diagnosis:
     """Apply every rule. `headers` is called with the number of shards whose headers were read, and of all.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
-from dsv4.convert.checkpoint.reader import Headers, untold
+from dsv4.convert.checkpoint.reader import Progress, no_progress
 from dsv4.convert.checkpoint.source import HubSource, parse_source
 from dsv4.convert.checkpoint.storage import Folder, Storage
 from dsv4.errors import InputError, MachineError, UsageError, printable
@@ -46,7 +46,7 @@ class HubOptions:
     keep: bool = False
     warn: Callable[[str], None] = field(default=lambda line: None)
     detail: Callable[[str], None] = field(default=lambda line: None)
-    headers: Headers = untold
+    headers: Progress = no_progress
 
 
 class _Nothing:

@@ -6,7 +6,6 @@ where the tensors can say it (parameters, layer kinds, storage), and taken from 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dsv4.convert.checkpoint.config import (
@@ -19,8 +18,7 @@ from dsv4.convert.checkpoint.config import (
 )
 from dsv4.convert.checkpoint.inventory import describes_v4
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
-from dsv4.convert.checkpoint.reader import Checkpoint, Shard, TensorInfo, read_header
-from dsv4.convert.checkpoint.storage import Folder, check_component
+from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError, printable
 
@@ -81,22 +79,6 @@ class Inspection:
     cache: CacheLayout | None
     sizes: dict[str, int] | None  # after each conversion; None where none is possible
     findings: list[Finding]
-
-
-def open_file(path: Path) -> Checkpoint:
-    """One .safetensors file, which need not belong to a checkpoint, with an empty config. Raises InputError."""
-    if path.suffix != ".safetensors":
-        raise InputError(f"{printable(str(path))}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
-    check_component(path.name, str(path.parent))
-    folder = Folder(path.parent)
-    size = path.stat().st_size
-    header, digest = read_header(folder, path.name, size)
-    tensors = {
-        name: TensorInfo(name, e.dtype, e.shape, path.name, header.data_start + e.begin, e.end - e.begin)
-        for name, e in header.entries.items()
-    }
-    shard = Shard(path.name, size, digest, tuple(tensors))
-    return Checkpoint(folder, {}, {path.name: size}, {path.name: shard}, tensors)
 
 
 def _label(checkpoint: Checkpoint) -> str:

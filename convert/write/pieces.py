@@ -83,7 +83,7 @@ def _read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) 
     width = info.nbytes // row_count(info.shape, info.nbytes)
     buffer = np.empty((stop - start, width), dtype=np.uint8)
     if buffer.size:
-        checkpoint.storage.read_into(info.shard, buffer.data.cast("B"), info.offset + start * width)
+        checkpoint.read_into(info.name, buffer.data.cast("B"), start * width)
     return buffer
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv4.convert.checkpoint.reader import TensorInfo
+from dsv4.convert.checkpoint.reader import Extent, TensorInfo
 from dsv4.convert.synthetic.geometry import Geometry, config, inference_config
 
 FLASH = Geometry(
@@ -139,7 +139,7 @@ def released_tensors(g: Geometry) -> dict[str, TensorInfo]:
     for number, tensors in enumerate(shards(g), start=1):
         for name, (dtype, shape) in tensors.items():
             size = math.prod(shape) * BITS[dtype] // 8
-            infos[name] = TensorInfo(name, dtype, tuple(shape), f"{number}.safetensors", 0, size)
+            infos[name] = TensorInfo(name, dtype, tuple(shape), (Extent(f"{number}.safetensors", 0, size),))
     return infos
 
 

@@ -74,8 +74,8 @@ def test_one_changed_weight_is_not_bit_equal(source: tuple[Path, torch.Tensor], 
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
     info = Checkpoint.open(changed).tensors["layers.0.attn.wkv.weight"]
     with open(changed / info.shard, "r+b") as file:
-        file.seek(info.offset)
+        file.seek(info.extents[0].offset)
         byte = file.read(1)[0]
-        file.seek(info.offset)
+        file.seek(info.extents[0].offset)
         file.write(bytes([byte ^ 0b0_0010_000]))
     assert not torch.equal(logits(changed), expected)

@@ -15,7 +15,7 @@ from dsv4.opening import opening
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
 
 if TYPE_CHECKING:
-    from dsv4.convert.checkpoint.reader import Checkpoint, Headers, TensorInfo
+    from dsv4.convert.checkpoint.reader import Checkpoint, Progress, TensorInfo
     from dsv4.convert.hub.storage import HubOptions
     from dsv4.convert.inspect.inspection import Inspection
     from dsv4.convert.inspect.tensor_view import TensorView
@@ -212,17 +212,16 @@ def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     _histogram(out, "Magnitudes from", {f"2**{e}": n for e, n in sorted(view.exponent_counts.items())})
 
 
-def _open(source: str, revision: str | None, options: "HubOptions", headers: "Headers") -> "Checkpoint":
-    from dsv4.convert.checkpoint.reader import Checkpoint
+def _open(source: str, revision: str | None, options: "HubOptions", progress: "Progress") -> "Checkpoint":
+    from dsv4.convert.checkpoint.reader import Checkpoint, open_file
     from dsv4.convert.hub.storage import open_storage
-    from dsv4.convert.inspect.inspection import open_file
     from dsv4.convert.write.atomic_file import SCRATCH_NAME
 
     if Path(source).is_file():
         return open_file(Path(source))
     storage = open_storage(source, revision, Path(SCRATCH_NAME), options)  # headers need no scratch area: none is made
     try:
-        return Checkpoint.open(storage, headers)
+        return Checkpoint.open(storage, progress)
     except BaseException:
         storage.close()
         raise
@@ -256,9 +255,9 @@ def inspect(
     from dsv4.convert.inspect.inspection import inspect_checkpoint
 
     with ExitStack() as stack:
-        with opening(out) as headers:
-            options = HubOptions(token, cache_dir, warn=out.warn, detail=out.detail, headers=headers)
-            opened = stack.enter_context(closing(_open(checkpoint, revision, options, headers)))
+        with opening(out) as progress:
+            options = HubOptions(token, cache_dir, warn=out.warn, detail=out.detail, headers=progress)
+            opened = stack.enter_context(closing(_open(checkpoint, revision, options, progress)))
             inspection = None if tensors or tensor is not None else inspect_checkpoint(opened)
         if inspection is not None:
             _report(out, inspection, checkpoint)

@@ -1,6 +1,8 @@
 """The reference engine's rank files as one checkpoint: every tensor whole, and nothing believed that does not fit."""
 
 import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,7 @@ import torch
 from exact_values import convert
 from raw_safetensors import Raw, read_file, write_file
 
-from dsv4.convert.checkpoint.rank_files import RankFiles, open_checkpoint, release_config
-from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.rank_files import open_checkpoint, release_config
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model.config import Config
@@ -32,7 +33,7 @@ def folder(source: Path, tmp_path: Path) -> Path:
 
 def test_every_tensor_is_whole(source: Path, folder: Path) -> None:
     hf, mp = open_checkpoint(source), open_checkpoint(folder)
-    assert type(hf) is Checkpoint and type(mp) is RankFiles
+    assert sorted(mp.shards) == ["model0-mp2.safetensors", "model1-mp2.safetensors"]
     same = [name for name in hf.tensors if ".wo_a." not in name]  # stored as BF16 in this layout
     assert len(same) == len(hf.tensors) - 4
     for name in same:
@@ -44,6 +45,31 @@ def test_every_tensor_is_whole(source: Path, folder: Path) -> None:
             one, other = hf.read_tensor(name, *rows), mp.read_tensor(name, *rows)
             assert packed or one.dtype == other.dtype
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
+
+
+def test_any_bytes_of_any_tensor(source: Path, folder: Path) -> None:
+    """Also those that end in the middle of a row, of a rank's slice or of a column."""
+    hf, mp = open_checkpoint(source), open_checkpoint(folder)
+    several = {name for name, info in mp.tensors.items() if len(info.extents) > 1}
+    by_columns = {name for name in several if mp.tensors[name].by_columns}
+    assert {"head.weight", "layers.0.attn.attn_sink"} < several
+    assert {"layers.0.attn.wo_b.weight", "layers.0.attn.wo_b.scale"} < by_columns < several
+    rng = random.Random(7)
+    for name in sorted(several - {"layers.0.attn.wo_a.weight", "mtp.0.attn.wo_a.weight"}):
+        expected, size = hf.read_bytes(name), hf.tensors[name].nbytes
+        assert mp.read_bytes(name) == expected
+        for _ in range(20):
+            start, stop = sorted(rng.choices(range(size + 1), k=2))
+            assert mp.read_bytes(name, start, stop) == expected[start:stop], (name, start, stop)
+
+
+def test_a_failed_opening_leaves_no_open_files(folder: Path) -> None:
+    path = folder / "model1-mp2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(InputError, match="truncated"):
+        open_checkpoint(folder)
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_the_config_in_the_releases_terms(source: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from dsv4.convert.checkpoint.config import checked_expert_dtype
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import find_scale
-from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.reader import Checkpoint, Extent, TensorInfo
 from dsv4.convert.checkpoint.storage import Storage
 from dsv4.convert.plan.classify import Format, classify, fp8_block
 from dsv4.errors import InputError
@@ -28,7 +28,7 @@ class NoStorage:
 def checkpoint(tensors: Tensors, config: dict[str, Any] | None = None) -> Checkpoint:
     storage: Storage = NoStorage()  # type: ignore[assignment]
     infos = {
-        name: TensorInfo(name, dtype, shape, "model.safetensors", 0, tensor_bytes(dtype, shape))
+        name: TensorInfo(name, dtype, shape, (Extent("model.safetensors", 0, tensor_bytes(dtype, shape)),))
         for name, (dtype, shape) in tensors.items()
     }
     return Checkpoint(storage, CONFIG if config is None else config, {}, {}, infos)
