@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import MachineError, printable
 from dsv4.model.kernels.cpu import NATIVE, library
@@ -56,14 +57,14 @@ def load(
     progress: Progress | None = None,
     group: Group = ALONE,
 ) -> Transformer:
-    """Load a checkpoint in the Hugging Face layout, in any stored format.
+    """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
     simulation: bfloat16 activations and the release's simulated quantizations; False computes in float32 without.
     max_memory: bytes that weights may occupy; the rest is read from the files when needed. None means no limit.
     progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
     make the same calls. Raises InputError, UsageError, MachineError.
     """
-    checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint.open(folder)
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     config, stages = check_loadable(checkpoint, group)
     place = find_device(device)
     store = WeightStore(checkpoint, config, stages, place, max_memory, group)

@@ -14,6 +14,7 @@ from dsv4.convert.checkpoint.rank_files import open_checkpoint, release_config
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model.config import Config
+from dsv4.model.loading import load
 
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0), n_routed_experts=4, index_n_heads=4)
 
@@ -120,3 +121,15 @@ def test_a_slice_of_another_shape(folder: Path) -> None:
     write_file(path, tensors | {"head.weight": narrow})
     with pytest.raises(InputError, match="do not fit"):
         open_checkpoint(folder)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = load(folder, simulation=False)
+    result = model.forward(torch.tensor([[3, 1, 4, 1, 5]]), model.new_cache(1)).logits
+    assert result is not None
+    return result
+
+
+def test_python_loads_them_too(source: Path, folder: Path) -> None:
+    """`load` opens what `dsv4 run` opens."""
+    assert torch.equal(logits(source), logits(folder))
