@@ -1,0 +1,136 @@
+"""The command line of `dsv4 run`: every option with its help, and which of them exclude each other."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from dsv4.commands.encode import Mode, ModeOption
+from dsv4.errors import UsageError
+from dsv4.options import Json, MaxMemory, Verbose, named
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What one `dsv4 run` was asked to do. Raises UsageError for options that contradict each other."""
+
+    checkpoint: Annotated[
+        str, typer.Argument(parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")
+    ]
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A question. Omit it to start a chat.")] = None
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="One prompt per line, or a JSON list of message lists.")
+    ] = None
+    messages: Annotated[
+        str | None, typer.Option("--messages", metavar="FILE", help="OpenAI-style messages; - reads stdin.")
+    ] = None
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="IDS", help="Token ids, 0,17,4 or a file; needs no tokenizer.")
+    ] = None
+    mode: ModeOption = Mode.chat
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None
+    tools: Annotated[
+        str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
+    ] = None
+    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the chat encoding.")] = False
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 1024
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", min=0, help="0 takes the likeliest token.")
+    ] = 1.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", metavar="X", min=0, max=1, help="Sample from the likeliest tokens that reach this probability."
+        ),
+    ] = 1.0
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="Random seed: the same seed, the same answer.")
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
+    ] = None
+    mtp: Annotated[bool, typer.Option("--mtp", help="Draft tokens with the MTP block; same answer.")] = False
+    logits: Annotated[
+        str | None, typer.Option("--logits", metavar="FILE", help="Write the logits of every position (safetensors).")
+    ] = None
+    prefill: Annotated[
+        int | None, typer.Option("--prefill", metavar="K", min=1, help="Compute K tokens at once, the rest one by one.")
+    ] = None
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", parser=named, metavar="OTHER", help="Run another checkpoint on the same tokens and compare."
+        ),
+    ] = None
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", metavar="X", min=0, help="Largest difference of a logit that counts as the same."),
+    ] = 0.0
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE", help="Write the comparison as an HTML page.")
+    ] = None
+    trace: Annotated[
+        str | None, typer.Option("--trace", metavar="FILE", help="Write every module's statistics (JSON lines).")
+    ] = None
+    no_simulation: Annotated[
+        bool, typer.Option("--no-simulation", help="Compute in float32, without the simulated quantizations.")
+    ] = False
+    max_memory: MaxMemory = None
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, mps or any other torch device.")
+    ] = "cpu"
+    json: Json = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and errors only.")] = False
+    verbose: Verbose = False
+
+    def __post_init__(self) -> None:
+        self._check_prompt()
+        for wrong, text in (
+            (self.logits and self.compare, "--logits and --compare cannot be used together"),
+            (self.prefill and not self.teacher_forced, "--prefill belongs to --logits and --compare"),
+            (self.report and not self.compare, "--report belongs to --compare"),
+            (self.trace and self.compare, "--compare traces both by itself, leave out --trace"),
+            (self.mtp and self.teacher_forced, "--logits and --compare run the MTP block anyway"),
+            (self.logits and self.is_chat, "--logits needs a prompt: a text, --messages or --tokens"),
+            (self.compare and self.is_chat, "--compare needs a prompt: a text, --messages or --tokens"),
+            (self.trace and self.is_chat, "--trace needs a prompt: a text, --messages or --tokens"),
+        ):
+            if wrong:
+                raise UsageError(text)
+        if self.json and self.is_chat:
+            raise UsageError("--json needs a prompt", "A chat has no single result: add -p, --file or --tokens.")
+
+    def _check_prompt(self) -> None:
+        """Raise UsageError for two prompts, and for options that do not go with the prompt's form."""
+        if self.text is not None and self.prompt is not None:
+            raise UsageError("the prompt is given twice", "Use either PROMPT or -p.")
+        forms = {"a prompt": self.question, "--file": self.file, "--messages": self.messages, "--tokens": self.tokens}
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"the prompt is given {len(given)} times: as {' and as '.join(given)}",
+                "Use one of a prompt, --file, --messages and --tokens.",
+            )
+        encoded = self.mode != Mode.chat or self.system is not None or self.tools is not None
+        if self.raw and encoded:
+            raise UsageError("--raw sends the text as it is", "Leave out --mode, --system and --tools.")
+        if self.tokens is not None and (encoded or self.raw or self.stop):
+            raise UsageError("--tokens needs no encoding", "Leave out --mode, --system, --tools, --raw and --stop.")
+
+    @property
+    def question(self) -> str | None:
+        """The prompt as a text: PROMPT or --prompt."""
+        return self.text if self.prompt is None else self.prompt
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether no prompt is given, so that the user types them."""
+        return all(given is None for given in (self.question, self.file, self.messages, self.tokens))
+
+    @property
+    def teacher_forced(self) -> bool:
+        """Whether logits of given tokens are computed instead of answers."""
+        return self.logits is not None or self.compare is not None
