@@ -51,10 +51,18 @@ class Demand:
     least: int
 
 
+class TooLittleMemory(MachineError):
+    """The largest weight does not fit beside what must always stay in memory. `least`: bytes of weights that do."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message, f"Allow at least {least} bytes.")
+        self.least = least
+
+
 class WeightStore:
     """All weights of a model by name, or a rank's share of them.
 
-    Raises MachineError when the largest single weight does not fit.
+    Raises TooLittleMemory when the largest single weight does not fit.
     """
 
     def __init__(
@@ -93,10 +101,10 @@ class WeightStore:
             return
         if least > max_memory:
             largest = sizes[self._largest]
-            raise MachineError(
+            raise TooLittleMemory(
                 f"max_memory is {max_memory} bytes, but norms and tables take {least - largest} and "
                 f"'{self._largest}' takes {largest}",
-                f"Allow at least {least} bytes.",
+                least,
             )
         dense = [name for name in matrices if name not in self._experts]
         left = max_memory - least  # one matrix is always in flight

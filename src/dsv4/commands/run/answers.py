@@ -1,6 +1,5 @@
 """`dsv4 run` with prompts: load, generate in batches, show the answers and what they took."""
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -9,6 +8,7 @@ from dsv4.errors import EXIT_DONE
 from dsv4.machine import peak_memory
 from dsv4.output import Output, human_bytes, human_seconds
 
+from .options import RunOptions
 from .prompts import Dialogue, Prompt
 from .source import Source
 
@@ -25,53 +25,42 @@ BATCH = 8  # prompts of --file computed together
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are made. Without a seed, one is drawn and reported."""
-
-    temperature: float
-    top_p: float
-    seed: int | None
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    mtp: bool
-
-    def rules(self, source: Source) -> "Rules":
-        """The same for one checkpoint. Raises UsageError for what is out of range or not there."""
-        from dsv4.model.generate import Limits
-        from dsv4.model.sampling import Sampling
-
-        if self.mtp:
-            source.require_mtp()
-        sampling = Sampling(self.temperature, self.top_p, secrets.randbits(32) if self.seed is None else self.seed)
-        return Rules(sampling, Limits(self.max_new_tokens, source.stop_ids()), self.stop, self.mtp)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How answers of one checkpoint are made and when they end."""
+    """How answers are made and when they end. stop: texts that end an answer. mtp: whether the MTP block drafts."""
 
     sampling: "Sampling"
     limits: "Limits"
     stop: tuple[str, ...]
     mtp: bool
 
+    @classmethod
+    def of(cls, options: RunOptions, source: Source, seed: int) -> Self:
+        """As the command line says, for one checkpoint. Raises UsageError for what is out of range or not there."""
+        from dsv4.model.generate import Limits
+        from dsv4.model.sampling import Sampling
+
+        if options.mtp:
+            source.require_mtp()
+        sampling = Sampling(options.temperature, options.top_p, seed)
+        return cls(sampling, Limits(options.max_new_tokens, source.stop_ids()), tuple(options.stop or ()), options.mtp)
+
 
 class TokenProgress:
-    """A passing bar over tokens, told of shares of them. `close` may be called again."""
+    """A passing bar over tokens that takes fractions of them. `close` may be called again."""
 
     def __init__(self, out: Output, tokens: int, what: str) -> None:
         self._bar, self._done, self._closed = out.progress(tokens, what, " tokens", passing=True), 0.0, False
 
     def advance(self, tokens: float) -> None:
-        """So many more are done."""
+        """`tokens` more are done."""
         self._done += tokens
         self._bar.advance(round(self._done) - self._bar.done)
 
     def clear(self) -> None:
-        """Make room for words: wipe the bar out until the next advance."""
+        """Wipe the bar out until the next advance, so that a line can be printed."""
         self._bar.clear()
 
     def close(self) -> None:
-        """Wipe the bar out: from here on the terminal belongs to the answer."""
+        """Wipe the bar out for good: the answer follows on the terminal."""
         if not self._closed:
             self._closed = True
             self._bar.__exit__(None, None, None)
@@ -109,7 +98,7 @@ def statistics_json(statistics: "Statistics") -> dict[str, Any]:
     }
 
 
-def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
+def say_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
     """The closing lines on stderr."""
     prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
     decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
@@ -127,10 +116,10 @@ def tell_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
 class Answers:
     """Generates the answers of many prompts, batch by batch."""
 
-    def __init__(self, model: "Transformer", rules: Rules, tokenizer: "TextTokenizer | None", out: Output) -> None:
+    def __init__(self, model: "Transformer", generation: Generation, tokenizer: "TextTokenizer | None", out: Output) -> None:
         from dsv4.model.generate import Statistics
 
-        self.model, self.rules, self.tokenizer, self.out = model, rules, tokenizer, out
+        self.model, self.generation, self.tokenizer, self.out = model, generation, tokenizer, out
         self.statistics = Statistics()
         self.texts: list[AnswerText] = []
 
@@ -138,8 +127,8 @@ class Answers:
         from dsv4.model.chat.answer import AnswerText
 
         if self.tokenizer is not None:
-            tokenizer, rules = self.tokenizer, self.rules
-            self.texts = [AnswerText(tokenizer, rules.stop, rules.limits.stop_ids) for _ in range(count)]
+            tokenizer, stop, ids = self.tokenizer, self.generation.stop, self.generation.limits.stop_ids
+            self.texts = [AnswerText(tokenizer, stop, ids) for _ in range(count)]
 
     def run(
         self, prompts: list[Prompt], first: int, show: Callable[[str], None] | None, trace: "TraceWriter | None"
@@ -163,9 +152,9 @@ class Answers:
             answers, statistics, _ = generate(
                 self.model,
                 [prompt.tokens for prompt in prompts],
-                self.rules.limits,
-                self.rules.sampling,
-                mtp=self.rules.mtp,
+                self.generation.limits,
+                self.generation.sampling,
+                mtp=self.generation.mtp,
                 first_row=first,
                 on_token=on_token,
                 on_progress=bar.advance,
@@ -211,7 +200,7 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
                 out.data(",".join(map(str, answer.tokens)))
             elif show is not None:
                 out.data()
-    tell_statistics(out, answers.statistics, answers.rules.mtp)
+    say_statistics(out, answers.statistics, answers.generation.mtp)
     statistics = statistics_json(answers.statistics)
-    out.result({"answers": results, "seed": answers.rules.sampling.seed, "statistics": statistics})
+    out.result({"answers": results, "seed": answers.generation.sampling.seed, "statistics": statistics})
     return EXIT_DONE

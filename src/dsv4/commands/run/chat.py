@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted
 from dsv4.output import Output
 
-from .answers import Rules, TokenProgress, tell_statistics
+from .answers import Generation, TokenProgress, say_statistics
 from .prompts import Dialogue, encode, starting_messages
 from .source import Source
 
@@ -44,10 +44,11 @@ class Chat:
         source: Source,
         tokenizer: "TextTokenizer",
         dialogue: Dialogue,
-        rules: Rules,
+        generation: Generation,
         out: Output,
     ) -> None:
-        self.model, self.source, self.tokenizer, self.rules, self.out = model, source, tokenizer, rules, out
+        self.model, self.source, self.tokenizer = model, source, tokenizer
+        self.generation, self.out = generation, out
         self.dialogue = dialogue
         self.messages: list[dict[str, Any]] = starting_messages(dialogue)
         self.raw_text = ""
@@ -83,23 +84,23 @@ class Chat:
             _, statistics, self.session = generate(
                 self.model,
                 [prompt],
-                self.rules.limits,
-                self.rules.sampling,
-                mtp=self.rules.mtp,
+                self.generation.limits,
+                self.generation.sampling,
+                mtp=self.generation.mtp,
                 first_row=self.turns,
                 session=session,
                 on_token=on_token,
                 on_progress=bar.advance,
             )
         self.out.data(text.rest())
-        tell_statistics(self.out, statistics, self.rules.mtp)
+        say_statistics(self.out, statistics, self.generation.mtp)
 
     def answer(self, line: str) -> None:
         """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""
         from dsv4.model.chat.answer import AnswerText
 
         before, before_raw = list(self.messages), self.raw_text
-        text = AnswerText(self.tokenizer, self.rules.stop, self.rules.limits.stop_ids)
+        text = AnswerText(self.tokenizer, self.generation.stop, self.generation.limits.stop_ids)
         try:
             self._generate(self._prompt(line), text)
         except Interrupted as error:

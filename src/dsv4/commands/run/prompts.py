@@ -4,9 +4,11 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.errors import InputError, UsageError, printable
+
+from .options import RunOptions
 
 if TYPE_CHECKING:
     from dsv4.model.chat.tokenizer import TextTokenizer
@@ -15,40 +17,18 @@ Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The options that can carry a prompt. At most one of them is given."""
-
-    prompt: str | None = None
-    file: str | None = None
-    messages: str | None = None
-    tokens: str | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name, value in vars(self).items() if value is not None]
-        if len(given) > 1:
-            raise UsageError(
-                f"the prompt is given {len(given)} times: as {' and as '.join(given)}",
-                "Use one of a prompt, --file, --messages and --tokens.",
-            )
-
-    @property
-    def interactive(self) -> bool:
-        """Nothing given: the user talks."""
-        return all(value is None for value in vars(self).values())
-
-
-@dataclass(frozen=True)
 class Dialogue:
-    """How messages become prompts: mode, system message and tools, or `raw` text without any of that."""
+    """How messages become prompts: mode, system message and file of tools, or `raw` text without any of that."""
 
-    mode: str = "chat"
-    system: str | None = None
-    tools: str | None = None
-    raw: bool = False
+    mode: str
+    system: str | None
+    tools: str | None
+    raw: bool
 
-    def __post_init__(self) -> None:
-        if self.raw and (self.system is not None or self.tools is not None or self.mode != "chat"):
-            raise UsageError("--raw sends the text as it is", "Leave out --mode, --system and --tools.")
+    @classmethod
+    def of(cls, options: RunOptions) -> Self:
+        """As the command line says."""
+        return cls(options.mode.value, options.system, options.tools, options.raw)
 
 
 @dataclass(frozen=True)
@@ -130,19 +110,19 @@ def _from_file(path: str, dialogue: Dialogue) -> list[str | Messages]:
     ]
 
 
-def gather(sources: Sources, dialogue: Dialogue, tokenizer: "TextTokenizer | None") -> list[Prompt]:
+def gather(options: RunOptions, dialogue: Dialogue, tokenizer: "TextTokenizer | None") -> list[Prompt]:
     """All prompts as token ids. `tokenizer` may be None for --tokens only."""
     from dsv4.model.chat.messages import read_messages
 
-    if sources.tokens is not None:
-        return [Prompt(parse_tokens(sources.tokens))]
+    if options.tokens is not None:
+        return [Prompt(parse_tokens(options.tokens))]
     assert tokenizer is not None
-    if sources.messages is not None:
-        items: list[str | Messages] = [read_messages(sources.messages)]
-    elif sources.file is not None:
-        items = _from_file(sources.file, dialogue)
+    if options.messages is not None:
+        items: list[str | Messages] = [read_messages(options.messages)]
+    elif options.file is not None:
+        items = _from_file(options.file, dialogue)
     else:
-        items = [sources.prompt or ""]
+        items = [options.question or ""]
     if dialogue.raw:
         return [Prompt(tokenizer.encode(str(item))) for item in items]
     prompts = []

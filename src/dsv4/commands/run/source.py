@@ -1,52 +1,20 @@
-"""The checkpoint that `dsv4 run` works on: opened and checked before its weights are read, then loaded.
+"""The checkpoint that `dsv4 run` works on, opened and checked before its weights are read.
 
 Opening reads headers and config only, so whatever is wrong with the command line (a token out of range, a prompt that
-does not fit, drafts without an MTP block) is said in a second, and not after minutes of loading.
+does not fit, drafts without an MTP block) is reported in a second, and not after minutes of loading.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsv4.errors import InputError, UsageError, printable
-from dsv4.machine import MARGIN, usable_memory
 from dsv4.opening import opening
-from dsv4.output import Output, human_bytes
+from dsv4.output import Output
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
-    from dsv4.distributed import Ranks
     from dsv4.model.config import Config
-    from dsv4.model.parallel import Group
-    from dsv4.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a checkpoint is loaded. `max_memory` None: what the machine has free, with a margin.
-
-    `ranks`: those that load and run it together.
-    """
-
-    device: str = "cpu"
-    simulation: bool = True
-    max_memory: int | None = None
-    ranks: "Ranks | None" = None
-
-    @property
-    def kind(self) -> str:
-        """The device without its number."""
-        return self.device.partition(":")[0]
-
-    @property
-    def place(self) -> str:
-        """The device of this process: of several ranks on a machine each has one of its own, if there are several."""
-        if self.ranks is None or self.device == "cpu" or ":" in self.device:
-            return self.device
-        import torch
-
-        count = getattr(getattr(torch, self.kind, None), "device_count", lambda: 1)()
-        return f"{self.device}:{self.ranks.local_index}" if count > 1 else self.device
 
 
 @dataclass(frozen=True)
@@ -100,55 +68,3 @@ def open_source(folder: str, out: Output) -> Source:
     with opening(out) as headers:
         checkpoint = open_checkpoint(folder, headers)
     return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)
-
-
-def memory_limit(loading: Loading) -> int | None:
-    """Bytes that weights may occupy: as asked for, or what is free where they will be, with a margin."""
-    if loading.max_memory is not None:
-        return loading.max_memory
-    if loading.kind != "cpu":
-        import torch
-
-        backend: Any = getattr(torch, loading.kind, None)
-        if hasattr(backend, "mem_get_info") and backend.is_available():
-            return int(backend.mem_get_info(loading.place)[0] * MARGIN)
-    usable = usable_memory()
-    return usable if usable is None or loading.ranks is None else usable // loading.ranks.local_count
-
-
-def _group(loading: Loading) -> "Group":
-    from dsv4.distributed import BACKENDS
-    from dsv4.model.parallel import ALONE, Group
-
-    if loading.ranks is None:
-        return ALONE
-    return Group(loading.ranks.index, loading.ranks.count, by_way_of_cpu=loading.kind not in BACKENDS)
-
-
-def check_loadable(source: Source, loading: Loading) -> None:
-    """Raise InputError or UsageError for a checkpoint that cannot be loaded, before any weight is read."""
-    from dsv4.model import loading as engine
-
-    engine.check_loadable(source.checkpoint, _group(loading))
-
-
-def load_model(source: Source, loading: Loading, out: Output) -> "Transformer":
-    """The model, with a progress bar while its weights are read."""
-    from dsv4.model import load
-
-    bar, done = None, 0
-
-    def advance(read: int, total: int) -> None:
-        nonlocal bar, done
-        bar = bar or out.progress(total, "loading").__enter__()
-        bar.advance(read - done)
-        done = read
-
-    try:
-        limit, group = memory_limit(loading), _group(loading)
-        model = load(source.checkpoint, loading.place, loading.simulation, limit, advance, group)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
-    out.detail(f"weights in memory: {human_bytes(model.store.resident_bytes)}")
-    return model

@@ -1,0 +1,154 @@
+"""Where `dsv4 run` computes: the device of this process, its rank, and how many bytes of weights may stay in memory.
+
+All of it is decided once, when the prompts are known and before any weight is read. `--max-memory` bounds the whole
+process; the engine's bound is on weights alone. What is left for weights is the bound less
+
+    what the process occupies already   the interpreter, torch, the headers of all shards
+    activations and logits              by the model's widths and the tokens of one call, see `working_memory`
+
+of which weights get CPU_SHARE on a CPU. On another device the bound is on that device's memory.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsv4.errors import MachineError
+from dsv4.machine import MARGIN, peak_memory, usable_memory
+from dsv4.output import Output, human_bytes
+
+from .source import Source
+
+if TYPE_CHECKING:
+    from dsv4.distributed import Ranks
+    from dsv4.model.config import Config
+    from dsv4.model.parallel import Group
+    from dsv4.model.transformer import Transformer
+
+TOKENS_PER_CALL = 512  # of one sequence, in the engine's prefill
+WIDEST_TENSORS = 12  # float32 tensors of a call's widest activation that are alive at once, as measured
+CPU_SHARE = 0.75  # of what is left, for weights: freed buffers stay with the allocator, up to a third of their size
+FIRST_USE = 32 * 2**20  # threads' stacks and libraries that are loaded with the first layer
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how this process computes.
+
+    device: as torch names it, of this process. simulation: whether the release's quantizations are simulated.
+    weights_bytes: bytes of weights that may stay in memory; None where the system does not say what is free.
+    other_bytes: what the process needs besides weights. group: the ranks that hold the model together.
+    """
+
+    device: str
+    simulation: bool
+    weights_bytes: int | None
+    other_bytes: int
+    group: "Group"
+
+
+def kind_of(device: str) -> str:
+    """`cuda:1` -> `cuda`."""
+    return device.partition(":")[0]
+
+
+def working_memory(config: "Config", sequences: int, longest: int, logit_rows: int = 0) -> int:
+    """Bytes of activations and logits at most: float32, of one layer and one call of the engine.
+
+    sequences: prompts computed together, the longest of which has `longest` tokens. logit_rows: positions whose
+    logits are kept.
+    """
+    widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
+    tokens = sequences * min(longest, TOKENS_PER_CALL)
+    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logit_rows * config.vocab_size)
+
+
+def device_of(device: str, ranks: "Ranks | None") -> str:
+    """The device of this process: where a machine has several of a kind, each rank on it takes its own."""
+    if ranks is None or device == "cpu" or ":" in device:
+        return device
+    import torch
+
+    count = getattr(getattr(torch, device, None), "device_count", lambda: 1)()
+    return f"{device}:{ranks.local_index}" if count > 1 else device
+
+
+def group_of(device: str, ranks: "Ranks | None") -> "Group":
+    """The ranks as the engine sees them: who this one is, and whether tensors are exchanged through the CPU."""
+    from dsv4.distributed import BACKENDS
+    from dsv4.model.parallel import ALONE, Group
+
+    if ranks is None:
+        return ALONE
+    return Group(ranks.index, ranks.count, by_way_of_cpu=kind_of(device) not in BACKENDS)
+
+
+def _free_memory(device: str, ranks: "Ranks | None") -> int | None:
+    """Bytes that this process may still take where no bound is given; None if the system does not say."""
+    if kind_of(device) != "cpu":
+        import torch
+
+        backend: Any = getattr(torch, kind_of(device), None)
+        if hasattr(backend, "mem_get_info") and backend.is_available():
+            return int(backend.mem_get_info(device)[0] * MARGIN)
+    usable = usable_memory()
+    return usable if usable is None or ranks is None else usable // ranks.local_count
+
+
+def _share(device: str) -> float:
+    """The share of the memory left that weights may take."""
+    return CPU_SHARE if kind_of(device) == "cpu" else 1.0
+
+
+def memory_for_weights(
+    max_memory: int | None, device: str, ranks: "Ranks | None", working: int
+) -> tuple[int | None, int]:
+    """(bytes of weights that may stay in memory, bytes that the process needs besides them).
+
+    The first may be negative, and is None where the system does not say what is free.
+    """
+    occupied = peak_memory() if kind_of(device) == "cpu" else 0
+    free = _free_memory(device, ranks) if max_memory is None else max_memory - occupied
+    if free is None:
+        return None, occupied + working
+    return int((free - working) * _share(device)), occupied + working
+
+
+def place(
+    device: str, simulation: bool, max_memory: int | None, ranks: "Ranks | None", working: int
+) -> Placement:
+    """Decide where this process computes; `working`: bytes of activations and logits.
+
+    Raises MachineError for a device that is not there.
+    """
+    from dsv4.model.loading import find_device
+
+    own = device_of(device, ranks)
+    find_device(own)
+    weights, other = memory_for_weights(max_memory, own, ranks, working)
+    return Placement(own, simulation, weights, other, group_of(device, ranks))
+
+
+def load_model(source: Source, placement: Placement, out: Output) -> "Transformer":
+    """The model, with a progress bar while its weights are read. Raises MachineError if memory does not suffice."""
+    from dsv4.model import load
+    from dsv4.model.weight_store import TooLittleMemory
+
+    with out.progress(0, "loading", passing=True) as bar:
+        try:
+            model = load(
+                source.checkpoint,
+                placement.device,
+                placement.simulation,
+                placement.weights_bytes,
+                bar.reach,
+                placement.group,
+            )
+        except TooLittleMemory as error:
+            needed = placement.other_bytes + int(error.least / _share(placement.device))
+            raise MachineError(
+                f"too little memory: the weights need {human_bytes(error.least)} at least, "
+                f"everything else {human_bytes(placement.other_bytes)}",
+                f"Allow at least {human_bytes(needed)} (--max-memory), or free some memory.",
+            ) from None
+    out.detail(f"weights in memory: {human_bytes(model.store.resident_bytes)}")
+    return model
