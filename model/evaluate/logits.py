@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -99,10 +99,10 @@ def teacher_forced(
 _TAGS = {torch.int64: "I64", torch.float32: "F32"}
 
 
-def write_logits(evaluation: Evaluation, path: str | Path) -> None:
+def write_logits(evaluation: Evaluation, file: BinaryIO) -> None:
     """Write `token_ids` [n] int64, `logits` [n, V] and, with an MTP block, `mtp_logits` [n - 1, V] float32.
 
-    Written here and not by the library, which renames a new file over `path`: over a device or a link, too.
+    A safetensors file, written here and not by the library, which takes a path only and cannot write to a pipe.
     """
     tensors = {"token_ids": torch.tensor(evaluation.token_ids, dtype=torch.int64), "logits": evaluation.logits}
     if evaluation.mtp_logits is not None:
@@ -114,7 +114,6 @@ def write_logits(evaluation: Evaluation, path: str | Path) -> None:
         end = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.numpy().data.cast("B"))
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.numpy().data.cast("B"))

@@ -8,8 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -117,8 +116,8 @@ class TraceWriter:
     `sha256` is over the output's bytes, so equal lines mean equal bits.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._file: TextIO = open(path, "w", encoding="utf-8")  # closed by `close`
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.prompt = 0
 
     def __call__(self, name: str, position: int, output: torch.Tensor) -> None:
@@ -130,8 +129,4 @@ class TraceWriter:
             line |= _statistics(output) | {"sha256": hashlib.sha256(raw.tobytes()).hexdigest()}
         else:
             line["experts"] = output.tolist()
-        self._file.write(json.dumps(line) + "\n")
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
+        self._file.write(json.dumps(line).encode() + b"\n")

@@ -18,7 +18,8 @@ from tiny import TINY, flipped
 
 from dsv4 import cli
 from dsv4.commands.run import chat as run_chat
-from dsv4.commands.run.source import Loading, Source, load_model
+from dsv4.commands.run.placement import Placement, load_model
+from dsv4.commands.run.source import Source
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import Interrupted
 from dsv4.model import load
@@ -217,8 +218,23 @@ def test_the_end_token_ends_the_answer(capfd: Capture, folder: str, tmp_path: Pa
 # --- logits, traces, comparison ---
 
 
-@pytest.mark.parametrize("how", [(), ("--no-simulation",), ("--max-memory", "900KB"), ("--prefill", "3")])
-def test_logits_of_every_position(capfd: Capture, folder: str, tmp_path: Path, how: tuple[str, ...]) -> None:
+def allow_weights(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Leave memory for so many bytes of weights, as --max-memory does; this process alone is larger than a tiny model."""
+    monkeypatch.setattr("dsv4.commands.run.placement.memory_for_weights", lambda *_: (count, 0))
+
+
+@pytest.mark.parametrize("weights", [None, 900_000, 200_000])
+@pytest.mark.parametrize("how", [(), ("--no-simulation",), ("--prefill", "3")])
+def test_logits_of_every_position(
+    capfd: Capture,
+    folder: str,
+    tmp_path: Path,
+    how: tuple[str, ...],
+    weights: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if weights is not None:
+        allow_weights(monkeypatch, weights)
     ids = [0, 5, 9, 200, 7, 7, 31]
     path = tmp_path / "logits.safetensors"
     run(capfd, folder, "--tokens", ",".join(map(str, ids)), "--logits", str(path), "-q", *how)
@@ -236,7 +252,7 @@ def test_logits_go_where_they_are_told(capfd: Capture, folder: str, tmp_path: Pa
     link.symlink_to(target)
     run(capfd, folder, "--tokens", "0,5", "--logits", str(link), "-q")
     assert link.is_symlink() and set(load_file(target)) == {"token_ids", "logits", "mtp_logits"}
-    assert "folder" in run(capfd, folder, "--tokens", "0,5", "--logits", str(tmp_path), code=3)[1]
+    assert "is a folder" in run(capfd, folder, "--tokens", "0,5", "--logits", str(tmp_path), code=2)[1]
 
 
 def test_trace(capfd: Capture, folder: str, tmp_path: Path) -> None:
@@ -317,24 +333,31 @@ def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) 
 
 
 # Less than the 776,547 bytes of the weights, more than the 143,176 without which nothing runs.
-SHORT_OF_MEMORY = ("--max-memory", "500KB"), ("--max-memory", "200KB")
+FEW_WEIGHTS = (500_000, 200_000)
 EXPERTS = [f"layers.1.ffn.experts.{i}.w1.weight" for i in range(2)]
 
 
 @pytest.mark.parametrize("tensor", [None, *EXPERTS, "mtp.0.ffn.shared_experts.w2.weight"])
 @pytest.mark.parametrize("split", [(), ("--prefill", "4")])
 def test_compare_prints_the_same_with_little_memory(
-    capfd: Capture, folder: str, tmp_path: Path, tensor: str | None, split: tuple[str, ...]
+    capfd: Capture,
+    folder: str,
+    tmp_path: Path,
+    tensor: str | None,
+    split: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     second = folder if tensor is None else str(flipped(folder, tmp_path / "copy", tensor))
     arguments = (folder, "--tokens", "0,5,9,100,300,17,4", "--compare", second, *split)
     printed, pages, objects = [], [], []
-    for memory in ((), *SHORT_OF_MEMORY):
+    for weights in (None, *FEW_WEIGHTS):
+        if weights is not None:
+            allow_weights(monkeypatch, weights)
         page = tmp_path / "page.html"
-        out, err = run(capfd, *arguments, *memory, "--report", str(page), code=int(tensor is not None))
+        out, err = run(capfd, *arguments, "--report", str(page), code=int(tensor is not None))
         printed.append(out)
         pages.append(page.read_text())
-        objects.append(run_json(capfd, *arguments, *memory, code=int(tensor is not None)))
+        objects.append(run_json(capfd, *arguments, code=int(tensor is not None)))
         del objects[-1]["peak_memory_bytes"]
         assert err.count("differs at position") == (tensor is not None)
     assert printed[0] == printed[1] == printed[2] and pages[0] == pages[1] == pages[2]
@@ -354,15 +377,16 @@ def test_compare_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_p
 def test_compare_holds_one_model_at_a_time(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Transformer]] = []
 
-    def spy(source: Source, loading: Loading, out: Output) -> Transformer:
-        assert all(model() is None for model in loaded) and loading.max_memory == 500_000
-        model = load_model(source, loading, out)
+    def spy(source: Source, placement: Placement, out: Output) -> Transformer:
+        assert all(model() is None for model in loaded) and placement.weights_bytes == 500_000
+        model = load_model(source, placement, out)
         assert 250_000 < model.store.resident_bytes <= 500_000
         loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr("dsv4.commands.run.compare.load_model", spy)
-    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder, *SHORT_OF_MEMORY[0])
+    allow_weights(monkeypatch, 500_000)
+    run(capfd, folder, "--tokens", "0,5,9", "--compare", folder)
     assert len(loaded) == 2
 
 
@@ -514,12 +538,13 @@ def test_a_turn_that_does_not_fit_is_undone(capfd: Capture, monkeypatch: pytest.
         (("--tokens", ",".join(["1"] * 201)), 3, "the prompt has 201 tokens, the model's context 200"),
         (("--file", "missing.txt"), 3, "missing.txt"),
         (("a", "--device", "nosuch"), 4, "nosuch"),
-        (("a", "--max-memory", "1KB"), 4, "max_memory"),
+        (("a", "--max-memory", "1KB"), 4, "(--max-memory)"),
         (("a", "--max-memory", "lots"), 2, "is not a size"),
         (("a", "--top-p", "0"), 2, "top-p"),
         (("a", "--compare", "nowhere"), 3, "nowhere"),
-        (("a", "--logits", "no/such/folder/l"), 3, "no/such/folder/l: the folder does not exist"),
-        (("a", "--compare", "a", "--report", "no/such/folder/r"), 3, "the folder does not exist"),
+        (("a", "--logits", "no/such/folder/l"), 2, "no/such/folder/l: the folder does not exist"),
+        (("a", "--compare", "a", "--report", "no/such/folder/r"), 2, "the folder does not exist"),
+        (("a", "--trace", "no/such/folder/t"), 2, "the folder does not exist"),
     ],
 )
 def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: int, problem: str) -> None:

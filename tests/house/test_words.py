@@ -10,8 +10,8 @@ from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
 COMMANDS = typer.main.get_command(cli.app).commands
-# The same word for another thing on purpose: files, threads; memory of a conversion, of resident weights; …
-DIFFERENT = {"--max-workers", "--max-memory", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed"}
+# The same word for another thing on purpose: files, threads; …
+DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed"}
 
 
 @pytest.fixture(scope="module")

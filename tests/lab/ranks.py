@@ -34,12 +34,16 @@ def run_ranks(
     *arguments: object,
     kill: dict[int, Kill] | None = None,
     environment: dict[str, str] | None = None,
+    weights_bytes: int | None = None,
 ) -> Ended:
-    """The command as `count` ranks, started in `folder`, some of them killed; by default in this environment."""
+    """The command as `count` ranks, started in `folder`, some of them killed; by default in this environment.
+
+    weights_bytes: of `dsv4 run`, how many bytes of weights stay in memory.
+    """
     runner = _runner()
     job = {
         "arguments": [str(a) for a in arguments], "ranks": count, "folder": str(folder), "kill": kill or {},
-        "environment": dict(os.environ) if environment is None else environment,
+        "environment": dict(os.environ) if environment is None else environment, "weights_bytes": weights_bytes,
     }  # fmt: skip
     assert runner.stdin is not None and runner.stdout is not None
     print(json.dumps(job), file=runner.stdin, flush=True)

@@ -1,9 +1,9 @@
 """Runs one `dsv4` command line as N ranks, as torchrun does, without importing torch again for every one of them.
 
-One JSON object a line on stdin: arguments, number of ranks, folder, environment, and `kill`, which says at the how
-many-th call of which function of which module a rank loses its life. Each rank is a fork with a launcher's environment;
-when one fails, the others are terminated. The answer is a JSON list of exit codes; what rank i printed is in `stdout.i`
-and `stderr.i`.
+One JSON object a line on stdin: arguments, number of ranks, folder, environment, `kill`, which says at the how many-th
+call of which function of which module a rank is killed, and `weights_bytes`, how many bytes of weights `dsv4 run` may
+keep in memory. Each rank is a fork with a launcher's environment; when one fails, the others are terminated. The answer
+is a JSON list of exit codes; what rank i printed is in `stdout.i` and `stderr.i`.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import torch
 import torch.distributed
 
 from dsv4 import cli
+from dsv4.commands.run import placement
 
 
 def free_port() -> int:
@@ -56,6 +57,8 @@ def rank(job: dict[str, Any], index: int, port: int) -> int:
     torch.set_num_threads(1)
     if str(index) in job["kill"]:
         kill_at(*job["kill"][str(index)])
+    if job["weights_bytes"] is not None:
+        placement.memory_for_weights = lambda *_: (job["weights_bytes"], 0)
     sys.argv = ["dsv4", *job["arguments"]]
     try:
         cli.main()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.commands.run.source import Loading
+from dsv4.commands.run.placement import device_of
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.distributed import Ranks
 from dsv4.errors import MachineError
@@ -57,8 +57,8 @@ def test_each_rank_has_a_device_of_its_own(
 ) -> None:
     for kind in ("npu", "cuda"):
         monkeypatch.setattr(torch, kind, SimpleNamespace(device_count=lambda: there), raising=False)
-    assert Loading(device, ranks=Ranks(5, 8, local_index=1, local_count=4)).place == place
-    assert Loading(device).place == device
+    assert device_of(device, Ranks(5, 8, local_index=1, local_count=4)) == place
+    assert device_of(device, None) == device
 
 
 def test_the_numbers_are_the_same_bits_there() -> None:

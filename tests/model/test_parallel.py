@@ -77,8 +77,8 @@ class TestSameBits:
         assert same_bits(tmp_path / "out.safetensors", expected[""])
 
     def test_of_what_little_memory_reads_again(self, folder: Path, expected: dict[str, Path], tmp_path: Path) -> None:
-        options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137", "--max-memory", "1.5MB"]
-        ended = run_ranks(2, tmp_path, "run", folder, *options)
+        options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137"]
+        ended = run_ranks(2, tmp_path, "run", folder, *options, weights_bytes=1_500_000)
         assert ended.codes == [0, 0], ended.err
         assert same_bits(tmp_path / "out.safetensors", expected[""])
 
@@ -124,7 +124,7 @@ class TestAnswers:
         for one, code in ((folder, 0), (other, 1)):
             options = ["--tokens", TOKENS, "--prefill", "137", "--compare", one]
             expected = dsv4("run", folder, *options)
-            ended = run_ranks(2, tmp_path, "run", folder, *options, "--max-memory", "2MB")
+            ended = run_ranks(2, tmp_path, "run", folder, *options, weights_bytes=2_000_000)
             assert ended.codes == [code, code] == [expected[0]] * 2, ended.err
             assert ended.out == [expected[1], ""] and not ended.err[1]
             assert ended.err[0].count("differs at position") == code

@@ -116,7 +116,9 @@ def say_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
 class Answers:
     """Generates the answers of many prompts, batch by batch."""
 
-    def __init__(self, model: "Transformer", generation: Generation, tokenizer: "TextTokenizer | None", out: Output) -> None:
+    def __init__(
+        self, model: "Transformer", generation: Generation, tokenizer: "TextTokenizer | None", out: Output
+    ) -> None:
         from dsv4.model.generate import Statistics
 
         self.model, self.generation, self.tokenizer, self.out = model, generation, tokenizer, out

@@ -1,24 +1,30 @@
-"""`dsv4 run`: talk to a checkpoint, compute its logits, or compare it with another one."""
+"""`dsv4 run`: talk to a checkpoint, compute its logits, or compare it with another one.
+
+A command line becomes a `RunOptions`, then engine values: a `Placement` (device, rank, memory), the prompts as token
+ids, and for answers a `Generation`. Everything that can be wrong is checked before the weights are read.
+"""
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
 from dsv4 import output
-from dsv4.commands.encode import Mode, ModeOption
-from dsv4.errors import InputError, Interrupted, UsageError, printable
-from dsv4.options import Json, Verbose, example, named, parse_size
+from dsv4.errors import Interrupted, UsageError
+from dsv4.options import command, example, parse_size
+from dsv4.result_file import check_writable, result_file
 
-from .answers import Answers, Generation, answer_prompts
-from .compare import compare_checkpoints, save_logits
-from .prompts import Dialogue, Prompt, Sources, gather
-from .source import Loading, Source, load_model, open_source
+from .answers import BATCH, Answers, Generation, answer_prompts
+from .compare import compare_checkpoints
+from .logits import save_logits
+from .options import RunOptions
+from .placement import TOKENS_PER_CALL, Placement, kind_of, load_model, place, working_memory
+from .prompts import Dialogue, Prompt, gather
+from .source import Source, open_source
 
 if TYPE_CHECKING:
     from dsv4.distributed import Ranks
@@ -34,65 +40,107 @@ EPILOG = example(
 )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One command line, sorted by what the parts decide."""
+def _check_ranks(options: RunOptions, ranks: "Ranks | None") -> None:
+    """Raise UsageError for what several processes cannot do together."""
+    if ranks is not None and ":" in options.device:
+        raise UsageError(f"ranks have a device each: --device {kind_of(options.device)}")
+    if ranks is not None and options.is_chat:
+        raise UsageError("a chat is for one process: several need a prompt")
 
-    checkpoint: str
-    sources: Sources
-    dialogue: Dialogue
-    loading: Loading
-    generation: Generation
-    logits: str | None
-    compare: str | None
-    prefill: int | None
-    tolerance: float
-    report: str | None
-    trace: str | None
-    ranks: "Ranks | None" = None
 
-    def __post_init__(self) -> None:
-        problems = [
-            (self.logits and self.compare, "--logits and --compare cannot be used together"),
-            (self.prefill and not (self.logits or self.compare), "--prefill belongs to --logits and --compare"),
-            (self.report and not self.compare, "--report belongs to --compare"),
-            (self.trace and self.compare, "--compare traces both by itself, leave out --trace"),
-            (self.generation.mtp and (self.logits or self.compare), "--logits and --compare run the MTP block anyway"),
-            (self.logits and self.sources.interactive, "--logits needs a prompt: a text, --messages or --tokens"),
-            (self.compare and self.sources.interactive, "--compare needs a prompt: a text, --messages or --tokens"),
-            (self.ranks and ":" in self.loading.device, f"ranks have a device each: --device {self.loading.kind}"),
-            (self.ranks and self.sources.interactive, "a chat is for one process: several need a prompt"),
-            (self.trace and self.sources.interactive, "--trace needs a prompt: a text, --messages or --tokens"),
-        ]
-        for wrong, text in problems:
-            if wrong:
-                raise UsageError(text)
-        if self.sources.tokens is not None and (self.generation.stop or self.dialogue != Dialogue()):
-            raise UsageError("--tokens needs no encoding", "Leave out --mode, --system, --tools, --raw and --stop.")
+def _check_outputs(options: RunOptions) -> None:
+    """Fail before hours of computing, and not after, for files that cannot be written."""
+    for path in (options.logits, options.report, options.trace):
+        if path is not None:
+            check_writable(path)
 
 
 @contextmanager
 def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
-    """The trace file, if one was asked for, closed at the end."""
+    """The trace that is written to `path`, if one was asked for."""
     if path is None:
         yield None
         return
     from dsv4.model.evaluate.trace import TraceWriter
 
-    writer = TraceWriter(path)
-    try:
-        yield writer
-    finally:
-        writer.close()
+    with result_file(path) as file:
+        yield TraceWriter(file)
 
 
-def _check_outputs(paths: Iterable[str | None]) -> None:
-    """Raise InputError for a file that cannot be written, before hours of computing and not after."""
-    for path in paths:
-        if path is not None and not Path(path).parent.is_dir():
-            raise InputError(f"{printable(path)}: the folder does not exist", "Create it first.")
-        if path is not None and Path(path).is_dir():
-            raise InputError(f"{printable(path)} is a folder", "Name a file.")
+@dataclass(frozen=True)
+class _Run:
+    """One command line at work: in one process, or in one of several ranks, of which only the first writes."""
+
+    options: RunOptions
+    ranks: "Ranks | None"
+    source: Source
+    tokenizer: "TextTokenizer | None"
+    out: output.Output
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """How messages become prompts."""
+        return Dialogue.of(self.options)
+
+    def prompts(self) -> list[Prompt]:
+        """All prompts, checked. Of several ranks the first reads them: the others have no stdin."""
+
+        def read() -> list[Prompt]:
+            return gather(self.options, self.dialogue, self.tokenizer)
+
+        prompts = self.ranks.first(read) if self.ranks else read()
+        for prompt in prompts:
+            self.source.check_prompt(prompt.tokens)
+        return prompts
+
+    def placement(self, sequences: int, longest: int, logit_rows: int = 0) -> Placement:
+        """Where this process computes, with memory for so many tokens at once and logits of so many positions."""
+        options, working = self.options, working_memory(self.source.config, sequences, longest, logit_rows)
+        size = None if options.max_memory is None else parse_size(options.max_memory)
+        return place(options.device, not options.no_simulation, size, self.ranks, working)
+
+    def generation(self) -> Generation:
+        """How answers are made. Without --seed one is drawn, the same for all ranks."""
+        seed = self.options.seed
+        if seed is None:
+            seed = self.ranks.first(lambda: secrets.randbits(32)) if self.ranks else secrets.randbits(32)
+        return Generation.of(self.options, self.source, seed)
+
+    @property
+    def trace(self) -> str | None:
+        """The file for the trace. All ranks trace, so that all make the same calls, and the first one's is kept."""
+        kept = self.options.trace is None or self.ranks is None or self.ranks.is_first
+        return self.options.trace if kept else os.devnull
+
+    def chat(self, tokenizer: "TextTokenizer") -> int:
+        """Talk to the user; the exit code."""
+        from .chat import Chat, talk
+
+        generation = self.generation()
+        model = load_model(self.source, self.placement(1, TOKENS_PER_CALL), self.out)
+        return talk(Chat(model, self.source, tokenizer, self.dialogue, generation, self.out))
+
+    def answer(self, prompts: list[Prompt]) -> int:
+        """Answer all prompts; the exit code."""
+        generation, longest = self.generation(), max(len(prompt.tokens) for prompt in prompts)
+        model = load_model(self.source, self.placement(min(len(prompts), BATCH), longest), self.out)
+        with _tracing(self.trace) as trace:
+            return answer_prompts(Answers(model, generation, self.tokenizer, self.out), prompts, self.dialogue, trace)
+
+    def logits(self, tokens: list[int], path: str) -> int:
+        """Write the logits of the tokens; the exit code."""
+        model = load_model(self.source, self._for_logits(tokens), self.out)
+        with _tracing(self.trace) as trace:
+            return save_logits(model, tokens, self.options.prefill, path, trace, self.out)
+
+    def compare(self, tokens: list[int], other: Source) -> int:
+        """Compare the logits of two checkpoints; the exit code."""
+        return compare_checkpoints((self.source, other), self._for_logits(tokens), tokens, self.options, self.out)
+
+    def _for_logits(self, tokens: list[int]) -> Placement:
+        """With memory for the logits of every position, of the MTP block too, and of one call beside them."""
+        checkpoints = 1 if self.options.compare is None else 2
+        return self.placement(1, len(tokens), 2 * (checkpoints * len(tokens) + TOKENS_PER_CALL))
 
 
 def _single(prompts: list[Prompt]) -> list[int]:
@@ -101,177 +149,38 @@ def _single(prompts: list[Prompt]) -> list[int]:
     return prompts[0].tokens
 
 
-def _chat(request: _Request, source: Source, tokenizer: "TextTokenizer", out: output.Output) -> int:
-    from .chat import Chat, talk
-
-    if out.mode == "json":
-        raise UsageError("--json needs a prompt", "A chat has no one result: add -p, --messages, --file or --tokens.")
-    rules = request.generation.rules(source)
-    model = load_model(source, request.loading, out)
-    return talk(Chat(model, source, tokenizer, request.dialogue, rules, out))
-
-
-def _answer(
-    request: _Request, source: Source, prompts: list[Prompt], tokenizer: "TextTokenizer | None", out: output.Output
-) -> int:
-    rules = request.generation.rules(source)
-    model = load_model(source, request.loading, out)
-    with _tracing(request.trace) as writer:
-        return answer_prompts(Answers(model, rules, tokenizer, out), prompts, request.dialogue, writer)
-
-
-def _gather(request: _Request, tokenizer: "TextTokenizer | None") -> list[Prompt]:
-    """All prompts. Of several ranks the first reads them: stdin is not there for all."""
-
-    def read() -> list[Prompt]:
-        return gather(request.sources, request.dialogue, tokenizer)
-
-    return request.ranks.first(read) if request.ranks else read()
-
-
-def _execute(request: _Request, out: output.Output) -> int:
+def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> int:
     """Do what was asked for; the exit code."""
     from dsv4.model.chat.tokenizer import load_tokenizer
 
-    source = open_source(request.checkpoint, out)
+    source = open_source(options.checkpoint, out)
     if out.mode != "silent":
-        _check_outputs((request.logits, request.report, request.trace))
-    tokenizer = None if request.sources.tokens is not None else load_tokenizer(request.checkpoint)
-    if request.sources.interactive and tokenizer is not None:
-        return _chat(request, source, tokenizer, out)
-    prompts = _gather(request, tokenizer)
-    for prompt in prompts:
-        source.check_prompt(prompt.tokens)
-    if request.compare is not None:
-        sources = (source, open_source(request.compare, out))
-        tolerance, report = request.tolerance, request.report
-        return compare_checkpoints(sources, request.loading, _single(prompts), request.prefill, tolerance, report, out)
-    if request.logits is not None:
-        tokens = _single(prompts)
-        model = load_model(source, request.loading, out)
-        with _tracing(request.trace) as writer:
-            return save_logits(model, tokens, request.prefill, request.logits, out, writer)
-    return _answer(request, source, prompts, tokenizer, out)
+        _check_outputs(options)
+    tokenizer = None if options.tokens is not None else load_tokenizer(options.checkpoint)
+    work = _Run(options, ranks, source, tokenizer, out)
+    if options.is_chat and tokenizer is not None:
+        return work.chat(tokenizer)
+    prompts = work.prompts()
+    if options.compare is not None:
+        return work.compare(_single(prompts), open_source(options.compare, out))
+    if options.logits is not None:
+        return work.logits(_single(prompts), options.logits)
+    return work.answer(prompts)
 
 
-def _execute_as_rank(request: _Request, ranks: "Ranks", out: output.Output) -> int:
-    """The same by all ranks together: each runs its share of the model, the first reads, speaks and writes."""
-    from dsv4.distributed import joined
-
-    with joined(ranks, request.loading.device):
-        generation = request.generation
-        if generation.seed is None:
-            generation = replace(generation, seed=ranks.first(lambda: secrets.randbits(32)))
-        request = replace(request, generation=generation)
-        if not ranks.is_first:
-            request = replace(request, report=None, trace=request.trace and os.devnull)
-        code = _execute(request, out)
-        ranks.leave()
-    return code
-
-
-def run(
-    checkpoint: Annotated[
-        str, typer.Argument(parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")
-    ],
-    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A question; none starts a chat.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None,
-    file: Annotated[
-        str | None, typer.Option("--file", metavar="FILE", help="A prompt per line, or a JSON list of message lists.")
-    ] = None,
-    messages: Annotated[
-        str | None, typer.Option("--messages", metavar="FILE", help="OpenAI-style messages; - reads stdin.")
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="IDS", help="Token ids, 0,17,4 or a file; needs no tokenizer.")
-    ] = None,
-    mode: ModeOption = Mode.chat,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
-    tools: Annotated[
-        str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Send the text as it is, without the encoding.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[
-        float, typer.Option("--temperature", metavar="X", min=0, help="0 takes the likeliest token.")
-    ] = 1.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", metavar="X", min=0, max=1, help="Draw from the likeliest tokens that reach this share."
-        ),
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Draw the same tokens again.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
-    ] = None,
-    mtp: Annotated[bool, typer.Option("--mtp", help="Draft tokens with the MTP block; same answer.")] = False,
-    logits: Annotated[
-        str | None, typer.Option("--logits", metavar="FILE", help="Write the logits of every position (safetensors).")
-    ] = None,
-    prefill: Annotated[
-        int | None, typer.Option("--prefill", metavar="K", min=1, help="Compute K tokens at once, the rest one by one.")
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            parser=named,
-            metavar="OTHER",
-            help="Run another checkpoint on the same tokens and compare.",
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float,
-        typer.Option("--tolerance", metavar="X", min=0, help="Largest difference of a logit that counts as the same."),
-    ] = 0.0,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE", help="Write the comparison as an HTML page.")
-    ] = None,
-    trace: Annotated[
-        str | None, typer.Option("--trace", metavar="FILE", help="Write every module's statistics (JSON lines).")
-    ] = None,
-    no_simulation: Annotated[
-        bool, typer.Option("--no-simulation", help="Compute in float32, without the simulated quantizations.")
-    ] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--max-memory",
-            metavar="SIZE",
-            help="Weights kept in memory; the rest is read when needed. Default: what is free, with a margin.",
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, mps or any other torch device.")
-    ] = "cpu",
-    json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer and errors only.")] = False,
-    verbose: Verbose = False,
-) -> None:
+@command
+def run(options: RunOptions) -> None:
     """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
-    from dsv4.distributed import launched
+    from dsv4.distributed import joined, launched
 
     ranks = launched()
-    out = output.configure(json, quiet, verbose, ranks)
-    if text is not None and prompt is not None:
-        raise UsageError("the prompt is given twice", "Use either PROMPT or -p.")
-    request = _Request(
-        checkpoint=checkpoint,
-        sources=Sources(text if prompt is None else prompt, file, messages, tokens),
-        dialogue=Dialogue(mode.value, system, tools, raw),
-        loading=Loading(device, not no_simulation, None if max_memory is None else parse_size(max_memory), ranks),
-        generation=Generation(temperature, top_p, seed, max_new_tokens, tuple(stop or ()), mtp),
-        logits=logits,
-        compare=compare,
-        prefill=prefill,
-        tolerance=tolerance,
-        report=report,
-        trace=trace,
-        ranks=ranks,
-    )
+    out = output.configure(options.json, options.quiet, options.verbose, ranks)
+    _check_ranks(options, ranks)
     try:
-        code = _execute_as_rank(request, ranks, out) if ranks else _execute(request, out)
+        with joined(ranks, options.device) if ranks else nullcontext():
+            code = _execute(options, ranks, out)
+            if ranks:
+                ranks.leave()
     except Interrupted as error:
         error.hint = ""  # nothing is kept and there is nothing to continue
         raise

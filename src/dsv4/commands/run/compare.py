@@ -1,4 +1,4 @@
-"""`dsv4 run --logits` and `--compare`: teacher-forced logits, to a file or compared with another checkpoint's.
+"""`dsv4 run --compare`: the logits of two checkpoints on the same tokens.
 
 Two checkpoints run one after the other, each with all the memory. The fingerprints of the first run are compared while
 the second runs, so the first difference is printed as soon as it is computed, and not at the end of a run that may take
@@ -6,81 +6,34 @@ hours.
 """
 
 import gc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dsv4 import __version__
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
-from dsv4.output import Output, aligned, human_bytes
+from dsv4.output import Output, aligned
 
-from .answers import TokenProgress, rate, seconds_text
-from .source import Loading, Source, check_loadable, load_model
+from .answers import TokenProgress
+from .logits import say_timing
+from .options import RunOptions
+from .placement import Placement, load_model
+from .source import Source
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison, Run
-    from dsv4.model.evaluate.logits import Evaluation
-    from dsv4.model.evaluate.trace import Fingerprints, PositionedTrace
-    from dsv4.model.transformer import Transformer
+    from dsv4.model.evaluate.trace import Fingerprints
 
 POSITIONS_SHOWN = 20  # without -v
 
 
-def _timing(evaluation: "Evaluation") -> dict[str, Any]:
-    decoded = len(evaluation.token_ids) - evaluation.prefill_tokens
-    return {
-        "tokens": len(evaluation.token_ids),
-        "prefill_tokens": evaluation.prefill_tokens,
-        "prefill_tokens_per_second": rate(evaluation.prefill_tokens, evaluation.prefill_seconds),
-        "decode_tokens_per_second": rate(decoded, evaluation.decode_seconds),
-        "first_token_seconds": evaluation.prefill_seconds,
-        "peak_memory_bytes": peak_memory(),
-    }
-
-
-def _tell_timing(evaluation: "Evaluation", out: Output) -> None:
-    timing = _timing(evaluation)
-    decoded = timing["tokens"] - timing["prefill_tokens"]
-    line = f"prefill {timing['prefill_tokens']} tokens, {timing['prefill_tokens_per_second']:.1f} tokens/s"
-    if decoded:
-        line += f"; single steps {decoded} tokens, {timing['decode_tokens_per_second']:.1f} tokens/s"
-    out.say(line)
-    first, peak = seconds_text(timing["first_token_seconds"]), human_bytes(timing["peak_memory_bytes"])
-    out.say(f"first token after {first}, peak memory {peak}")
-
-
-def save_logits(
-    model: "Transformer",
-    tokens: list[int],
-    prefill: int | None,
-    path: str,
-    out: Output,
-    trace: "PositionedTrace | None",
-) -> int:
-    """Write the logits of every position to `path`; the exit code. Of several ranks the first writes."""
-    from dsv4.model.evaluate.logits import teacher_forced, write_logits
-
-    with TokenProgress(out, len(tokens), "computing") as bar:
-        evaluation = teacher_forced(model, tokens, prefill, trace=trace, on_progress=bar.advance)
-    if out.mode == "silent":
-        return EXIT_DONE
-    write_logits(evaluation, path)
-    out.say(f"wrote logits of {len(tokens)} positions to {path}")
-    _tell_timing(evaluation, out)
-    shapes: dict[str, Any] = {"logits": list(evaluation.logits.shape)}
-    if evaluation.mtp_logits is not None:
-        shapes["mtp_logits"] = list(evaluation.mtp_logits.shape)
-    out.result({"file": path, "shapes": shapes, "statistics": _timing(evaluation)})
-    return EXIT_DONE
-
-
 def _run(
     source: Source,
-    loading: Loading,
+    placement: Placement,
     tokens: list[int],
     prefill: int | None,
     mtp: bool,
+    earlier: "Fingerprints | None",
     out: Output,
-    earlier: "Fingerprints | None" = None,
 ) -> "Run":
     """One checkpoint on the tokens, loaded and freed again; the first difference from an `earlier` run is printed."""
     from dsv4.model.evaluate.compare import Run
@@ -88,7 +41,7 @@ def _run(
     from dsv4.model.evaluate.trace import Fingerprints
 
     out.say(f"running {source.folder}")
-    model = load_model(source, loading, out)
+    model = load_model(source, placement, out)
     with TokenProgress(out, len(tokens), "computing") as bar:
 
         def print_difference(module: str, position: int) -> None:
@@ -97,7 +50,7 @@ def _run(
 
         fingerprints = Fingerprints(earlier, print_difference)
         evaluation = teacher_forced(model, tokens, prefill, mtp=mtp, trace=fingerprints, on_progress=bar.advance)
-    _tell_timing(evaluation, out)
+    say_timing(evaluation, out)
     del model
     gc.collect()
     return Run(evaluation, fingerprints)
@@ -118,7 +71,7 @@ def verdict(comparison: "Comparison", tolerance: float) -> str:
     return "DIFFERENT: the logits are not the same"
 
 
-def _tell(comparison: "Comparison", tolerance: float, out: Output) -> None:
+def _print_comparison(comparison: "Comparison", tolerance: float, out: Output) -> None:
     out.data(verdict(comparison, tolerance))
     if comparison.bit_equal:
         return
@@ -142,34 +95,30 @@ def _tell(comparison: "Comparison", tolerance: float, out: Output) -> None:
 
 
 def compare_checkpoints(
-    sources: tuple[Source, Source],
-    loading: Loading,
-    tokens: list[int],
-    prefill: int | None,
-    tolerance: float,
-    report: str | None,
-    out: Output,
+    sources: tuple[Source, Source], placement: Placement, tokens: list[int], options: RunOptions, out: Output
 ) -> int:
-    """Run both on the same tokens, say whether the logits are bit-equal; the exit code."""
+    """Run both on the same tokens and print whether the logits are bit-equal; the exit code."""
     from dsv4.model.evaluate.compare import compare
+    from dsv4.model.loading import check_loadable
 
     _check_same_vocabulary(*sources)
     for source in sources:
-        check_loadable(source, loading)
+        check_loadable(source.checkpoint, placement.group)
     folders = (sources[0].folder, sources[1].folder)
     mtp = all(source.has_mtp for source in sources)
-    one = _run(sources[0], loading, tokens, prefill, mtp, out)
-    other = _run(sources[1], loading, tokens, prefill, mtp, out, one.fingerprints)
+    one = _run(sources[0], placement, tokens, options.prefill, mtp, None, out)
+    other = _run(sources[1], placement, tokens, options.prefill, mtp, one.fingerprints, out)
     comparison = compare(one, other)
-    _tell(comparison, tolerance, out)
-    if report is not None:
+    _print_comparison(comparison, options.tolerance, out)
+    if options.report is not None and out.mode != "silent":
         from .report import write_report
 
-        write_report(report, folders, tokens, comparison, verdict(comparison, tolerance), __version__)
-        out.say(f"wrote {report}")
-    same = comparison.within(tolerance)
+        words = verdict(comparison, options.tolerance)
+        write_report(options.report, folders, tokens, comparison, words, __version__)
+        out.say(f"wrote {options.report}")
+    same = comparison.within(options.tolerance)
     out.result(
-        {"checkpoints": list(folders), "token_ids": tokens, "tolerance": tolerance, "same": same}
+        {"checkpoints": list(folders), "token_ids": tokens, "tolerance": options.tolerance, "same": same}
         | {"peak_memory_bytes": peak_memory()}
         | comparison.as_json()
     )

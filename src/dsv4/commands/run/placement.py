@@ -113,9 +113,7 @@ def memory_for_weights(
     return int((free - working) * _share(device)), occupied + working
 
 
-def place(
-    device: str, simulation: bool, max_memory: int | None, ranks: "Ranks | None", working: int
-) -> Placement:
+def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks | None", working: int) -> Placement:
     """Decide where this process computes; `working`: bytes of activations and logits.
 
     Raises MachineError for a device that is not there.

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dsv4.result_file import result_file
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison
@@ -103,4 +104,5 @@ def write_report(
         f'<h1>Two checkpoints, the same tokens</h1><p class="verdict">{escape(verdict)}</p>'
         f"<table>{rows}</table>{curves}</html>\n"
     )
-    Path(path).write_text(page, encoding="utf-8")
+    with result_file(path) as file:
+        file.write(page.encode())
