@@ -1,14 +1,18 @@
-"""A source on a hub, as `verify` reads files: headers at once, each shard while its tensors are compared.
+"""A checkpoint on a hub, as `verify` reads files: headers at once, each shard while its tensors are compared.
 
-Only the transport is shared with the converter: fetching whole files and checking their hashes against the hub's
-listing. What the bytes mean is for verify's own code.
+Only the transport is shared with the converter: whole files are fetched and their hashes compared with the hub's
+listing. `verify`'s own code reads what the bytes mean.
 """
+
+from collections.abc import Collection, Sequence
+
+from dsv4.errors import UsageError
 
 from .storage import HubStorage
 
 
 class HubFiles:
-    """See verify_files.Files."""
+    """See proof.files.RemoteFiles."""
 
     def __init__(self, storage: HubStorage) -> None:
         self._storage = storage
@@ -22,14 +26,13 @@ class HubFiles:
         """From the shard on disk if it was fetched, else by a range request."""
         self._storage.read_into(name, buffer, offset)
 
-    def fetch(self, name: str) -> None:
-        """Wait for the shard."""
-        self._storage.acquire(name)
+    def check_needs(self, groups: Sequence[Collection[str]]) -> None:
+        """Raises UsageError if --scratch is too small for one of the groups."""
+        try:
+            self._storage.check_needs(groups)
+        except UsageError as error:
+            raise UsageError(str(error), "Give a larger --scratch if the disk has room for it.") from None
 
-    def drop(self, name: str) -> None:
-        """Remove the shard from disk."""
-        self._storage.release(name)
-
-    def abandon(self) -> None:
-        """Stop fetching."""
-        self._storage.abandon()
+    def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
+        """Wait for the shards in `now`, begin to fetch `upcoming`, and remove all others from the disk."""
+        self._storage.prepare(now, upcoming)

@@ -1,204 +1,287 @@
-"""Comparing one piece of one unit: read both sides, compare exactly, count.
+"""Compare one piece of one tensor: read both sides, compare exactly, count.
 
-A `Piece` is some rows of one `Unit`, independent of every other; its `Tally` adds up with the tallies of the unit's
-other pieces, in any order, on any machine. Within a piece, bands of rows are read into buffers that each thread
-keeps, so memory does not grow with the checkpoint.
+A `Piece` is some rows of one `ComparedTensor` and independent of every other piece. Its `Tally` adds up with the
+tallies of the tensor's other pieces, in any order, on any machine. Within a piece, bands of rows are read into buffers
+that each thread reuses, so memory does not grow with the checkpoint.
 """
 
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .compare_values import Band, Comparison, Scales, compare, e8m0_scales, float_scales, no_scales
-from .differences import FIRST_DIFFERENCES, first_differences, raw_difference
-from .files import DTYPE_BITS
-from .formats import E2M1, E4M3, Array
-from .inverse import rebuild
-from .layout import Tensor
-from .plan import Unit, Weight, coarse_block, row_bytes
-from .reader import Reader
-from .tally import Tally, count_blocks, count_codes, count_scales, count_spans, special_codes
+from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
+from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
+from dsv4.convert.proof.values.inverse import rebuild
 
-PIECE_BYTES = 64 << 20  # how much of a tensor is one piece of work
+from .files import DTYPE_BITS, Entry, Files
+from .layout import Tensor
+from .plan import ComparedTensor, Weight, coarse_block, row_bytes
+from .tally import (
+    FIRST_DIFFERENCES,
+    Tally,
+    count_blocks,
+    count_codes,
+    count_scales,
+    count_spans,
+    first_differences,
+    raw_difference,
+    special_codes,
+)
+
+PIECE_BYTES = 64 << 20  # of the output's rows
+BAND_BYTES = 1 << 20  # of the larger side: what a core's cache holds, and enough to outweigh the calls
 COUNTED_BANDS = 8  # codes are counted in the first of this many bands: counting costs as much as comparing
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `start` to `stop` of a unit. `row_bytes` is 0 for values; for bytes, the granularity of the rows."""
+    """Rows `start` to `stop` of the compared tensor number `tensor`, and `size`: bytes to read on both sides.
 
-    unit: int
+    `row_bytes` is the size of a row where bytes are compared, and 0 where values are.
+    """
+
+    tensor: int
     start: int
     stop: int
+    size: int
     row_bytes: int = 0
 
 
-def _band_rows(unit: Unit, band_bytes: int) -> int:
+def _band_rows(compared: ComparedTensor, band_bytes: int) -> int:
     """Rows compared at once: whole blocks of both sides, about `band_bytes` of the larger one."""
-    weights = [weight for weight in (unit.source_weight, unit.output_weight) if weight is not None]
+    weights = [weight for weight in (compared.source_weight, compared.output_weight) if weight is not None]
     block = math.lcm(*(weight.block[0] for weight in weights if weight.scale is not None), 1)
     step = max(weight.row_bytes for weight in weights)
     return max(block, band_bytes // max(step, 1) // block * block)
 
 
-def plan_pieces(index: int, unit: Unit, band_bytes: int) -> Iterator[Piece]:
-    """The unit's pieces; none when there is nothing to read or to say about its bytes."""
-    if unit.kind == "bytes":
-        assert unit.source is not None and unit.output is not None
-        step = 1 if unit.source.axis == unit.output.axis == 0 else row_bytes(unit.output)
-        rows, per_piece = unit.output.size // max(step, 1), max(1, PIECE_BYTES // max(step, 1))
-    elif unit.output_weight is not None:
-        step, rows = 0, unit.output_weight.rows
-        band = _band_rows(unit, band_bytes)
-        per_piece = max(band, PIECE_BYTES // max(unit.output_weight.row_bytes, 1) // band * band)
-    else:
-        return
+def _rows_per_piece(compared: ComparedTensor) -> tuple[int, int, int]:
+    """(rows of the tensor, rows of a piece, `row_bytes` of a piece). No rows: there is nothing to read."""
+    if compared.kind == "bytes":
+        assert compared.source is not None and compared.output is not None
+        flat = compared.source.axis == compared.output.axis == 0
+        step = 1 if flat else row_bytes(compared.output)
+        return compared.output.size // max(step, 1), max(1, PIECE_BYTES // max(step, 1)), step
+    if compared.output_weight is None:
+        return 0, 1, 0
+    band = _band_rows(compared, BAND_BYTES)
+    per_piece = PIECE_BYTES // max(compared.output_weight.row_bytes, 1) // band * band
+    return compared.output_weight.rows, max(band, per_piece), 0
+
+
+def plan_pieces(number: int, compared: ComparedTensor) -> Iterator[Piece]:
+    """The pieces of the compared tensor number `number`. Their sizes add up to the tensor's.
+
+    They do not depend on threads or memory: several processes plan the same ones.
+    """
+    rows, per_piece, step = _rows_per_piece(compared)
     for start in range(0, rows, per_piece):
-        yield Piece(index, start, min(start + per_piece, rows), step)
+        stop = min(start + per_piece, rows)
+        size = compared.size * stop // rows - compared.size * start // rows
+        yield Piece(number, start, stop, size, step)
 
 
-def piece_bytes(unit: Unit, piece: Piece) -> int:
-    """Bytes of a piece on both sides. Over all pieces of a unit they add up to its size."""
-    if piece.row_bytes:
-        assert unit.output is not None
-        rows = unit.output.size // piece.row_bytes
-    else:
-        assert unit.output_weight is not None
-        rows = unit.output_weight.rows
-    return unit.size * piece.stop // max(rows, 1) - unit.size * piece.start // max(rows, 1)
+class Reader:
+    """Reads rows of whole tensors, whatever parts they are stored in, into buffers that each thread reuses."""
+
+    def __init__(self, source: Files | None, output: Files) -> None:
+        self._files = {"source": source, "output": output}
+        self._local = threading.local()
+
+    def _buffer(self, key: str, size: int) -> Array:
+        buffers = self._local.__dict__
+        if key not in buffers or len(buffers[key]) < size:
+            buffers[key] = np.empty(size, dtype=np.uint8)
+        buffer: Array = buffers[key][:size]
+        return buffer
+
+    def _into(self, side: str, entry: Entry, offset: int, buffer: Array) -> None:
+        files = self._files[side]
+        assert files is not None
+        if len(buffer):
+            files.read_into(entry.shard, entry.offset + offset, buffer.data.cast("B"))
+
+    def _read_flat(self, side: str, tensor: Tensor, offset: int, buffer: Array) -> None:
+        """Fill `buffer` from byte `offset` on. Parts along the first axis follow each other."""
+        done, begin = 0, 0
+        for part in tensor.parts:
+            inside = offset + done - begin
+            if done < len(buffer) and 0 <= inside < part.size:
+                count = min(part.size - inside, len(buffer) - done)
+                self._into(side, part, inside, buffer[done : done + count])
+                done += count
+            begin += part.size
+
+    def rows(self, side: str, key: str, tensor: Tensor, step: int, start: int, stop: int) -> Array:
+        """Rows `start` to `stop` of `step` bytes each: uint8 `[stop - start, step]`.
+
+        The array is valid until this thread's next call with the same side and `key`.
+        """
+        buffer = self._buffer(side + key, (stop - start) * step)
+        if tensor.axis == 0:
+            self._read_flat(side, tensor, start * step, buffer)
+            return buffer.reshape(-1, step)
+        table, column = buffer.reshape(-1, step), 0
+        for part in tensor.parts:
+            width = part.size // max(part.shape[0], 1)
+            piece = self._buffer("part", (stop - start) * width)
+            self._into(side, part, start * width, piece)
+            table[:, column : column + width] = piece.reshape(-1, width)
+            column += width
+        return table
+
+    def copies_differ(self, side: str, tensor: Tensor, start: int, wanted: Array) -> set[str]:
+        """Names of the files whose copy of the tensor has other bytes than `wanted` at byte `start`."""
+        found = set()
+        for copy in tensor.copies:
+            buffer = self._buffer("part", wanted.size)
+            self._into(side, copy, start, buffer)
+            if not np.array_equal(buffer, wanted.reshape(-1)):
+                found.add(copy.shard)
+        return found
+
+
+def _scale_bytes_differ(source: RowBand, output: RowBand) -> bool:
+    a, b = source.scales.raw, output.scales.raw
+    return (a is None) != (b is None) or (a is not None and b is not None and not np.array_equal(a, b))
+
+
+def _same_mantissas(a: Scales, b: Scales) -> bool:
+    if a.mantissa is None or b.mantissa is None:
+        return a.mantissa is b.mantissa
+    return np.array_equal(a.mantissa, b.mantissa)
+
+
+def _same_codes(source: RowBand, output: RowBand) -> bool:
+    """Whether both bands have equal codes in one format and equal scales, so that no value needs to be computed."""
+    if source.number_format is not output.number_format or source.block != output.block:
+        return False
+    if not _same_mantissas(source.scales, output.scales):
+        return False
+    bad = source.scales.bad is not None or output.scales.bad is not None
+    if bad and _scale_bytes_differ(source, output):
+        return False
+    same = np.array_equal(source.scales.exponent, output.scales.exponent)
+    return same and np.array_equal(source.data, output.data)
 
 
 @dataclass
-class PieceWork:
-    """One piece at work: knows the unit, reads its bands, fills a tally."""
+class PieceComparison:
+    """The comparison of one piece. `run` fills `tally`, and returns early once `stopped` is set."""
 
-    unit: Unit
+    compared: ComparedTensor
+    piece: Piece
     reader: Reader
     band_bytes: int
     inverse: bool
+    stopped: threading.Event
+    tally: Tally = field(default_factory=Tally)
 
-    def _scales(self, side: str, tally: Tally, weight: Weight, start: int, stop: int) -> Scales:
+    def run(self) -> Tally:
+        """Compare band by band."""
+        if self.compared.kind == "bytes":
+            step = self.band_bytes // 8 * 8 if self.piece.row_bytes == 1 else self.band_bytes // self.piece.row_bytes
+            work = self._compare_bytes
+        else:
+            step = _band_rows(self.compared, self.band_bytes)
+            work = self._compare_values if self.compared.kind == "values" else self._scan
+        for start in range(self.piece.start, self.piece.stop, max(step, 1)):
+            if self.stopped.is_set():
+                break
+            work(start, min(start + max(step, 1), self.piece.stop))
+        return self.tally
+
+    def _is_counted(self, start: int) -> bool:
+        """Whether the codes of the band that starts at row `start` are counted."""
+        band = (start - self.piece.start) // _band_rows(self.compared, self.band_bytes)
+        return band % COUNTED_BANDS == 0
+
+    def _read_scales(self, side: str, weight: Weight, start: int, stop: int) -> Scales:
         scale = weight.scale
         if scale is None:
             return no_scales()
         top, bottom = start // weight.block[0], -(-stop // weight.block[0])
         step = row_bytes(scale)
         data = self.reader.rows(side, "scale", scale, step, top, bottom)
-        tally.copies_differ |= self.reader.copies_differ(side, scale, top * step, data)
+        self.tally.copies_differ |= self.reader.copies_differ(side, scale, top * step, data)
         scales = e8m0_scales(data) if scale.dtype == "F8_E8M0" else float_scales(data.view("<u4"))
-        count_scales(tally, side, scales)
+        count_scales(self.tally, side, scales)
         return scales
 
-    def _band(self, side: str, tally: Tally, weight: Weight, start: int, stop: int) -> Band:
+    def _read_band(self, side: str, weight: Weight, start: int, stop: int) -> RowBand:
         data = self.reader.rows(side, "data", weight.tensor, weight.row_bytes, start, stop)
-        tally.copies_differ |= self.reader.copies_differ(side, weight.tensor, start * weight.row_bytes, data)
-        scales = self._scales(side, tally, weight, start, stop)
-        return Band(weight.number_format, data, weight.columns, scales, weight.block)
+        self.tally.copies_differ |= self.reader.copies_differ(side, weight.tensor, start * weight.row_bytes, data)
+        scales = self._read_scales(side, weight, start, stop)
+        return RowBand(weight.number_format, data, weight.columns, scales, weight.block)
 
-    def _same_codes(self, source: Band, output: Band) -> bool:
-        """Equal bytes in one format under equal scales: nothing to multiply out."""
-        if source.number_format is not output.number_format or source.block != output.block:
-            return False
-        if source.scales.mantissa is not None or output.scales.mantissa is not None:
-            scales = source.scales.mantissa, output.scales.mantissa
-            if scales[0] is None or scales[1] is None or not np.array_equal(scales[0], scales[1]):
-                return False
-        if (source.scales.bad is not None or output.scales.bad is not None) and self._scale_bytes_differ(
-            source, output
-        ):
-            return False
-        same = np.array_equal(source.scales.exponent, output.scales.exponent)
-        return same and np.array_equal(source.data, output.data)
+    def _compare_values(self, start: int, stop: int) -> None:
+        assert self.compared.source_weight is not None and self.compared.output_weight is not None
+        source = self._read_band("source", self.compared.source_weight, start, stop)
+        output = self._read_band("output", self.compared.output_weight, start, stop)
+        self.tally.elements += source.rows * source.columns
+        self.tally.scale_bytes_differ |= _scale_bytes_differ(source, output)
+        if not _same_codes(source, output):
+            self.tally.bytes_differ |= not np.array_equal(source.data, output.data)
+            self._record_values(start, source, output)
+        self._count(start, source, output)
 
-    def _record(self, tally: Tally, result: Comparison, start: int, source: Band, output: Band) -> None:
-        tally.lost_sign += result.lost_sign
-        tally.gained_sign += result.gained_sign
+    def _record_values(self, start: int, source: RowBand, output: RowBand) -> None:
+        result = compare(source, output)
+        self.tally.lost_sign += result.lost_sign
+        self.tally.gained_sign += result.gained_sign
         if result.different is None:
             return
-        tally.different += int(np.count_nonzero(result.different))
-        if block := coarse_block(self.unit):
-            tally.blocks.update(count_blocks(result.different, start, block))
-        if len(tally.first) < FIRST_DIFFERENCES:
-            tally.first += first_differences(result.different, start, source, output)
-            del tally.first[FIRST_DIFFERENCES:]
+        self.tally.different += int(np.count_nonzero(result.different))
+        if block := coarse_block(self.compared):
+            self.tally.blocks.update(count_blocks(result.different, start, block))
+        if len(self.tally.first) < FIRST_DIFFERENCES:
+            self.tally.first += first_differences(result.different, start, source, output)
+            del self.tally.first[FIRST_DIFFERENCES:]
 
-    def _scale_bytes_differ(self, source: Band, output: Band) -> bool:
-        a, b = source.scales.raw, output.scales.raw
-        return (a is None) != (b is None) or (a is not None and b is not None and not np.array_equal(a, b))
-
-    def _compare_band(self, tally: Tally, start: int, stop: int, counted: bool) -> None:
-        assert self.unit.source_weight is not None and self.unit.output_weight is not None
-        source = self._band("source", tally, self.unit.source_weight, start, stop)
-        output = self._band("output", tally, self.unit.output_weight, start, stop)
-        tally.elements += source.rows * source.columns
-        tally.scale_bytes_differ |= self._scale_bytes_differ(source, output)
-        same = self._same_codes(source, output)
-        if not same:
-            tally.bytes_differ |= not np.array_equal(source.data, output.data)
-            self._record(tally, compare(source, output), start, source, output)
-        self._statistics(tally, source, output, counted)
-
-    def _statistics(self, tally: Tally, source: Band, output: Band, counted: bool) -> None:
+    def _count(self, start: int, source: RowBand, output: RowBand) -> None:
+        """Statistics: codes that are not finite, use of codes, spans of scales, and codes that can be rebuilt."""
         for side, band in (("source", source), ("output", output)):
-            if band.number_format is E4M3 or tally.different:
-                tally.special[side] += special_codes(band)
-            if counted:
-                count_codes(tally, side, band)
+            if band.number_format is E4M3 or self.tally.different:
+                self.tally.special[side] += special_codes(band)
+            if self._is_counted(start):
+                count_codes(self.tally, side, band)
         fp4_first = source.number_format is E2M1
         fp4, fp8 = (source, output) if fp4_first else (output, source)
         if fp4.number_format is E2M1 and fp8.number_format is E4M3:
-            count_spans(tally, fp4, fp8)
+            count_spans(self.tally, fp4, fp8)
         if self.inverse and fp4_first and output.number_format is not E2M1:
-            tally.rebuilt.update(rebuild(source, output))
+            self.tally.rebuilt.update(rebuild(source, output))
 
-    def _scan_band(self, tally: Tally, start: int, stop: int, counted: bool) -> None:
-        assert self.unit.output_weight is not None
-        band = self._band("output", tally, self.unit.output_weight, start, stop)
-        tally.elements += band.rows * band.columns
-        tally.special["output"] += special_codes(band)
-        if counted:
-            count_codes(tally, "output", band)
+    def _scan(self, start: int, stop: int) -> None:
+        """One checkpoint alone: look at the output's codes and scales."""
+        assert self.compared.output_weight is not None
+        band = self._read_band("output", self.compared.output_weight, start, stop)
+        self.tally.elements += band.rows * band.columns
+        self.tally.special["output"] += special_codes(band)
+        if self._is_counted(start):
+            count_codes(self.tally, "output", band)
 
-    def values(self, piece: Piece, tally: Tally, stopped: threading.Event) -> Iterator[int]:
-        """Fill the tally band by band; yields the elements of each, so that progress moves."""
-        assert self.unit.output_weight is not None
-        step = _band_rows(self.unit, self.band_bytes)
-        work = self._compare_band if self.unit.kind == "values" else self._scan_band
-        for number, start in enumerate(range(piece.start, piece.stop, step)):
-            if stopped.is_set():
-                return
-            stop = min(start + step, piece.stop)
-            work(tally, start, stop, number % COUNTED_BANDS == 0)
-            yield (stop - start) * self.unit.output_weight.columns
-
-    def bytes(self, piece: Piece, tally: Tally, stopped: threading.Event) -> Iterator[int]:
-        """Byte for byte: elements that differ are counted and shown by their position in the tensor."""
-        source, output = self.unit.source, self.unit.output
+    def _compare_bytes(self, start: int, stop: int) -> None:
+        source, output = self.compared.source, self.compared.output
         assert source is not None and output is not None
-        rows = max(1, self.band_bytes // piece.row_bytes) if piece.row_bytes > 1 else self.band_bytes // 8 * 8
-        size = max(1, DTYPE_BITS[output.dtype] // 8)
-        for start in range(piece.start, piece.stop, rows):
-            if stopped.is_set():
-                return
-            stop = min(start + rows, piece.stop)
-            a = self.reader.rows("source", "data", source, piece.row_bytes, start, stop).reshape(-1)
-            b = self.reader.rows("output", "data", output, piece.row_bytes, start, stop).reshape(-1)
-            offset = start * piece.row_bytes
-            tally.elements += a.size // size
-            tally.copies_differ |= self.reader.copies_differ("source", source, offset, a)
-            tally.copies_differ |= self.reader.copies_differ("output", output, offset, b)
-            if not np.array_equal(a, b):
-                self._record_bytes(tally, output, offset // size, a.reshape(-1, size), b.reshape(-1, size))
-            yield a.size // size
+        step, size = self.piece.row_bytes, max(1, DTYPE_BITS[output.dtype] // 8)
+        a = self.reader.rows("source", "data", source, step, start, stop).reshape(-1)
+        b = self.reader.rows("output", "data", output, step, start, stop).reshape(-1)
+        self.tally.elements += a.size // size
+        self.tally.copies_differ |= self.reader.copies_differ("source", source, start * step, a)
+        self.tally.copies_differ |= self.reader.copies_differ("output", output, start * step, b)
+        if not np.array_equal(a, b):
+            self._record_bytes(output, start * step // size, a.reshape(-1, size), b.reshape(-1, size))
 
-    def _record_bytes(self, tally: Tally, output: Tensor, first: int, a: Array, b: Array) -> None:
+    def _record_bytes(self, output: Tensor, first: int, a: Array, b: Array) -> None:
+        """Elements that differ, `[elements, bytes of one]` of both sides; `first` is the position of the first one."""
         different = (a != b).any(axis=1)
-        tally.bytes_differ = True
-        tally.different += int(np.count_nonzero(different))
-        for position in np.flatnonzero(different)[: FIRST_DIFFERENCES - len(tally.first)]:
+        self.tally.bytes_differ = True
+        self.tally.different += int(np.count_nonzero(different))
+        for position in np.flatnonzero(different)[: FIRST_DIFFERENCES - len(self.tally.first)]:
             at = np.unravel_index(first + int(position), output.shape or (1,))
             codes = [side[position].tobytes()[::-1].hex() for side in (a, b)]
-            tally.first.append(raw_difference([int(i) for i in at], codes, output.dtype))
+            self.tally.first.append(raw_difference([int(i) for i in at], codes, output.dtype))

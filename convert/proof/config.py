@@ -1,8 +1,8 @@
-"""Config and side files: does what the checkpoint says about itself agree with the tensors that are there?
+"""Config and side files: compares `config.json` with the tensors, and both sides' files with each other.
 
-`config.json` may differ between the two sides only where it describes how weights are stored (`expert_dtype`,
-`quantization_config`, `torch_dtype`); every other key is the model. What it says about storage is compared with the
-headers, not with what a converter would have written. In the reference engine's layout `config.json` is that
+`config.json` may differ between the two sides only in keys that describe how weights are stored (`expert_dtype`,
+`quantization_config`, `torch_dtype`); every other key describes the model. The keys about storage are compared with
+the headers, not with what a converter would have written. In the reference engine's layout `config.json` is the
 engine's own, and is compared with the source's `inference/config.json`.
 """
 
@@ -17,7 +17,7 @@ from .files import INDEX_NAME, Files, Severity, parse_json, read_bytes
 from .layout import Checkpoint
 from .plan import Weight, understand
 
-# What may differ because weights are stored in another way; `check_config` compares these with the tensors instead.
+# Keys that may differ because weights are stored in another way; `check_config` compares these with the tensors.
 _STORAGE_KEYS = {
     "expert_dtype",
     "quantization_config.expert_dtype",
@@ -26,7 +26,7 @@ _STORAGE_KEYS = {
 }
 MIXTURE = " (no config can describe both, and engines take all for one: a convert with --on-inexact keep does this)"
 _SCALE_FORMATS = ("ue8m0", "float")
-# Files that a loader needs to be the source's own. Others (model card, licence, inference code) may differ.
+# Files that loaders read and that must be the source's. Others (model card, licence, inference code) may differ.
 _NEEDED = re.compile(r"(tokenizer.*|special_tokens_map\.json|generation_config\.json|.*\.jinja|encoding/.*)")
 _NEEDED_BY_ENGINE = re.compile(r"tokenizer(_config)?\.json")  # what the reference converter copies
 _NOT_SIDE_FILES = {INDEX_NAME, "config.json", "dsv4.json"}
@@ -35,7 +35,7 @@ _CHUNK = 1 << 20
 
 
 def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file, in hex. `advance` is told of the bytes read."""
+    """SHA-256 of a file, in hex. `advance` is called with the number of bytes after each read."""
     digest = hashlib.sha256()
     buffer = bytearray(min(size, _CHUNK))
     for start in range(0, size, _CHUNK):
@@ -52,7 +52,7 @@ MAX_CONFIG_BYTES = 10_000_000
 def read_config(
     checkpoint: Checkpoint, name: str = "config.json", limit: int = MAX_CONFIG_BYTES
 ) -> dict[str, Any] | None:
-    """A JSON object of the checkpoint; None (and a problem, unless there is no such file) when it cannot be read.
+    """A JSON object of the checkpoint. None if there is no such file, or, with a problem, if it cannot be read.
 
     A file of more than `limit` bytes is not read.
     """
@@ -82,7 +82,7 @@ def _side_files(files: Files) -> dict[str, int]:
 
 
 def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
-    """Tokenizer, generation config, encoding by hash; the rest only noted."""
+    """Compare tokenizer, generation config and encoding by hash. Other files that differ are only noted."""
     needed = _NEEDED_BY_ENGINE if output.layout == "mp" or source.layout == "mp" else _NEEDED
     mine, theirs = _side_files(source.files), _side_files(output.files)
     for name in sorted(mine.keys() | theirs.keys()):
@@ -100,7 +100,7 @@ def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested objects as dotted keys, so that a difference can be named."""
+    """Nested objects as dotted keys, to name a difference."""
     if not isinstance(value, dict):
         return {prefix: value}
     found = {}
@@ -111,7 +111,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
     ours, found = _flat(mine), _flat(theirs)
-    # Whether there should be one: `check_config` knows, from the tensors.
+    # Whether a quantization_config is needed depends on the tensors: `check_config` decides.
     unquantized = not ("quantization_config" in theirs and "quantization_config" in mine)
     for key in sorted(ours.keys() | found.keys()):
         if key in _STORAGE_KEYS or (key in ours and key in found and ours[key] == found[key]):
@@ -124,7 +124,7 @@ def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, An
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
-    """Every key that describes the model has to be the same."""
+    """Every key that describes the model must be equal on both sides."""
     name = "inference/config.json" if output.layout == "mp" and source.layout != "mp" else "config.json"
     mine, theirs = read_config(source, name), read_config(output)
     if mine is not None and theirs is not None:
@@ -146,7 +146,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 
 def _expert_formats(checkpoint: Checkpoint, weights: dict[str, Weight]) -> set[str]:
-    """How the routed experts are stored: fp4, fp8 or the dtype of weights without scale."""
+    """Formats of the routed experts: fp4, fp8, or the dtype of weights without a scale."""
     names = {"E2M1": "fp4", "E4M3": "fp8"}
     found = set()
     for name, tensor in checkpoint.tensors.items():
@@ -183,7 +183,7 @@ def _check_blocks(checkpoint: Checkpoint, quantization: dict[str, Any], weights:
 
 
 def check_config(checkpoint: Checkpoint) -> None:
-    """Config against tensors: expert dtype, block size, and whether anything is quantized at all."""
+    """Compare the config with the tensors: expert dtype, block size, and whether any tensor is quantized."""
     config = read_config(checkpoint)
     if config is None:
         if "config.json" not in checkpoint.files.sizes():
@@ -208,7 +208,7 @@ def check_config(checkpoint: Checkpoint) -> None:
 
 
 def declares_powers_of_two(checkpoint: Checkpoint) -> bool:
-    """Whether the config says `scale_fmt: ue8m0`: every scale a power of two, also in a float32 container."""
+    """Whether the config says `scale_fmt: ue8m0`: every scale is a power of two, also if stored as float32."""
     config = read_config(checkpoint) or {}
     quantization = config.get("quantization_config")
     nested = quantization.get("scale_fmt") if isinstance(quantization, dict) else None

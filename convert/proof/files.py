@@ -1,12 +1,12 @@
-"""Files as `verify` reads them: its own walk over safetensors headers and the index, by positioned reads.
+"""Files as `verify` reads them: its own reader of safetensors headers and of the index, by positioned reads.
 
-Nothing here is shared with the converter's reader. A mistake in how one of them understands a header must not be
-able to hide in the other. Files are reached through `Files`, four small methods, so that the same walk works on a
-folder and on a source that has to be fetched first.
+Nothing here is shared with the converter's reader, so a mistake in how one of them understands a header cannot hide in
+the other. Files are reached through the protocols `Files` and `RemoteFiles`: the same code reads a folder and a
+repository whose shards have to be fetched first.
 
-A header that breaks a rule of the format does not stop the walk: what is wrong is written down as a `Problem`, the
-tensors that cannot be trusted are listed as unreadable, and the rest is still compared. Somebody whose download
-lacks the last 300 MB wants to know which tensors that were.
+A header that breaks a rule of the format does not stop the reading: the fault is recorded as a `Problem`, the tensors
+that cannot be trusted are listed as unreadable, and all others are still compared. If a download lacks its last
+300 MB, its owner wants to know which tensors these were.
 """
 
 import json
@@ -15,10 +15,10 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from dsv4.errors import InputError, printable
 
@@ -27,7 +27,7 @@ Severity = Literal["note", "difference", "unreadable"]
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1: the library multiplies dimensions in 64 bits
 
-# Bits of one element as the safetensors header counts them. F4 is two E2M1 codes a byte, with a shape in elements.
+# Bits of one element in a safetensors header. F4 is two E2M1 codes a byte, with a shape in elements.
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -51,9 +51,9 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong beside the tensors' values.
+    """A fault beside the tensors' values.
 
-    `area` is one of index, shard, layout, config, codes, side file, manifest; `where` says which checkpoint.
+    `area` is one of index, shard, layout, config, codes, side file, manifest; `where` is "source" or "output".
     """
 
     area: str
@@ -68,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of one shard: what the header says, and where its bytes are in the file."""
+    """One tensor of one shard as the header describes it. `offset` and `size` are bytes in the file."""
 
     name: str
     dtype: str
@@ -80,7 +80,7 @@ class Entry:
 
 @dataclass
 class Shard:
-    """One safetensors file: the tensors that can be read, and those that cannot, with the reason."""
+    """One safetensors file: the tensors that can be read, and those that cannot, with the reason for each."""
 
     name: str
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -90,28 +90,30 @@ class Shard:
 
 
 class Files(Protocol):
-    """A checkpoint's files, wherever they are."""
+    """A checkpoint's files, readable from several threads."""
 
     label: str
 
     def sizes(self) -> dict[str, int]:
-        """Every file by its path relative to the checkpoint, `/` between the parts, and its size in bytes."""
+        """Size in bytes of every file, by its path relative to the checkpoint with `/` between the parts."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on. Raises InputError when the file ends before."""
+        """Fill `buffer` with the file's bytes from `offset` on. Raises InputError if the file ends before."""
 
-    def fetch(self, name: str) -> None:
-        """Called before tensors of a shard are read (headers need no call). May be called again for the same shard."""
 
-    def drop(self, name: str) -> None:
-        """Called once after the last read of a shard: it may be let go."""
+@runtime_checkable
+class RemoteFiles(Files, Protocol):
+    """Files whose shards are fetched before their tensors are read. Headers and small files need no fetching."""
 
-    def abandon(self) -> None:
-        """Called when nothing more will be read: whoever waits in `fetch` must return or raise."""
+    def check_needs(self, groups: Sequence[Collection[str]]) -> None:
+        """Raises UsageError if one of the groups has more shards than can be on disk at the same time."""
+
+    def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
+        """Make the shards in `now` readable, begin to fetch `upcoming`, and let go of all others."""
 
 
 class LocalFiles:
-    """A folder. Files are opened read-only, once, and read by `preadv`; nothing is mapped or loaded whole."""
+    """A folder. Files are opened read-only, once, and read by `preadv`; no file is mapped or loaded whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,7 +125,7 @@ class LocalFiles:
             raise InputError(f"{self.label} {what}", "Give the folder of a checkpoint.")
 
     def sizes(self) -> dict[str, int]:
-        """Regular files (links are followed, as hub caches consist of links), hidden ones left out; looked up once."""
+        """Regular files without hidden ones, listed once. Links are followed: a hub's cache consists of links."""
         if self._sizes:
             return self._sizes
         for parent, folders, names in os.walk(self.folder):
@@ -135,7 +137,7 @@ class LocalFiles:
         return self._sizes
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Loops over short reads; a file that ends early is an InputError that names it."""
+        """See Files."""
         descriptor = self._open.get(name)
         if descriptor is None:
             # Two threads may both open; setdefault keeps one, the other descriptor is closed at once.
@@ -150,22 +152,11 @@ class LocalFiles:
                 raise InputError(f"{self.label}/{printable(name)} ends before byte {offset + len(buffer)}")
             done += count
 
-    def fetch(self, name: str) -> None:
-        """A local file is always there."""
-
-    def drop(self, name: str) -> None:
-        """Close the file."""
-        descriptor = self._open.pop(name, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def abandon(self) -> None:
-        """Nobody waits for a local file."""
-
     def close(self) -> None:
-        """Close whatever is still open."""
-        for name in list(self._open):
-            self.drop(name)
+        """Close all files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
 
 def read_bytes(files: Files, name: str, offset: int, size: int) -> bytes:
@@ -201,7 +192,7 @@ def _is_count(value: object) -> bool:
 
 
 def _entry_problem(name: str, value: object) -> str:
-    """Why a header's entry cannot be understood, or nothing."""
+    """Why a header's entry cannot be understood; "" if it can."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return "its header entry lacks dtype, shape or data_offsets"
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BITS:
@@ -256,7 +247,7 @@ def _header_length(files: Files, name: str, size: int) -> int:
 
 
 def read_shard(files: Files, name: str, size: int) -> Shard:
-    """The header of one safetensors file. What breaks the format is in the result, never an exception."""
+    """Read the header of one safetensors file. Faults of the format are in the result, never raised."""
     shard = Shard(name)
     try:
         length = _header_length(files, name, size)
@@ -277,11 +268,11 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
 
 @dataclass
 class Index:
-    """`model.safetensors.index.json`: which shard holds which tensor. `reason` says why it cannot be used."""
+    """`model.safetensors.index.json`: which shard holds which tensor. `reason`: why the index cannot be used, or ""."""
 
     weight_map: dict[str, str] = field(default_factory=dict)
     total_size: int | None = None
-    unknown: list[str] = field(default_factory=list)  # keys that no index has
+    unknown: list[str] = field(default_factory=list)  # keys that an index does not have
     reason: str = ""
 
 
@@ -289,7 +280,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def read_index(files: Files, size: int) -> Index:
-    """The index of a folder, checked for form only: whether it tells the truth is for the caller to compare."""
+    """Read the index of a folder and check its form. The caller compares it with the shards."""
     if size > MAX_HEADER_BYTES:
         return Index(reason=f"{size} bytes, at most {MAX_HEADER_BYTES} are believable")
     try:
@@ -309,7 +300,7 @@ def read_index(files: Files, size: int) -> Index:
 
 
 def shard_names(files: Files) -> Iterator[str]:
-    """The safetensors files of the top folder, in natural order (rank 10 after rank 9)."""
+    """The safetensors files of the top folder in natural order: rank 10 after rank 9."""
     names = [name for name in files.sizes() if name.endswith(".safetensors") and "/" not in name]
 
     def key(name: str) -> list[tuple[int, str]]:

@@ -1,15 +1,15 @@
-"""What a checkpoint holds, whoever wrote it: one list of whole tensors under the release's names.
+"""The tensors of a checkpoint, whichever program wrote it: a list of whole tensors under the release's names.
 
-Understood on either side of a comparison:
+Understood on both sides of a comparison:
 
 - Hugging Face folders with an index, with several shards and no index, or with a single `model.safetensors`;
-- the reference engine's `model{i}-mp{N}.safetensors`, one whole model per rank: slices are put together along the
-  axis that engine slices, experts are collected from all ranks, copies are checked against each other;
-- a leading `model.`, `self_attn`, `mlp`, `weight_scale_inv`, `e_score_correction_bias`: names other tools use for
-  `attn`, `ffn`, `scale`, `bias`.
+- the reference engine's `model{i}-mp{N}.safetensors`, one file per rank: slices are joined along the axis that the
+  engine slices, experts are collected from all ranks, copies are compared with each other;
+- a leading `model.`, and `self_attn`, `mlp`, `weight_scale_inv`, `e_score_correction_bias`, which other tools write
+  for `attn`, `ffn`, `scale`, `bias`.
 
-This is `verify`'s own statement of those rules, not the converter's. A rule that does not hold for the files at hand
-(a rank that lacks a tensor, an expert in the wrong rank, two names that mean the same tensor) is a `Problem`.
+This is `verify`'s own statement of these rules, not the converter's. Where files break a rule (a rank lacks a tensor,
+an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
 """
 
 import re
@@ -24,7 +24,7 @@ from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_inde
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _PARTS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-# What each rank holds a slice of. Scales are sliced as their weights are.
+# Tensors of which each rank holds a slice. Scales are sliced as their weights are.
 _SLICED_ROWS = re.compile(
     r"(embed|head)\.weight"
     r"|.*\.(attn|indexer)\.wq_b\.(weight|scale)"
@@ -37,7 +37,7 @@ _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A whole tensor: `parts` follow each other along `axis`; `copies` are further copies of all of it."""
+    """A whole tensor: `parts` follow each other along `axis`; `copies` are further copies of the whole tensor."""
 
     name: str
     dtype: str
@@ -48,18 +48,18 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole, copies not counted."""
+        """Bytes, without copies."""
         return sum(part.size for part in self.parts)
 
     @property
     def shards(self) -> set[str]:
-        """Every file that has to be read for it."""
+        """Every file that holds bytes of it."""
         return {entry.shard for entry in (*self.parts, *self.copies)}
 
 
 @dataclass
 class Checkpoint:
-    """One side of a comparison, as far as headers tell."""
+    """One side of a comparison, as described by its headers."""
 
     where: str  # "source" or "output"
     files: Files
@@ -71,7 +71,7 @@ class Checkpoint:
     problems: list[Problem] = field(default_factory=list)
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
-        """Write down something that is wrong."""
+        """Record a fault."""
         self.problems.append(Problem(area, self.where, text, severity))
 
 
@@ -91,12 +91,12 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _read_shards(
-    checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], told: Callable[[], None]
+    checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], on_header: Callable[[], None]
 ) -> dict[str, Shard]:
     shards = {}
     for name in names:
         shards[name] = shard = read_shard(checkpoint.files, name, sizes[name])
-        told()
+        on_header()
         shown = printable(name)
         if shard.broken:
             checkpoint.problem("shard", f"{shown} cannot be read: {shard.broken}", "unreadable")
@@ -110,7 +110,7 @@ def _read_shards(
 
 
 def _check_weight_map(checkpoint: Checkpoint, weights: dict[str, str], shards: dict[str, Shard]) -> None:
-    """The index must name exactly the tensors that are there, each in the shard that holds it."""
+    """The index must name exactly the tensors of the shards, each in the shard that holds it."""
     held = {tensor: name for name, shard in shards.items() for tensor in (*shard.entries, *shard.unreadable)}
     for name in sorted(set(weights.values()) - shards.keys()):
         checkpoint.problem("index", f"names the shard {printable(name)}, which is not there", "unreadable")
@@ -166,7 +166,7 @@ def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
 
 
 def _ranks(names: list[str]) -> list[tuple[int, int, str]]:
-    """(rank, of how many, file name) of the reference engine's files among `names`."""
+    """(rank, number of ranks, file name) of the reference engine's files among `names`."""
     found = [(match, name) for name in names if (match := RANK_FILE.fullmatch(name))]
     return sorted((int(match[1]), int(match[2]), name) for match, name in found)
 
@@ -190,7 +190,7 @@ def _replicated(name: str, entries: list[Entry]) -> Tensor | str:
 
 
 def _experts_per_rank(names: Iterable[str], ranks: int) -> dict[str, int]:
-    """How many experts of each module one rank holds: all of them, divided by the ranks."""
+    """Module -> experts per rank: all of the module's experts, divided by the number of ranks."""
     count: dict[str, int] = defaultdict(int)
     for name in names:
         if match := _EXPERT.fullmatch(name):
@@ -199,7 +199,7 @@ def _experts_per_rank(names: Iterable[str], ranks: int) -> dict[str, int]:
 
 
 def _place_expert(checkpoint: Checkpoint, name: str, held: dict[int, Entry], per_rank: dict[str, int]) -> None:
-    """An expert belongs to one rank. Another rank's copy, or the wrong rank, is what the engine would not find."""
+    """An expert belongs to one rank. The engine does not find it in another rank, nor a second copy."""
     match = _EXPERT.fullmatch(name)
     assert match is not None
     rank = int(match[2]) // per_rank[match[1]]
@@ -211,7 +211,7 @@ def _place_expert(checkpoint: Checkpoint, name: str, held: dict[int, Entry], per
 
 
 def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict[str, int]) -> None:
-    """The reference engine's layout: put the ranks' slices together, collect the experts, keep the copies."""
+    """The reference engine's layout: join the ranks' slices, collect the experts, keep the copies."""
     held: dict[str, dict[int, Entry]] = defaultdict(dict)
     for shard_name, shard in shards.items():
         for entry in shard.entries.values():
@@ -239,7 +239,7 @@ def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict
 
 
 def _open_ranks(
-    checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple[int, int, str]], told: Callable[[], None]
+    checkpoint: Checkpoint, sizes: dict[str, int], found: list[tuple[int, int, str]], on_header: Callable[[], None]
 ) -> None:
     counts = {count for _, count, _ in found}
     if len(counts) > 1:
@@ -250,7 +250,7 @@ def _open_ranks(
         )
     checkpoint.layout, checkpoint.ranks = "mp", counts.pop()
     present = {rank: name for rank, _, name in found}
-    shards = _read_shards(checkpoint, sizes, [name for _, _, name in found], told)
+    shards = _read_shards(checkpoint, sizes, [name for _, _, name in found], on_header)
     for rank in range(checkpoint.ranks):
         if rank not in present:
             text = f"model{rank}-mp{checkpoint.ranks}.safetensors is not there"
@@ -258,10 +258,11 @@ def _open_ranks(
     _collect_ranks(checkpoint, shards, {name: rank for rank, name in present.items()})
 
 
-def open_checkpoint(files: Files, where: str, told: Callable[[], None] = lambda: None) -> Checkpoint:
-    """Read all headers (and the index) of a checkpoint. `where` is "source" or "output"; `told` hears of each header.
+def open_checkpoint(files: Files, where: str, on_header: Callable[[], None] = lambda: None) -> Checkpoint:
+    """Read all headers, and the index, of a checkpoint. `where` is "source" or "output".
 
-    Raises InputError when there is no safetensors file at all, or when files of several conversions lie together.
+    `on_header` is called after each header. Raises InputError if there is no safetensors file at all, or if the folder
+    holds files of several conversions.
     """
     checkpoint = Checkpoint(where, files)
     sizes = files.sizes()
@@ -269,9 +270,9 @@ def open_checkpoint(files: Files, where: str, told: Callable[[], None] = lambda:
     if not names and INDEX_NAME not in sizes:
         raise InputError(f"{files.label} holds no safetensors file", "Give the folder that holds the shards.")
     if INDEX_NAME not in sizes and (found := _ranks(names)):
-        _open_ranks(checkpoint, sizes, found, told)
+        _open_ranks(checkpoint, sizes, found, on_header)
     else:
-        shards = _read_shards(checkpoint, sizes, names, told)
+        shards = _read_shards(checkpoint, sizes, names, on_header)
         _check_index(checkpoint, sizes, shards)
         _collect_whole(checkpoint, shards)
     for name in checkpoint.unreadable:

@@ -1,7 +1,7 @@
-"""`dsv4.json`, when a checkpoint has one: the sizes and hashes that were written down when it was made.
+"""`dsv4.json`, if a checkpoint has one: the sizes and hashes that were recorded when the checkpoint was written.
 
-Only used when a checkpoint is verified alone. With the source at hand the manifest proves nothing that the tensors
-do not.
+Only used when a checkpoint is verified alone. With the source at hand, the manifest proves nothing that the tensors do
+not prove.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dsv4.errors import printable
 from .config import file_hash, read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
-from .share import ALONE, Share
+from .schedule import ALONE, Share
 
 MANIFEST = "dsv4.json"
 FORMAT = 1
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written down, and which files this process hashes. All is empty when the file cannot be understood."""
+    """What was recorded, and which files this process hashes (`mine`). All empty if the file cannot be understood."""
 
     shards: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
@@ -34,12 +34,12 @@ class Manifest:
 
     @property
     def bytes_to_hash(self) -> int:
-        """Bytes that this process reads for it."""
+        """Bytes of the files that this process hashes."""
         return sum(self.mine.values())
 
 
 def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | None:
-    """The manifest of a checkpoint, None when it has none. Files of another size than it says are not hashed."""
+    """The manifest of a checkpoint, None if it has none. Files whose size differs from the manifest are not hashed."""
     sizes = checkpoint.files.sizes()
     if MANIFEST not in sizes:
         return None
@@ -63,7 +63,7 @@ def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[in
 
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:
-    """Whether one file is as the manifest has it. Writes a problem when it is not."""
+    """Whether one file is as the manifest says. If not, records a problem."""
     shown = printable(name)
     if not isinstance(said, dict):
         checkpoint.problem("manifest", f"its entry for {shown} cannot be understood")
@@ -88,7 +88,7 @@ def _tensor_hash(checkpoint: Checkpoint, entry: Entry) -> str:
 
 
 def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool) -> None:
-    """Dtype and shape; in a shard whose hash is wrong also the hash: which of its tensors changed?"""
+    """Compare dtype and shape; in a shard whose hash is wrong also the tensor's hash, to find which tensor changed."""
     shown = printable(entry.name)
     if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
         claimed = f"{said.get('dtype')} {said.get('shape')}"
@@ -99,7 +99,7 @@ def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], sh
 
 
 def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
-    """Exactly the tensors that are there are listed, as they are. Slices of ranks are listed as nothing whole."""
+    """The manifest must list exactly the checkpoint's tensors. Slices of ranks are not compared one by one."""
     there = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
     listed = {canonical(name): value for name, value in said.items()}
     for name in sorted(listed.keys() - there):
@@ -113,7 +113,7 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
 
 
 def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:
-    """Sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes."""
+    """Compare sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes."""
     if not manifest.understood:
         return
     sizes, shards = checkpoint.files.sizes(), manifest.shards

@@ -1,25 +1,29 @@
-"""What has to be compared: every tensor of both checkpoints in exactly one `Unit`.
+"""What is compared and how: every tensor of both checkpoints belongs to exactly one `ComparedTensor`.
 
-A weight and its block scale are one unit, because neither means anything alone. How a pair is compared follows from
-declared dtypes, shapes and names, never from byte counts: a weight is FP4 when its dtype is F4, or I8/U8 with two
-codes a byte and a sibling scale; FP8 when its dtype is F8_E4M3. Everything else is compared byte for byte, unless
-the two sides declare different floating point dtypes; then values decide.
+A weight and its block scale are compared together, because neither has a meaning alone. How a pair is compared follows
+from declared dtypes, shapes and names, never from byte counts: a weight is FP4 if its dtype is F4, or I8/U8 with two
+codes a byte and a sibling scale; FP8 if its dtype is F8_E4M3. All other tensors are compared byte for byte, unless the
+two sides declare different floating-point dtypes: then their values are compared.
 """
 
+import fnmatch
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from .compare_values import FORMATS
+from dsv4.convert.proof.values.compare import FORMATS
+from dsv4.convert.proof.values.formats import E2M1, E4M3, Format
+from dsv4.errors import UsageError, printable
+
 from .files import DTYPE_BITS
-from .formats import E2M1, E4M3, Format
 from .layout import Checkpoint, Tensor
 
 Kind = Literal["bytes", "values", "scan", "different", "missing", "extra", "unreadable"]
 
-# (rows, columns) of one scale. 1x32 on FP8 is the engram embedding of the V4.1 release.
+# (rows, columns) per scale. 1x32 on FP8 is the engram embedding of the V4.1 release.
 _FP4_BLOCKS = ((1, 32),)
 _FP8_BLOCKS = ((128, 128), (32, 32), (1, 32))
 _SCALE_DTYPES = ("F8_E8M0", "F32")
@@ -27,7 +31,7 @@ _SCALE_DTYPES = ("F8_E8M0", "F32")
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor whose values can be compared: `rows` x `columns` elements in `number_format`, and its scales."""
+    """A tensor whose values can be compared: `rows` x `columns` elements in `number_format`, and its block scales."""
 
     tensor: Tensor
     number_format: Format
@@ -51,8 +55,8 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One tensor, or one weight with its scale, on both sides. `source` or `output` is None where it does not exist."""
+class ComparedTensor:
+    """One tensor, or one weight with its scale, on both sides. A side that lacks the tensor has None for it."""
 
     name: str
     kind: Kind
@@ -61,12 +65,12 @@ class Unit:
     output: Tensor | None = None
     source_weight: Weight | None = None
     output_weight: Weight | None = None
-    scale_name: str = ""  # set when the unit also accounts for a scale
+    scale_name: str = ""  # "" if there is no scale
     source_scale: Tensor | None = None
     output_scale: Tensor | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the unit with its side."""
+        """(side, tensor) of the weight and of its scale, on both sides."""
         for side, found in (("source", (self.source, self.source_scale)), ("output", (self.output, self.output_scale))):
             for tensor in found:
                 if tensor is not None:
@@ -79,26 +83,27 @@ class Unit:
 
     @cached_property
     def elements(self) -> int:
-        """Elements of the tensor, scales not counted."""
+        """Elements of the tensor, without its scale."""
         if self.output_weight is not None:
             return self.output_weight.rows * self.output_weight.columns
         tensor = self.output or self.source
         return math.prod(tensor.shape) if tensor is not None else 0
 
 
-def coarse_block(unit: Unit) -> tuple[int, int] | None:
-    """The larger block of the two sides, in which differences are located; None when neither has scales."""
-    blocks = [w.block for w in (unit.source_weight, unit.output_weight) if w is not None and w.scale is not None]
+def coarse_block(compared: ComparedTensor) -> tuple[int, int] | None:
+    """(rows, columns) of the larger block of the two sides, by which differences are located; None without scales."""
+    weights = (compared.source_weight, compared.output_weight)
+    blocks = [weight.block for weight in weights if weight is not None and weight.scale is not None]
     return max(blocks, key=lambda block: block[0] * block[1], default=None)
 
 
 def row_bytes(tensor: Tensor) -> int:
-    """Bytes of one step along the first dimension."""
+    """Bytes of one row (one step along the first dimension)."""
     return math.prod(tensor.shape[1:]) * DTYPE_BITS[tensor.dtype] // 8
 
 
 def logical_shape(tensor: Tensor, packed: bool) -> tuple[int, ...]:
-    """Shape in elements: I8 holds two FP4 codes a byte, F4 already counts elements."""
+    """Shape in elements: a byte of I8 or U8 holds two FP4 codes if `packed`; a shape of F4 already counts elements."""
     if packed and tensor.dtype in ("I8", "U8"):
         return (*tensor.shape[:-1], tensor.shape[-1] * 2)
     return tensor.shape
@@ -111,9 +116,9 @@ def _format_of(tensor: Tensor, packed: bool) -> Format | None:
 
 
 def understand(tensor: Tensor, scale: Tensor | None, packed: bool) -> Weight | str:
-    """The tensor as a weight, or why it cannot be understood as one.
+    """The tensor as a `Weight`, or the reason why its values cannot be compared.
 
-    `packed` says that an I8 or U8 tensor holds FP4 codes: it has a scale, or its counterpart has.
+    `packed`: an I8 or U8 tensor holds FP4 codes, because it has a scale or the other side's tensor has one.
     """
     number_format = _format_of(tensor, packed)
     if number_format is None:
@@ -141,26 +146,26 @@ def _same_kind(a: Tensor | None, b: Tensor | None) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-def _pair_kind(unit: Unit) -> Unit:
-    """Both sides exist: how are they compared?"""
-    source, output = unit.source, unit.output
+def _pair_kind(pair: ComparedTensor) -> ComparedTensor:
+    """How a tensor that both sides hold is compared."""
+    source, output = pair.source, pair.output
     assert source is not None and output is not None
-    scaled = bool(unit.scale_name)
+    scaled = bool(pair.scale_name)
     packed = scaled and {source.dtype, output.dtype} <= {"I8", "U8", *FORMATS}
     if not scaled and _same_kind(source, output) and source.dtype not in ("F8_E4M3", "F4"):
-        return replace(unit, kind="bytes")
+        return replace(pair, kind="bytes")
     shapes = logical_shape(source, packed), logical_shape(output, packed)
     if shapes[0] != shapes[1]:
-        return replace(unit, kind="different", reason=f"shape {list(shapes[0])} became {list(shapes[1])}")
-    a, b = understand(source, unit.source_scale, packed), understand(output, unit.output_scale, packed)
+        return replace(pair, kind="different", reason=f"shape {list(shapes[0])} became {list(shapes[1])}")
+    a, b = understand(source, pair.source_scale, packed), understand(output, pair.output_scale, packed)
     if not isinstance(a, str) and not isinstance(b, str):
-        return replace(unit, kind="values", source_weight=a, output_weight=b)
-    if _same_kind(source, output) and _same_kind(unit.source_scale, unit.output_scale):
-        return replace(unit, kind="bytes")
+        return replace(pair, kind="values", source_weight=a, output_weight=b)
+    if _same_kind(source, output) and _same_kind(pair.source_scale, pair.output_scale):
+        return replace(pair, kind="bytes")
     if not scaled:
-        return replace(unit, kind="different", reason=f"dtype {source.dtype} became {output.dtype}")
+        return replace(pair, kind="different", reason=f"dtype {source.dtype} became {output.dtype}")
     side, reason = ("the source", a) if isinstance(a, str) else ("the output", b)
-    return replace(unit, kind="unreadable", reason=f"in {side} {reason}")
+    return replace(pair, kind="unreadable", reason=f"in {side} {reason}")
 
 
 def _has(checkpoint: Checkpoint, name: str) -> bool:
@@ -168,7 +173,7 @@ def _has(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _scale_of(checkpoint: Checkpoint, name: str) -> str:
-    """The name of a weight's block scale, when the checkpoint has that scale (readable or not)."""
+    """The name of a weight's block scale, "" if the checkpoint has no such tensor. It may be unreadable."""
     if not name.endswith(".weight"):
         return ""
     scale = name.removesuffix("weight") + "scale"
@@ -176,62 +181,115 @@ def _scale_of(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _pair_scale(source: Checkpoint, output: Checkpoint, name: str) -> str:
-    """The scale that is judged together with a weight: only when the weight is on both sides."""
+    """The scale that is compared together with a weight: only if both sides hold the weight."""
     both = _has(source, name) and _has(output, name)
     return (_scale_of(source, name) or _scale_of(output, name)) if both else ""
 
 
-def _unit(name: str, source: Checkpoint, output: Checkpoint) -> Unit:
+def _pair(name: str, source: Checkpoint, output: Checkpoint) -> ComparedTensor:
     scale = _pair_scale(source, output, name)
-    unit = Unit(
+    pair = ComparedTensor(
         name,
         "bytes",
-        "",
-        source.tensors.get(name),
-        output.tensors.get(name),
-        None,
-        None,
-        scale,
-        source.tensors.get(scale),
-        output.tensors.get(scale),
+        source=source.tensors.get(name),
+        output=output.tensors.get(name),
+        scale_name=scale,
+        source_scale=source.tensors.get(scale),
+        output_scale=output.tensors.get(scale),
     )
     for side in (source, output):
         for part in (name, scale):
             if part in side.unreadable:
-                return replace(unit, kind="unreadable", reason=f"in the {side.where}: {side.unreadable[part]}")
-    if unit.source is None or unit.output is None:
-        return replace(unit, kind="missing" if unit.output is None else "extra")
-    return _pair_kind(unit)
+                return replace(pair, kind="unreadable", reason=f"in the {side.where}: {side.unreadable[part]}")
+    if pair.source is None or pair.output is None:
+        return replace(pair, kind="missing" if pair.output is None else "extra")
+    return _pair_kind(pair)
 
 
 def _names(source: Checkpoint, output: Checkpoint) -> list[str]:
-    """Every tensor name of both sides once, scales of weights left out: their weight accounts for them."""
+    """Every tensor name of both sides once, without the scales that are compared with their weights."""
     names = dict.fromkeys((*source.tensors, *source.unreadable, *output.tensors, *output.unreadable))
     scales = {_pair_scale(source, output, name) for name in names}
     return [name for name in names if name not in scales]
 
 
-def plan_pair(source: Checkpoint, output: Checkpoint) -> list[Unit]:
-    """All units of a comparison, in the order of the source's shards."""
-    return [_unit(name, source, output) for name in _names(source, output)]
+def plan_pair(source: Checkpoint, output: Checkpoint) -> list[ComparedTensor]:
+    """Everything to compare between two checkpoints, in the order of the source's shards."""
+    return [_pair(name, source, output) for name in _names(source, output)]
 
 
-def _scan_unit(name: str, checkpoint: Checkpoint) -> Unit:
+def _scanned(name: str, checkpoint: Checkpoint) -> ComparedTensor:
     scale_name = _scale_of(checkpoint, name)
     tensor, scale = checkpoint.tensors.get(name), checkpoint.tensors.get(scale_name)
-    unit = Unit(name, "scan", "", None, tensor, None, None, scale_name, None, scale)
+    scanned = ComparedTensor(name, "scan", output=tensor, scale_name=scale_name, output_scale=scale)
     for part in (name, scale_name):
         if part in checkpoint.unreadable:
-            return replace(unit, kind="unreadable", reason=checkpoint.unreadable[part])
+            return replace(scanned, kind="unreadable", reason=checkpoint.unreadable[part])
     assert tensor is not None
     if scale is None and tensor.dtype != "F8_E4M3":
-        return unit
+        return scanned
     weight = understand(tensor, scale, packed=scale is not None)
     if isinstance(weight, str):
-        return replace(unit, kind="unreadable", reason=weight)
-    return replace(unit, output_weight=weight)
+        return replace(scanned, kind="unreadable", reason=weight)
+    return replace(scanned, output_weight=weight)
 
 
-def plan_scan(checkpoint: Checkpoint) -> list[Unit]:
-    """All units of one checkpoint alone."""
-    return [_scan_unit(name, checkpoint) for name in _names(checkpoint, checkpoint)]
+def plan_scan(checkpoint: Checkpoint) -> list[ComparedTensor]:
+    """Every tensor of one checkpoint, to be looked at alone. Only quantized ones are read."""
+    return [_scanned(name, checkpoint) for name in _names(checkpoint, checkpoint)]
+
+
+# Which tensors are compared: all, or those that --tensor, --shard and --sample select.
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors to compare: a glob of names, one output shard (counted from 1), a fraction drawn by `seed`."""
+
+    tensor: str | None = None
+    shard: int | None = None
+    sample: float | None = None
+    seed: int = 0
+
+    def describe(self) -> str:
+        """What is compared, in words, for the verdict; "" for everything."""
+        words = []
+        if self.tensor:
+            words.append(f"only tensors named '{printable(self.tensor)}'")
+        if self.shard:
+            words.append(f"only shard {self.shard}")
+        if self.sample is not None:
+            words.append(f"only a sample of {100 * self.sample:g}% of the tensors, seed {self.seed}")
+        return ", ".join(words)
+
+    def _drawn(self, name: str) -> bool:
+        if self.sample is None:
+            return True
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") < self.sample * 2**64
+
+    def takes(self, compared: ComparedTensor, shard: str | None) -> bool:
+        """Whether to compare it. `shard`: name of the only output shard to compare, None for all."""
+        stored = {part.name for _, tensor in compared.tensors() for part in tensor.parts}  # names with `model.` too
+        names = {compared.name, compared.scale_name, *stored}
+        if self.tensor and not any(fnmatch.fnmatchcase(name, self.tensor) for name in names):
+            return False
+        if shard is not None and not any(s == "output" and shard in t.shards for s, t in compared.tensors()):
+            return False
+        return self._drawn(compared.name)
+
+
+def select(
+    everything: list[ComparedTensor], selection: Selection, output: Checkpoint
+) -> tuple[list[ComparedTensor], list[str]]:
+    """(what is compared, names of the others). Raises UsageError if nothing is selected."""
+    shard = None
+    if selection.shard is not None:
+        if selection.shard > len(output.shards):
+            raise UsageError(f"--shard {selection.shard}: the output has {len(output.shards)} shards")
+        shard = output.shards[selection.shard - 1]
+    taken = [compared for compared in everything if selection.takes(compared, shard)]
+    if not taken:
+        raise UsageError("no tensor is selected", "Check --tensor, --shard and --sample.")
+    names = {compared.name for compared in taken}
+    return taken, [compared.name for compared in everything if compared.name not in names]

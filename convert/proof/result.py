@@ -1,4 +1,4 @@
-"""What `verify` found, as data: one status per tensor, counts, problems, statistics, a verdict.
+"""What `verify` found, as data: a status per tensor, counts, problems, statistics, a verdict.
 
 `=` same bytes, `≈` other bytes but every element of equal value, `*` differs, `-` missing, `+` extra, `!` unreadable.
 `Verification.to_json()` is what `--json` prints, and all that the report page is made from.
@@ -6,14 +6,15 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT
+from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT, printable
 
 from .files import Problem
-from .plan import Unit, coarse_block
-from .tally import E4M3_SPAN, Tally
+from .plan import ComparedTensor, coarse_block
+from .tally import E4M3_SPAN, Statistics, Tally, module_of, module_order
 
 STATUSES = {
     "=": "same bytes",
@@ -23,37 +24,38 @@ STATUSES = {
     "+": "extra",
     "!": "unreadable",
 }
+_STATUS_OF_KIND = {"missing": "-", "extra": "+", "unreadable": "!", "different": "*", "scan": "="}
 _SEVERITY = ".=≈+-*!"  # from not checked to unreadable: a cell of the proof grid shows the worst
 BLOCKS_LISTED = 4096  # differing blocks listed per tensor; an expert of the largest release has 1,344
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\..*")
-_MODULE = re.compile(r"((?:layers|mtp)\.\d+)\..*")
 
 
 @dataclass
 class TensorResult:
-    """One tensor (or scale) of the union of both checkpoints."""
+    """One tensor or scale that either checkpoint holds."""
 
     name: str
     status: str
     reason: str = ""
-    unit: Unit | None = None
+    compared: ComparedTensor | None = None  # None for a scale: the counts are its weight's
     tally: Tally = field(default_factory=Tally)
 
     def to_json(self) -> dict[str, Any]:
-        """Only what there is to say: fields of no interest are left out."""
+        """As plain data, without counts that are zero."""
         found: dict[str, Any] = {"name": self.name, "status": self.status}
         if self.reason:
             found["reason"] = self.reason
-        if self.unit is not None:
-            found |= _stored(self.unit) | _counts(self.unit, self.tally)
+        if self.compared is not None:
+            found |= _stored(self.compared) | _counts(self.compared, self.tally)
         return found
 
 
-def _stored(unit: Unit) -> dict[str, Any]:
+def _stored(compared: ComparedTensor) -> dict[str, Any]:
+    """Format, shape and shards of a tensor on each side."""
     found: dict[str, Any] = {}
     for side, tensor, weight in (
-        ("source", unit.source, unit.source_weight),
-        ("output", unit.output, unit.output_weight),
+        ("source", compared.source, compared.source_weight),
+        ("output", compared.output, compared.output_weight),
     ):
         if tensor is not None:
             found[side] = weight.described if weight else tensor.dtype
@@ -62,25 +64,17 @@ def _stored(unit: Unit) -> dict[str, Any]:
     return found
 
 
-def _counts(unit: Unit, tally: Tally) -> dict[str, Any]:
+def _counts(compared: ComparedTensor, tally: Tally) -> dict[str, Any]:
     found: dict[str, Any] = {"elements": tally.elements}
     if tally.different:
         found["different_elements"] = tally.different
         found["first_differences"] = tally.first
-    block = coarse_block(unit)
+    block = coarse_block(compared)
     if tally.blocks and block:
         found["block"] = list(block)
         found["different_blocks"] = len(tally.blocks)
         found["blocks"] = [[r, c, n] for (r, c), n in sorted(tally.blocks.items())[:BLOCKS_LISTED]]
-    for key, count in (
-        ("negative_zeros_became_positive", tally.lost_sign),
-        ("positive_zeros_became_negative", tally.gained_sign),
-    ):
-        if count:
-            found[key] = count
-    for key, counter in (("not_a_number_codes", tally.special), ("bad_scales", tally.bad_scales)):
-        if positive := {side: count for side, count in counter.items() if count}:
-            found[key] = positive
+    found |= _counts_of_codes(tally)
     if tally.spans:
         found["spans"] = {str(span): count for span, count in sorted(tally.spans.items())}
         found["headroom"] = E4M3_SPAN - max(tally.spans)
@@ -90,95 +84,92 @@ def _counts(unit: Unit, tally: Tally) -> dict[str, Any]:
     return found
 
 
+def _counts_of_codes(tally: Tally) -> dict[str, Any]:
+    """Zeros that changed sign, and codes and scales that are not numbers; counts of zero are left out."""
+    signs = {
+        "negative_zeros_became_positive": tally.lost_sign,
+        "positive_zeros_became_negative": tally.gained_sign,
+    }
+    found: dict[str, Any] = {key: count for key, count in signs.items() if count}
+    for key, counter in (("not_a_number_codes", tally.special), ("bad_scales", tally.bad_scales)):
+        if positive := {side: count for side, count in counter.items() if count}:
+            found[key] = positive
+    return found
+
+
+def _status(compared: ComparedTensor, tally: Tally) -> str:
+    if compared.kind in _STATUS_OF_KIND:
+        return _STATUS_OF_KIND[compared.kind]
+    if tally.different or tally.copies_differ:
+        return "*"
+    assert compared.source is not None and compared.output is not None
+    same = not tally.bytes_differ and compared.source.dtype == compared.output.dtype
+    return "=" if same or not compared.source.size + compared.output.size else "≈"
+
+
+def _scale_status(compared: ComparedTensor, tally: Tally, weight: str) -> tuple[str, str]:
+    """(status, reason) of a scale whose weight has the status `weight`, which decides if the scale's bytes differ."""
+    source, output = compared.source_scale, compared.output_scale
+    if compared.kind in ("missing", "extra", "unreadable", "scan"):
+        return weight, compared.reason
+    equal = weight in "=≈"
+    if source is not None and output is not None:
+        same = (source.dtype, source.shape) == (output.dtype, output.shape) and not tally.scale_bytes_differ
+        return "=" if same else "≈" if equal else "*", ""
+    unscaled = compared.output if output is None else compared.source
+    if unscaled is not None and unscaled.dtype in ("BF16", "F32"):
+        return "≈" if equal else "*", f"its factors are in the {unscaled.dtype} weight"
+    if equal:
+        return "≈", "absent on one side, every factor is 1"
+    return "-" if output is None else "+", ""
+
+
+def _reason(compared: ComparedTensor, tally: Tally) -> str:
+    if tally.copies_differ:
+        return "ranks hold different copies: " + ", ".join(map(printable, sorted(tally.copies_differ)))
+    return compared.reason
+
+
+def tensor_results(compared: ComparedTensor, tally: Tally) -> Iterator[TensorResult]:
+    """The result of a compared tensor, and of its scale if it has one."""
+    status = _status(compared, tally)
+    if compared.kind == "unreadable" or any(tensor.name == compared.name for _, tensor in compared.tensors()):
+        yield TensorResult(compared.name, status, _reason(compared, tally), compared, tally)
+    if compared.scale_name:
+        yield TensorResult(compared.scale_name, *_scale_status(compared, tally, status))
+
+
+def code_problems(results: list[TensorResult]) -> list[Problem]:
+    """NaN codes, and scales that are not positive and finite: no correct conversion holds them."""
+    found = []
+    for result in results:
+        for side in ("source", "output"):
+            name = printable(result.name)
+            if count := result.tally.special[side]:
+                found.append(Problem("codes", side, f"{name} holds {count} codes that are not finite numbers"))
+            if count := result.tally.bad_scales[side]:
+                found.append(Problem("codes", side, f"{name} has {count} scales that are not positive and finite"))
+    return found
+
+
 def _problems(count: int) -> str:
     return f"{count} problem" + ("s" if count != 1 else "")
 
 
-def module_of(name: str) -> str:
-    """`layers.3.attn.wq_a.weight` -> `layers.3`; what belongs to no layer -> `top`."""
-    match = _MODULE.fullmatch(name)
-    return match[1] if match else "top"
-
-
-def module_order(module: str) -> tuple[int, int]:
-    """Top first, then layers, then mtp stages, by number."""
-    kind, _, number = module.partition(".")
-    return {"top": 0, "layers": 1}.get(kind, 2), int(number or 0)
-
-
-@dataclass
-class Statistics:
-    """Sums over all tensors, for the report: spans, codes, scales per module, bytes per dtype."""
-
-    spans: Counter[int] = field(default_factory=Counter)
-    other_scale: int = 0
-    codes: dict[tuple[str, str], Any] = field(default_factory=dict)
-    scales: dict[tuple[str, str], Any] = field(default_factory=dict)  # (side, module) -> uses of each exponent
-    sizes: dict[str, Counter[str]] = field(default_factory=lambda: {"source": Counter(), "output": Counter()})
-    rebuilt: Counter[str] = field(default_factory=Counter)
-
-    def take_histograms(self, name: str, tally: Tally) -> None:
-        """Add the tally's histograms to those of its module, out of the tally: one per tensor would fill memory."""
-        for key, uses in tally.codes.items():
-            self.codes[key] = self.codes[key] + uses if key in self.codes else uses
-        for side, uses in tally.scale_codes.items():
-            at = side, module_of(name)
-            self.scales[at] = self.scales[at] + uses if at in self.scales else uses
-        tally.codes, tally.scale_codes = {}, {}
-
-    def take_codes(self, other: "Statistics") -> None:
-        """Add the histograms that another process took."""
-        for mine, theirs in ((self.codes, other.codes), (self.scales, other.scales)):
-            for key, uses in theirs.items():
-                mine[key] = mine[key] + uses if key in mine else uses
-
-    def add(self, unit: Unit, tally: Tally) -> None:
-        """Count one whole tensor in."""
-        self.spans.update(tally.spans)
-        self.other_scale += tally.other_scale
-        self.rebuilt.update(tally.rebuilt)
-        for side, tensor in unit.tensors():
-            self.sizes[side][tensor.dtype] += tensor.size * (1 + len(tensor.copies))
-
-    def to_json(self) -> dict[str, Any]:
-        """Histograms with empty bins left out where that is shorter."""
-        scales: dict[str, dict[str, dict[str, int]]] = {}
-        for side, module in sorted(self.scales, key=lambda key: (key[0] != "source", module_order(key[1]))):
-            uses = {
-                str(exponent - 127): int(count) for exponent, count in enumerate(self.scales[side, module]) if count
-            }
-            scales.setdefault(side, {})[module] = uses
-        found: dict[str, Any] = {
-            "bytes_by_dtype": {side: dict(sorted(sizes.items())) for side, sizes in self.sizes.items()},
-            "scale_exponents": scales,
-            "code_use": {f"{side} {kind}": [int(n) for n in uses] for (side, kind), uses in sorted(self.codes.items())},
-        }
-        if self.spans:
-            found["fp8_blocks"] = {
-                "count": sum(self.spans.values()),
-                "span_limit": E4M3_SPAN,
-                "spans": {str(span): count for span, count in sorted(self.spans.items())},
-                "smallest_headroom": E4M3_SPAN - max(self.spans),
-                "beyond_span_limit": sum(count for span, count in self.spans.items() if span > E4M3_SPAN),
-                "other_scale_than_reference": self.other_scale,
-            }
-        return found
-
-
 @dataclass
 class Verification:
-    """The result of a run. `exit_code` is what the command ends with; `verdict` is its sentence."""
+    """The result of `verify`. `exit_code` is the command's, `verdict` its one sentence."""
 
     source: str | None
     output: str
-    results: list[TensorResult]
-    problems: list[Problem]
-    statistics: Statistics
+    results: list[TensorResult] = field(repr=False)
+    problems: list[Problem] = field(repr=False)
+    statistics: Statistics = field(repr=False)
     strict: bool = False
     inverse: bool = False
     hashed: bool = False  # a manifest's hashes were compared
-    selection: str = ""  # "" or what was left out
-    unchecked: list[str] = field(default_factory=list)  # names that the selection left out
+    selection: str = ""  # what was compared, in words; "" for everything
+    unchecked: list[str] = field(default_factory=list, repr=False)  # names that were not selected
     read_bytes: int = 0
     seconds: float = 0.0
 
@@ -203,6 +194,11 @@ class Verification:
         counts = self.counts
         return any(counts[status] for status in "*-+")
 
+    @property
+    def _wrong(self) -> int:
+        """Problems that are differences."""
+        return sum(problem.severity == "difference" for problem in self.problems)
+
     def _unbuildable(self, kind: str) -> list[str]:
         return [result.name for result in self.results if result.tally.rebuilt[kind]]
 
@@ -221,49 +217,54 @@ class Verification:
     @property
     def verdict(self) -> str:
         """One sentence."""
-        counts, code = self.counts, self.exit_code
         part = f" ({self.selection})" if self.selection else ""
-        if code == EXIT_INPUT:
+        if self.exit_code == EXIT_INPUT:
             sure = "; what could be read differs" if self._values_differ else ""
             return f"NOT READABLE: not everything could be read{sure}{part}"
-        wrong = [problem for problem in self.problems if problem.severity == "difference"]
-        if self.source is None:
-            checked = (
-                "structure, config, codes and hashes agree" if self.hashed else "structure, config and codes agree"
-            )
-            return f"NOT SOUND{part}: {_problems(len(wrong))}" if code else f"SOUND{part}: {checked}"
-        if code == EXIT_DONE:
-            return (
-                f"IDENTICAL{part}: {counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
-            )
+        word, words = self._judgement_alone() if self.source is None else self._judgement()
+        return f"{word}{part}: {words}"
+
+    def _judgement_alone(self) -> tuple[str, str]:
+        if self.exit_code:
+            return "NOT SOUND", _problems(self._wrong)
+        checked = "structure, config, codes and hashes" if self.hashed else "structure, config and codes"
+        return "SOUND", f"{checked} agree"
+
+    def _judgement(self) -> tuple[str, str]:
+        counts = self.counts
+        if self.exit_code == EXIT_DONE:
+            return "IDENTICAL", f"{counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
         if self._values_differ:
-            return f"DIFFERENT{part}: {counts['*']} tensors differ, {counts['-']} are missing, {counts['+']} are extra"
-        if wrong:
-            return f"DIFFERENT{part}: all values are equal, but beside the values: {_problems(len(wrong))}"
-        return f"DIFFERENT{part}: all values are equal, but zeros changed sign (--strict)"
+            return "DIFFERENT", f"{counts['*']} tensors differ, {counts['-']} are missing, {counts['+']} are extra"
+        if self._wrong:
+            return "DIFFERENT", f"all values are equal, but beside the values: {_problems(self._wrong)}"
+        return "DIFFERENT", "all values are equal, but zeros changed sign (--strict)"
 
     @property
     def what_was_read(self) -> str:
-        """What `read_bytes` counts; headers and small files to compare come on top."""
+        """What `read_bytes` counts. Headers and side files are not counted."""
         if self.source is not None:
             return "tensors"
         return "quantized tensors and hashed files" if self.hashed else "quantized tensors"
 
+    def _statuses(self) -> Iterator[tuple[str, str]]:
+        """(name, status) of every tensor; `.` was not checked."""
+        yield from ((result.name, result.status) for result in self.results)
+        yield from ((name, ".") for name in self.unchecked)
+
     def _others(self) -> dict[str, str]:
-        """Per module the worst status of everything but its routed experts."""
+        """Module -> the worst status of all its tensors but the routed experts'."""
         found: dict[str, str] = {}
-        pairs = [(result.name, result.status) for result in self.results] + [(name, ".") for name in self.unchecked]
-        for name, status in pairs:
+        for name, status in self._statuses():
             if not _EXPERT.fullmatch(name):
                 module = module_of(name)
                 found[module] = max(found.get(module, "."), status, key=_SEVERITY.index)
         return {module: found[module] for module in sorted(found, key=module_order)}
 
     def _grid(self) -> dict[str, str]:
-        """Per module one character per routed expert: the worst status of its tensors; `.` was not checked."""
+        """Module -> one character per routed expert: the worst status of the expert's tensors."""
         cells: dict[str, dict[int, str]] = {}
-        pairs = [(result.name, result.status) for result in self.results] + [(name, ".") for name in self.unchecked]
-        for name, status in pairs:
+        for name, status in self._statuses():
             if match := _EXPERT.fullmatch(name):
                 row = cells.setdefault(match[1], {})
                 row[int(match[2])] = max(row.get(int(match[2]), "."), status, key=_SEVERITY.index)
@@ -304,6 +305,6 @@ class Verification:
 
 
 def _short(result: TensorResult) -> dict[str, Any]:
-    """The per-tensor line of `tensors`: details are in `differences` only."""
+    """A tensor's entry in `tensors`: its details are in `differences` only."""
     details = {"first_differences", "blocks", "name", "shape", "source_shards", "output_shards"}
     return {key: value for key, value in result.to_json().items() if key not in details}

@@ -1,233 +1,284 @@
-"""`verify(source, output)`: the driver. Plans, shares the work among threads, puts the pieces together again.
-
-Every piece of work is independent of every other, so several processes can do some each (see verify_share.py).
-"""
+"""`verify(source, output)`: read the headers, plan, compare, and draw the verdict."""
 
 import os
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
+from dsv4.convert.proof.report.charts import gigabytes
 from dsv4.errors import Interrupted, UsageError, printable
 
-from .charts import gigabytes
-from .compare_tensor import PieceWork, piece_bytes, plan_pieces
+from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, plan_pieces
 from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two
-from .crew import Crew, Held
-from .files import Files, LocalFiles, shard_names
+from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
-from .manifest import check_manifest, hash_files, read_manifest
-from .plan import Unit, plan_pair, plan_scan
-from .reader import Reader
-from .result import Statistics, Verification
-from .selection import Selection, select
-from .share import ALONE, Share
-from .status import code_problems, unit_results
-from .tally import Tally
+from .manifest import Manifest, check_manifest, hash_files, read_manifest
+from .plan import ComparedTensor, Selection, plan_pair, plan_scan, select
+from .result import Verification, code_problems, tensor_results
+from .schedule import ALONE, Share, in_order, usable_cores
+from .tally import Statistics, Tally
 
-BAND_BYTES = 1 << 20  # of the larger side: what a core's cache holds, and enough to outweigh the calls
 BYTES_PER_BAND_BYTE = 12  # buffers, table positions and masks of a thread at its worst
 MIN_BAND_BYTES = 1 << 16
 
-Advance = Callable[[int], None]
+Progress = Callable[[str, int, int], None]  # (step, done, total); the steps are "headers" and then "bytes"
 
 
-def _checked_memory(workers: int, max_memory: int | None) -> tuple[int, int]:
-    """(workers, bytes of a band) that fit into `max_memory`."""
-    if max_memory is None:
-        return workers, BAND_BYTES
-    workers = min(workers, max(1, max_memory // (MIN_BAND_BYTES * BYTES_PER_BAND_BYTE)))
-    band = min(BAND_BYTES, max_memory // workers // BYTES_PER_BAND_BYTE)
-    if band < MIN_BAND_BYTES:
-        least = MIN_BAND_BYTES * BYTES_PER_BAND_BYTE
-        raise UsageError(f"--max-memory {max_memory} is too little", f"Give at least {least} bytes.")
-    return workers, band
+def no_progress(step: str, done: int, total: int) -> None:
+    """For callers that show no progress."""
 
 
-def _open(side: str | os.PathLike[str] | Files) -> Files:
-    return LocalFiles(Path(side)) if isinstance(side, str | os.PathLike) else side
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to compare and how. `max_memory` is in bytes; see `verify` for the others."""
+
+    selection: Selection = field(default_factory=Selection)
+    strict: bool = False
+    inverse: bool = False
+    max_workers: int | None = None
+    max_memory: int | None = None
+
+    def working_memory(self) -> tuple[int, int]:
+        """(threads, bytes of a band) that fit into `max_memory`. Raises UsageError if nothing does."""
+        workers = self.max_workers or usable_cores()
+        if self.max_memory is None:
+            return workers, BAND_BYTES
+        workers = min(workers, max(1, self.max_memory // (MIN_BAND_BYTES * BYTES_PER_BAND_BYTE)))
+        band = min(BAND_BYTES, self.max_memory // workers // BYTES_PER_BAND_BYTE)
+        if band < MIN_BAND_BYTES:
+            least = MIN_BAND_BYTES * BYTES_PER_BAND_BYTE
+            raise UsageError(f"--max-memory {self.max_memory} is too little", f"Give at least {least} bytes.")
+        return workers, band
 
 
 @dataclass
-class _Run:
-    """One verification at work."""
+class Findings:
+    """What one process has read and found so far: a tally per compared tensor."""
 
-    source: Checkpoint | None
-    output: Checkpoint
-    selection: Selection
-    workers: int
-    band_bytes: int
-    inverse: bool
-    on_start: Callable[[int], None]
-    advance: Advance
-    share: Share
+    progress: Progress
+    compared: list[ComparedTensor] = field(default_factory=list)
+    tallies: list[Tally] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+    hashes: dict[str, str] = field(default_factory=dict)
     read: int = 0
     total: int = 0
-    differing: set[str] = field(default_factory=set)
 
-    def _advance(self, count: int) -> None:
+    def advance(self, count: int = 0) -> None:
+        """Count bytes that were read, and report how far the work is."""
         self.read += count
-        self.advance(count)
+        self.progress("bytes", self.read, self.total)
 
-    def _tallies(self, units: list[Unit], statistics: Statistics, hashing: int) -> list[Tally]:
-        every = [piece for index, unit in enumerate(units) for piece in plan_pieces(index, unit, self.band_bytes)]
-        sizes = [piece_bytes(units[piece.unit], piece) for piece in every]
-        pieces = self.share.of(every, sizes)
-        files = {side.where: side.files for side in (self.source, self.output) if side is not None}
-        reader = Reader(files.get("source"), self.output.files)
-        held = Held(files, units, pieces)
-        crew = Crew(units, pieces, lambda unit: PieceWork(unit, reader, self.band_bytes, self.inverse), held)
-        tallies = [Tally() for _ in units]
-        self.total = sum(self.share.of(sizes, sizes)) + hashing
-        self.on_start(self.total)
-        for index, found in crew.run(min(self.workers, max(len(pieces), 1))):
-            if isinstance(found, Tally):
-                statistics.take_histograms(units[index].name, found)
-                tallies[index].add(found)
-                if found.different or found.copies_differ:
-                    self.differing.add(units[index].name)
-                continue
-            self._advance(units[index].size * found // max(units[index].elements, 1))
-        return tallies
+    def add(self, piece: Piece, tally: Tally) -> None:
+        """Count a finished piece."""
+        self.statistics.take_histograms(self.compared[piece.tensor].name, tally)
+        self.tallies[piece.tensor].add(tally)
+        self.advance(piece.size)
 
-    def _merge(self, tallies: list[Tally], statistics: Statistics) -> tuple[list[Tally], Statistics]:
-        """What all processes found, put together in each of them."""
-        if self.share.count == 1:
-            return tallies, statistics
-        found = {index: tally for index, tally in enumerate(tallies) if tally != Tally()}
-        parts = self.share.gather((found, statistics, self.read))
-        merged, total, self.read = [Tally() for _ in tallies], Statistics(), 0
-        for some, counts, read in parts:
-            for index, tally in some.items():
-                merged[index].add(tally)
-            total.take_codes(counts)
-            self.read += read
-        return merged, total
-
-    def _check_files(self) -> None:
-        """What can be said before any tensor is read."""
-        if self.source is not None:
-            compare_configs(self.source, self.output)
-            compare_side_files(self.source, self.output)
-            check_config(self.source)
-        check_config(self.output)
-
-    def _check_scale_format(self, units: list[Unit], tallies: list[Tally]) -> None:
-        """`scale_fmt: ue8m0` promises powers of two; float32 scales that are none break it."""
-        for checkpoint in (self.source, self.output):
-            if checkpoint is not None and declares_powers_of_two(checkpoint):
-                for unit, tally in zip(units, tallies, strict=True):
-                    if count := tally.odd_scales[checkpoint.where]:
-                        text = f"scale_fmt says ue8m0, {printable(unit.scale_name)} has {count} other float32 scales"
-                        checkpoint.problem("config", text)
-                        break
-
-    def interrupted(self, error: Interrupted) -> Interrupted:
-        """How far it came, and what was found until then."""
-        share = 100 * self.read // max(self.total, 1)
-        found = f"{len(self.differing)} tensors differ so far" if self.differing else "no difference so far"
-        when = f"after {share}% of {gigabytes(self.total)}: {found}" if self.total else "before any tensor was read"
-        told = Interrupted(f"interrupted {when}", error.hint)
-        told.exit_code = error.exit_code
-        return told
-
-    def __call__(self) -> Verification:
-        units = plan_scan(self.output) if self.source is None else plan_pair(self.source, self.output)
-        units, unchecked = select(units, self.selection, self.output)
-        self._check_files()
-        manifest = read_manifest(self.output, self.share) if self.source is None else None
-        statistics = Statistics()
-        tallies = self._tallies(units, statistics, 0 if manifest is None else manifest.bytes_to_hash)
-        hashes = {} if manifest is None else hash_files(self.output, manifest, self._advance)
-        tallies, statistics = self._merge(tallies, statistics)
-        for unit, tally in zip(units, tallies, strict=True):
-            statistics.add(unit, tally)
-        self._check_scale_format(units, tallies)
-        if manifest is not None:
-            check_manifest(self.output, manifest, self.share.merged(hashes))
-        results = [r for unit, tally in zip(units, tallies, strict=True) for r in unit_results(unit, tally)]
-        problems = [p for side in (self.source, self.output) if side is not None for p in side.problems]
-        return Verification(
-            None if self.source is None else self.source.files.label,
-            self.output.files.label,
-            results,
-            problems + code_problems(results),
-            statistics,
-            inverse=self.inverse,
-            hashed=manifest is not None,
-            selection=self.selection.describe(),
-            unchecked=unchecked,
-            read_bytes=self.read,
-        )
+    def so_far(self, error: Interrupted) -> Interrupted:
+        """The interruption with a message that says how far the work was and what it had found."""
+        differing = sum(bool(tally.different or tally.copies_differ) for tally in self.tallies)
+        found = f"{differing} tensors differ so far" if differing else "no difference so far"
+        percent = 100 * self.read // max(self.total, 1)
+        when = f"after {percent}% of {gigabytes(self.total)}: {found}" if self.total else "before any tensor was read"
+        explained = Interrupted(f"interrupted {when}", error.hint)
+        explained.exit_code = error.exit_code
+        return explained
 
 
-def _nothing(_: int) -> None:
-    pass
+def _merged(own: Findings, share: Share) -> Findings:
+    """The findings of all processes, the same in each of them."""
+    if share.count == 1:
+        return own
+    tallies = {number: tally for number, tally in enumerate(own.tallies) if tally != Tally()}
+    merged = Findings(own.progress, own.compared, [Tally() for _ in own.tallies])
+    for some, statistics, hashes, read in share.gather((tallies, own.statistics, own.hashes, own.read)):
+        for number, tally in some.items():
+            merged.tallies[number].add(tally)
+        merged.statistics.add_histograms(statistics)
+        merged.hashes |= hashes
+        merged.read += read
+    return merged
 
 
-def _untold(done: int, total: int) -> None:
-    pass
+def _compare_pieces(
+    findings: Findings, pieces: list[Piece], files: dict[str, Files], settings: Settings, workers: int, band: int
+) -> None:
+    """Read and compare the pieces, and add what they show to the findings."""
+    stopped = threading.Event()
+    reader = Reader(files.get("source"), files["output"])
+    remote = {side: some for side, some in files.items() if isinstance(some, RemoteFiles)}
+
+    def compare(piece: Piece) -> Tally:
+        compared = findings.compared[piece.tensor]
+        return PieceComparison(compared, piece, reader, band, settings.inverse, stopped).run()
+
+    def shards_of(piece: Piece) -> tuple[frozenset[str], ...]:
+        tensors = list(findings.compared[piece.tensor].tensors()) if remote else []
+        return tuple(frozenset(n for s, tensor in tensors if s == side for n in tensor.shards) for side in remote)
+
+    work = in_order(pieces, compare, workers, stopped, findings.advance, list(remote.values()), shards_of)
+    with closing(work) as results:
+        for piece, tally in results:
+            findings.add(piece, tally)
 
 
-def _open_all(sides: list[Files], headers: Callable[[int, int], None]) -> list[Checkpoint]:
-    """The headers of the output, or of source and output."""
+def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
+    """Compare configs and side files with each other, and configs with the headers."""
+    if source is not None:
+        compare_configs(source, output)
+        compare_side_files(source, output)
+        check_config(source)
+    check_config(output)
+
+
+def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
+    """`scale_fmt: ue8m0` promises powers of two; other float32 scales break the promise."""
+    if not declares_powers_of_two(checkpoint):
+        return
+    for compared, tally in zip(findings.compared, findings.tallies, strict=True):
+        if odd := tally.odd_scales[checkpoint.where]:
+            text = f"scale_fmt says ue8m0, {printable(compared.scale_name)} has {odd} other float32 scales"
+            checkpoint.problem("config", text)
+            return
+
+
+def _open_checkpoints(source: Files | None, output: Files, progress: Progress) -> tuple[Checkpoint | None, Checkpoint]:
+    """Read all headers."""
+    sides = [files for files in (source, output) if files is not None]
     total, numbers = sum(len(list(shard_names(files))) for files in sides), count(1)
-    names = ("source", "output")[-len(sides) :]
-    return [
-        open_checkpoint(files, name, lambda: headers(next(numbers), total))
-        for files, name in zip(sides, names, strict=True)
-    ]
+
+    def on_header() -> None:
+        progress("headers", next(numbers), total)
+
+    original = None if source is None else open_checkpoint(source, "source", on_header)
+    return original, open_checkpoint(output, "output", on_header)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Torch computes in the calling thread: the pieces are what runs in parallel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(
+    source: Checkpoint | None,
+    output: Checkpoint,
+    findings: Findings,
+    settings: Settings,
+    share: Share,
+    manifest: Manifest | None,
+) -> None:
+    """This process's share of the reading: tensors, then the files of which the manifest has hashes."""
+    workers, band = settings.working_memory()
+    every = [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
+    pieces = share.of(every, [piece.size for piece in every])
+    findings.total = sum(piece.size for piece in pieces) + (manifest.bytes_to_hash if manifest else 0)
+    findings.advance()
+    files = {side.where: side.files for side in (source, output) if side is not None}
+    _compare_pieces(findings, pieces, files, settings, workers, band)
+    if manifest is not None:
+        findings.hashes = hash_files(output, manifest, findings.advance)
+
+
+def _conclude(
+    source: Checkpoint | None, output: Checkpoint, findings: Findings, manifest: Manifest | None
+) -> Verification:
+    """The verdict from the findings of all processes."""
+    for compared, tally in zip(findings.compared, findings.tallies, strict=True):
+        findings.statistics.add(compared, tally)
+    sides = [side for side in (source, output) if side is not None]
+    for side in sides:
+        _check_scale_format(side, findings)
+    if manifest is not None:
+        check_manifest(output, manifest, findings.hashes)
+    pairs = zip(findings.compared, findings.tallies, strict=True)
+    results = [result for compared, tally in pairs for result in tensor_results(compared, tally)]
+    return Verification(
+        None if source is None else source.files.label,
+        output.files.label,
+        results,
+        [problem for side in sides for problem in side.problems] + code_problems(results),
+        findings.statistics,
+        hashed=manifest is not None,
+        read_bytes=findings.read,
+    )
+
+
+def verify_files(
+    source: Files | None, output: Files, settings: Settings, progress: Progress = no_progress, share: Share = ALONE
+) -> Verification:
+    """`verify` on files that may be remote, by one of several processes.
+
+    `progress` is called in the calling thread, also while a step takes long; what it raises ends the work. With a
+    `share` this process compares its part of the tensors, exchanges findings with the others, and returns the result
+    of all.
+    """
+    started = time.monotonic()
+    if settings.inverse and source is None:
+        raise UsageError("--inverse needs the source too", "Give SOURCE and OUTPUT.")
+    settings.working_memory()  # refuse too little memory before the headers are read
+    findings = Findings(progress)
+    try:
+        with _one_torch_thread():
+            one, other = _open_checkpoints(source, output, progress)
+            everything = plan_scan(other) if one is None else plan_pair(one, other)
+            findings.compared, unchecked = select(everything, settings.selection, other)
+            findings.tallies = [Tally() for _ in findings.compared]
+            _check_files(one, other)
+            manifest = read_manifest(other, share) if one is None else None
+            _compare(one, other, findings, settings, share, manifest)
+        result = _conclude(one, other, _merged(findings, share), manifest)
+    except Interrupted as error:
+        raise findings.so_far(error) from None
+    return replace(
+        result,
+        strict=settings.strict,
+        inverse=settings.inverse,
+        selection=settings.selection.describe(),
+        unchecked=unchecked,
+        seconds=time.monotonic() - started,
+    )
 
 
 def verify(
-    source: str | os.PathLike[str] | Files,
-    output: str | os.PathLike[str] | Files | None = None,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
-    selection: Selection | None = None,
+    tensor: str | None = None,
+    shard: int | None = None,
+    sample: float | None = None,
+    seed: int = 0,
     strict: bool = False,
     inverse: bool = False,
     max_workers: int | None = None,
     max_memory: int | None = None,
-    headers: Callable[[int, int], None] = _untold,
-    on_start: Callable[[int], None] = _nothing,
-    advance: Advance = _nothing,
-    share: Share = ALONE,
 ) -> Verification:
-    """Does `output` hold the same model as `source`? With one checkpoint only: is it sound in itself?
+    """Compare two checkpoints: does the folder `output` hold the same model as `source`? Or check one alone.
 
-    `source` and `output` are folders or `Files`. `strict` makes a changed sign of zero a difference; `inverse`
-    rebuilds the source's FP4 codes from the output's values. `max_memory` (bytes) bounds the working memory of all
-    `max_workers` threads. `headers(done, total)` is told of shards whose headers are read, then `on_start(total)` and
-    `advance(count)` of bytes, for progress bars.
-    With a `share` this process does its part of the work, meets the others, and returns what all found.
+    tensor: a glob of tensor names; shard: one shard of `output`, counted from 1; sample: a fraction of the tensors (0
+    to 1), drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the source's FP4 codes
+    from the output's values. max_memory: bytes for the buffers of all `max_workers` threads.
 
-    Raises InputError when there is no checkpoint at all, UsageError for a selection that selects nothing; whatever
-    else is wrong with the files is in the result.
+    Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected; every other fault of the
+    files is in the result.
     """
-    if inverse and output is None:
-        raise UsageError("--inverse needs the source too", "Give SOURCE and OUTPUT.")
-    workers, band = _checked_memory(max_workers or os.cpu_count() or 1, max_memory)
-    started = time.monotonic()
-    sides = [source] if output is None else [source, output]
-    opened = [_open(side) for side in sides]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one thread per band; the bands are the parallelism
-    try:
-        found = _open_all(opened, headers)
-        first = None if output is None else found[0]
-        run = _Run(first, found[-1], selection or Selection(), workers, band, inverse, on_start, advance, share)
-        try:
-            result = run()
-        except Interrupted as error:
-            raise run.interrupted(error) from None
-    finally:
-        torch.set_num_threads(threads)
-        for files in opened:
-            if isinstance(files, LocalFiles):
-                files.close()
-    result.strict, result.seconds = strict, time.monotonic() - started
-    return result
+    selection = Selection(tensor, shard, sample, seed)
+    settings = Settings(
+        selection=selection, strict=strict, inverse=inverse, max_workers=max_workers, max_memory=max_memory
+    )
+    with ExitStack() as stack:
+        *sources, converted = [
+            stack.enter_context(closing(LocalFiles(Path(side)))) for side in (source, output) if side is not None
+        ]
+        return verify_files(sources[0] if sources else None, converted, settings)

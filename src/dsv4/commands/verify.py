@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from dsv4.options import (
     Token,
     Verbose,
     as_folder,
+    command,
     example,
     named,
     parse_size,
@@ -30,9 +32,10 @@ from dsv4.options import (
 from dsv4.output import aligned, human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from dsv4.convert.hub.proof import HubFiles
-    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.proof.files import Files
     from dsv4.convert.proof.result import Verification
+    from dsv4.convert.proof.run import Settings
+    from dsv4.distributed import Ranks
 
 EPILOG = example(
     "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8",
@@ -46,7 +49,7 @@ SHOWN = 20  # differing tensors listed without -v
 BLOCKS_SHOWN = 8
 
 
-def _share(text: str | None) -> float | None:
+def _fraction(text: str | None) -> float | None:
     """`5%` or `0.05` -> 0.05."""
     if text is None:
         return None
@@ -146,50 +149,6 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     out.say(f"{what} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
 
 
-@contextmanager
-def _opened(
-    source: str, revision: str | None, converted: Path | None, options: "HubOptions"
-) -> Iterator["Path | HubFiles"]:
-    """SOURCE as a folder, or as files of a hub that pass through a temporary folder beside the output's shards."""
-    from dsv4.convert.checkpoint.source import parse_source
-
-    where = parse_source(source, revision)
-    if isinstance(where, Path):
-        yield where
-        return
-    from dsv4.convert.hub.proof import HubFiles
-    from dsv4.convert.hub.storage import open_hub_storage
-
-    if converted is not None and not converted.is_dir():
-        raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
-    with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
-        with closing(open_hub_storage(where, Path(scratch) / "shards", options)) as storage:
-            yield HubFiles(storage)
-
-
-def _run(
-    out: output.Output,
-    source: "Path | HubFiles",
-    converted: Path | None,
-    settings: dict[str, Any],
-    opened: Callable[[], None],
-) -> "Verification":
-    """The work itself, with a bar over bytes. `opened` is called when all headers are read."""
-    from dsv4.convert.proof.run import verify as run
-
-    with ExitStack() as stack:
-        bars: list[output.Progress] = []
-
-        def start(total: int) -> None:
-            opened()
-            bars.append(stack.enter_context(out.progress(total, "verify")))
-
-        def advance(count: int) -> None:
-            bars[0].advance(count)
-
-        return run(source, converted, on_start=start, advance=advance, **settings)
-
-
 def _check_writable(report: Path) -> None:
     """A page that cannot be written should not be found out about after an hour; nothing is left behind."""
     there = report.exists()
@@ -199,7 +158,7 @@ def _check_writable(report: Path) -> None:
 
 
 def _write_report(report: Path, found: dict[str, Any]) -> None:
-    from dsv4.convert.proof.report import render
+    from dsv4.convert.proof.report.page import render
 
     report.write_text(render(found), encoding="utf-8")
 
@@ -229,41 +188,112 @@ def _tell_all(
         out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(converted)]))}")
 
 
-def verify(
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """The arguments and options of `dsv4 verify`."""
+
     source: Annotated[
         str,
         typer.Argument(
             parser=named, metavar="SOURCE", help="Folder (or hf:, ms: org/name) to compare with, or to check alone."
         ),
-    ],
+    ]
     converted: Annotated[
         Path | None, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder of the converted one.")
-    ] = None,
-    tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None,
-    shard: Annotated[
-        int | None, typer.Option("--shard", metavar="N", min=1, help="Only the N-th shard of OUTPUT.")
-    ] = None,
+    ] = None
+    tensor: Annotated[str | None, typer.Option("--tensor", metavar="GLOB", help="Only tensors of this name.")] = None
+    shard: Annotated[int | None, typer.Option("--shard", metavar="N", min=1, help="Only the N-th shard of OUTPUT.")] = (
+        None
+    )
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="SHARE", help="Only a share of the tensors, such as 5%.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which tensors --sample draws.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False,
+        str | None, typer.Option("--sample", metavar="SHARE", help="Only a random sample of the tensors, such as 5%.")
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which tensors --sample draws.")] = 0
+    strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False
     inverse: Annotated[
-        bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT's values: could it be deleted?")
-    ] = False,
+        bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT: could SOURCE be deleted?")
+    ] = False
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write the proof as an HTML page.")
-    ] = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = None,
-    scratch: Scratch = 2,
-    token: Token = None,
-    max_workers: MaxWorkers = None,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    ] = None
+    revision: Revision = None
+    cache_dir: CacheDir = None
+    scratch: Scratch = 2
+    token: Token = None
+    max_workers: MaxWorkers = None
+    max_memory: MaxMemory = None
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+
+def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
+    from dsv4.convert.proof.plan import Selection
+    from dsv4.convert.proof.run import Settings
+
+    return Settings(
+        selection=Selection(options.tensor, options.shard, _fraction(options.sample), options.seed),
+        strict=options.strict,
+        inverse=options.inverse,
+        max_workers=options.max_workers or (ranks.workers if ranks else None),
+        max_memory=None if options.max_memory is None else parse_size(options.max_memory),
+    )
+
+
+@contextmanager
+def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int, int], None]) -> Iterator["Files"]:
+    """SOURCE: a folder, or a repository whose shards pass through a temporary folder beside OUTPUT's shards."""
+    from dsv4.convert.checkpoint.source import parse_source
+    from dsv4.convert.proof.files import LocalFiles
+
+    where, converted = parse_source(options.source, options.revision), options.converted
+    if isinstance(where, Path):
+        with closing(LocalFiles(where)) as folder:
+            yield folder
+        return
+    from dsv4.convert.hub.proof import HubFiles
+    from dsv4.convert.hub.storage import HubOptions, open_hub_storage
+
+    if converted is not None and not converted.is_dir():
+        raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
+    hub = HubOptions(
+        options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=progress
+    )
+    with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
+        with closing(open_hub_storage(where, Path(scratch) / "shards", hub)) as storage:
+            yield HubFiles(storage)
+
+
+def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") -> "Verification":
+    """The work itself, under two bars: one over headers, then one over bytes."""
+    from dsv4.convert.proof.files import LocalFiles
+    from dsv4.convert.proof.run import verify_files
+    from dsv4.convert.proof.schedule import ALONE, Share
+
+    settings = _settings(options, ranks)
+    share = Share(ranks.index, ranks.count, ranks.gather) if ranks else ALONE
+    with ExitStack() as stack, ExitStack() as before:
+        on_header = before.enter_context(opening(out))
+        bars: list[output.Progress] = []
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step == "headers":
+                on_header(done, total)
+                return
+            if not bars:
+                before.close()
+                bars.append(stack.enter_context(out.progress(total, "verify")))
+            bars[0].reach(done, total)
+
+        source = stack.enter_context(_opened(options, out, on_header))
+        if options.converted is None:
+            return verify_files(None, source, settings, progress, share)
+        converted = stack.enter_context(closing(LocalFiles(options.converted)))
+        return verify_files(source, converted, settings, progress, share)
+
+
+@command
+def verify(options: VerifyOptions) -> None:
     """Read all of SOURCE and OUTPUT and decide whether they hold the same model.
 
     Trusts nothing that `convert` said and shares no code with it. Understands other people's conversions too: the
@@ -274,33 +304,16 @@ def verify(
     from dsv4.distributed import joined, launched
 
     ranks = launched()
-    out = output.configure(json, quiet, verbose, ranks)
-    from dsv4.convert.hub.storage import HubOptions
-    from dsv4.convert.proof.selection import Selection
-    from dsv4.convert.proof.share import Share
-
-    settings: dict[str, Any] = {
-        "selection": Selection(tensor, shard, _share(sample), seed),
-        "strict": strict,
-        "inverse": inverse,
-        "max_workers": max_workers or (ranks.workers if ranks else None),
-        "max_memory": None if max_memory is None else parse_size(max_memory),
-    }
-    if ranks is not None and not ranks.is_first:
-        report = None
+    out = output.configure(options.json, options.quiet, options.verbose, ranks)
+    report = options.report if ranks is None or ranks.is_first else None
     if report is not None:
         _check_writable(report)
-    if converted is not None and converted.resolve() == Path(source).resolve():
+    if options.converted is not None and options.converted.resolve() == Path(options.source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     try:
-        with joined(ranks) if ranks else nullcontext(), ExitStack() as before:
-            if ranks:
-                settings["share"] = Share(ranks.index, ranks.count, ranks.gather)
-            headers = settings["headers"] = before.enter_context(opening(out))
-            options = HubOptions(token, cache_dir, scratch, warn=out.warn, detail=out.detail, headers=headers)
-            with _opened(source, revision, converted, options) as files:
-                result = _run(out, files, converted, settings, before.close)
-            _tell_all(out, result, source, converted, report)
+        with joined(ranks) if ranks else nullcontext():
+            result = _compare(options, out, ranks)
+            _tell_all(out, result, options.source, options.converted, report)
             if ranks:
                 ranks.leave()
     except Interrupted as error:

@@ -252,11 +252,14 @@ def test_verify_finds_another_model(server: HubServer, tmp_path: Path) -> None:
 
 
 def test_verify_needs_shards_together(tmp_path: Path) -> None:
-    """Scales lie in another shard than their weights: with room for one shard, one more is taken."""
+    """Scales lie in another shard than their weights: without room for both, it is refused before any is fetched."""
     folder = make_checkpoint(tmp_path / "scattered", shards=3)
     convert(folder, tmp_path / "fp8")
     with HubServer() as server:
         server.publish(REPOSITORY, folder)
+        refused = run_dsv4(server, tmp_path, "verify", REPOSITORY, "fp8", "--scratch", "1")
+        assert refused.returncode == 2 and "2 source shards are needed at once, --scratch allows 1" in refused.stderr
+        assert "Give a larger --scratch" in refused.stderr and not server.whole_shards()
         done = run_dsv4(server, tmp_path, "verify", REPOSITORY, "fp8")
         assert done.returncode == 0, done.stderr
         other = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")

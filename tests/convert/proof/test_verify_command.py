@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
 from dsv4 import cli
 from dsv4.cli import run
-from dsv4.convert.proof.run import verify
+from dsv4.convert.proof.compare_tensor import PieceComparison
+from dsv4.convert.proof.files import LocalFiles
+from dsv4.convert.proof.result import Verification
+from dsv4.convert.proof.run import Progress, Settings, verify, verify_files
+from dsv4.convert.proof.tally import Tally
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.errors import Interrupted
 
@@ -148,7 +153,8 @@ def test_bands_and_pieces_change_nothing(
         write_folder(tmp_path, {shard: tensors}, index=False)
     wanted = verify(pair[0], tmp_path, inverse=True).to_json()
     assert wanted["counts"]["*"] > 50
-    monkeypatch.setattr("dsv4.convert.proof.run.BAND_BYTES", 4096)
+    for module in ("run", "compare_tensor"):
+        monkeypatch.setattr(f"dsv4.convert.proof.{module}.BAND_BYTES", 4096)
     monkeypatch.setattr("dsv4.convert.proof.compare_tensor.PIECE_BYTES", 20_000)
     found = verify(pair[0], tmp_path, inverse=True).to_json()
     for result in (wanted, found):
@@ -156,25 +162,34 @@ def test_bands_and_pieces_change_nothing(
     assert found == wanted
 
 
+def verify_with(progress: Progress, *folders: Path) -> Verification:
+    """`verify` with a progress callback."""
+    *source, output = map(LocalFiles, folders)
+    return verify_files(source[0] if source else None, output, Settings(), progress)
+
+
 def test_progress_reaches_the_total(pair: tuple[Path, Path]) -> None:
-    totals: list[int] = []
-    steps: list[int] = []
-    verify(*pair, on_start=totals.append, advance=steps.append)
-    assert len(totals) == 1 and 0.99 * totals[0] <= sum(steps) <= totals[0]
+    calls: list[tuple[str, int, int]] = []
+    verify_with(lambda *call: calls.append(call), *pair)
+    headers = [call[1:] for call in calls if call[0] == "headers"]
+    count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
+    assert headers == [(number, count) for number in range(1, count + 1)]
+    steps = [call[1:] for call in calls[len(headers) :]]
+    assert calls[len(headers)][0] == "bytes" and len({total for _, total in steps}) == 1
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] > 0
 
 
 def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
-    steps: list[int] = []
     before = set(threading.enumerate())
 
-    def interrupt(count: int) -> None:
-        steps.append(count)
-        if len(steps) == 200:
+    def interrupt(step: str, done: int, total: int) -> None:
+        if step == "bytes" and 2 * done > total:
             raise Interrupted("interrupted")
 
-    with pytest.raises(Interrupted, match=r"interrupted after \d+% of [\d.]+ MB: no difference so far"):
-        verify(*pair, advance=interrupt)
-    assert set(threading.enumerate()) <= before  # nobody goes on reading
+    with pytest.raises(Interrupted, match=r"interrupted after 5\d% of [\d.]+ MB: no difference so far"):
+        verify_with(interrupt, *pair)
+    assert set(threading.enumerate()) <= before  # no thread goes on reading
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
@@ -242,10 +257,9 @@ def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsy
     assert quantized.read_bytes == expected and "of quantized tensors read" in command(capsys, pair[0])[2]
     write_manifest(tmp_path / "alone")
     listed = sum(f.stat().st_size for f in (tmp_path / "alone").rglob("*") if f.is_file() and f.name != "dsv4.json")
-    totals: list[int] = []
-    steps: list[int] = []
-    hashed = verify(tmp_path / "alone", on_start=totals.append, advance=steps.append)
-    assert hashed.read_bytes == expected + listed == totals[0] == sum(steps)
+    calls: list[tuple[str, int, int]] = []
+    hashed = verify_with(lambda *call: calls.append(call), tmp_path / "alone")
+    assert (expected + listed, *calls[-1][1:]) == (hashed.read_bytes,) * 3
     assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
 
 
@@ -259,13 +273,6 @@ def test_a_manifest_may_be_as_large_as_the_checkpoint_has_tensors(pair: tuple[Pa
     assert (result.exit_code, result.hashed) == (0, True)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " " * 11_000_000)
     assert [p.text for p in verify(folder).problems if "believable" in p.text]
-
-
-def test_headers_are_told(pair: tuple[Path, Path]) -> None:
-    told: list[tuple[int, int]] = []
-    count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
-    verify(*pair, headers=lambda *found: told.append(found))
-    assert told == [(number, count) for number in range(1, count + 1)]
 
 
 @pytest.mark.parametrize("when", ["open_checkpoint", "plan_pair"])
@@ -333,3 +340,57 @@ def test_hostile_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture
         write_folder(tmp_path / place, {"model.safetensors": {name: raw("F32", np.zeros(1, np.float32))}}, index=False)
     code, out, _ = command(capsys, tmp_path / "a", tmp_path / "b")
     assert code == 1 and "\x1b" not in out and "x\\x1b[31m" in out
+
+
+def threads_of(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> int:
+    """How many threads `verify` compares with: every piece is seen by the thread that computes it."""
+    seen: set[str] = set()
+    original = PieceComparison.run
+
+    def run_and_note(comparison: PieceComparison) -> Tally:
+        seen.add(threading.current_thread().name)
+        time.sleep(0.001)  # so that one thread cannot take all pieces before the others start
+        return original(comparison)
+
+    monkeypatch.setattr(PieceComparison, "run", run_and_note)
+    verify(*folders)
+    return len(seen)
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_no_more_threads_than_cores_that_may_be_used(
+    cores: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert threads_of(monkeypatch, *pair) == cores
+
+
+def test_where_the_system_has_no_affinity(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert threads_of(monkeypatch, *pair) == 2
+
+
+def test_a_long_piece_does_not_hold_up_an_interrupt(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback is called while a piece takes long, and pieces at work stop once it raises."""
+    released = threading.Event()
+    original = PieceComparison.run
+
+    def slow(comparison: PieceComparison) -> Tally:
+        assert comparison.stopped.wait(60)
+        released.set()
+        return original(comparison)
+
+    calls: list[int] = []
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        if step == "bytes":
+            calls.append(done)
+            if len(calls) > 1:  # the first comes before the work
+                raise Interrupted("interrupted")
+
+    monkeypatch.setattr(PieceComparison, "run", slow)
+    with pytest.raises(Interrupted, match="after 0% of"):
+        verify_with(interrupt, *pair)
+    assert released.is_set()

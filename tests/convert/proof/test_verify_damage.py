@@ -11,7 +11,8 @@ import pytest
 import reference_converter
 from raw_safetensors import Raw, Tensors, header_of, raw, read_folder, write_file, write_folder, write_index
 
-from dsv4.convert.proof.run import Verification, verify
+from dsv4.convert.proof.result import Verification
+from dsv4.convert.proof.run import verify
 
 EXPERTS = [f"layers.0.ffn.experts.{expert}.{part}" for expert in range(2) for part in ("w1", "w3")]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -153,7 +154,7 @@ def test_one_bit_of_a_tensor(output: Output, name: str) -> None:
     (found,) = [r for r in result.results if r.name == name]
     assert found.tally.different == 1
     at = found.tally.first[0]["at"]
-    columns = found.unit.output_weight.columns if found.unit.output_weight else found.unit.output.shape[-1]
+    columns = found.compared.output_weight.columns if found.compared.output_weight else found.compared.output.shape[-1]
     # In a packed FP4 byte bit 0 belongs to the even element.
     assert at[0] * columns + at[1] == (10 if output.expert_dtype == "fp4" and "experts" in name else 5)
 

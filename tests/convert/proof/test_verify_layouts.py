@@ -9,7 +9,8 @@ import pytest
 import reference_converter
 from raw_safetensors import Raw, Tensors, merged, raw, read_folder, write_folder
 
-from dsv4.convert.proof.run import Verification, verify
+from dsv4.convert.proof.result import Verification
+from dsv4.convert.proof.run import verify
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.errors import InputError
 

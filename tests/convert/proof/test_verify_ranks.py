@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ranks import run_ranks, torchrun
 from raw_safetensors import Raw
 
-from dsv4.convert.proof import compare_tensor as verify_tensors
-from dsv4.convert.proof.share import Share
+from dsv4.convert.proof.files import LocalFiles
+from dsv4.convert.proof.run import Settings, verify, verify_files
+from dsv4.convert.proof.schedule import Share
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0), n_routed_experts=4, index_n_heads=4)
@@ -97,9 +98,7 @@ def test_one_checkpoint(output: Path, damaged: Path, tmp_path: Path) -> None:
 
 def test_a_tensor_may_be_shared(source: Path, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts of one tensor that several processes looked at add up."""
-    from dsv4.convert.proof.run import verify
-
-    monkeypatch.setattr(verify_tensors, "PIECE_BYTES", 4096)
+    monkeypatch.setattr("dsv4.convert.proof.compare_tensor.PIECE_BYTES", 4096)
     whole = verify(source, damaged)
     parts: list[Any] = []
 
@@ -107,10 +106,10 @@ def test_a_tensor_may_be_shared(source: Path, damaged: Path, monkeypatch: pytest
         parts.append(value)
         return [value]
 
-    shares = [Share(i, 3, collect) for i in range(3)]
-    for share in shares:
-        verify(source, damaged, share=share)
-    merged = verify(source, damaged, share=Share(0, 3, lambda value: parts))
+    files, memory = (LocalFiles(source), LocalFiles(damaged)), (None, 1 << 20, 5 << 20)
+    for i in range(3):  # machines with more and less memory
+        verify_files(*files, Settings(max_memory=memory[i]), share=Share(i, 3, collect))
+    merged = verify_files(*files, Settings(), share=Share(0, 3, lambda value: parts))
     assert {**merged.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
 
 
@@ -123,7 +122,7 @@ def test_under_torchrun(source: Path, damaged: Path) -> None:
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_killed_rank_is_an_error_and_no_verdict(dies: int, source: Path, output: Path, tmp_path: Path) -> None:
-    function = ("unit_results", "Crew")[dies]  # after the exchange, before it
+    function = ("tensor_results", "in_order")[dies]  # after the exchange, before it
     ended = run_ranks(2, tmp_path, "verify", source, output, kill={dies: ("dsv4.convert.proof.run", function, 1)})
     assert ended.codes[dies] == -9 and ended.codes[1 - dies] in (4, 143), ended.err
     assert not ended.out[0] and not ended.out[1]

@@ -12,9 +12,8 @@ import reference_converter
 from raw_safetensors import raw, read_folder, write_folder
 
 from dsv4.cli import run
-from dsv4.convert.proof.report import render
+from dsv4.convert.proof.report.page import render
 from dsv4.convert.proof.run import verify
-from dsv4.convert.proof.selection import Selection
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
 VOID = {"meta", "br", "path", "rect"}
@@ -112,7 +111,7 @@ def test_the_grid_shows_what_differs_and_what_was_not_checked(pair: tuple[Path, 
     name = "layers.1.ffn.experts.2.w3.weight"
     tensors[name] = tensors[name].like(tensors[name].array() ^ 0x40)
     write_folder(tmp_path, {shard: tensors}, index=False)
-    result = verify(pair[0], tmp_path, selection=Selection(tensor="layers.1.*")).to_json()
+    result = verify(pair[0], tmp_path, tensor="layers.1.*").to_json()
     page = Page(render(result))
     assert "layers.1, expert 2: differs" in page.words
     assert "layers.0, experts 0 to " in page.words and "not checked" in page.words

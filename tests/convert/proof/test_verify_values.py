@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4.convert.proof.compare_values import Band, Scales, compare, e8m0_scales, float_scales, no_scales
-from dsv4.convert.proof.formats import BF16, E2M1, E4M3, F32, Array, Format, conversion_table, decode, encode, has_table
-from dsv4.convert.proof.inverse import rebuild
+from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
+from dsv4.convert.proof.values.formats import (
+    BF16,
+    E2M1,
+    E4M3,
+    F32,
+    Array,
+    Format,
+    conversion_table,
+    decode,
+    encode,
+    has_table,
+)
+from dsv4.convert.proof.values.inverse import rebuild
 
 FORMATS = {E2M1: ml_dtypes.float4_e2m1fn, E4M3: ml_dtypes.float8_e4m3fn, BF16: ml_dtypes.bfloat16, F32: np.float32}
 BLOCKS = [(1, 32), (32, 32), (128, 128)]
@@ -93,7 +104,7 @@ def test_beyond_the_table_only_zero_has_a_code() -> None:
 LARGE = (1 << 30, 1 << 30)  # no scale: one block for everything
 
 
-def element_codes(band: Band) -> Array:
+def element_codes(band: RowBand) -> Array:
     data = band.data
     if band.number_format is E2M1:
         return np.stack((data & 15, data >> 4), axis=-1).reshape(data.shape[0], -1)
@@ -110,7 +121,7 @@ def scale_fraction(raw: Array | None, row: int, column: int) -> Fraction | None:
     return Fraction(value) if np.isfinite(value) and value > 0 else None
 
 
-def rational(band: Band) -> list[list[Fraction | None]]:
+def rational(band: RowBand) -> list[list[Fraction | None]]:
     codes = element_codes(band)
     found = []
     for row in range(band.rows):
@@ -142,15 +153,15 @@ def make_scales(random: np.random.Generator, kind: str, rows: int, columns: int,
 SCALES = ["none", "e8m0", "e8m0", "e8m0 with nan", "float", "any float"]
 
 
-def make_band(random: np.random.Generator, kind: Format, shape: tuple[int, int], scales: str, centre: int) -> Band:
+def make_band(random: np.random.Generator, kind: Format, shape: tuple[int, int], scales: str, centre: int) -> RowBand:
     rows, columns = shape
     block = BLOCKS[0] if kind is E2M1 else BLOCKS[int(random.integers(len(BLOCKS)))]
     data = random.integers(0, 256, (rows, columns * kind.bits // 8), dtype=np.uint8)
     made = make_scales(random, scales, -(-rows // block[0]), -(-columns // block[1]), centre)
-    return Band(kind, data, columns, made, LARGE if scales == "none" else block)
+    return RowBand(kind, data, columns, made, LARGE if scales == "none" else block)
 
 
-def nearest(random: np.random.Generator, first: Band, second: Band) -> None:
+def nearest(random: np.random.Generator, first: RowBand, second: RowBand) -> None:
     """Fill `second` with the codes nearest to the first's values, a few of them then changed."""
     values = rational(first)
     codes = element_codes(second).copy()
@@ -172,7 +183,7 @@ def nearest_code(kind: Format, value: Fraction, negative: bool) -> int:
     return code | (kind.sign if negative else 0)
 
 
-def check(first: Band, second: Band) -> None:
+def check(first: RowBand, second: RowBand) -> None:
     """`compare` against fractions, element by element, signs of zero apart."""
     result = compare(first, second)
     a, b = rational(first), rational(second)
@@ -224,12 +235,12 @@ def test_any_pair_of_formats(
 def test_all_codes_at_the_ends_of_e8m0(exponent: int, wide: Format) -> None:
     """Every FP4 code under every legal difference of scales, also where float32 over- or underflows."""
     data = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    first = Band(E2M1, data, 32, e8m0_scales(np.full((16, 1), exponent, np.uint8)), (1, 32))
+    first = RowBand(E2M1, data, 32, e8m0_scales(np.full((16, 1), exponent, np.uint8)), (1, 32))
     for other in range(max(0, exponent - 12), min(254, exponent + 12) + 1):
         random = np.random.default_rng(other)
         blank = np.zeros((16, 32 * wide.bits // 8), np.uint8)
         scales = e8m0_scales(np.full((1, 1), other, np.uint8)) if wide is E4M3 else no_scales()
-        second = Band(wide, blank, 32, scales, (128, 128) if wide is E4M3 else LARGE)
+        second = RowBand(wide, blank, 32, scales, (128, 128) if wide is E4M3 else LARGE)
         nearest(random, first, second)
         check(first, second)
         if wide is not E4M3:
@@ -246,17 +257,17 @@ def test_differences_beyond_the_table(narrow: Format, beyond: int) -> None:
     for row, difference in ((1, table.first - beyond), (-2, table.first + len(table.signed) - 1 + beyond)):
         columns = 32 * 8 // narrow.bits
         scales = e8m0_scales(np.full((8, columns // 32), 127 + difference, np.uint8))
-        first = Band(narrow, data, columns, scales, (1, 32))
+        first = RowBand(narrow, data, columns, scales, (1, 32))
         codes = np.ascontiguousarray(table.signed[row][data]).view(np.uint8)
-        check(first, Band(E4M3, codes, columns, no_scales(), LARGE))
+        check(first, RowBand(E4M3, codes, columns, no_scales(), LARGE))
 
 
 @pytest.mark.parametrize("wide", [E4M3, BF16, F32])
 def test_the_mark_of_a_gap_is_no_value(wide: Format) -> None:
     """Where no wide code exists the table holds the wide NaN: a NaN that is really there must not match it."""
-    first = Band(E2M1, np.full((4, 16), 0x77, np.uint8), 32, e8m0_scales(np.full((4, 1), 254, np.uint8)), (1, 32))
+    first = RowBand(E2M1, np.full((4, 16), 0x77, np.uint8), 32, e8m0_scales(np.full((4, 1), 254, np.uint8)), (1, 32))
     nan = np.full((4, 32), wide.nan, {8: np.uint8, 16: np.uint16, 32: np.uint32}[wide.bits])
-    second = Band(wide, nan.view(np.uint8), 32, no_scales(), LARGE)
+    second = RowBand(wide, nan.view(np.uint8), 32, no_scales(), LARGE)
     assert (conversion_table(E2M1, wide).signed[-1, 0x77] & np.uint64(wide.nan)) == wide.nan
     check(first, second)
 
@@ -265,7 +276,9 @@ def test_rows_of_many_blocks_with_ragged_edges() -> None:
     """Bands of several blocks in both directions; the last ones are cut."""
     random = np.random.default_rng(0)
     for columns in (160, 156):
-        first = Band(E2M1, random.integers(0, 256, (34, columns // 2), dtype=np.uint8), columns, no_scales(), (1, 32))
+        first = RowBand(
+            E2M1, random.integers(0, 256, (34, columns // 2), dtype=np.uint8), columns, no_scales(), (1, 32)
+        )
         first.scales = e8m0_scales(random.integers(118, 124, (34, -(-columns // 32)), dtype=np.uint8))
         second = make_band(random, E4M3, (34, columns), "none", 0)
         second.block, second.scales = (32, 128), e8m0_scales(random.integers(113, 116, (2, 2), dtype=np.uint8))
@@ -275,8 +288,8 @@ def test_rows_of_many_blocks_with_ragged_edges() -> None:
 
 def test_rebuild_counts_signs_and_errors_apart() -> None:
     data = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    first = Band(E2M1, data, 32, e8m0_scales(np.full((16, 1), 120, np.uint8)), (1, 32))
-    second = Band(E4M3, np.zeros((16, 32), np.uint8), 32, e8m0_scales(np.full((1, 1), 114, np.uint8)), (128, 128))
+    first = RowBand(E2M1, data, 32, e8m0_scales(np.full((16, 1), 120, np.uint8)), (1, 32))
+    second = RowBand(E4M3, np.zeros((16, 32), np.uint8), 32, e8m0_scales(np.full((1, 1), 114, np.uint8)), (128, 128))
     nearest(np.random.default_rng(1), first, second)
     kept = {(row, column): int(code) for (row, column), code in np.ndenumerate(element_codes(second))}
     wanted = element_codes(first)
@@ -293,6 +306,8 @@ def test_rebuild_counts_signs_and_errors_apart() -> None:
 
 def test_rebuild_takes_no_mark_for_a_code() -> None:
     """What has no FP4 code is marked with 255, which packs like two codes 15: it must not count as those."""
-    first = Band(E2M1, np.full((4, 16), 0xFF, np.uint8), 32, e8m0_scales(np.full((4, 1), 120, np.uint8)), (1, 32))
-    second = Band(E4M3, np.full((4, 32), 0x7E, np.uint8), 32, e8m0_scales(np.full((1, 1), 120, np.uint8)), (128, 128))
+    first = RowBand(E2M1, np.full((4, 16), 0xFF, np.uint8), 32, e8m0_scales(np.full((4, 1), 120, np.uint8)), (1, 32))
+    second = RowBand(
+        E4M3, np.full((4, 32), 0x7E, np.uint8), 32, e8m0_scales(np.full((1, 1), 120, np.uint8)), (128, 128)
+    )
     assert rebuild(first, second) == {"codes": 128, "sign": 0, "wrong": 128}

@@ -12,7 +12,8 @@ import reference_converter
 from raw_safetensors import Raw, Tensors, merged, raw, read_folder, write_folder
 from reference_converter import FP4_VALUES, scale_values, spread, unpacked
 
-from dsv4.convert.proof.run import Verification, verify
+from dsv4.convert.proof.result import Verification
+from dsv4.convert.proof.run import verify
 
 EXPERTS = [f"layers.0.ffn.experts.{expert}.w1" for expert in range(4)]
 

@@ -1,19 +1,19 @@
-"""The number formats as `verify` knows them: tables made from their definitions, in integers.
+"""Number formats, stated by `verify` for itself: tables computed in integers from the formats' definitions.
 
 A finite value is `(-1)^negative * mantissa * 2^exponent` with an odd mantissa (zero: mantissa 0), so two values are
-equal exactly when these integers are. Nothing is ever rounded: at the ends of E8M0 a product like 6 * 2^127 is not a
-float32, but `(3, 128)` is what it is.
+equal exactly when these integers are equal. Nothing is rounded: at the ends of E8M0 a product such as 6 * 2^127 is too
+large for float32, and `(3, 128)` still represents it.
 
-    format  sign exponent mantissa bias  what the all-ones exponent means
+    format  sign exponent mantissa bias  meaning of the all-ones exponent
     E2M1      1      2        1      1   ordinary numbers (largest 6)
     E4M3      1      4        3      7   ordinary numbers but for 0x7F, 0xFF = NaN (largest 448)
     BF16      1      8        7    127   infinity, NaN
     F32       1      8       23    127   infinity, NaN
 
-`conversion_table(narrow, wide)` answers for every byte of codes in the narrow format, and every difference of block
-exponents, which codes of the wide format have the same values. It is what makes verifying as fast as reading: the
-comparison of a billion products becomes a lookup and a comparison of bytes. Made here by encoding integers, code by
-code; no conversion of torch or of the converter takes part.
+`conversion_table(narrow, wide)` gives, for every byte of narrow codes and every difference of block exponents, the wide
+codes of the same values. It makes verifying as fast as reading: comparing a billion products becomes a table lookup and
+a comparison of bytes. The table is computed here, code by code in integers, without any conversion of torch or of the
+converter.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating point format: one sign bit, `exponent_bits`, `mantissa_bits`, and what is not a number."""
+    """A binary floating-point format: a sign bit, `exponent_bits`, `mantissa_bits`, and which codes are not finite."""
 
     name: str
     exponent_bits: int
@@ -58,7 +58,7 @@ class Format:
 
     @property
     def first_special(self) -> int:
-        """The first code (without sign) that is no finite number; one past the last code when there is none."""
+        """The first code (without sign) that is not a finite number; one past the last code if all are."""
         if self.specials == "last exponent":
             return ((1 << self.exponent_bits) - 1) << self.mantissa_bits
         return self.sign - (self.specials == "last code")
@@ -85,8 +85,8 @@ class Values:
     special: Array
 
 
-def odd(mantissa: Array, exponent: Array) -> tuple[Array, Array]:
-    """`mantissa * 2^exponent` with the factors of two moved into the exponent; zero becomes (0, 0)."""
+def normalize_mantissa(mantissa: Array, exponent: Array) -> tuple[Array, Array]:
+    """`mantissa * 2^exponent` with an odd mantissa: its factors of two move into the exponent. Zero becomes (0, 0)."""
     lowest_bit = mantissa & -mantissa
     # float64 holds a single bit below 2^53 exactly; frexp(2^k) is (0.5, k + 1).
     shift = np.where(mantissa == 0, 0, np.frexp(lowest_bit.astype(np.float64))[1].astype(np.int64) - 1)
@@ -100,7 +100,7 @@ def decode(number_format: Format, codes: Array) -> Values:
     fraction = codes & ((1 << number_format.mantissa_bits) - 1)
     mantissa = np.where(field == 0, fraction, fraction | (1 << number_format.mantissa_bits))
     exponent = np.maximum(field, 1) - 1 + number_format.lowest
-    mantissa, exponent = odd(mantissa, exponent)
+    mantissa, exponent = normalize_mantissa(mantissa, exponent)
     special = (codes & (number_format.sign - 1)) >= number_format.first_special
     return Values((codes & number_format.sign) != 0, mantissa, exponent, special)
 
@@ -123,9 +123,10 @@ def encode(number_format: Format, mantissa: int, exponent: int) -> int | None:
 class ConversionTable:
     """For a byte of narrow codes and an exponent difference `d`: the wide codes of the same values.
 
-    `signed[d - first, byte]` keeps the sign of zero, `folded` has +0 for it. Rows `first` and the last one stand for
-    everything beyond: there only zeros have a wide code. Where there is none, the entry is the wide NaN, and
-    `complete[d - first]` is False: a match in such a row proves nothing until the wide side is free of NaN.
+    `signed[d - first, byte]` keeps the sign of zero, `folded` has +0 for both zeros. The first and the last row stand
+    for all differences beyond them: there only zeros have a wide code. A narrow code without a wide code has the wide
+    NaN as its entry, and `complete[d - first]` is False: a match in such a row proves something only if the wide side
+    holds no NaN.
     """
 
     first: int
@@ -164,7 +165,10 @@ def _per_byte(codes: Array, narrow: Format, wide: Format) -> Array:
 
 @cache
 def conversion_table(narrow: Format, wide: Format) -> ConversionTable:
-    """The table for one pair. `narrow` is E2M1 or E4M3; E2M1 to E2M1 has no NaN to mark gaps with: see `has_table`."""
+    """The table of a pair of formats. `narrow` is E2M1 or E4M3, and `has_table` says which pairs exist.
+
+    E2M1 to E2M1 does not: E2M1 has no NaN that could mark a missing code.
+    """
     finite = decode(narrow, np.arange(1, narrow.first_special))
     tops = finite.exponent + np.frexp(finite.mantissa.astype(np.float64))[1] - 1
     first = wide.lowest - int(tops.max()) - 1

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from dsv4.convert.proof.values.formats import E2M1, E4M3, Format, decode
 from dsv4.errors import printable
 
 from .charts import code_bars, gigabytes, proof_grid, scale_map, size_bars, span_histogram
-from .formats import E2M1, E4M3, Format, decode
 
 LISTED = 200  # differing tensors shown; the JSON has all
 BLOCKS = 24

@@ -1,19 +1,19 @@
-"""Exact comparison of two bands of rows, whatever formats and block scales they are stored in.
+"""Exact comparison of two row bands, whatever formats and block scales they are stored in.
 
-Both sides are codes with block scales; the question is where `code * 2^scale` differs. Two ways to the same answer:
+Both sides are codes with block scales; the question is where `code * scale` differs. Two ways lead to the same answer:
 
-- The lookup. When scales are powers of two, a narrow byte and the difference of the two block exponents decide which
-  wide codes have the same values (`verify_formats.conversion_table`). Comparing bytes with the table's answer then
-  compares values, at the speed of reading. Where bytes disagree, a second table without signs of zero tells values
-  that differ from zeros that only changed sign.
-- The integers. Anything else (float32 scales that are no powers of two, scales that are no numbers, block sizes that
-  do not divide each other) is decoded to `(negative, mantissa, exponent)` and multiplied out in 64-bit integers:
+- The lookup. When all scales are powers of two, a narrow byte and the difference of the two block exponents decide
+  which wide codes have the same values (`formats.conversion_table`). Comparing bytes with the table's answer then
+  compares values, at the speed of reading. Where bytes disagree, a second table that ignores the sign of zero
+  separates values that differ from zeros that only changed sign.
+- The integers. Everything else (float32 scales that are not powers of two, scales that are not numbers, block sizes
+  that do not divide each other) is decoded to `(negative, mantissa, exponent)` and multiplied in 64-bit integers:
   24 bits of scale times at most 24 bits of code.
 
-NaN and infinity equal nothing, not even themselves: no correct conversion holds them. They are counted on their own.
+NaN and infinity are equal to nothing, not even to themselves: no correct conversion holds them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ SMALLEST_E8M0 = -127
 class Scales:
     """Block scales of a band as `mantissa * 2^exponent`: `[block rows, block columns]` each.
 
-    `mantissa` is None when all are powers of two (or the weight has no scale: then exponent is [[0]] and the block
-    is the whole tensor). `bad` marks E8M0 255 and float32 scales that are not positive and finite, or is None.
+    `mantissa` is None when all scales are powers of two. A weight without a scale has exponent [[0]], and its block is
+    the whole tensor. `bad` marks E8M0 255 and float32 scales that are not positive and finite; None if there are none.
     """
 
     exponent: Array  # int32
@@ -52,10 +52,10 @@ class Scales:
 
 
 @dataclass
-class Band:
-    """Some consecutive rows of a weight: bytes `[rows, row bytes]` and the scales that apply to them.
+class RowBand:
+    """Consecutive rows of a weight: `data` is uint8 `[rows, row bytes]`, `scales` are the scales of these rows.
 
-    `block` is (rows, columns) per scale, in elements; the band starts at a multiple of the block's rows.
+    `block` is (rows, columns) per scale, in elements. The band starts at a multiple of the block's rows.
     """
 
     number_format: Format
@@ -66,23 +66,25 @@ class Band:
 
     @property
     def rows(self) -> int:
-        """Rows of the band."""
+        """Number of rows."""
         return int(self.data.shape[0])
 
 
 @dataclass
 class Comparison:
-    """What comparing two bands of equal shape found. Masks are `[rows, columns]`, or None where all is well."""
+    """Result of comparing two bands of equal shape.
+
+    `different` is bool `[rows, columns]`, or None if no value differs. `lost_sign` counts zeros that are negative in
+    the first band and positive in the second, `gained_sign` the opposite.
+    """
 
     different: Array | None = None
-    lost_sign: int = 0  # negative zeros that became positive, from the first band to the second
+    lost_sign: int = 0
     gained_sign: int = 0
-    sign_positions: Array | None = None
-    special: dict[str, int] = field(default_factory=dict)
 
 
 def no_scales() -> Scales:
-    """For a weight without a scale: one block, 2^0."""
+    """Scales of a weight that has none: one block, 2^0."""
     return Scales(np.zeros((1, 1), dtype=np.int32))
 
 
@@ -113,7 +115,7 @@ def _expand(values: Array, block: tuple[int, int], rows: int, columns: int, unit
     return tall if block[1] == unit else np.repeat(tall, block[1] // unit, axis=1)[:, : columns // unit]
 
 
-def elementwise(values: Array, band: Band, start: int, stop: int) -> Array:
+def elementwise(values: Array, band: RowBand, start: int, stop: int) -> Array:
     """Per-block values as one per element, for rows `start` to `stop` of the band."""
     block_rows, block_columns = band.block
     row_index = np.minimum(np.arange(start, stop) // block_rows, values.shape[0] - 1)
@@ -122,7 +124,7 @@ def elementwise(values: Array, band: Band, start: int, stop: int) -> Array:
     return spread
 
 
-def exact_values(band: Band, start: int, stop: int) -> Values:
+def exact_values(band: RowBand, start: int, stop: int) -> Values:
     """Rows `start` to `stop` of the band, multiplied out in integers."""
     values = decode(band.number_format, unpack(band.number_format, band.data[start:stop]))
     exponent = values.exponent + elementwise(band.scales.exponent, band, start, stop)
@@ -134,10 +136,9 @@ def exact_values(band: Band, start: int, stop: int) -> Values:
     return Values(values.negative, mantissa, np.where(mantissa == 0, 0, exponent), special)
 
 
-def _compare_integers(first: Band, second: Band) -> Comparison:
+def _compare_integers(first: RowBand, second: RowBand) -> Comparison:
     result = Comparison()
     different = np.zeros((first.rows, first.columns), dtype=bool)
-    signs = np.zeros_like(different)
     step = max(1, SLOW_ELEMENTS // first.columns)
     for start in range(0, first.rows, step):
         stop = min(start + step, first.rows)
@@ -146,11 +147,10 @@ def _compare_integers(first: Band, second: Band) -> Comparison:
         unequal = (a.mantissa != b.mantissa) | (a.exponent != b.exponent) | (~zero & (a.negative != b.negative))
         unequal |= a.special | b.special
         different[start:stop] = unequal
-        signs[start:stop] = sign = zero & ~unequal & (a.negative != b.negative)
+        sign = zero & ~unequal & (a.negative != b.negative)
         result.lost_sign += int((sign & a.negative).sum())
         result.gained_sign += int((sign & b.negative).sum())
     result.different = different if different.any() else None
-    result.sign_positions = signs if signs.any() else None
     return result
 
 
@@ -167,14 +167,14 @@ def _torch_table(narrow: Format, wide: Format, table: ConversionTable, signed: b
     return _torch_tables[key]
 
 
-def exponent_differences(narrow: Band, wide: Band, unit: int) -> Array:
+def exponent_differences(narrow: RowBand, wide: RowBand, unit: int) -> Array:
     """Exponent of the narrow block minus that of the wide block, `[rows, columns / unit]` int32."""
     rows, columns = narrow.rows, narrow.columns
     a = _expand(narrow.scales.exponent, narrow.block, rows, columns, unit)
     return np.subtract(a, _expand(wide.scales.exponent, wide.block, rows, columns, unit), dtype=np.int32)
 
 
-def common_unit(narrow: Band, wide: Band) -> int:
+def common_unit(narrow: RowBand, wide: RowBand) -> int:
     """Columns that share both scales everywhere, or 0 when the lookup cannot be used."""
     unit = min(narrow.block[1], wide.block[1], narrow.columns)
     per_byte = 8 // narrow.number_format.bits
@@ -183,7 +183,7 @@ def common_unit(narrow: Band, wide: Band) -> int:
     return unit if fits and nested else 0
 
 
-def _row_index(narrow: Band, difference: Array, table: ConversionTable, unit: int) -> torch.Tensor:
+def _row_index(narrow: RowBand, difference: Array, table: ConversionTable, unit: int) -> torch.Tensor:
     """Position in the flattened table for every narrow byte: int32 `[rows * row bytes]`."""
     last = table.first + len(table.signed) - 1
     offset = (np.clip(difference, table.first, last) - table.first) << 8
@@ -205,7 +205,7 @@ def _same(a: Array, b: Array) -> bool:
     return bool((a == b).all())
 
 
-def has_special(band: Band) -> bool:
+def has_special(band: RowBand) -> bool:
     """Whether any code of the band is NaN or infinite."""
     number_format = band.number_format
     if number_format.specials == "none":
@@ -215,13 +215,15 @@ def has_special(band: Band) -> bool:
 
 
 def _no_gaps(table: ConversionTable, difference: Array) -> bool:
-    """Whether every row that is used has a wide code for every narrow code."""
+    """Whether every table row in use has a wide code for every narrow code."""
     low, high = np.clip((difference.min(), difference.max()), table.first, table.first + len(table.complete) - 1)
     return bool(table.complete[low - table.first : high - table.first + 1].all())
 
 
-def _explain(narrow: Band, wide: Band, expected: Array, index: torch.Tensor, table: ConversionTable) -> Comparison:
-    """The bytes are not the expected ones: which elements differ in value, and which zeros in sign?"""
+def _explain(
+    narrow: RowBand, wide: RowBand, expected: Array, index: torch.Tensor, table: ConversionTable
+) -> Comparison:
+    """Elements that differ in value and zeros that differ in sign, once the bytes are known to differ."""
     kind = wide.number_format
     folded = _lookup(_torch_table(narrow.number_format, kind, table, False), index, narrow.rows)
     wanted, found = unpack(kind, folded), unpack(kind, wide.data)
@@ -230,10 +232,10 @@ def _explain(narrow: Band, wide: Band, expected: Array, index: torch.Tensor, tab
     signs = (unpack(kind, expected) != found) & ~different
     gained = int(np.count_nonzero(signs & zero_sign))
     lost = int(np.count_nonzero(signs)) - gained
-    return Comparison(different if different.any() else None, lost, gained, signs if lost + gained else None)
+    return Comparison(different if different.any() else None, lost, gained)
 
 
-def _compare_lookup(narrow: Band, wide: Band, unit: int) -> Comparison:
+def _compare_lookup(narrow: RowBand, wide: RowBand, unit: int) -> Comparison:
     table = conversion_table(narrow.number_format, wide.number_format)
     difference = exponent_differences(narrow, wide, unit)
     index = _row_index(narrow, difference, table, unit)
@@ -248,12 +250,13 @@ def _swapped(result: Comparison) -> Comparison:
     return result
 
 
-def is_plain(band: Band) -> bool:
+def is_plain(band: RowBand) -> bool:
+    """Whether all scales of the band are powers of two."""
     return band.scales.mantissa is None and band.scales.bad is None
 
 
-def compare(first: Band, second: Band) -> Comparison:
-    """Where do the values of two bands of equal shape differ, and which zeros changed sign from first to second?"""
+def compare(first: RowBand, second: RowBand) -> Comparison:
+    """Where the values of two bands of equal shape differ, and how many zeros changed sign from first to second."""
     if is_plain(first) and is_plain(second):
         narrow, wide = (first, second) if first.number_format.bits <= second.number_format.bits else (second, first)
         if has_table(narrow.number_format, wide.number_format) and (unit := common_unit(narrow, wide)):

@@ -1,8 +1,8 @@
-"""`--inverse`: from the output's values and the source's scales, the FP4 codes again.
+"""`--inverse`: rebuild the source's FP4 codes from the output's values and the source's scales.
 
-If every code comes back, the source holds nothing that the output does not: it could be deleted. A value that the
-output holds exactly gives the source's code exactly, but for zero, whose sign may be gone (the reference converter
-drops it). Codes that only lack their sign are counted apart from codes that are wrong.
+If every code is rebuilt, the source holds nothing that the output does not hold: it could be deleted. An exact value of
+the output gives the source's code exactly, except for the sign of zero, which the reference converter drops. Codes that
+lack only their sign are counted apart from wrong codes.
 """
 
 from collections import Counter
@@ -11,10 +11,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from .compare_values import SLOW_ELEMENTS, Band, common_unit, elementwise, exact_values, exponent_differences, is_plain
+from .compare import SLOW_ELEMENTS, RowBand, common_unit, elementwise, exact_values, exponent_differences, is_plain
 from .formats import E2M1, E4M3, Array, conversion_table, decode, unpack
 
-NOT_A_CODE = 255  # no FP4 code has this value
+NOT_A_CODE = 255  # FP4 codes end at 15
 
 
 @cache
@@ -24,8 +24,8 @@ def _code_of_value() -> dict[tuple[int, int], int]:
     return {(int(values.mantissa[code]), int(values.exponent[code])): code for code in range(8)}
 
 
-def _rebuilt_codes(source: Band, output: Band, start: int, stop: int) -> Array:
-    """FP4 codes, one per element, of rows `start` to `stop`."""
+def _rebuilt_codes(source: RowBand, output: RowBand, start: int, stop: int) -> Array:
+    """FP4 codes of rows `start` to `stop`: uint8 `[rows, columns]`."""
     values = exact_values(output, start, stop)
     exponent = values.exponent - elementwise(source.scales.exponent, source, start, stop)
     quotient, special = values.mantissa, values.special
@@ -56,8 +56,8 @@ def _inverse_table() -> tuple[int, Array]:
     return table.first, inverse
 
 
-def _by_lookup(source: Band, output: Band, unit: int) -> Array:
-    """FP4 codes, one per element, when both sides have power-of-two scales and the output is FP8."""
+def _by_lookup(source: RowBand, output: RowBand, unit: int) -> Array:
+    """FP4 codes of all rows, uint8 `[rows, columns]`, if all scales are powers of two and the output is FP8."""
     first, table = _inverse_table()
     difference = exponent_differences(source, output, unit)
     offset = (np.clip(difference, first, first + len(table) - 1) - first) << 8
@@ -67,14 +67,14 @@ def _by_lookup(source: Band, output: Band, unit: int) -> Array:
     return found.reshape(output.rows, -1)
 
 
-def _all_back(source: Band, rebuilt: Array) -> bool:
-    """Whether the codes, packed again, are the source's bytes."""
+def _all_back(source: RowBand, rebuilt: Array) -> bool:
+    """Whether packing the codes gives the source's bytes."""
     pairs = rebuilt.view("<u2")  # 0x0H0L: high nibble, low nibble
     packed = (pairs | (pairs >> 4)).astype(np.uint8)
     return int(rebuilt.max(initial=0)) < 16 and np.array_equal(packed, source.data)
 
 
-def _count(source: Band, rebuilt: Array, start: int, stop: int) -> Counter[str]:
+def _count(source: RowBand, rebuilt: Array, start: int, stop: int) -> Counter[str]:
     wanted = unpack(E2M1, source.data[start:stop])
     unequal = rebuilt != wanted
     sign = unequal & ((rebuilt & 7) == 0) & ((wanted & 7) == 0) & (rebuilt != NOT_A_CODE)
@@ -82,8 +82,8 @@ def _count(source: Band, rebuilt: Array, start: int, stop: int) -> Counter[str]:
     return Counter(codes=wanted.size, sign=signs, wrong=int(np.count_nonzero(unequal)) - signs)
 
 
-def rebuild(source: Band, output: Band) -> Counter[str]:
-    """How many codes came back, how many lack only the sign of zero, how many are wrong."""
+def rebuild(source: RowBand, output: RowBand) -> Counter[str]:
+    """Counts: `codes` all of them, `sign` those that lack only the sign of zero, `wrong` those with another value."""
     unit = common_unit(source, output)
     if output.number_format is E4M3 and unit and is_plain(source) and is_plain(output):
         rebuilt = _by_lookup(source, output, unit)

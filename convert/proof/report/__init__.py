@@ -1,0 +1,1 @@
+"""The report page of `verify`: one HTML file made from the JSON alone."""
