@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import MachineError, printable
@@ -40,8 +41,10 @@ def choose(device: torch.device) -> Operations:
 def check_loadable(checkpoint: Checkpoint, group: Group = ALONE) -> tuple[Config, int]:
     """The config and the number of MTP blocks of a checkpoint, from its headers alone.
 
-    Raises InputError for tensors that do not fit the config, UsageError for ranks that cannot share them equally.
+    Raises InputError for a quantization that is not read and for tensors that do not fit the config, UsageError for
+    ranks that cannot share them equally.
     """
+    refuse_foreign(checkpoint.config, checkpoint.tensors)
     config = Config.from_json(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
     check(config, checkpoint.tensors, stages)

@@ -63,6 +63,14 @@ OPTIONAL_KEYS = {
 }  # fmt: skip
 
 
+def config_value(config: Config, path: str) -> Any:
+    """The value of a key, such as `rope_scaling.factor`; None if there is none."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def text_config(config: Config) -> Config:
     """The part that describes the language model: V4.1 nests it, V4 does not."""
     nested = config.get("text_config")

@@ -1,14 +1,15 @@
-"""What an engine will meet in a folder: layout, formats, scales, config and side files, gathered once.
+"""The facts about a folder that the rules compare with an engine's row: layout, formats, scales, config, side files.
 
-Two layouts are told apart by the names of the files: a Hugging Face folder, and the reference engine's
+The names of the files tell two layouts apart: a Hugging Face folder, and the reference engine's
 `model{i}-mp{N}.safetensors`, one file per rank and a config.json with that engine's own keys.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dsv4.convert.checkpoint.config import weight_block
+from dsv4.convert.checkpoint.config import INFERENCE_KEYS, weight_block
+from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.inventory import describes_v4
 from dsv4.convert.checkpoint.names import (
     block_of,
@@ -19,50 +20,59 @@ from dsv4.convert.checkpoint.names import (
     is_wo_a,
     rank_file,
 )
+from dsv4.convert.checkpoint.rank_files import rank_file_names, read_ranks
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
+    INDEX_NAME,
     MAX_CONFIG_BYTES,
     Checkpoint,
     Progress,
     TensorInfo,
     no_progress,
-    read_file,
     read_json,
 )
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.inspect.findings import Finding, routed_expert_dtypes, scale_findings, structure_findings
-from dsv4.convert.inspect.parameters import is_fp4, logical_shape
+from dsv4.convert.inspect.parameters import is_fp4
+from dsv4.convert.plan.engines import Layout
 from dsv4.errors import InputError, printable
 
-# The reference engine's names of the dimensions that it splits.
-ENGINE_KEYS = {
-    "num_attention_heads": "n_heads",
-    "moe_intermediate_size": "moe_inter_dim",
-    "hidden_size": "dim",
-}
+# Key of config.json in a release -> the reference engine's name for it.
+REFERENCE_KEYS = {release: reference for reference, release in INFERENCE_KEYS}
 
 
 @dataclass
 class Facts:
-    """One folder as the rules see it. `unreadable` says why the rest is empty, if it is."""
+    """One folder as the rules see it.
+
+    checkpoint: the opened folder, for planning a conversion; None for rank files. files: names of all files.
+    experts, wo_a: formats (fp4, fp8, bf16, or the dtype of anything else) that the routed experts and attn.wo_a are
+    stored in. expert_scales: dtypes of the experts' block scales. quantized: whether any weight is FP4 or FP8.
+    partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
+    ranks: number of rank files. problems: what is wrong with names, shapes and scales.
+    foreign: the quantization of another tool, if it has one; names, shapes and scales are not checked then.
+    unreadable: why the folder cannot be read, and all the rest is empty; None if it can.
+    """
 
     folder: str
-    layout: Literal["hf", "mp"]
+    layout: Layout
+    checkpoint: Checkpoint | None = None
     config: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
     experts: set[str] = field(default_factory=set)
     expert_scales: set[str] = field(default_factory=set)
     wo_a: set[str] = field(default_factory=set)
     quantized: bool = False
-    ragged: list[str] = field(default_factory=list)
+    partial_blocks: list[str] = field(default_factory=list)
     mtp: bool = False
     ranks: int = 0
     problems: list[Finding] = field(default_factory=list)
+    foreign: ForeignQuantization | None = None
     unreadable: InputError | None = None
 
     def dimension(self, key: str) -> int | None:
-        """A width of the config, by its name in the release, whatever the layout calls it."""
-        name = ENGINE_KEYS.get(key, key) if self.layout == "mp" else key
+        """A positive count of the config, by its name in the release; None if it is absent or something else."""
+        name = REFERENCE_KEYS.get(key, key) if self.layout == "mp" else key
         value = self.config.get(name)
         return value if type(value) is int and value > 0 else None
 
@@ -82,41 +92,29 @@ def _add_tensors(facts: Facts, tensors: dict[str, TensorInfo]) -> None:
             facts.expert_scales.add(scale.dtype)
         if is_wo_a(info.name):
             facts.wo_a.add({"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
-        quantized = info.dtype == "F8_E4M3" or is_fp4(info, scale)
-        facts.quantized |= quantized
-        if quantized and len(info.shape) == 2 and not is_fp4(info, scale):
-            height, width = logical_shape(info, tensors)
-            if height % rows or width % columns:
-                facts.ragged.append(info.name)
+        fp8 = info.dtype == "F8_E4M3"
+        facts.quantized |= fp8 or is_fp4(info, scale)
+        if fp8 and len(info.shape) == 2 and (info.shape[0] % rows or info.shape[1] % columns):
+            facts.partial_blocks.append(info.name)
 
 
-def _hf(storage: Folder, headers: Progress) -> Facts:
+def _facts_of_folder(storage: Folder, headers: Progress) -> Facts:
     facts = Facts(storage.label, "hf")
     try:
         checkpoint = Checkpoint.open(storage, headers)
     except InputError as error:
         facts.unreadable = error
         return facts
-    facts.config, facts.files = checkpoint.config, set(checkpoint.files)
+    facts.checkpoint, facts.config, facts.files = checkpoint, checkpoint.config, set(checkpoint.files)
+    facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
+    if facts.foreign is not None:
+        return facts
     _add_tensors(facts, checkpoint.tensors)
     if describes_v4(facts.config):
         facts.problems += structure_findings(facts.config, checkpoint.tensors)
     facts.problems += scale_findings(checkpoint.tensors, facts.block)
     facts.problems = [finding for finding in facts.problems if finding.level == "problem"]
     return facts
-
-
-def _ranks(names: list[str], label: str) -> tuple[list[str], int]:
-    """Rank files in order and the number of ranks. Raises InputError unless there is exactly one set, complete."""
-    matches = {file: name for name in names if (file := rank_file(name))}
-    counts = {file.ranks for file in matches}
-    if len(counts) != 1:
-        raise InputError(f"{label}: files of {len(counts)} different numbers of ranks", "Convert into an empty folder.")
-    (ranks,) = counts
-    found = {file.rank: name for file, name in matches.items()}
-    if sorted(found) != list(range(ranks)):
-        raise InputError(f"{label}: {len(found)} of {ranks} rank files are there", "Run the conversion again.")
-    return [found[rank] for rank in range(ranks)], ranks
 
 
 def _expert_numbers(tensors: dict[str, TensorInfo]) -> set[tuple[str, int]]:
@@ -141,19 +139,17 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
         facts.problems.append(Finding("problem", text))
 
 
-def _mp(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
+def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
     facts = Facts(storage.label, "mp", files=set(sizes))
     try:
-        names, facts.ranks = _ranks(list(sizes), storage.label)
+        names = rank_file_names(sizes, storage.label)
         if CONFIG_NAME in sizes:
             facts.config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
-        per_rank = []
-        for name in names:
-            per_rank.append(read_file(storage, name, sizes[name])[1])
-            headers(len(per_rank), len(names))
+        per_rank = [tensors for _, tensors in read_ranks(storage, sizes, names, headers)]
     except InputError as error:
         facts.unreadable = error
         return facts
+    facts.ranks = len(per_rank)
     for tensors in per_rank:
         _add_tensors(facts, tensors)
         facts.problems += [f for f in scale_findings(tensors, facts.block) if f.level == "problem"]
@@ -162,9 +158,11 @@ def _mp(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
 
 
 def gather(folder: Path, headers: Progress = no_progress) -> Facts:
-    """Facts about a folder. Raises InputError if it is not a folder or holds no safetensors file at all."""
+    """Facts about a folder, from its headers. Raises InputError if it is no folder or holds no safetensors file."""
     with Folder(folder) as storage:
         sizes = storage.sizes()
         if not any(name.endswith(".safetensors") for name in sizes):
             raise InputError(f"{storage.label}: holds no .safetensors file", "Name the folder of a checkpoint.")
-        return _mp(storage, sizes, headers) if any(map(rank_file, sizes)) else _hf(storage, headers)
+        if any(map(rank_file, sizes)) and INDEX_NAME not in sizes:
+            return _facts_of_rank_files(storage, sizes, headers)
+        return _facts_of_folder(storage, headers)

@@ -9,8 +9,9 @@ expert_dtype means fp4 to one engine and fp8 to another, and a weight without it
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dsv4.convert.checkpoint.config import (
     architecture_name,
@@ -20,9 +21,12 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
-from dsv4.convert.checkpoint.reader import Progress, no_progress
+from dsv4.convert.checkpoint.foreign import HINT
+from dsv4.convert.checkpoint.reader import Checkpoint, Progress, no_progress
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Caveat, Engine, EngineName
-from dsv4.errors import UsageError, printable
+from dsv4.convert.plan.plan import make_plan
+from dsv4.convert.plan.settings import Settings, resolve
+from dsv4.errors import InputError, UsageError, printable
 
 from .facts import Facts, gather
 
@@ -43,6 +47,22 @@ class Check:
     command: str = ""
 
 
+class Advice(NamedTuple):
+    """What to do about a failure: in words, and as a command whose dry run succeeds. Each may be ""."""
+
+    fix: str
+    command: str
+
+
+def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | None:
+    """Why a dry run of the conversion fails; None if it does not."""
+    try:
+        make_plan(checkpoint, settings)
+    except InputError as error:
+        return error
+    return None
+
+
 @dataclass(frozen=True)
 class RuleContext:
     """What a rule looks at: the folder, the engine that is to load it and the number of ranks, if it was given."""
@@ -52,15 +72,36 @@ class RuleContext:
     engine: Engine
     tensor_parallel: int | None
 
-    @property
-    def convert(self) -> str:
-        """The command that writes this checkpoint for this engine, from the release if this folder lost its form."""
-        facts, folder = self.facts, shlex.quote(self.facts.folder)
+    @cached_property
+    def convert(self) -> Advice:
+        """How to write this checkpoint for this engine."""
         if self.engine.layout == "mp":
-            ranks = self.tensor_parallel or "N"
-            return f"dsv4 convert {folder} NEW --to same --layout mp --model-parallel {ranks}"
-        decoded = facts.layout == "mp" or facts.experts == {"bf16"} or not facts.wo_a <= set(self.engine.wo_a)
-        return f"dsv4 convert {'RELEASE' if decoded else folder} NEW --target {self.name}"
+            return self._rank_files(self.tensor_parallel)
+        decoded = not self.facts.wo_a <= set(self.engine.wo_a)  # FP8 from BF16 would be a new quantization
+        return self._advice(f"--target {self.name}", resolve(target=self.name), from_release=decoded)
+
+    @cached_property
+    def decode(self) -> Advice:
+        """How to write this checkpoint without quantization."""
+        return self._advice("--to bf16", resolve("bf16"))
+
+    def _rank_files(self, ranks: int | None) -> Advice:
+        def settings(count: int) -> Settings:
+            return resolve("same", "mp", count)
+
+        advice = self._advice(f"--to same --layout mp --model-parallel {ranks or 'N'}", settings(1))
+        refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else None
+        return Advice(f"{refusal}.", "") if refusal and not advice.fix else advice
+
+    def _advice(self, flags: str, settings: Settings, from_release: bool = False) -> Advice:
+        """`dsv4 convert` from this folder if a dry run succeeds, else from the release."""
+        facts, command = self.facts, f"dsv4 convert RELEASE NEW {flags}"
+        if facts.checkpoint is None or facts.experts == {"bf16"} or from_release:
+            return Advice("", command)
+        refusal = _refusal(facts.checkpoint, settings)
+        if refusal is not None:
+            return Advice(f"This folder cannot be converted: {refusal}.", command)
+        return Advice("", f"dsv4 convert {shlex.quote(facts.folder)} NEW {flags}")
 
 
 def _layout(p: RuleContext) -> Iterator[Check]:
@@ -69,10 +110,10 @@ def _layout(p: RuleContext) -> Iterator[Check]:
         yield Check("layout", "ok", wanted[p.facts.layout])
     elif p.facts.layout == "mp":
         found = f"rank files; {p.name} reads {wanted['hf']}"
-        yield Check("layout", "refuses", found, "Convert the release again, without --layout mp.", p.convert)
+        yield Check("layout", "refuses", found, "Convert the release again, without --layout mp.", p.convert.command)
     else:
         found = f"a Hugging Face folder; {p.name} reads {wanted['mp']}"
-        yield Check("layout", "refuses", found, command=p.convert)
+        yield Check("layout", "refuses", found, *p.convert)
 
 
 def _architecture(p: RuleContext) -> Iterator[Check]:
@@ -106,11 +147,11 @@ def _tensors(p: RuleContext) -> Iterator[Check]:
 def _experts(p: RuleContext) -> Iterator[Check]:
     stored = sorted(p.facts.experts)
     if len(stored) > 1:
-        text_ = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
-        yield Check("experts", "wrong", text_, "Convert without --on-inexact keep.")
+        found = f"a mixture of {', '.join(stored)}: engines look at one expert or at the config, and take all alike"
+        yield Check("experts", "wrong", found, "Convert without --on-inexact keep.")
     elif stored and stored[0] not in p.engine.expert_scales:
         found = f"{stored[0]}: no checkpoint like this is known that {p.name} loads"
-        yield Check("experts", "unknown", found, command=p.convert)
+        yield Check("experts", "unknown", found, *p.convert)
     elif stored:
         yield Check("experts", "ok", stored[0])
 
@@ -130,7 +171,7 @@ def _expert_dtype(p: RuleContext) -> Iterator[Check]:
     found = f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}"
     # convert refuses a config that contradicts its tensors, and does not touch experts that are FP4 for an FP4 reader
     repairs = stored == "fp8" and declared in (stored, ABSENT) and p.engine.layout == "hf"
-    yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert if repairs else "")
+    yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert.command if repairs else "")
 
 
 def _expert_scales(p: RuleContext) -> Iterator[Check]:
@@ -144,8 +185,8 @@ def _expert_scales(p: RuleContext) -> Iterator[Check]:
     if set(found) <= set(allowed):
         yield Check("expert scales", "ok", ", ".join(found))
     else:
-        text_ = f"{', '.join(found)}; {p.name} reads {' or '.join(allowed)}, without an error for anything else"
-        yield Check("expert scales", "wrong", text_, command=p.convert)
+        others = f"{', '.join(found)}; {p.name} reads {' or '.join(allowed)}, without an error for anything else"
+        yield Check("expert scales", "wrong", others, *p.convert)
 
 
 def _wo_a(p: RuleContext) -> Iterator[Check]:
@@ -153,8 +194,8 @@ def _wo_a(p: RuleContext) -> Iterator[Check]:
     if set(found) <= set(p.engine.wo_a):
         yield Check("wo_a", "ok", ", ".join(found))
     else:
-        status, text_ = p.engine.other_wo_a
-        yield Check("wo_a", status, text_.format(found=", ".join(found)), command=p.convert)
+        status, text = p.engine.other_wo_a
+        yield Check("wo_a", status, text.format(found=", ".join(found)), *p.convert)
 
 
 def _quantization_config(p: RuleContext) -> Iterator[Check]:
@@ -182,10 +223,10 @@ def _quantization_config(p: RuleContext) -> Iterator[Check]:
 
 
 def _partial_blocks(p: RuleContext) -> Iterator[Check]:
-    if p.facts.ragged and not p.engine.partial_blocks:
-        name = printable(p.facts.ragged[0])
-        text_ = f"{len(p.facts.ragged)} FP8 weights are not whole blocks ({name}): it misplaces their scales"
-        yield Check("block edges", "wrong", text_, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to bf16")
+    partial = p.facts.partial_blocks
+    if partial and not p.engine.partial_blocks:
+        found = f"{len(partial)} FP8 weights are not whole blocks ({printable(partial[0])}): it misplaces their scales"
+        yield Check("block edges", "wrong", found, *p.decode)
 
 
 def _side_files(p: RuleContext) -> Iterator[Check]:
@@ -199,7 +240,7 @@ def _side_files(p: RuleContext) -> Iterator[Check]:
         yield Check("side files", "ok", "all there")
 
 
-def _share(p: RuleContext, keys: tuple[str, ...]) -> int | None:
+def _product(p: RuleContext, keys: tuple[str, ...]) -> int | None:
     total = 1
     for key in keys:
         value = p.facts.dimension(key)
@@ -209,26 +250,30 @@ def _share(p: RuleContext, keys: tuple[str, ...]) -> int | None:
     return total
 
 
+def _split_faults(p: RuleContext, ranks: int) -> Iterator[str]:
+    """Why the engine cannot split the tensors over this number of ranks."""
+    for key in p.engine.divided:
+        value = p.facts.dimension(key)
+        if value is not None and value % ranks:
+            yield f"{key} {value} cannot be divided by {ranks}"
+    rows = p.facts.block[0]
+    for keys in p.engine.split_blocks if p.facts.quantized else ():
+        width = _product(p, keys)
+        if width is not None and (width % ranks or width // ranks % rows):
+            yield f"{' x '.join(keys)} = {width} over {ranks} ranks is no multiple of {rows}"
+
+
 def _tensor_parallel(p: RuleContext) -> Iterator[Check]:
     ranks, rule = p.tensor_parallel, "tensor parallel"
     if ranks is None:
         return
-    if p.facts.layout == "mp" and p.facts.ranks != ranks:
-        text_ = f"the files are for {p.facts.ranks} ranks, not {ranks}"
-        yield Check(rule, "refuses", text_, command=f"dsv4 convert RELEASE NEW --layout mp --model-parallel {ranks}")
-        return
-    faults = []
-    for key in p.engine.divided:
-        value = p.facts.dimension(key)
-        if value is not None and value % ranks:
-            faults.append(f"{key} {value} cannot be divided by {ranks}")
-    for keys in p.engine.split_blocks if p.facts.quantized else ():
-        width = _share(p, keys)
-        if width is not None and (width % ranks or width // ranks % p.facts.block[0]):
-            faults.append(f"{' x '.join(keys)} = {width} over {ranks} ranks is no multiple of {p.facts.block[0]}")
+    faults = list(_split_faults(p, ranks))
     for fault in faults:
         yield Check(rule, "refuses", fault, "Use fewer ranks.")
-    if not faults:
+    if p.facts.layout == "mp" and p.facts.ranks != ranks:
+        command = "" if faults else f"dsv4 convert RELEASE NEW --layout mp --model-parallel {ranks}"
+        yield Check(rule, "refuses", f"the files are for {p.facts.ranks} ranks, not {ranks}", command=command)
+    elif not faults:
         yield Check(rule, "ok", f"{ranks} ranks")
 
 
@@ -244,10 +289,17 @@ def _caveats(p: RuleContext) -> Iterator[Check]:
             yield Check(caveat.rule, "note", caveat.text)
 
 
-RULES: tuple[Callable[[RuleContext], Iterator[Check]], ...] = (
+def _foreign(p: RuleContext) -> Iterator[Check]:
+    yield Check("quantization", "unknown", str(p.facts.foreign), HINT)
+
+
+Rule = Callable[[RuleContext], Iterator[Check]]
+
+RULES: tuple[Rule, ...] = (
     _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _partial_blocks,
     _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
+RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
 
 
 @dataclass(frozen=True)
@@ -303,5 +355,6 @@ def diagnose(
     if facts.unreadable is not None:
         checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
     elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
-        checks += [check for rule in RULES for check in rule(context)]
+        rules = RULES_FOR_FOREIGN if facts.foreign else RULES
+        checks += [check for rule in rules for check in rule(context)]
     return Diagnosis(facts.folder, engine, tuple(checks), _start(context))

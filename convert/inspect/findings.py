@@ -18,6 +18,7 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
+from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.inventory import Dimensions, describes_v4, expected_tensors
 from dsv4.convert.checkpoint.names import (
     count_draft_stages,
@@ -194,9 +195,12 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding("note", f"the index says total_size {shown}, the tensors have {actual} bytes")
 
 
-def what_looks_wrong(checkpoint: Checkpoint) -> list[Finding]:
+def check_checkpoint(checkpoint: Checkpoint) -> list[Finding]:
     """Every finding about an opened checkpoint, problems first."""
     config, tensors = checkpoint.config, checkpoint.tensors
+    foreign = foreign_quantization(config, tensors)
+    if foreign is not None:  # names, dtypes, shapes and scales are those of another tool
+        return [Finding("problem", f"the checkpoint is {foreign}", HINT), *_files(checkpoint)]
     found = [
         *_quantization(config, tensors),
         *_expert_dtype(config, tensors),

@@ -22,7 +22,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError, printable
 
-from .findings import Finding, routed_expert_dtypes, what_looks_wrong
+from .findings import Finding, check_checkpoint, routed_expert_dtypes
 from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
 from .parameters import FAMILIES, Parameters, count_parameters, family, parameters_of
 
@@ -159,7 +159,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         expert_formats=sorted(routed_expert_dtypes(tensors)),
         cache=_cache_layout(layers, config),
         sizes=_sizes(checkpoint) if config else None,
-        findings=what_looks_wrong(checkpoint) if config else [],
+        findings=check_checkpoint(checkpoint) if config else [],
     )
 
 

@@ -6,7 +6,7 @@ Also the reference engine's own config, whose keys are the release's under other
 import json
 from typing import Any
 
-from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS
+from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, config_value
 from dsv4.errors import InputError
 
 from .engines import TARGETS
@@ -53,18 +53,11 @@ def edit_inference_config(config: dict[str, Any], settings: Settings) -> dict[st
     return {**edited, "expert_dtype": "fp4"} if settings.to == "fp4" else edited
 
 
-def _lookup(config: dict[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def make_inference_config(config: dict[str, Any], experts_are_fp4: bool, mtp_stages: int) -> dict[str, Any]:
     """The reference engine's config from config.json. Raises InputError naming a key that is missing."""
     made: dict[str, Any] = {}
     for key, path in INFERENCE_KEYS:
-        value = _lookup(config, path)
+        value = config_value(config, path)
         if value is None and key not in OPTIONAL_KEYS:
             raise InputError(f"config.json: {path} is missing; the reference engine's config needs it")
         if value is not None:

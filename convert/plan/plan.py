@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
+from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.header import build_header, tensor_bytes
 from dsv4.convert.checkpoint.names import is_wo_a, natural_order, rank_file_name
 from dsv4.convert.checkpoint.rank_layout import (
@@ -310,6 +311,8 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """Plan a conversion. Raises InputError when the checkpoint cannot be converted as asked."""
+    if settings.to != "same" or settings.layout == "mp":
+        refuse_foreign(checkpoint.config, checkpoint.tensors)
     weights = _in_source_order(checkpoint)
     _check_experts(weights, settings)
     source_format = {"fp8": Format.FP4, "fp4": Format.FP8}.get(settings.to)

@@ -7,6 +7,7 @@ kind instead of once per tensor: V4-Pro has 71424 expert matrices of two kinds.
 from collections import Counter
 from collections.abc import Hashable
 
+from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.names import is_wo_a
 from dsv4.convert.checkpoint.reader import Checkpoint
 
@@ -41,6 +42,7 @@ def sizes_after_conversion(checkpoint: Checkpoint) -> dict[str, int]:
 
     Raises InputError when the checkpoint cannot be converted.
     """
+    refuse_foreign(checkpoint.config, checkpoint.tensors)
     every = classify(checkpoint)
     counts = Counter(map(_kind, every))
     one_of = {_kind(weight): weight for weight in every}

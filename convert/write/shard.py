@@ -19,7 +19,6 @@ import numpy as np
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import Op, OutputShard, OutputTensor
 from dsv4.convert.plan.settings import Settings
-from dsv4.progress import Progress, result_of
 from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
 from .atomic_file import AtomicFile
@@ -43,18 +42,16 @@ class Workers:
     hasher: Executor
     writer: Executor
 
-    def map_in_order(self, function: Callable[[T], R], items: Iterable[T], progress: Progress) -> Iterator[R]:
-        """Results of `function` in the order of `items`, at most `window` of them unclaimed. Calls `progress(0)`."""
+    def map_in_order(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results of `function` in the order of `items`, at most `window` of them unclaimed."""
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
                 waiting.append(self.pool.submit(function, item))
                 if len(waiting) >= self.window:
-                    progress(0)
-                    yield result_of(waiting.popleft(), progress)
+                    yield waiting.popleft().result()
             while waiting:
-                progress(0)
-                yield result_of(waiting.popleft(), progress)
+                yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
@@ -179,17 +176,13 @@ def write_shard(
     settings: Settings,
     folder: Path,
     workers: Workers,
-    advance: Progress,
+    advance: Callable[[int], None],
 ) -> tuple[AtomicFile, FinishedShard]:
-    """Scan and write one shard; the file is complete but not yet committed. `advance` counts bytes of data written.
+    """Scan and write one shard; the file is complete but not yet committed. `advance` is told of data bytes written.
 
     On any error nothing is left behind. The caller commits the file and then records the shard.
     """
-
-    def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        return workers.map_in_order(function, items, advance)
-
-    scanned = scan_shard(checkpoint, shard, settings, in_order)
+    scanned = scan_shard(checkpoint, shard, settings, workers.map_in_order)
     final = scanned.shard
     pieces = (piece for tensor in final.tensors if tensor.nbytes for piece in split(tensor))
     file = AtomicFile(folder / final.file, final.size)
@@ -197,7 +190,7 @@ def write_shard(
     try:
         outflow.begin(final.header)
         entries, scales = _Entries(scanned, outflow), scanned.scales
-        for hashed in in_order(
+        for hashed in workers.map_in_order(
             lambda piece: _make_hashed(checkpoint, piece, scales.get(piece.tensor.weight.name), workers.cast), pieces
         ):
             entries.take(hashed)

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-ITEM_BITS = {"F4": 4, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E8M0": 8, "BF16": 16, "F32": 32, "I64": 64}
+ITEM_BITS = {
+    "F4": 4, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64,
+}  # fmt: skip
 NUMPY = {"I8": "u1", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1", "BF16": "<u2", "F32": "<f4", "I64": "<i8"}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dsv4 import cli
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.inspect.findings import what_looks_wrong
+from dsv4.convert.inspect.findings import check_checkpoint
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import resolve
@@ -275,10 +275,10 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("damage", "level", "text"), DAMAGE)
-def test_what_looks_wrong(small: Path, damage: Callable[[Checkpoint], Checkpoint], level: str, text: str) -> None:
+def test_check_checkpoint(small: Path, damage: Callable[[Checkpoint], Checkpoint], level: str, text: str) -> None:
     checkpoint = Checkpoint.open(small)
-    assert what_looks_wrong(checkpoint) == []
-    found = what_looks_wrong(damage(checkpoint))
+    assert check_checkpoint(checkpoint) == []
+    found = check_checkpoint(damage(checkpoint))
     assert [f for f in found if f.level == level and text in f.text], found
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact_values import edit_tensors
+from foreign_checkpoints import KINDS, foreign
 from release_headers import FLASH, make_released
 from safetensors.torch import load_file, save_file
 
 from dsv4 import cli
 from dsv4.convert.doctor.rules import Diagnosis, diagnose
 from dsv4.convert.synthetic.checkpoint import RAGGED, Geometry, make_checkpoint
+from dsv4.errors import UsageError
 
 SMALL = Geometry(compress_ratios=(0, 4, 128, 0), n_routed_experts=4)
 TARGETS = ("base", "vllm", "sglang", "transformers")
@@ -84,9 +87,9 @@ def test_rank_files_load_in_the_reference_engine(converted: Callable[..., Path],
 
 
 def test_a_folder_is_not_for_the_reference_engine(release: Path) -> None:
-    (check,) = diagnose(release, "reference", 4).checks
+    (check,) = diagnose(release, "reference", 2).checks
     assert check.status == "refuses"
-    assert check.command == f"dsv4 convert {release} NEW --to same --layout mp --model-parallel 4"
+    assert check.command == f"dsv4 convert {release} NEW --to same --layout mp --model-parallel 2"
 
 
 def test_damage_to_rank_files(converted: Callable[..., Path], edited: Callable[..., Path]) -> None:
@@ -188,7 +191,79 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "-q"]) == 1
     assert capsys.readouterr() == ("", "")
     assert cli.run(["doctor", for_sglang, "--for", "ollama"]) == 2
+    with pytest.raises(UsageError, match="ollama"):
+        diagnose(for_sglang, "ollama")
     assert cli.run(["doctor", str(Path(for_sglang) / "nowhere"), "--for", "vllm"]) == 3
+
+
+def dry_runs(diagnosis: Diagnosis, tmp_path: Path) -> list[int]:
+    """Exit codes of `--dry-run` of every command that the diagnosis gives for its own folder."""
+    commands = [shlex.split(check.command) for check in diagnosis.checks if check.command]
+    here = [words[1:] for words in commands if words[2] == diagnosis.folder]
+    return [cli.run([str(tmp_path / "new") if w == "NEW" else "1" if w == "N" else w for w in words] + ["--dry-run"])
+            for words in here]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "engine", "keys", "removed", "rule"), DAMAGE)
+def test_the_commands_that_it_prints_do_not_refuse(
+    release: Path,
+    converted: Callable[..., Path],
+    edited: Callable[..., Path],
+    tmp_path: Path,
+    options: tuple[str, ...],
+    engine: str,
+    keys: dict,
+    removed: tuple[str, ...],
+    rule: str | None,
+) -> None:
+    copy = edited(converted(*options) if options else release, *removed, **keys)
+    for name in (engine, "reference"):
+        for ranks in (None, 2, 3):
+            assert set(dry_runs(diagnose(copy, name, ranks), tmp_path)) <= {0}
+
+
+def test_a_folder_that_convert_refuses_is_not_the_source(
+    converted: Callable[..., Path], edited: Callable[..., Path]
+) -> None:
+    copy = edited(converted("--target", "transformers"))
+    edit_tensors(copy, {}, ("layers.0.attn.wkv.scale",))
+    (check,) = [check for check in diagnose(copy, "vllm").checks if check.rule == "expert scales"]
+    assert check.command == "dsv4 convert RELEASE NEW --target vllm"
+    assert "'layers.0.attn.wkv.weight' is F8_E4M3, but its scale" in check.fix
+
+
+def test_no_command_for_ranks_that_cannot_share_it(release: Path, converted: Callable[..., Path]) -> None:
+    (check,) = diagnose(release, "reference", 3).checks
+    assert check.command == "" and "by 3 ranks" in check.fix
+    ranks = converted("--to", "same", "--layout", "mp", "--model-parallel", "2")
+    assert not any(check.command for check in diagnose(ranks, "reference", 3).checks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_quantization_of_another_tool_is_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = foreign(tmp_path / "foreign", kind)
+    for engine in ("sglang", "vllm", "transformers"):
+        diagnosis = diagnose(folder, engine)
+        assert failures(diagnosis) == {"quantization"} and diagnosis.loads is None
+        assert not any(check.command for check in diagnosis.checks)
+        (text,) = [check.text for check in diagnosis.checks if check.rule == "quantization"]
+        assert kind in text
+    (check,) = diagnose(folder, "reference").checks
+    assert check.command == "dsv4 convert RELEASE NEW --to same --layout mp --model-parallel N"
+    assert kind in check.fix
+
+    assert cli.run(["inspect", str(folder), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["converted_bytes"] is None
+    (problem,) = [finding["text"] for finding in facts["findings"]]
+    assert kind in problem
+    for options in (("--to", "fp8"), ("--to", "bf16"), ("--to", "fp4"), ("--layout", "mp", "--model-parallel", "1")):
+        assert cli.run(["convert", str(folder), str(tmp_path / "new"), *options, "--dry-run"]) == 3
+        assert kind in capsys.readouterr().err
+    assert cli.run(["run", str(folder), "--prompt", "Hello"]) == 3
+    assert kind in capsys.readouterr().err
 
 
 def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
