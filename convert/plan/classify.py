@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from dsv4.convert.checkpoint.config import checked_expert_dtype, required_weight_block
-from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, is_expert_matrix, scale_name, scales_of
+from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, is_expert_matrix, is_wo_a, scale_name, scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.errors import InputError, printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
@@ -48,6 +48,11 @@ class Weight:
         return is_expert_matrix(self.name)
 
     @property
+    def is_wo_a(self) -> bool:
+        """Whether it is the grouped output projection, which some engines want in BF16."""
+        return is_wo_a(self.name)
+
+    @property
     def logical_shape(self) -> tuple[int, ...]:
         """Shape in elements: two FP4 elements share a byte of an I8 tensor; the tag F4 already counts elements."""
         shape = self.info.shape
@@ -57,6 +62,14 @@ class Weight:
 def fp8_block(config: dict[str, Any]) -> Block:
     """The block of FP8 weights. Raises InputError if the config does not say it."""
     return Block(*required_weight_block(config))
+
+
+def check_groups(block: Block) -> None:
+    """Raises InputError if an FP8 block is not made of whole groups of FP4."""
+    if block.columns % FP4_BLOCK.columns:
+        raise InputError(
+            f"config.json: weight_block_size {list(block)}: its columns are not groups of {FP4_BLOCK.columns}"
+        )
 
 
 def _scale_of(name: str, tensors: dict[str, TensorInfo]) -> TensorInfo | None:

@@ -1,6 +1,6 @@
-"""The config of the output: what the tensors now are, and every other key as it was, in its order.
+"""Edits of a config: what the experts are stored as, with every other key as it was, in its order.
 
-Also the reference engine's own config, whose keys are the release's under other names.
+The recipes use them. Also the reference engine's own config, whose keys are the release's under other names.
 """
 
 import json
@@ -9,11 +9,9 @@ from typing import Any
 from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, config_value
 from dsv4.errors import InputError
 
-from .engines import TARGETS
-from .settings import Settings
 
-
-def _without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
+def without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without the key, at the top level and in quantization_config."""
     edited = {key: value for key, value in config.items() if key != "expert_dtype"}
     if "quantization_config" in edited:
         inner = edited["quantization_config"]
@@ -21,7 +19,7 @@ def _without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
     return edited
 
 
-def _with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
+def with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
     """Set the key where it is; at the end of the top level if it is nowhere."""
     edited = dict(config)
     inner = edited.get("quantization_config", {})
@@ -30,27 +28,6 @@ def _with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
     if "expert_dtype" in edited or "expert_dtype" not in inner:
         edited["expert_dtype"] = value
     return edited
-
-
-def edit_config(config: dict[str, Any], settings: Settings, some_kept: bool = False) -> dict[str, Any]:
-    """config.json of the output, for the Hugging Face layout.
-
-    some_kept: tensors stayed quantized under `--on-inexact keep`; a BF16 config must go on saying how.
-    """
-    if settings.to == "same" or (settings.to == "bf16" and some_kept):
-        return config
-    if settings.to == "bf16":
-        return {k: v for k, v in _without_expert_dtype(config).items() if k != "quantization_config"}
-    value = "fp4" if settings.to == "fp4" else TARGETS[settings.target].expert_dtype
-    return _without_expert_dtype(config) if value is None else _with_expert_dtype(config, value)
-
-
-def edit_inference_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """A released inference/config.json for the output: `expert_dtype` only where the experts are FP4."""
-    if settings.to == "same":
-        return config
-    edited = {key: value for key, value in config.items() if key != "expert_dtype"}
-    return {**edited, "expert_dtype": "fp4"} if settings.to == "fp4" else edited
 
 
 def make_inference_config(config: dict[str, Any], experts_are_fp4: bool, mtp_stages: int) -> dict[str, Any]:

@@ -18,6 +18,21 @@ DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What stands behind a value of `--to`. recipe: the module of the folder recipes/ that does it."""
+
+    recipe: str
+
+
+CONVERSIONS: dict[To, Conversion] = {
+    "fp8": Conversion("fp4_to_fp8"),
+    "bf16": Conversion("bf16"),
+    "fp4": Conversion("fp8_to_fp4"),
+    "same": Conversion("scales"),
+}
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that decides the bytes of the output. Two runs with equal settings and source write equal files.
 

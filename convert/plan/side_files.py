@@ -11,9 +11,10 @@ from typing import Any
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import count_draft_stages
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
+from dsv4.convert.plan.recipes.registry import recipe_of
 
-from .classify import Format, classify
-from .config_edit import dump, edit_config, edit_inference_config, make_inference_config
+from .classify import Format
+from .config_edit import dump, make_inference_config
 from .plan import Plan
 
 TOKENIZER = re.compile(r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab[^/]*|merges\.txt")
@@ -39,7 +40,7 @@ def read_side_file(checkpoint: Checkpoint, name: str, plan: Plan) -> bytes:
     if name != INFERENCE_CONFIG:
         return content
     config = read_json(checkpoint.storage, name, checkpoint.files[name], MAX_CONFIG_BYTES)
-    edited = edit_inference_config(config, plan.settings)
+    edited = recipe_of(plan.settings.to).edit_inference_config(config)
     return content if edited == config else dump(edited)
 
 
@@ -47,16 +48,16 @@ def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
     """The reference engine's config.json: the source's own inference config where it ships one, else made."""
     if INFERENCE_CONFIG in checkpoint.files:
         return read_side_file(checkpoint, INFERENCE_CONFIG, plan)
-    fp4_experts = any(w.is_routed_expert and w.format is Format.FP4 for w in classify(checkpoint))
-    stays_fp4 = plan.settings.to == "same" and fp4_experts
-    return dump(make_inference_config(checkpoint.config, stays_fp4, count_draft_stages(checkpoint.tensors)))
+    planned = (tensor for shard in plan.shards for tensor in shard.tensors)
+    fp4_experts = any(tensor.format is Format.FP4 and tensor.weight.is_routed_expert for tensor in planned)
+    return dump(make_inference_config(checkpoint.config, fp4_experts, count_draft_stages(checkpoint.tensors)))
 
 
 def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:
     """Content of the output's config.json; the source's own bytes if nothing in it changes."""
     if plan.settings.layout == "mp":
         return _engine_config(checkpoint, plan)
-    edited = edit_config(checkpoint.config, plan.settings, some_kept)
+    edited = recipe_of(plan.settings.to).edit_config(checkpoint.config, plan.settings, some_kept)
     if edited == checkpoint.config:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)

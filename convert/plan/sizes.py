@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Hashable
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
-from dsv4.convert.checkpoint.names import is_wo_a
 from dsv4.convert.checkpoint.reader import Checkpoint
 
-from .classify import Format, Weight, classify, fp8_block
+from .classify import Format, Weight, classify
 from .engines import ENGINES, TargetName
 from .plan import outputs_of
 from .settings import Settings, To, resolve
@@ -27,13 +26,11 @@ CONVERSIONS: dict[str, tuple[To, TargetName | None]] = {
 
 def _kind(weight: Weight) -> Hashable:
     scale = (weight.scale.dtype, weight.scale.shape) if weight.scale else None
-    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, is_wo_a(weight.name)
+    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, weight.is_wo_a
 
 
 def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:
-    casts = any(w.is_routed_expert and w.format is Format.FP4 for w in weights)
-    block = fp8_block(checkpoint.config) if casts and settings.to == "fp8" else None
-    sizes = (sum(output.nbytes for output in outputs_of(weight, settings, block)) for weight in weights)
+    sizes = (sum(o.nbytes for o in outputs_of(weight, settings, checkpoint.config)) for weight in weights)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 

@@ -29,7 +29,6 @@ from dsv4.convert.plan.side_files import (
     read_side_file,
 )
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
-from dsv4.quant import fp4_to_fp8_compiled
 
 from .atomic_file import (
     check_separate,
@@ -120,7 +119,7 @@ class _Run:
         keep_freed_memory()
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
         self.hasher, self.writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
-        self.workers = Workers(self.pool, resources.window, fp4_to_fp8_compiled.fastest(), self.hasher, self.writer)
+        self.workers = Workers(self.pool, resources.window, self.hasher, self.writer)
 
     @property
     def pending(self) -> list[OutputShard]:

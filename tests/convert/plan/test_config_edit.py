@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from dsv4.convert.plan.config_edit import dump, edit_config, edit_inference_config, make_inference_config
-from dsv4.convert.plan.settings import resolve
+from dsv4.convert.plan.config_edit import dump, make_inference_config
+from dsv4.convert.plan.recipes.registry import recipe_of
+from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry
 from dsv4.convert.synthetic.geometry import config, inference_config
 from dsv4.errors import InputError
@@ -17,6 +18,14 @@ INSIDE = {"a": 1, "quantization_config": {"fmt": "e4m3", "expert_dtype": "fp4", 
 NOWHERE = {"a": 1, "quantization_config": {"fmt": "e4m3", "b": 2}}
 BOTH = {"expert_dtype": "fp4", "quantization_config": {"expert_dtype": "fp4"}, "z": 0}
 QUANTIZATION = {"fmt": "e4m3", "b": 2}
+
+
+def edit_config(config: dict[str, Any], settings: Settings, some_kept: bool = False) -> dict[str, Any]:
+    return recipe_of(settings.to).edit_config(config, settings, some_kept)
+
+
+def edit_inference_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    return recipe_of(settings.to).edit_inference_config(config)
 
 
 @pytest.mark.parametrize(

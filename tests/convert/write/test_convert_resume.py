@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -10,21 +11,24 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from checkpoint_variants import VARIANTS
-from exact_values import convert, dsv4, edit_config, read_json, tree
+from exact_values import convert, dsv4, edit_config, is_expert, read_json, tensors_of, tree
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import make_plan
+from dsv4.convert.plan.recipes import recipe, rows
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import output_folder
-from dsv4.convert.write import pieces as tensor_pieces
+from dsv4.convert.write import output_folder, scan
 from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import run_conversion
 from dsv4.errors import Interrupted, MachineError
+from dsv4.quant import fp8_to_fp4
+from dsv4.quant.block_scales import Block
 
 TINY = Geometry(
     vocab_size=64, compress_ratios=(0,), num_hash_layers=0, num_nextn_predict_layers=0, num_attention_heads=2
@@ -66,10 +70,28 @@ class TestSameBytes:
         source = make_checkpoint(tmp_path / "source", geometry=geometry, experts=experts, mixed_scales=experts == "fp4")
         options = ("--to", to, "--on-inexact", "round")
         convert(source, tmp_path / "whole", *options)
-        monkeypatch.setattr(tensor_pieces, "PIECE_BYTES", piece)
-        monkeypatch.setattr(tensor_pieces, "CACHE_BYTES", max(1, piece // 3))
+        monkeypatch.setattr(recipe, "PIECE_BYTES", piece)
+        monkeypatch.setattr(rows, "CACHE_BYTES", max(1, piece // 3))
         convert(source, tmp_path / "out", *options)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+    def test_fp4_with_and_without_the_scales_of_the_scan(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The scan hands its group scales on; where there is no room for them, they are computed once more."""
+        source = make_checkpoint(tmp_path / "source", geometry=TINY, experts="fp8")
+        expected = sum(math.prod(tensor.shape) for name, tensor in tensors_of(source).items() if is_expert(name))
+        elements, real = [], fp8_to_fp4.cast
+
+        def counted(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> fp8_to_fp4.Fp4Form:
+            elements.append(codes.numel())
+            return real(codes, scale, block)
+
+        monkeypatch.setattr(fp8_to_fp4, "cast", counted)
+        for room, casts in ((scan.SPARED_BYTES, 2), (0, 3)):
+            monkeypatch.setattr(scan, "SPARED_BYTES", room)
+            elements.clear()
+            convert(source, tmp_path / f"{casts}", "--to", "fp4", "--on-inexact", "round")
+            assert sum(elements) == casts * expected
+        assert tree(tmp_path / "2") == tree(tmp_path / "3")
 
     def test_little_memory(self, source: Path, whole: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "out", *SHARDS, "--max-memory", "500MB")
@@ -78,7 +100,7 @@ class TestSameBytes:
     def test_of_ranks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, options = VARIANTS["release"](tmp_path / "source"), ("--layout", "mp", "--model-parallel", "2")
         convert(source, tmp_path / "whole", *options)
-        monkeypatch.setattr(tensor_pieces, "PIECE_BYTES", 5000)
+        monkeypatch.setattr(recipe, "PIECE_BYTES", 5000)
         convert(source, tmp_path / "out", *options, "--max-workers", "3")
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

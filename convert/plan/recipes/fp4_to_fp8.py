@@ -1,0 +1,173 @@
+"""Routed experts from FP4 (groups of 32) to FP8 (blocks): exact where a block scale exists that makes it so.
+
+The scan chooses the block scales. It usually needs the group scales only, a sixteenth of the bytes; codes are read
+where the group scales of a piece do not prove that the reference's block scales are exact.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.plan.classify import Format, Weight, check_groups, fp8_block
+from dsv4.convert.plan.config_edit import with_expert_dtype, without_expert_dtype
+from dsv4.convert.plan.engines import TARGETS
+from dsv4.convert.plan.settings import Settings
+from dsv4.quant import e2m1, e4m3, e8m0, fp4_to_fp8, fp4_to_fp8_compiled
+from dsv4.quant.block_scales import Block, scale_shape
+from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
+
+from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
+from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale
+
+ELEMENTS_AT_ONCE = 2**22  # looking at codes takes about ten bytes an element
+MAX_NAMED = 20  # blocks of a tensor that a message lists; the manifest counts them all
+
+
+def _block_of(tensor: OutputTensor) -> Block:
+    assert tensor.block is not None
+    return tensor.block
+
+
+class Fp4ToFp8(Recipe):
+    """FP4 experts to FP8. cast: the form of the cast that is used."""
+
+    cast_format = Format.FP4
+
+    def __init__(self, cast: CastInto) -> None:
+        self._cast = cast
+
+    def takes(self, weight: Weight) -> bool:
+        """FP4 experts."""
+        return weight.is_routed_expert and weight.format is Format.FP4
+
+    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+        """The codes, and one scale a block, float32 or E8M0."""
+        assert weight.scale is not None
+        block, shape = fp8_block(config), weight.logical_shape
+        check_groups(block)
+        scale_dtype, scales = "F32" if settings.scale_dtype == "f32" else "F8_E8M0", scale_shape(shape, block)
+        reads = weight.info, weight.scale
+        return [
+            OutputTensor(
+                weight.name, "F8_E4M3", shape, self, weight, reads,
+                Format.FP8, scanned=True, row_unit=block.rows, block=block,
+            ),
+            OutputTensor(
+                weight.scale.name, scale_dtype, scales, self, weight, reads,
+                is_scale=True, row_unit=max(1, scales[0]), block=block,
+            ),
+        ]  # fmt: skip
+
+    def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
+        """Choose the scales of the blocks."""
+        weight, block = piece.tensor.weight, _block_of(piece.tensor)
+        assert weight.scale is not None
+        groups = torch.from_numpy(read_rows(checkpoint, weight.scale, piece.start, piece.stop))
+        try:
+            scales = fp4_to_fp8.scales_if_safe(groups, block)
+        except ValueError as error:
+            raise damaged_scale(weight.scale, error) from None
+        if scales is None:
+            scales = _choose_by_codes(checkpoint, piece, groups)
+        counts = Counts(
+            blocks=scales.span.numel(),
+            max_span=int(scales.span.max()) if scales.span.numel() else 0,
+            rescaled_blocks=int(scales.moved.sum()),
+            inexact_blocks=int(scales.inexact.sum()),
+        )
+        return Scan(counts, {f.name: getattr(scales, f.name) for f in fields(BlockScales)})
+
+    def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
+        """Its blocks, and how each would change."""
+        blocks = [(int(row), int(column)) for row, column in torch.nonzero(scan.needed["inexact"])]
+        lines = [_block_change(checkpoint, tensor, scan, at) for at in blocks[:MAX_NAMED]]
+        if len(blocks) > MAX_NAMED:
+            lines.append(f"and {len(blocks) - MAX_NAMED} more blocks")
+        return "; ".join(lines)
+
+    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+        """Codes of some rows of blocks, or all scales."""
+        assert scan is not None
+        scales = BlockScales(**scan.needed)
+        return _scale(piece, scales) if piece.tensor.is_scale else self._codes(checkpoint, piece, scales)
+
+    def _codes(self, checkpoint: Checkpoint, piece: Piece, scales: BlockScales) -> PieceResult:
+        block = _block_of(piece.tensor)
+        group_bytes = torch.from_numpy(read_scale(checkpoint, piece))
+        raw = read_codes(checkpoint, piece)
+        packed, first = torch.from_numpy(raw), piece.start // block.rows
+        data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
+        counts = Counts()
+        for a, b in cache_blocks(len(raw), piece.tensor.shape[1], block.rows):
+            over = slice(first + a // block.rows, first + -(-b // block.rows))
+            chosen = scales.scale_bytes[over]
+            counts.negative_zeros += self._cast(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
+            if scales.inexact[over].any():
+                exact = fp4_to_fp8.exact_values(packed[a:b], group_bytes[a:b], chosen, block)
+                counts.changed += int(torch.count_nonzero(exact != e4m3.decode(data[a:b])))
+        return PieceResult(data.numpy(), raw, counts)
+
+    def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
+        """Of the codes: negative zeros, elements that changed, and what was chosen for the blocks."""
+        if tensor.is_scale:
+            return {}
+        entry = {"negative_zeros": counts.negative_zeros, **super().entry(tensor, counts, scan)}
+        if scan is None:  # a tensor without elements
+            return entry
+        return entry | {
+            "blocks": scan.counts.blocks,
+            "max_span": scan.counts.max_span,
+            "moved_blocks": scan.counts.rescaled_blocks,
+            "inexact_blocks": scan.counts.inexact_blocks,
+        }
+
+    def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
+        """`expert_dtype` as the target wants it."""
+        value = TARGETS[settings.target].expert_dtype
+        return without_expert_dtype(config) if value is None else with_expert_dtype(config, value)
+
+    def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The reference engine has `expert_dtype` only where the experts are FP4."""
+        return {key: value for key, value in config.items() if key != "expert_dtype"}
+
+
+def _scale(piece: Piece, scales: BlockScales) -> PieceResult:
+    chosen = scales.scale_bytes
+    return PieceResult((chosen if piece.tensor.dtype == "F8_E8M0" else e8m0.decode(chosen)).numpy())
+
+
+def _choose_by_codes(checkpoint: Checkpoint, piece: Piece, groups: torch.Tensor) -> BlockScales:
+    """Block scales where group scales prove nothing, a few rows of blocks at a time."""
+    tensor, block = piece.tensor, _block_of(piece.tensor)
+    step = max(1, ELEMENTS_AT_ONCE // (block.rows * tensor.shape[1])) * block.rows
+    parts = []
+    for start in range(piece.start, piece.stop, step):
+        stop = min(start + step, piece.stop)
+        packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, start, stop))
+        over = groups[start - piece.start : stop - piece.start]
+        parts.append(fp4_to_fp8.choose_block_scales(packed, over, block))
+    return BlockScales(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(BlockScales)))
+
+
+def _block_change(checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan, at: tuple[int, int]) -> str:
+    """How one block without an exact form would change under the reference's scale."""
+    block, (row, column) = _block_of(tensor), at
+    assert tensor.weight.scale is not None
+    top, bottom = row * block.rows, min((row + 1) * block.rows, tensor.shape[0])
+    wide, half = block.columns // e2m1.GROUP_SIZE, block.columns // 2
+    packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, top, bottom))
+    groups = torch.from_numpy(read_rows(checkpoint, tensor.weight.scale, top, bottom))
+    packed = packed[:, column * half : (column + 1) * half].contiguous()
+    groups = groups[:, column * wide : (column + 1) * wide].contiguous()
+    chosen = scan.needed["scale_bytes"][row : row + 1, column : column + 1]
+    old = fp4_to_fp8.exact_values(packed, groups, chosen, block)
+    new = e4m3.decode(fp4_to_fp8.cast(packed, groups, chosen, block)).double()
+    changed, lost = int(torch.count_nonzero(old != new)), int(torch.count_nonzero((old != 0) & (new == 0)))
+    worst = float(((old - new) / old)[old != 0].abs().max())
+    span = int(scan.needed["span"][row, column])
+    return f"block ({row}, {column}) spans 2^{span}: {changed} elements change, {lost} to zero, by up to {worst:.0%}"
+
+
+RECIPE = Fp4ToFp8(fp4_to_fp8_compiled.fastest())

@@ -1,0 +1,104 @@
+"""Routed experts from FP8 back to FP4: exact where every group of 32 has a scale that makes it so.
+
+The scan must look at every code. It hands the group scales that it found on to the pieces of the scale tensor, as far
+as there is memory for them; pieces without them cast their codes once more.
+"""
+
+from typing import Any
+
+import torch
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.plan.classify import Format, Weight, check_groups
+from dsv4.convert.plan.config_edit import with_expert_dtype
+from dsv4.convert.plan.settings import Settings
+from dsv4.errors import InputError, printable
+from dsv4.quant import fp8_to_fp4
+from dsv4.quant.block_scales import FP4_BLOCK, scale_shape
+
+from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
+from .rows import cache_blocks, read_codes, read_scale, typed_scale
+
+
+class Fp8ToFp4(Recipe):
+    """FP8 experts to FP4."""
+
+    cast_format = Format.FP8
+
+    def takes(self, weight: Weight) -> bool:
+        """FP8 experts."""
+        return weight.is_routed_expert and weight.format is Format.FP8
+
+    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+        """Two codes a byte, and one E8M0 scale for 32 of them."""
+        assert weight.scale is not None and weight.block is not None
+        check_groups(weight.block)
+        rows, columns = weight.logical_shape
+        if columns % 2:
+            raise InputError(f"'{printable(weight.name)}' has {columns} columns: FP4 packs two elements into a byte")
+        reads, scales = (weight.info, weight.scale), scale_shape((rows, columns), FP4_BLOCK)
+        return [
+            OutputTensor(
+                weight.name, "I8", (rows, columns // 2), self, weight, reads,
+                Format.FP4, scanned=True, row_unit=weight.block.rows,
+            ),
+            OutputTensor(
+                weight.scale.name, "F8_E8M0", scales, self, weight, reads,
+                is_scale=True, row_unit=weight.block.rows, source_hashed_with=weight.name,
+            ),
+        ]  # fmt: skip
+
+    def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, torch.Tensor, torch.Tensor, Counts]:
+        """The source rows of a piece, their packed codes, their group scales, and what changed."""
+        weight = piece.tensor.weight
+        assert weight.scale is not None and weight.block is not None
+        scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
+        raw = read_codes(checkpoint, piece)
+        codes, counts = torch.from_numpy(raw), Counts()
+        packed, scales, block = [], [], weight.block
+        for a, b in cache_blocks(len(raw), raw.shape[1], block.rows):
+            over = slice(a // block.rows, -(-b // block.rows))
+            form = fp8_to_fp4.cast(codes[a:b], scale[over], block)
+            packed.append(form.packed)
+            scales.append(form.scale_bytes)
+            if not form.exact.all():
+                counts.add(Counts(**fp8_to_fp4.error(form, codes[a:b], scale[over], block)._asdict()))
+        return raw, torch.cat(packed), torch.cat(scales), counts
+
+    def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
+        """Cast, and keep the scales."""
+        _, _, scales, counts = self._cast(checkpoint, piece)
+        return Scan(counts, spared={"scales": scales})
+
+    def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
+        """How many elements change, and by how much."""
+        counts = scan.counts
+        rms = (counts.squared_error / counts.squared_value) ** 0.5
+        return f"{counts.changed} elements change, relative RMS error {rms:.3g}, largest error {counts.max_error:.3g}"
+
+    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+        """Codes, or scales, of some rows."""
+        assert scan is not None
+        if piece.tensor.is_scale and scan.spared:
+            return PieceResult(scan.spared["scales"][piece.start : piece.stop].numpy())
+        raw, packed, scales, counts = self._cast(checkpoint, piece)
+        return PieceResult(scales.numpy()) if piece.tensor.is_scale else PieceResult(packed.numpy(), raw, counts)
+
+    def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
+        """How many elements changed, and by how much."""
+        entry = super().entry(tensor, counts, scan)
+        if counts.squared_value:
+            entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
+            entry["max_error"] = counts.max_error
+        return entry
+
+    def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
+        """FP4 experts, whatever the target."""
+        return with_expert_dtype(config, "fp4")
+
+    def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """FP4 experts, said at the end."""
+        return {**{key: value for key, value in config.items() if key != "expert_dtype"}, "expert_dtype": "fp4"}
+
+
+RECIPE = Fp8ToFp4()

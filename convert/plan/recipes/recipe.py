@@ -1,0 +1,204 @@
+"""What a kind of conversion is: the Protocol that planning and writing know, and the data that passes through it.
+
+A recipe does three things. It says which output tensors a weight becomes, with exact shapes, before anything is read.
+It scans the weight before its shard is written, because the header of the shard depends on whether an exact form
+exists. And it computes the output, a piece at a time. A piece is a range of rows of one output tensor; pieces do not
+know of each other, so any number of workers, in any order, gives the same bytes.
+
+A new kind of conversion is a new file with a subclass of `Recipe`, and a row of CONVERSIONS in settings.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from dsv4.convert.checkpoint.header import tensor_bytes
+from dsv4.convert.checkpoint.rank_layout import Slice
+from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
+from dsv4.convert.plan.classify import Format, Weight
+from dsv4.convert.plan.settings import Settings
+from dsv4.quant.block_scales import Block
+
+PIECE_BYTES = 8 * 2**20  # output bytes of a piece: an expert matrix of V4-Flash is one
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor to write: what it is in the output, and how it is made from which source tensors.
+
+    reads: the source tensors that are needed; rows of the first correspond to rows of this one.
+    format: how its elements are stored; a scale is PLAIN. is_scale: it is the scale of the weight, not its codes.
+    scanned: whether its pieces are scanned before the shard is written.
+    row_unit: a piece begins at a multiple of so many rows. block: the block of an FP8 cast.
+    part: the slice of one tensor-parallel rank.
+    source_hashed_with: the output tensor whose manifest entry has the hash of the same source bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: "Recipe"
+    weight: Weight
+    reads: tuple[TensorInfo, ...]
+    format: Format = Format.PLAIN
+    is_scale: bool = False
+    scanned: bool = False
+    row_unit: int = 1
+    block: Block | None = None
+    part: Slice | None = None
+    source_hashed_with: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data in the output."""
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows that pieces are counted in, see `row_count`."""
+        return row_count(self.shape, self.nbytes)
+
+    @property
+    def source(self) -> TensorInfo:
+        """The tensor whose rows the rows of this one correspond to."""
+        return self.reads[0]
+
+
+class Piece(NamedTuple):
+    """Rows [start, stop) of an output tensor."""
+
+    tensor: OutputTensor
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.start == 0 and self.stop == self.tensor.rows
+
+
+def split(tensor: OutputTensor) -> Iterator[Piece]:
+    """The pieces of an output tensor, in order, of about PIECE_BYTES and cut at its row unit. None if it is empty."""
+    if not tensor.nbytes:
+        return
+    rows, unit = tensor.rows, tensor.row_unit
+    step = max(unit, PIECE_BYTES // max(tensor.nbytes // rows, 1) // unit * unit)
+    for start in range(0, rows, step):
+        yield Piece(tensor, start, min(start + step, rows))
+
+
+@dataclass
+class Counts:
+    """Statistics of some pieces of a tensor, or of its scan; those of all pieces are added."""
+
+    negative_zeros: int = 0  # of FP4 codes cast to FP8
+    nan: int = 0  # E4M3 NaN codes copied
+    changed: int = 0  # elements whose value is not the source's
+    squared_error: float = 0.0  # of FP4 casts: sum of squares, and of the values themselves
+    squared_value: float = 0.0
+    max_error: float = 0.0
+    blocks: int = 0  # FP8 blocks cast from FP4, by the scan
+    max_span: int = 0  # largest minus smallest group exponent of a block
+    rescaled_blocks: int = 0  # exact with another scale than the reference converter's
+    inexact_blocks: int = 0  # without any exact scale
+
+    def add(self, other: "Counts") -> None:
+        """Include another piece's counts."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            setattr(self, f.name, max(mine, theirs) if f.name.startswith("max_") else mine + theirs)
+
+
+@dataclass
+class PieceResult:
+    """The bytes of a piece, and the source bytes it came from (None where they are the same, or are not hashed)."""
+
+    data: Array
+    source: Array | None = None
+    counts: Counts = field(default_factory=Counts)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the scan of some rows of a weight found.
+
+    needed: tensors that `compute` cannot do without. spared: tensors that save it work; they are dropped where
+    memory is short. All have one row for each row, or row of blocks, that was scanned.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    needed: dict[str, torch.Tensor] = field(default_factory=dict)
+    spared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every element has an exact form."""
+        return not (self.counts.changed or self.counts.inexact_blocks)
+
+    @property
+    def spared_bytes(self) -> int:
+        """Memory of the tensors that may be dropped."""
+        return sum(tensor.nbytes for tensor in self.spared.values())
+
+
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def join_scans(scans: Sequence[Scan]) -> Scan:
+    """The scan of a whole tensor from those of its pieces, in order."""
+    if len(scans) == 1:
+        return scans[0]
+    counts = Counts()
+    for scan in scans:
+        counts.add(scan.counts)
+    return Scan(counts, _joined([scan.needed for scan in scans]), _joined([scan.spared for scan in scans]))
+
+
+class Recipe(Protocol):
+    """One kind of conversion. Subclass it; what is implemented here suits a kind that is always exact.
+
+    cast_format: format of the routed experts that it casts, None if it has no need of experts in a certain format.
+    """
+
+    cast_format: Format | None = None
+
+    def takes(self, weight: Weight) -> bool:
+        """Whether it converts a quantized weight. What it does not take keeps its codes."""
+        ...
+
+    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+        """The tensors that a weight and its scale become, before any slicing. Raises InputError if they cannot."""
+        ...
+
+    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+        """Read and compute one piece. `scan`: of the whole weight, if one of its outputs is `scanned`.
+
+        Raises InputError for scales and codes that the source should not hold.
+        """
+        ...
+
+    def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
+        """Look at the source rows of a piece of a `scanned` tensor. Raises InputError as `compute` does."""
+        return Scan()
+
+    def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
+        """How a tensor without an exact form would change, for a message."""
+        return f"{scan.counts.changed} elements change"
+
+    def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
+        """What the manifest says of a finished tensor beside names, dtypes, shapes and hashes."""
+        return {"changed_elements": counts.changed} if counts.changed else {}
+
+    def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
+        """config.json of the output. some_kept: weights stayed as they were under `--on-inexact keep`."""
+        return config
+
+    def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A released inference/config.json for the output."""
+        return config

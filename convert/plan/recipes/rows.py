@@ -1,0 +1,110 @@
+"""Reading rows of source tensors for the recipes, and refusing what a source should not hold."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
+from dsv4.convert.plan.classify import Format, Weight
+from dsv4.errors import InputError, printable
+from dsv4.quant import e4m3, e8m0
+
+from .recipe import PIECE_BYTES, Array, Piece
+
+CACHE_BYTES = 2**21  # output bytes computed at once: intermediate tensors stay in cache, calls are few
+
+
+def read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
+    """Rows [start, stop) of a source tensor as bytes, uint8 [rows, bytes of a row]."""
+    width = info.nbytes // row_count(info.shape, info.nbytes)
+    buffer = np.empty((stop - start, width), dtype=np.uint8)
+    if buffer.size:
+        checkpoint.read_into(info.name, buffer.data.cast("B"), start * width)
+    return buffer
+
+
+def source_rows(piece: Piece) -> tuple[int, int]:
+    """Rows of the source that a piece, possibly of a rank's slice of rows, stands for."""
+    part = piece.tensor.part
+    if part is None or part.dim != 0:
+        return piece.start, piece.stop
+    begin, _ = part.bounds(piece.tensor.source.shape[0])
+    return begin + piece.start, begin + piece.stop
+
+
+def slice_columns(raw: Array, piece: Piece) -> Array:
+    """The columns of a rank's slice, contiguous; all of them if it is a slice of rows or none."""
+    part = piece.tensor.part
+    if part is None or part.dim == 0:
+        return raw
+    begin, end = part.bounds(raw.shape[1])
+    return np.ascontiguousarray(raw[:, begin:end])
+
+
+def cache_blocks(rows: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about CACHE_BYTES, cut at multiples of `unit`. width: output bytes of a row."""
+    step = max(unit, CACHE_BYTES // max(width, 1) // unit * unit)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def check_scale(raw: Array, info: TensorInfo) -> None:
+    """Raises InputError if block scales (bytes of a scale tensor) hold NaN, zero, negative values or infinity."""
+    bad = np.count_nonzero(raw == e8m0.NAN) if info.dtype == "F8_E8M0" else 0
+    if info.dtype == "F32":
+        values = raw.view(np.float32)
+        bad = values.size - np.count_nonzero(np.isfinite(values) & (values > 0))
+    if bad:
+        what = "byte 255, NaN" if info.dtype == "F8_E8M0" else "not positive and finite"
+        raise InputError(
+            f"'{printable(info.name)}': {bad} block scales are {what}",
+            f"{info.shard} is damaged or was never right: download it again.",
+        )
+
+
+def damaged_scale(info: TensorInfo, error: ValueError) -> InputError:
+    """The error for a scale tensor that the arithmetic refuses."""
+    return InputError(f"'{printable(info.name)}': {error}", "Download its shard again.")
+
+
+def typed_scale(raw: Array, info: TensorInfo) -> torch.Tensor:
+    """Bytes of block scales as float32, or as E8M0 bytes (uint8)."""
+    tensor = torch.from_numpy(raw)
+    return tensor.view(torch.float32) if info.dtype == "F32" else tensor
+
+
+def count_nan(raw: Array) -> int:
+    """NaN codes among E4M3 codes."""
+    return int(np.count_nonzero((raw & e4m3.NAN) == e4m3.NAN))
+
+
+def _refuse_nan(checkpoint: Checkpoint, weight: Weight, raw: Array) -> None:
+    """Decoded, a NaN code would become an ordinary-looking part of the output: refuse, counting all of the tensor."""
+    if weight.format is not Format.FP8 or not count_nan(raw):
+        return
+    rows = weight.info.shape[0]
+    step = max(1, PIECE_BYTES // max(weight.info.row_bytes, 1))
+    found = sum(count_nan(read_rows(checkpoint, weight.info, a, min(a + step, rows))) for a in range(0, rows, step))
+    raise InputError(
+        f"'{printable(weight.name)}' holds {found} E4M3 NaN codes, which stand for no value",
+        "The source is damaged: download the shard again. (--to same copies the tensor as it is.)",
+    )
+
+
+def read_scale(checkpoint: Checkpoint, piece: Piece) -> Array:
+    """The block scales over the source rows of a piece, as bytes. Raises InputError if one is no scale."""
+    weight = piece.tensor.weight
+    assert weight.scale is not None and weight.block is not None
+    start, stop = source_rows(piece)
+    raw = read_rows(checkpoint, weight.scale, start // weight.block.rows, -(-stop // weight.block.rows))
+    check_scale(raw, weight.scale)
+    return raw
+
+
+def read_codes(checkpoint: Checkpoint, piece: Piece) -> Array:
+    """The codes of a quantized weight for a piece, uint8 [rows, bytes]. Raises InputError if one is NaN."""
+    weight = piece.tensor.weight
+    raw = read_rows(checkpoint, weight.info, *source_rows(piece))
+    _refuse_nan(checkpoint, weight, raw)
+    return raw
