@@ -223,14 +223,16 @@ def generate(
 
     `first_row` is the place of the first prompt among all that share a seed: prompt i draws the same tokens whatever
     the batches are. `session` is what an earlier call returned; it is used up. The third result is the session to go on
-    with after a single prompt without `mtp`. `on_progress` hears how many prompt tokens were computed, a share of
-    them after every layer; `trace`, for a single prompt, what the main model's modules put out.
+    with after a single prompt without `mtp`. `on_progress` is called with the number of prompt tokens computed, a share
+    of them after every layer, and with 0 after every module of a decoding step; `trace`, for a single prompt, with what
+    the main model's modules put out.
     """
     rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
     generator = Generator(model, rows, limits, mtp, on_token, trace)
     known = _resume(generator, session)
     generator.statistics.prompt_tokens -= known
     generator.prefill(known, on_progress)
+    generator.progress = None if on_progress is None else lambda name, output: on_progress(0)
     began = time.perf_counter()
     while generator.step():
         pass

@@ -19,6 +19,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.source import HubSource
 from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
+from dsv4.progress import SECONDS_BETWEEN_CALLS
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
 from .fetch import Counter, FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials, sync
@@ -222,6 +223,11 @@ class _Download:
         fetch_checked(self.fallback.snapshot(), file, self.plan.place, meter, self.warn)
         self._note(self.result.from_fallback, file)
 
+    def look(self) -> None:
+        """Call the counter from the thread that started the download: it raises Interrupted on a signal."""
+        with self._lock:
+            self.counter.advance(0)
+
     def abort(self) -> None:
         """End what is under way."""
         self.plan.snapshot.hub.abort()
@@ -306,11 +312,12 @@ def _raise_bad_files(futures: list[Future[None]]) -> None:
         raise BadFile(f"{len(faults)} files are not what the hub lists:\n  {text}", faults[0].hint)
 
 
-def _first_fault(futures: set[Future[None]]) -> BaseException | None:
+def _first_fault(futures: set[Future[None]], look: Callable[[], None]) -> BaseException | None:
     """The first error that ends the run: of the network, the machine or the program. A bad file does not."""
     pending = futures
     while pending:
-        done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        look()
+        done, pending = wait(pending, SECONDS_BETWEEN_CALLS, return_when=FIRST_EXCEPTION)
         for future in done:
             error = future.exception()
             if error is not None and not isinstance(error, BadFile):
@@ -324,7 +331,7 @@ def _run_all(download: _Download, workers: int) -> None:
     ordered = sorted(download.plan.files, key=lambda f: -f.size)
     futures = [pool.submit(download.obtain, file) for file in ordered]
     try:
-        fault = _first_fault(set(futures))
+        fault = _first_fault(set(futures), download.look)
     finally:
         download.stop.set()
         if not all(future.done() for future in futures):

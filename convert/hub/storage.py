@@ -22,6 +22,7 @@ from dsv4.convert.checkpoint.reader import Progress, no_progress
 from dsv4.convert.checkpoint.source import HubSource, parse_source
 from dsv4.convert.checkpoint.storage import Folder, Storage
 from dsv4.errors import InputError, MachineError, UsageError, printable
+from dsv4.progress import ignore, result_of
 
 from .client import BadFile, Snapshot, check_bytes
 from .fetch import FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials
@@ -37,7 +38,8 @@ _STALEMATE_SECONDS = 5.0
 class HubOptions:
     """How a command reaches a hub. `scratch`: shards on disk at once. `keep`: leave them in the library's cache.
 
-    `headers` is told how many shards' headers have been fetched, and of how many.
+    `headers` is called with the number of shards whose headers have been fetched, and of all. `wait` is called with 0
+    while a shard is waited for.
     """
 
     token: str | None = None
@@ -47,6 +49,7 @@ class HubOptions:
     warn: Callable[[str], None] = field(default=lambda line: None)
     detail: Callable[[str], None] = field(default=lambda line: None)
     headers: Progress = no_progress
+    wait: Callable[[int], None] = ignore
 
 
 class _Nothing:
@@ -198,7 +201,7 @@ class HubStorage:
                 self._start(name)
         for name in now:
             if name not in self._folders:
-                self._folders[name] = Folder(self._held[name].result().parent)
+                self._folders[name] = Folder(result_of(self._held[name], self.options.wait).parent)
         if not now and not after:
             self._finish()
 

@@ -5,7 +5,6 @@ is ever touched; in ours, only the files that journal or manifest name.
 """
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.plan.plan import OutputShard, Plan
 from dsv4.convert.plan.side_files import index_names
 from dsv4.errors import InputError, UsageError, printable
+from dsv4.progress import Progress, ignore, result_of
 
 from .atomic_file import PREFIX, fsync_folder, remove, remove_empty_folder
 from .journal import FinishedShard, Past, check_same_job, read_journal, remove_journals
@@ -139,21 +139,21 @@ def usable_shards(
     shards: list[OutputShard],
     checkpoint: Checkpoint,
     pool: Executor,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Progress = ignore,
 ) -> dict[str, FinishedShard]:
     """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now.
 
-    advance: told of the data bytes of each.
+    advance: counts the data bytes of each.
     """
     changed = source_changed(checkpoint, past.started_ns)
     wanted = {s.file: s for s in shards}
     trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
     stop = Event()
-    intact = pool.map(lambda shard: _is_intact(folder, shard, stop), trusted)
+    intact = [pool.submit(_is_intact, folder, shard, stop) for shard in trusted]
     usable = {}
     try:
-        for shard, ok in zip(trusted, intact, strict=True):
-            if ok:
+        for shard, future in zip(trusted, intact, strict=True):
+            if result_of(future, advance):
                 usable[shard.file] = shard
                 advance(wanted[shard.file].data_bytes)
         return usable

@@ -163,7 +163,7 @@ class _Run:
         entries = {n: e for s in self.finished.values() for n, e in s.tensors.items()}
         return sorted(n for n, e in entries.items() if n.endswith(".weight") and e["dtype"] != planned.get(n))
 
-    def publish(self, job: dict[str, Any], copied: list[str]) -> dict[str, int]:
+    def publish(self, job: dict[str, Any], copied: list[str], advance: Advance) -> dict[str, int]:
         """Write everything beside the shards, config.json last. Returns the manifest's summary."""
         shards = [self.finished[s.file] for s in self.plan.shards]
         files = {name: read_side_file(self.checkpoint, name, self.plan) for name in copied}
@@ -175,6 +175,7 @@ class _Run:
         last = {name: contents[name]() for name in index_names(self.plan)}
         manifest = make_manifest(job, shards, {**files, **last}, self.kept_tensors())
         for name, data in {**files, MANIFEST_NAME: dump_manifest(manifest), **last}.items():
+            advance(0)
             write_file(self.output / name, data)
         return dict(manifest["summary"])
 
@@ -214,7 +215,7 @@ def _work(run: _Run, result: Result, advance: Advance) -> None:
         result.shards_written = _convert_shards(run, journal, advance)
         result.kept_tensors = run.kept_tensors()
         if run.part is None:
-            result.summary = run.publish(job, copied)
+            result.summary = run.publish(job, copied, advance)
     except BaseException:
         # A journal without shards would only bind the next run to this one's options. Look at the folder: a run
         # may be stopped between a shard's rename and its line in the journal.

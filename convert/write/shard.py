@@ -18,6 +18,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import OutputShard
 from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, split
 from dsv4.convert.plan.settings import Settings
+from dsv4.progress import Progress, result_of
 
 from .atomic_file import AtomicFile
 from .journal import FinishedShard
@@ -38,16 +39,18 @@ class Workers:
     hasher: Executor
     writer: Executor
 
-    def map_in_order(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results of `function` in the order of `items`, at most `window` of them unclaimed."""
+    def map_in_order(self, function: Callable[[T], R], items: Iterable[T], progress: Progress) -> Iterator[R]:
+        """Results of `function` in the order of `items`, at most `window` of them unclaimed. Calls `progress(0)`."""
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
                 waiting.append(self.pool.submit(function, item))
                 if len(waiting) >= self.window:
-                    yield waiting.popleft().result()
+                    progress(0)
+                    yield result_of(waiting.popleft(), progress)
             while waiting:
-                yield waiting.popleft().result()
+                progress(0)
+                yield result_of(waiting.popleft(), progress)
         finally:
             for future in waiting:
                 future.cancel()
@@ -127,13 +130,17 @@ def write_shard(
     settings: Settings,
     folder: Path,
     workers: Workers,
-    advance: Callable[[int], None],
+    advance: Progress,
 ) -> tuple[AtomicFile, FinishedShard]:
-    """Scan and write one shard; the file is complete but not yet committed. `advance` is told of data bytes written.
+    """Scan and write one shard; the file is complete but not yet committed. `advance` counts bytes of data written.
 
     On any error nothing is left behind. The caller commits the file and then records the shard.
     """
-    scanned = scan_shard(checkpoint, shard, settings, workers.map_in_order)
+
+    def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        return workers.map_in_order(function, items, advance)
+
+    scanned = scan_shard(checkpoint, shard, settings, in_order)
     final = scanned.shard
     pieces = (piece for tensor in final.tensors for piece in split(tensor))
     file = AtomicFile(folder / final.file, final.size)
@@ -141,9 +148,7 @@ def write_shard(
     try:
         outflow.begin(final.header)
         manifest = ManifestBuilder(scanned)
-        for hashed in workers.map_in_order(
-            lambda piece: compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor)), pieces
-        ):
+        for hashed in in_order(lambda piece: compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor)), pieces):
             outflow.put(bytes_of(hashed.result.data))
             manifest.add(hashed)
         sha256 = outflow.finish()

@@ -7,20 +7,15 @@ and the heavy packages inside the command, so that `dsv4 --help` answers at once
 import contextlib
 import errno
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
-import weakref
 from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
-from dsv4 import __version__, output
+from dsv4 import __version__, output, signals
 from dsv4.commands import convert, demo, doctor, download, encode, env, inspect, verify
 from dsv4.commands.run import command as run_command
 from dsv4.distributed import launched
@@ -32,18 +27,11 @@ from dsv4.errors import (
     EXIT_USAGE,
     Dsv4Error,
     InputError,
-    Interrupted,
     MachineError,
     UsageError,
     printable,
 )
 
-SECONDS_UNTIL_ASKED_AGAIN = 0.05
-SECONDS_OF_ASKING = 0.6  # so long may an interrupt be put off; together with the rest it is a second
-# Of imports (torch swallows what is raised while it imports numpy), and of weak references.
-SWALLOWING = ("<frozen importlib._bootstrap>", weakref.__file__)
-LOCKING = ("acquire", "release", "__enter__", "__exit__")  # functions of any module
-WAITING = ("wait", "join", "_wait_for_tstate_lock")  # those of `threading` that an exception may leave
 # What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
 
@@ -129,53 +117,15 @@ def _report_no_memory() -> int:
     return MachineError.exit_code
 
 
-def _interrupt_behind(error: BaseException | None) -> Interrupted | None:
-    """The interrupt that an error came of: raised inside of a lock, one comes out as a lock that nobody holds."""
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__context__
-    return error
-
-
 def _report_unexpected(error: Exception) -> int:
-    """A bug, unless it is an interrupt, the system's error, or a library's way to say that there is no memory."""
-    explained = _interrupt_behind(error) or (explain_os_error(error) if isinstance(error, OSError) else None)
-    if explained is not None:
+    """A bug, unless it is the system's error, or a library's way to say that there is no memory."""
+    if isinstance(error, OSError):
+        explained = explain_os_error(error)
         output.current().error(explained)
         return explained.exit_code
     if isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY):
         return _report_no_memory()
     return _report_bug(error)
-
-
-def _swallowed(frame: FrameType | None) -> bool:
-    """Whether an exception would get no further than the import or the callback that is going on."""
-    while frame is not None and frame.f_code.co_filename not in SWALLOWING:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _locking(frame: FrameType | None) -> bool:
-    """Whether a lock is just being taken or let go: raised there, an exception leaves it locked for ever, and whatever
-    needs it next, a thread that is to be waited for, hangs. Waiting itself, which may take long, can be broken off."""
-    if frame is None:
-        return False
-    name, file = frame.f_code.co_name, frame.f_code.co_filename
-    return name in LOCKING or (file == threading.__file__ and name not in WAITING)
-
-
-def _on_signal(number: int, frame: FrameType | None, since: float | None = None) -> None:
-    error = Interrupted("interrupted", "Run the same command again.")
-    if number == signal.SIGTERM:
-        error.exit_code = EXIT_TERMINATED
-    if not _swallowed(frame) and not _locking(frame):
-        raise error
-    # Ask again in a moment, but do not wait for ever.
-    since = time.monotonic() if since is None else since
-    if time.monotonic() - since >= SECONDS_OF_ASKING:
-        output.current().error(error)
-        os._exit(error.exit_code)
-    signal.signal(signal.SIGALRM, lambda _, later: _on_signal(number, later, since))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_ASKED_AGAIN)
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
@@ -226,23 +176,11 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _ignore_signals() -> None:
-    """The command is over: an interrupt, also one that was put off, has nothing left to interrupt."""
-    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 def main() -> None:
     """Entry point of the `dsv4` script and of `python -m dsv4`."""
-    signal.signal(signal.SIGINT, _on_signal)
-    signal.signal(signal.SIGTERM, _on_signal)
-    try:
-        code = run()
-        _ignore_signals()
-    except Interrupted as error:  # it came after the last word, or while another error was told
-        code = error.exit_code
-        _ignore_signals()
+    signals.prepare()
+    code = run()
+    signals.end_work()
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         _leave(code)
     sys.exit(code)

@@ -6,14 +6,14 @@ names it; torchrun stops the others, and those that were waiting for it say that
 """
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from dsv4.errors import UsageError, lost_rank
+from dsv4 import signals
+from dsv4.errors import LostRank, UsageError, lost_rank
 
 # Objects and CPU tensors go through gloo, tensors on GPUs through nccl.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -23,19 +23,11 @@ LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Messages between ranks that fail become a MachineError: another rank is gone, or cannot be reached."""
+    """Messages between ranks that fail become LostRank: another rank is gone, or cannot be reached."""
     try:
         yield
     except RuntimeError as error:
         raise lost_rank(error) from None
-
-
-def _end_undisturbed() -> None:
-    """This process ends by itself now. When another rank has failed, the launcher sends SIGTERM to all: that must
-    neither cut short what is being said nor look like an interrupt. SIGALRM asks again for one that was put off.
-    """
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,6 @@ class Ranks:
 
     def leave(self) -> None:
         """Wait until all are done, at the very end: the first to end with another code than 0 stops the others."""
-        _end_undisturbed()
         self.gather(None)
 
 
@@ -95,17 +86,21 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
     """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet.
 
-    device: the kind of device on which the tensors are that ranks exchange.
+    device: the kind of device on which the tensors are that ranks exchange. The launcher sends a signal to all ranks;
+    one that has lost another rank to a signal, and has it too, was interrupted and did not fail.
     """
     import torch.distributed as dist
 
+    signals.begin_work()
+    signals.token.second_leaves = False  # the launcher passes on what the terminal sent already: two for one Ctrl-C
     backend = BACKENDS.get(device, "gloo")
-
     with explained():
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
     try:
         yield
+    except LostRank:
+        signals.token.check()
+        raise
     finally:
         with suppress(RuntimeError):  # whatever ended the work is what is told
             dist.destroy_process_group()
-        _end_undisturbed()

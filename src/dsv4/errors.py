@@ -48,17 +48,21 @@ class MachineError(Dsv4Error):
     exit_code = EXIT_MACHINE
 
 
+class LostRank(MachineError):
+    """Another process of a shared run ended or cannot be reached."""
+
+
 class Interrupted(Dsv4Error):
     """SIGINT or SIGTERM arrived. The message says what is kept and how to continue."""
 
     exit_code = EXIT_INTERRUPTED
 
 
-def lost_rank(error: RuntimeError) -> MachineError:
+def lost_rank(error: RuntimeError) -> LostRank:
     """What torch.distributed says when a message between ranks failed, less its advice to programmers."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
     reason = reason.removeprefix(reason[: reason.find("] ") + 2] if reason.startswith("[") else "").split(". ")[0]
-    return MachineError(
+    return LostRank(
         f"another rank ended or cannot be reached ({printable(reason[:200])})",
         "Its own message, or the launcher's table, says why. What was finished is kept.",
     )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
+from dsv4 import signals
 from dsv4.errors import Dsv4Error, printable
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[st
 class Progress:
     """A bar over `total` bytes on a terminal, a line every few seconds in a file, nothing when switched off.
 
-    Use as a context manager and call `advance(n)`. Safe to call from one thread at a time. A `passing` bar appears only
-    if the work takes a while, and is wiped out at the end: what follows on the terminal is what counts.
+    Use as a context manager and call `advance(n)`, from one thread at a time. `advance` raises Interrupted once a
+    signal has arrived, in every mode. A `passing` bar appears only if the work takes a while, and is wiped out at the
+    end: what follows on the terminal is what counts.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class Progress:
             )  # fmt: skip
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """`count` more are done. Raises Interrupted if a signal has arrived."""
+        signals.token.check()
         self.done += count
         if self._bar is not None:
             self._bar.update(count)

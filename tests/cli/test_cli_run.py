@@ -13,10 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from program import as_program
 from safetensors.torch import load_file
 from tiny import TINY, flipped
 
-from dsv4 import cli
+from dsv4 import cli, signals
 from dsv4.commands.run import chat as run_chat
 from dsv4.commands.run.placement import Placement, load_model
 from dsv4.commands.run.source import Source
@@ -465,39 +466,40 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
     def interrupted_once(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
         turns.append(prompt)
         if len(turns) == 1:
-            monkeypatch.setattr(text, "add", lambda token: signal.raise_signal(signal.SIGINT))
+            monkeypatch.setattr(text, "add", lambda token: signal.raise_signal(signal.SIGINT) or "")
         real(self, prompt, text)
 
     monkeypatch.setattr(run_chat.Chat, "_generate", interrupted_once)
-    before = signal.signal(signal.SIGINT, cli._on_signal)
-    try:
+    with as_program():
         out, err = chat(capfd, monkeypatch, "Hello\n/clear\nHello\n", folder, *FEW)
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert "(stopped)" in err
     assert out == f"\n{first}\n"
 
 
 def test_a_terminated_chat_ends(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     def terminate(self: run_chat.Chat, prompt: list[int], text: Any) -> None:
-        cli._on_signal(signal.SIGTERM, None)
+        signal.raise_signal(signal.SIGTERM)
+        signals.token.check()
 
     monkeypatch.setattr(run_chat.Chat, "_generate", terminate)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
-    run(capfd, folder, *FEW, code=143)
+    with as_program():
+        run(capfd, folder, *FEW, code=143)
 
 
 def test_ctrl_c_at_the_prompt_does_not_leave(capfd: Capture, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    lines = iter(["/mode think", KeyboardInterrupt, "/mode chat", None])
+    lines = iter(["/mode think", signal.SIGINT, "/mode chat", None])
 
     def read_line(out: Any) -> str | None:
         line = next(lines)
-        if line is KeyboardInterrupt:
-            cli._on_signal(signal.SIGINT, None)
+        if line is signal.SIGINT:
+            signal.raise_signal(line)
+            pytest.fail("the prompt waits on")
         return line
 
     monkeypatch.setattr(run_chat, "_read_line", read_line)
-    _, err = run(capfd, folder)
+    with as_program():
+        _, err = run(capfd, folder)
     assert err.index("mode think") < err.index("(/exit or Ctrl-D leaves)") < err.index("mode chat")
 
 

@@ -13,11 +13,9 @@ The libraries read HF_ENDPOINT and the like when they are imported, so every run
 """
 
 import fnmatch
-import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from program import Ended, run_warm
 
 STALL_SECONDS = 30.0  # longer than any test waits; `heal` ends it
 
@@ -424,26 +424,8 @@ def hub_environment(server: HubServer, home: Path, modelscope: HubServer | None 
     }
 
 
-@functools.cache
-def _runner() -> subprocess.Popen[str]:
-    """See warm_dsv4.py. It ends with this process, which holds its stdin."""
-    script = Path(__file__).with_name("warm_dsv4.py")
-    return subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def run_dsv4(
     server: HubServer, home: Path, *arguments: object, modelscope: HubServer | None = None, **more: str
-) -> subprocess.CompletedProcess[str]:
+) -> Ended:
     """`dsv4 …` in the folder `home` and a process of its own, with both hubs at `server` or ModelScope elsewhere."""
-    runner, files = _runner(), [home / f".{name}" for name in ("stdout", "stderr")]
-    job = {
-        "arguments": [str(a) for a in arguments],
-        "environment": hub_environment(server, home, modelscope, **more),
-        "folder": str(home),
-        "stdout": str(files[0]),
-        "stderr": str(files[1]),
-    }
-    assert runner.stdin is not None and runner.stdout is not None
-    print(json.dumps(job), file=runner.stdin, flush=True)
-    code = int(runner.stdout.readline())
-    return subprocess.CompletedProcess(job["arguments"], code, *(f.read_text() for f in files))
+    return run_warm(home, *arguments, environment=hub_environment(server, home, modelscope, **more))

@@ -1,7 +1,9 @@
 """Runs `dsv4` command lines, each in a process of its own, without importing torch again for every one of them.
 
-One JSON object a line on stdin: arguments, environment, folder, files for stdout and stderr. A fork runs the command;
-its exit code is the answer. Only what reads no environment is imported before the fork: the hub libraries are not.
+One JSON object a line on stdin: arguments, environment, folder, files for stdout and stderr, and `signal`, null or the
+seconds after which the process gets a signal and its number. A fork runs the command; the answer is a JSON list of its
+exit code and the seconds that it took, from the signal on if there is one. Only what reads no environment is imported
+before the fork: the hub libraries are not.
 """
 
 import contextlib
@@ -9,8 +11,10 @@ import io
 import json
 import os
 import sys
+import time
 
-from dsv4 import cli
+import dsv4.convert.write.run  # noqa: F401  # torch and all that a conversion needs
+from dsv4 import cli, signals
 
 
 def run(job: dict[str, object]) -> int:
@@ -28,21 +32,35 @@ def run(job: dict[str, object]) -> int:
     return 0
 
 
+def start(job: dict[str, object]) -> int:
+    """A fork that runs one command line; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        code = run(job)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main() -> None:
     """Serve until stdin ends."""
+    signals.prepare()
     with contextlib.redirect_stdout(io.StringIO()):
         cli.run(["convert", "--help"])  # makes the command-line library import what it needs
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            code = 99
-            try:
-                code = run(json.loads(line))
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        job = json.loads(line)
+        child, began = start(job), time.monotonic()
+        if job["signal"] is not None:
+            seconds, number = job["signal"]
+            time.sleep(seconds)
+            began = time.monotonic()
+            os.kill(child, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps([code, time.monotonic() - began]), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import torch.distributed
 from dsv4 import cli
 from dsv4.commands.run import placement
 
+TERMINATED = 128 + signal.SIGTERM
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -83,7 +85,7 @@ def start(job: dict[str, Any], index: int, port: int) -> int:
 
 
 def run(job: dict[str, Any]) -> list[int]:
-    """All ranks; terminated ones are reported by what they exit with."""
+    """All ranks; terminated ones are reported by what they exit with, or as a shell does."""
     port = free_port()
     children = [start(job, index, port) for index in range(job["ranks"])]
     codes: dict[int, int] = {}
@@ -95,7 +97,7 @@ def run(job: dict[str, Any]) -> list[int]:
             failed = True
             for other in set(children) - set(codes):
                 os.kill(other, signal.SIGTERM)
-    return [codes[child] for child in children]
+    return [TERMINATED if codes[child] == -signal.SIGTERM else codes[child] for child in children]
 
 
 def main() -> None:

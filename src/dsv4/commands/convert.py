@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4 import output
+from dsv4 import output, signals
 from dsv4.convert.plan.engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.settings import OnInexact, To, resolve
 from dsv4.errors import UsageError, printable
@@ -316,7 +316,7 @@ def convert(
     scratch_folder = output_folder / (f"{SCRATCH_NAME}-{share.tag}" if share else SCRATCH_NAME)
     with ExitStack() as stack:
         with opening(out) as headers:
-            options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail, headers)
+            options = HubOptions(token, cache_dir, scratch, keep_source, out.warn, out.detail, headers, signals.look)
             storage = stack.enter_context(closing(open_storage(source, revision, scratch_folder, options)))
             checkpoint = Checkpoint.open(storage, headers)
             plan = make_plan(checkpoint, settings)
@@ -324,6 +324,7 @@ def convert(
         if dry_run:
             _print_plan(out, plan, resources, free_bytes(output_folder), remote)
             return
+        signals.begin_work()
         job = _Job(out, checkpoint, plan, output_folder, resources)
         result = job.run_as_rank(ranks, share, overwrite) if ranks and share else job.run(share, finish, overwrite)
     if share and (ranks is None or not ranks.is_first):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dsv4 import output
+from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
 from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, example, named
 
@@ -102,6 +102,7 @@ def download(
     if dry_run:
         out.result({"dry_run": True, **plan.as_json()})
         return
+    signals.begin_work()
     try:
         with out.progress(plan.bytes, "download") as bar:
             result = hub_download.download(plan, workers=max_workers, fallback=other, counter=bar, warn=out.warn)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4 import output
+from dsv4 import output, signals
 from dsv4.errors import InputError, Interrupted, UsageError, printable
 from dsv4.opening import opening
 from dsv4.options import (
@@ -257,8 +257,9 @@ def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int,
     if converted is not None and not converted.is_dir():
         raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
     hub = HubOptions(
-        options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=progress
-    )
+        options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=progress,
+        wait=signals.look,
+    )  # fmt: skip
     with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
         with closing(open_hub_storage(where, Path(scratch) / "shards", hub)) as storage:
             yield HubFiles(storage)
@@ -281,6 +282,7 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
                 on_header(done, total)
                 return
             if not bars:
+                signals.begin_work()
                 before.close()
                 bars.append(stack.enter_context(out.progress(total, "verify")))
             bars[0].reach(done, total)

@@ -1,73 +1,100 @@
-"""Ctrl-C while a library is being imported: libraries swallow exceptions there, and it must count all the same."""
+"""Ctrl-C and SIGTERM at any moment: the process ends within a second, says how to continue, and nothing hangs."""
 
+import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Condition, Event, Lock, Timer, main_thread
+from threading import Condition, Event, Lock
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
 import pytest
+from program import as_program, run_warm
 
-from dsv4 import cli
+from dsv4 import signals
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.synthetic.geometry import Geometry
 from dsv4.convert.write import output_folder
 from dsv4.convert.write.journal import FinishedShard, Past
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
+from dsv4.progress import result_of
+
+EITHER = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_TERMINATED)]
+)
+
+
+@pytest.fixture
+def token() -> Iterator[signals.Cancel]:
+    with as_program() as cancel:
+        yield cancel
+
+
+@EITHER
+def test_a_signal_is_noted_and_raised_where_the_work_looks(
+    number: signal.Signals, code: int, token: signals.Cancel
+) -> None:
+    token.check()
+    signal.raise_signal(number)
+    for _ in range(2):  # until somebody says that the command goes on
+        with pytest.raises(Interrupted) as raised:
+            token.check()
+        assert raised.value.exit_code == code
+    token.clear()
+    token.check()
+
+
+def test_the_first_signal_decides(token: signals.Cancel) -> None:
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        signal.raise_signal(number)
+    token.second_leaves = False
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted) as raised:
+        token.check()
+    assert raised.value.exit_code == EXIT_TERMINATED
+
+
+def test_other_threads_are_left_alone(token: signals.Cancel) -> None:
+    """Libraries take an exception in the middle of a transfer for something to try again."""
+    signal.raise_signal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(token.check).result() is None
+
+
+def test_another_program_keeps_its_handlers() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signals.begin_work()
+    with signals.raising():
+        assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signals.token.check()
+
 
 SWALLOWS = """
-import os, signal, time
+import os, signal
 try:
-    os.kill(os.getpid(), signal.{name})
-    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    done = True
 except BaseException:
-    swallowed = True
+    pass
 """
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """The handlers of `dsv4`, for one test."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    before = [signal.getsignal(number) for number in numbers]
-    for number in numbers[:2]:
-        signal.signal(number, cli._on_signal)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", EXIT_INTERRUPTED), ("SIGTERM", EXIT_TERMINATED)])
-def test_an_import_does_not_swallow_it(name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = f"swallows_{name.lower()}"
-    (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cli, "SECONDS_OF_ASKING", 60)
-    with pytest.raises(Interrupted) as raised:
-        __import__(module)
-        time.sleep(5)
-    assert raised.value.exit_code == code
-    assert not hasattr(sys.modules[module], "swallowed")  # the import itself was left alone
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", EXIT_INTERRUPTED), ("SIGTERM", EXIT_TERMINATED)])
-def test_a_long_import_does_not_keep_it_waiting(
-    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends: list[int] = []  # goes on here after its end, and so ends more than once
-    monkeypatch.setattr(cli.os, "_exit", ends.append)
-    monkeypatch.setattr(cli, "SECONDS_OF_ASKING", 0.1)
-    module = f"takes_long_{name.lower()}"
-    (tmp_path / f"{module}.py").write_text(SWALLOWS.format(name=name))
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Interrupted):
-        __import__(module)
-        time.sleep(5)
-    assert set(ends) == {code} and "interrupted" in capsys.readouterr().err
+def during_an_import(folder: Path) -> None:
+    (folder / "swallows.py").write_text(SWALLOWS)
+    sys.path.insert(0, str(folder))
+    try:
+        assert __import__("swallows").done
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("swallows", None)
 
 
 class Telling:
@@ -94,18 +121,14 @@ class Telling:
         self.release()
 
 
-@pytest.mark.parametrize("method", ["acquire", "release"])
-def test_no_lock_stays_locked(method: str) -> None:
-    """Python's own thread pools would wait for it at the end of the run, for ever."""
+def during_a_lock(method: str) -> None:
     telling = Telling(method)
-    with pytest.raises(Interrupted):
-        with Condition(telling):  # type: ignore[arg-type]
-            pass
-        time.sleep(5)
+    with Condition(telling):  # type: ignore[arg-type]
+        pass
     assert not telling.lock.locked()
 
 
-def test_no_callback_swallows_it() -> None:
+def during_a_callback() -> None:
     names: WeakValueDictionary[str, Event] = WeakValueDictionary()
 
     class Removed(str):
@@ -118,23 +141,43 @@ def test_no_callback_swallows_it() -> None:
     armed: list[bool] = []
     event = Event()
     names[Removed("event")] = event
-    with pytest.raises(Interrupted):
-        armed.append(True)
-        del event  # its entry is removed by a callback
-        time.sleep(5)
+    armed.append(True)
+    del event  # its entry is removed by a callback, whose exceptions Python only prints
+    assert not armed
 
 
-def test_waiting_for_a_thread_is_broken_off() -> None:
-    """At once, though it is the same module that waits and that locks."""
-    event, started = Event(), time.monotonic()
+@pytest.mark.parametrize("where", ["import", "acquire", "release", "callback"])
+def test_nothing_swallows_it_and_nothing_is_torn_apart(where: str, token: signals.Cancel, tmp_path: Path) -> None:
+    if where == "import":
+        during_an_import(tmp_path)
+    elif where == "callback":
+        during_a_callback()
+    else:
+        during_a_lock(where)
     with pytest.raises(Interrupted):
-        timer = Timer(0.2, lambda: signal.pthread_kill(main_thread().ident or 0, signal.SIGINT))
-        timer.start()
-        event.wait(30)
+        token.check()
+
+
+def test_waiting_is_broken_off(token: signals.Cancel) -> None:
+    never: Future[None] = Future()
+    started = time.monotonic()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(Interrupted):
+        result_of(never, signals.look)
     assert time.monotonic() - started < 10
 
 
-def test_finished_shards_are_not_read_to_their_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_out_of_the_work_itself_is_no_reason_to_wait_on() -> None:
+    failed: Future[None] = Future()
+    failed.set_exception(TimeoutError("of the work"))
+    with pytest.raises(TimeoutError, match="of the work"):
+        result_of(failed, lambda count: pytest.fail("waited"))
+
+
+def test_finished_shards_are_not_read_to_their_ends_first(
+    monkeypatch: pytest.MonkeyPatch, token: signals.Cancel
+) -> None:
     """A shard may be many gigabytes: the threads that compare its hash stop in between."""
     began, stopped = Event(), []
 
@@ -143,24 +186,89 @@ def test_finished_shards_are_not_read_to_their_ends_first(monkeypatch: pytest.Mo
         stopped.append(stop.wait(30))
         return False
 
-    class Pool(ThreadPoolExecutor):
-        def map(self, *arguments: Any, **keywords: Any) -> Iterator[Any]:
-            results = super().map(*arguments, **keywords)
-            began.wait()
-            signal.raise_signal(signal.SIGINT)  # when the first result is asked for
-            yield from results
+    def look(count: int) -> None:
+        began.wait()
+        signal.raise_signal(signal.SIGINT)
+        token.check()
 
     monkeypatch.setattr(output_folder, "_is_intact", read)
     monkeypatch.setattr(output_folder, "source_changed", lambda *_: set())
     past = Past([], [], 0, {"a": FinishedShard("a", 1, "", {})})
     wanted: Any = [SimpleNamespace(file="a", source_shards=())]
-    with pytest.raises(Interrupted), Pool(1) as pool:
-        output_folder.usable_shards(Path(), past, wanted, None, pool)
+    with pytest.raises(Interrupted), ThreadPoolExecutor(1) as pool:
+        output_folder.usable_shards(Path(), past, wanted, None, pool, look)
     assert stopped == [True]
 
 
-def test_otherwise_at_once() -> None:
-    started = time.monotonic()
-    with pytest.raises(Interrupted):
-        signal.raise_signal(signal.SIGINT)
-    assert time.monotonic() - started < 1
+# --- the program, in processes of its own ---
+
+# The program with something done at a moment: {before} the imports of the command line, {between} its work and its end.
+PROGRAM = """
+import os, signal, sys, time
+from dsv4 import __main__, signals
+{before}
+from dsv4 import cli
+run = cli.run
+def and_then():
+    code = run()
+    {between}
+    return code
+cli.run = and_then
+__main__.main()
+"""
+
+
+def dsv4(arguments: list[str], before: str = "", between: str = "") -> subprocess.CompletedProcess[str]:
+    code = PROGRAM.format(before=before, between=between)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@EITHER
+@pytest.mark.parametrize(("argument", "expected"), [("--version", 0), ("convert", 2)])
+def test_after_the_last_word_it_changes_nothing(
+    argument: str, expected: int, number: signal.Signals, code: int
+) -> None:
+    done = dsv4([argument], between=f"signals.begin_work(); os.kill(os.getpid(), {int(number)})")
+    undisturbed = dsv4([argument])
+    assert (done.returncode, done.stdout, done.stderr) == (expected, undisturbed.stdout, undisturbed.stderr)
+    assert done.stdout or done.stderr
+
+
+@EITHER
+def test_before_the_work_begins_it_ends_the_process_quietly(number: signal.Signals, code: int) -> None:
+    """By the system's default action, which a shell reports as the same code."""
+    done = dsv4(["--version"], before=f"signals.prepare(); os.kill(os.getpid(), {int(number)})")
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+    assert 128 + number == code
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    twice = "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)"
+    done = dsv4(["--version"], before=f"signals.prepare(); signals.begin_work()\n{twice}\ntime.sleep(30)")
+    assert done.returncode == 130 and done.stderr.endswith(signals.AT_ONCE.decode()) and "Traceback" not in done.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@EITHER
+def test_at_any_moment_of_a_conversion(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """From its start to its end in small steps; every run continues what the ones before it left."""
+    make_checkpoint(tmp_path / "source", geometry=Geometry(compress_ratios=(0, 4, 0)))
+    command = ("convert", "source", "out", "--max-shard-size", "150KB")
+    whole = run_warm(tmp_path, "convert", "source", "whole", *command[3:])
+    ends = []
+    for step in range(60):
+        ended = run_warm(tmp_path, *command, interrupt=(step * whole.seconds / 40, number))
+        assert ended.seconds < 10 and "Traceback" not in ended.stderr
+        ends.append(ended.returncode)
+        if ended.returncode == code:
+            assert "Run the same command again" in ended.stderr
+            assert not list((tmp_path / "out").rglob("*.part"))
+        elif ended.returncode == 0:
+            break
+        else:  # before the work began
+            assert (ended.returncode, ended.stderr) == (-number, "")
+    assert ends[-1] == 0 and ends.count(code) >= 5, ends
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

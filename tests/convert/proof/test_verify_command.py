@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import reference_converter
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
-from dsv4 import cli
 from dsv4.cli import run
 from dsv4.convert.proof.compare_tensor import PieceComparison
 from dsv4.convert.proof.files import LocalFiles
@@ -280,7 +278,7 @@ def test_interrupted_before_anything_was_read(
     when: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> None:
-        cli._on_signal(signal.SIGINT, None)
+        raise Interrupted("interrupted", "Run the same command again.")
 
     monkeypatch.setattr(f"dsv4.convert.proof.run.{when}", interrupt)
     code, _, err = command(capsys, *pair)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from dsv4 import signals
 from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted
 from dsv4.output import Output
 
@@ -29,10 +30,11 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-def _only_ctrl_c(error: Interrupted) -> None:
-    """Raise the interruption again unless it is Ctrl-C: whoever sends SIGTERM wants the program to end."""
+def _go_on_after(error: Interrupted) -> None:
+    """Go on after Ctrl-C. Raise the interruption again if it is SIGTERM: whoever sends it wants the program to end."""
     if error.exit_code != EXIT_INTERRUPTED:
         raise error
+    signals.token.clear()
 
 
 class Chat:
@@ -75,6 +77,7 @@ class Chat:
 
         def on_token(row: int, token: int) -> bool:
             bar.close()
+            signals.token.check()
             self.out.data(text.add(token), end="")
             return text.stopped
 
@@ -104,7 +107,7 @@ class Chat:
         try:
             self._generate(self._prompt(line), text)
         except Interrupted as error:
-            _only_ctrl_c(error)
+            _go_on_after(error)
             self.out.data(text.rest())
             self.out.say("(stopped)")
         except Dsv4Error as error:
@@ -159,7 +162,8 @@ def _read_line(out: Output) -> str | None:
 
 def _turn(chat: Chat) -> bool:
     """One line from the user and what it asks for; False to leave."""
-    line = _read_line(chat.out)
+    with signals.raising():
+        line = _read_line(chat.out)
     if line is None:
         return False
     if line.startswith("/"):
@@ -178,6 +182,6 @@ def talk(chat: Chat) -> int:
         try:
             going = _turn(chat)
         except Interrupted as error:
-            _only_ctrl_c(error)
+            _go_on_after(error)
             chat.out.say("(/exit or Ctrl-D leaves)")
     return EXIT_DONE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dsv4 import output
+from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
 from dsv4.options import command, example, parse_size
 from dsv4.result_file import check_writable, result_file
@@ -176,6 +176,7 @@ def run(options: RunOptions) -> None:
     ranks = launched()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
     _check_ranks(options, ranks)
+    signals.begin_work()
     try:
         with joined(ranks, options.device) if ranks else nullcontext():
             code = _execute(options, ranks, out)
