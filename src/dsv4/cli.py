@@ -1,39 +1,22 @@
-"""The `dsv4` command: names the subcommands, and turns every ending into a message and an exit code.
+"""The `dsv4` command: its subcommands and their one-line help.
 
 Each subcommand lives in `commands/<name>.py`. Those modules import only the standard library and Typer at the top
 and the heavy packages inside the command, so that `dsv4 --help` answers at once.
 """
 
 import contextlib
-import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
-from dsv4 import __version__, output, signals
+from dsv4 import __version__, endings, signals
 from dsv4.commands import convert, demo, doctor, download, encode, env, inspect, verify
 from dsv4.commands.run import command as run_command
-from dsv4.distributed import launched
-from dsv4.errors import (
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    EXIT_USAGE,
-    Dsv4Error,
-    InputError,
-    MachineError,
-    UsageError,
-    printable,
-)
-
-# What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
-NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
+from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 app = typer.Typer(
     name="dsv4",
@@ -84,88 +67,22 @@ for _module, _function, _help in (
     app.command(_function.__name__, cls=_Command, short_help=_help, epilog=_module.EPILOG)(_function)
 
 
-def explain_os_error(error: OSError) -> Dsv4Error:
-    """What the operating system refused, as an error with the right exit code and something to do about it."""
-    where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
-    text = f"{where}: {error.strerror}" if where else (error.strerror or str(error))
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        return InputError(text, "Check the path.")
-    hints = {
-        errno.ENOSPC: "Free some disk space and run the same command again: finished files are kept.",
-        errno.EDQUOT: "The disk quota is used up. Free some space and run the same command again.",
-        errno.EFBIG: "The file size limit (ulimit -f) or the file system does not allow a file this large.",
-        errno.EACCES: "Check the permissions of the folder.",
-        errno.EROFS: "The file system is read-only. Choose another folder.",
-        errno.ENOMEM: "Lower --max-memory or --max-workers.",
-        errno.EIO: "The disk reports an error. Check it before you trust anything on it.",
-    }
-    return MachineError(text, hints.get(error.errno or 0, ""))
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    return endings.run(app, arguments)
 
 
-def _report_bug(error: BaseException) -> int:
-    if os.environ.get("DSV4_DEBUG"):
-        traceback.print_exception(error)
-    text = printable(f"{type(error).__name__}: {error}")
-    output.current().error(
-        Dsv4Error(f"this is a bug in dsv4: {text}", "Please report it with the traceback that DSV4_DEBUG=1 shows.")
-    )
-    return EXIT_BUG
+def _open_closed_streams() -> None:
+    """Replace standard streams that were closed when the process started: reading ends at once, words are dropped.
 
-
-def _report_no_memory() -> int:
-    output.current().error(MachineError("out of memory", "Lower --max-memory or --max-workers."))
-    return MachineError.exit_code
-
-
-def _report_unexpected(error: Exception) -> int:
-    """A bug, unless it is the system's error, or a library's way to say that there is no memory."""
-    if isinstance(error, OSError):
-        explained = explain_os_error(error)
-        output.current().error(explained)
-        return explained.exit_code
-    if isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY):
-        return _report_no_memory()
-    return _report_bug(error)
-
-
-def _wants_json(arguments: Sequence[str]) -> bool:
-    """Whether `--json` is asked for, known before the command line is understood, and also if it never will be."""
-    return "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
-
-
-def _report_usage(wrong: BaseException | None) -> None:
-    """What Typer found wrong with the command line, as the JSON object if one was asked for. The words are printed."""
-    if wrong is not None and hasattr(wrong, "format_message"):
-        context = getattr(wrong, "ctx", None)
-        hint = f"Try: {context.command_path} --help" if context is not None else "Try: dsv4 --help"
-        output.current().result({"error": wrong.format_message(), "hint": hint, "exit_code": EXIT_USAGE})
-
-
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code. Nothing that a user can cause ends in a traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    ranks = None
-    with contextlib.suppress(UsageError):  # the command itself says what is wrong with the launcher's variables
-        ranks = launched()
-    output.configure(json_mode=_wants_json(arguments), ranks=ranks)
-    try:
-        app(args=arguments)
-    except SystemExit as error:
-        if error.code == EXIT_USAGE:
-            _report_usage(error.__context__)
-        return error.code if isinstance(error.code, int) else EXIT_DONE
-    except output.ClosedPipe as error:
-        return error.exit_code
-    except Dsv4Error as error:
-        if os.environ.get("DSV4_DEBUG"):
-            traceback.print_exception(error)
-        output.current().error(error)
-        return error.exit_code
-    except MemoryError:
-        return _report_no_memory()
-    except Exception as error:  # the one place where a bug becomes exit code 70
-        return _report_unexpected(error)
-    return EXIT_DONE
+    Otherwise the next file to be opened would get the number 0, 1 or 2, and messages would be written into it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
 
 
 def _leave(code: int) -> NoReturn:
@@ -177,9 +94,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of the `dsv4` script and of `python -m dsv4`."""
+    """Entry point of `dsv4.__main__`."""
     signals.prepare()
-    code = run()
+    _open_closed_streams()
+    code = run(sys.argv[1:])
     signals.end_work()
     if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
         _leave(code)

@@ -2,7 +2,8 @@
 
 As with shards, a file is written under a temporary name in the same folder, fsynced, and renamed: an older file of that
 name survives whatever goes wrong before. What is not an ordinary file, such as /dev/stdout or a pipe, is written to
-directly. A link stays a link: the file that it leads to is replaced.
+directly. A link stays a link: the file that it leads to is replaced. The converter's module for such files is imported
+when one is written: `dsv4 --help` does without it.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dsv4.convert.write.atomic_file import PREFIX, fsync_folder
 from dsv4.errors import UsageError, printable
 
 
@@ -23,6 +23,8 @@ def _is_replaced(path: Path) -> bool:
 
 def _temporary(folder: Path) -> Path:
     """A name in `folder` that nobody else has."""
+    from dsv4.convert.write.atomic_file import PREFIX
+
     return folder / f"{PREFIX}{uuid.uuid4().hex[:12]}.part"
 
 
@@ -38,6 +40,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _written_beside(path: Path) -> Iterator[BinaryIO]:
     """Write a temporary file beside `path` and rename it at the end; if anything fails, remove it."""
+    from dsv4.convert.write.atomic_file import fsync_folder
+
     temporary = _temporary(path.parent)
     try:
         with open(temporary, "xb") as file:

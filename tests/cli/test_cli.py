@@ -16,7 +16,7 @@ import typer
 from hostile import good_checkpoint
 
 import dsv4
-from dsv4 import cli, output
+from dsv4 import cli, endings, output
 from dsv4.commands import inspect as command_inspect
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 from dsv4.output import ClosedPipe
@@ -141,6 +141,21 @@ def test_every_ending_has_its_code_and_message(
     assert "Traceback" not in err and printable(err.replace("\n", "")) == err.replace("\n", "")
 
 
+INPUT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+
+
+@pytest.mark.parametrize(
+    "number", sorted({*INPUT, *endings.HINTS, errno.EPERM, errno.ENOTCONN}), ids=errno.errorcode.get
+)
+def test_every_error_of_the_system_has_its_code_and_its_hint(number: int) -> None:
+    """A wrong path is wrong input, everything else the machine's doing; only what is known has a hint."""
+    error = endings.explain(system_error(number, "some/file"))
+    assert error.exit_code == (3 if number in INPUT else 4)
+    assert str(error) == f"some/file: {os.strerror(number)}"
+    assert bool(error.hint) == (number in INPUT or number in endings.HINTS)
+    assert str(endings.explain(OSError("no number"))) == "no number"
+
+
 def test_debug_shows_the_traceback_of_a_bug(
     failing: Callable[[BaseException], list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +193,38 @@ def test_where_the_words_go_may_be_full(full: str, folder: str, code: int, optio
         done = subprocess.run(command, text=True, **(streams | {full: sink}))
     assert done.returncode == code and "Traceback" not in (done.stderr or "")
     assert full == "stderr" or "standard output: No space left on device" in done.stderr
+
+
+# (command line, its exit code) with the shell's way to close a stream
+CLOSED = [
+    ("inspect {folder} 2>&-", 0),
+    ("inspect {folder}/none 2>&-", 3),
+    ("inspect {folder} --json >&-", 0),
+    ("encode - <&-", 3),
+    ("encode - <&- >&- 2>&-", 3),
+]
+
+
+@pytest.mark.parametrize(("line", "code"), CLOSED)
+def test_standard_streams_may_be_closed(line: str, code: int, tmp_path: Path) -> None:
+    folder = good_checkpoint(tmp_path / "good")
+    done = subprocess.run(f"{sys.executable} -m dsv4 {line.format(folder=folder)}", shell=True, capture_output=True)
+    assert done.returncode == code and b"bug" not in done.stderr, done.stderr
+    assert bool(done.stderr) == (code == 3 and "2>&-" not in line)
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Messages would be written into it."""
+    code = """
+import os, sys
+from dsv4 import cli
+cli._open_closed_streams()
+assert os.open(os.devnull, os.O_RDONLY) > 2
+assert sys.stdin is not None
+print("words", file=sys.stderr, flush=True)
+"""
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        assert not subprocess.run(f"'{sys.executable}' -c '{code}' {closed}", shell=True).returncode, closed
 
 
 class Terminal(io.StringIO):

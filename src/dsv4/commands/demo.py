@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4 import output
+from dsv4 import endings, output
 from dsv4.errors import UsageError, printable
 from dsv4.options import as_folder, example
 
@@ -35,12 +35,12 @@ def _choose_folder(folder: Path | None) -> Path:
 
 
 def demo(
+    context: typer.Context,
     folder: Annotated[
         Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
     ] = None,
 ) -> None:
     """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
-    from dsv4.cli import run
     from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
     out = output.configure()
@@ -49,7 +49,7 @@ def demo(
     make_checkpoint(place / "source")
     for step in _steps(place):
         out.say(f"\n$ dsv4 {shlex.join(step)}")
-        code = run(step)
+        code = endings.run(context.find_root().command, step)
         if code:
             raise typer.Exit(code)
     out.say(f"\nEverything is in {place}; open {place / 'report.html'} in a browser.")

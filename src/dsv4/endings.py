@@ -1,0 +1,98 @@
+"""How a command ends: every error becomes a message and an exit code.
+
+The codes are those of `errors.py`. An error of the operating system says what the user can do about it; what nobody
+foresaw is a bug in dsv4, with the exit code 70.
+"""
+
+import contextlib
+import errno
+import os
+import traceback
+from collections.abc import Callable, Sequence
+
+from dsv4 import output
+from dsv4.distributed import launched
+from dsv4.errors import (
+    EXIT_DONE,
+    EXIT_USAGE,
+    Dsv4Error,
+    InputError,
+    MachineError,
+    UsageError,
+    printable,
+)
+
+# What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
+NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
+
+# What to do about an error of the operating system.
+HINTS = {
+    errno.ENOSPC: "Free some disk space and run the same command again: finished files are kept.",
+    errno.EDQUOT: "The disk quota is used up. Free some space and run the same command again.",
+    errno.EFBIG: "The file size limit (ulimit -f) or the file system does not allow a file this large.",
+    errno.EACCES: "Check the permissions of the folder.",
+    errno.EROFS: "The file system is read-only. Choose another folder.",
+    errno.ENOMEM: "Lower --max-memory or --max-workers.",
+    errno.EIO: "The disk reports an error. Check it before you trust anything on it.",
+}
+
+
+def explain_os_error(error: OSError) -> Dsv4Error:
+    """What the operating system refused, as an error with the right exit code and something to do about it."""
+    where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    text = f"{where}: {error.strerror}" if where else (error.strerror or str(error))
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return InputError(text, "Check the path.")
+    return MachineError(text, HINTS.get(error.errno or 0, ""))
+
+
+def explain(error: Exception) -> Dsv4Error:
+    """Any error as one with a message, a hint and an exit code. What nobody foresaw is a bug."""
+    if isinstance(error, Dsv4Error):
+        return error
+    if isinstance(error, OSError):
+        return explain_os_error(error)
+    library_says = str(error) if isinstance(error, RuntimeError | ImportError) else ""
+    if isinstance(error, MemoryError) or any(words in library_says for words in NO_MEMORY):
+        return MachineError("out of memory", "Lower --max-memory or --max-workers.")
+    text = printable(f"{type(error).__name__}: {error}")
+    return Dsv4Error(f"this is a bug in dsv4: {text}", "Please report it with the traceback that DSV4_DEBUG=1 shows.")
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether `--json` is asked for, known before the command line is understood, and also if it never will be."""
+    return "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
+
+
+def _report_usage(wrong: BaseException | None) -> None:
+    """What Typer found wrong with the command line, as the JSON object if one was asked for. The words are printed."""
+    if wrong is not None and hasattr(wrong, "format_message"):
+        context = getattr(wrong, "ctx", None)
+        hint = f"Try: {context.command_path} --help" if context is not None else "Try: dsv4 --help"
+        output.current().result({"error": wrong.format_message(), "hint": hint, "exit_code": EXIT_USAGE})
+
+
+def run(program: Callable[..., object], arguments: Sequence[str]) -> int:
+    """Run one command line of the Typer program and return its exit code.
+
+    Nothing that a user can cause ends in a traceback.
+    """
+    ranks = None
+    with contextlib.suppress(UsageError):  # the command itself says what is wrong with the launcher's variables
+        ranks = launched()
+    output.configure(json_mode=_wants_json(arguments), ranks=ranks)
+    try:
+        program(args=arguments)
+    except SystemExit as error:
+        if error.code == EXIT_USAGE:
+            _report_usage(error.__context__)
+        return error.code if isinstance(error.code, int) else EXIT_DONE
+    except output.ClosedPipe as error:
+        return error.exit_code
+    except Exception as error:
+        if os.environ.get("DSV4_DEBUG"):
+            traceback.print_exception(error)
+        explained = explain(error)
+        output.current().error(explained)
+        return explained.exit_code
+    return EXIT_DONE
