@@ -11,23 +11,27 @@ Files, bottom-up: numerics (sums of fixed order), config, weights (names and for
 memory), ops (the table of hot operations), layers, cache, compressor, indexer, attention, moe, transformer, loading.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat.completion import parse_completion
+    from .chat.encoding import encode_messages
     from .loading import load
     from .transformer import Transformer
 
-__all__ = ["Transformer", "load"]
+__all__ = ["Transformer", "encode_messages", "load", "parse_completion"]
+
+_MODULES = {
+    "Transformer": ".transformer",
+    "encode_messages": ".chat.encoding",
+    "load": ".loading",
+    "parse_completion": ".chat.completion",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap: torch takes seconds.
-    if name == "load":
-        from .loading import load
-
-        return load
-    if name == "Transformer":
-        from .transformer import Transformer
-
-        return Transformer
-    raise AttributeError(name)
+    if name not in _MODULES:
+        raise AttributeError(name)
+    return getattr(import_module(_MODULES[name], __name__), name)

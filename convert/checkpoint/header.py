@@ -48,7 +48,7 @@ class Header:
     data_start: int
 
 
-def strict_json(raw: bytes, what: str) -> Any:
+def strict_json(raw: bytes | str, what: str, hint: str = "Download the file again.") -> Any:
     """Parse JSON without its leniencies: no duplicate keys, NaN or bad UTF-8; bounded depth. Raises InputError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,17 +56,18 @@ def strict_json(raw: bytes, what: str) -> Any:
         if len(keys) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise InputError(f"{what}: the name '{printable(twice)}' appears twice", "Download the file again.")
+            raise InputError(f"{what}: the name '{printable(twice)}' appears twice", hint)
         return keys
 
     def refuse(constant: str) -> None:
-        raise InputError(f"{what}: holds {constant}, which is not JSON", "Download the file again.")
+        raise InputError(f"{what}: holds {constant}, which is not JSON", hint)
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = printable(str(error) or type(error).__name__)
-        raise InputError(f"{what}: not valid JSON: {reason}", "Download the file again.") from None
+        raise InputError(f"{what}: not valid JSON: {reason}", hint) from None
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
+from . import encoder
 from .geometry import RAGGED, Geometry, config, inference_config
 from .tensors import PATTERNS, TensorSource, block_pattern
 from .tokenizer import tokenizer_config, tokenizer_json
@@ -36,7 +37,6 @@ _GENERATION = {
     "transformers_version": "4.46.3",
 }
 _README = "---\nlicense: mit\nlibrary_name: transformers\n---\n# A small DeepSeek-V4 checkpoint with random weights\n"
-_ENCODING = '"""The release keeps its prompt encoding here. This is a stand-in that should travel unchanged."""\n'
 
 
 def _released_shards(source: TensorSource) -> Iterator[Tensors]:
@@ -87,7 +87,7 @@ def _write_side_files(folder: Path, geometry: Geometry, expert_dtype: str, with_
     _write_json(folder / "generation_config.json", _GENERATION)
     (folder / "README.md").write_text(_README, encoding="utf-8")
     (folder / "LICENSE").write_text("MIT License\n", encoding="utf-8")
-    (folder / "encoding" / "encoding_dsv4.py").write_text(_ENCODING, encoding="utf-8")
+    (folder / encoder.FILE).write_text(encoder.PREVIEW, encoding="utf-8")
     if with_tokenizer:
         (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", tokenizer_config())

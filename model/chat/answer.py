@@ -6,7 +6,7 @@ from typing import Any
 from dsv4.errors import InputError
 
 from .completion import parse_completion
-from .protocol import END_THINK, EOS, MODES
+from .protocol import END_THINK, EOS
 from .tokenizer import TextTokenizer
 
 
@@ -47,18 +47,18 @@ class AnswerText:
         return shown
 
 
-def parse_answer(text: str, mode: str) -> tuple[dict[str, Any] | None, str | None]:
+def parse_answer(text: str, thinking_mode: str, edition: str) -> tuple[dict[str, Any] | None, str | None]:
     """The answer's text, without its EOS, as an assistant message; or None and why it is none."""
     try:
-        return parse_completion(text + EOS, MODES[mode][0]), None
+        return parse_completion(text + EOS, thinking_mode, edition=edition), None
     except InputError as error:
         return None, str(error)
 
 
-def remembered(text: str, mode: str) -> dict[str, Any]:
+def remembered(text: str, thinking_mode: str, edition: str) -> dict[str, Any]:
     """The answer as a message for the history, also when it was cut off or breaks the protocol."""
-    message, _ = parse_answer(text, mode)
+    message, _ = parse_answer(text, thinking_mode, edition)
     if message is not None:
         return message
-    reasoning, found, content = text.partition(END_THINK) if mode != "chat" else ("", END_THINK, text)
+    reasoning, found, content = text.partition(END_THINK) if thinking_mode == "thinking" else ("", END_THINK, text)
     return {"role": "assistant", "content": content if found else "", "reasoning_content": reasoning}

@@ -1,17 +1,35 @@
-"""Prompt files: OpenAI-style messages with their tools, read and checked.
+"""Message files: a list of OpenAI-style messages, or a whole request as the APIs of OpenAI and DeepSeek take it.
 
-A file holds either a list of messages or a whole request, `{"messages": [...], "tools": [...]}`. The protocol keeps
-tools and response format in the system message; a request has them beside the messages, so they are moved.
+A request has beside its messages what the protocols keep inside them: `tools` and `response_format` belong to the
+system message, `task` to the last user message. They are moved there. `thinking` and `reasoning_effort` say how to
+answer; what else a request has does not change the prompt and is listed in `Request.ignored`.
 """
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.checkpoint.header import strict_json
 from dsv4.errors import InputError, printable
 
+from .protocol import TASKS, Effort, ThinkingMode
+
 MessageList = list[dict[str, Any]]
+
+FIELDS = ("messages", "tools", "response_format", "task", "thinking", "reasoning_effort")
+THINKING_TYPES: dict[str, ThinkingMode] = {"enabled": "thinking", "adaptive": "thinking", "disabled": "chat"}
+API_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a message file asks for. `thinking_mode` and `reasoning_effort` are None where it does not say."""
+
+    messages: MessageList
+    thinking_mode: ThinkingMode | None = None
+    reasoning_effort: Effort | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def read_text(path: str) -> str:
@@ -24,13 +42,8 @@ def read_text(path: str) -> str:
 
 
 def read_json(path: str) -> Any:
-    """The JSON value in a file, or on standard input for "-"."""
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise InputError(f"{printable(path)} is not JSON: {error}") from None
-    except RecursionError:
-        raise InputError(f"{printable(path)} is not JSON that can be read: it is nested too deeply") from None
+    """The JSON value in a file, or on standard input for "-". Raises InputError if it is none."""
+    return strict_json(read_text(path), printable(path), "Mend the file: it must hold one JSON value.")
 
 
 def _system_message(messages: MessageList) -> tuple[MessageList, dict[str, Any]]:
@@ -54,22 +67,71 @@ def with_additions(messages: MessageList, tools: object = None, response_format:
     return copied
 
 
-def checked_messages(value: object, where: str) -> MessageList:
-    """`value` as a list of messages; `where` names its origin in the error."""
-    if isinstance(value, dict) and "messages" in value:
-        messages = checked_messages(value["messages"], where)
-        return with_additions(messages, value.get("tools"), value.get("response_format"))
+def _with_task(messages: MessageList, task: object, where: str) -> MessageList:
+    """The messages with `task` in the last of them that is a user's."""
+    if task is None:
+        return messages
+    asking = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    if not asking or not isinstance(task, str) or task not in TASKS:
+        problem = f"unknown task {printable(repr(task))}" if asking else "a task needs a user message"
+        raise InputError(f"{where}: {problem}", f"Tasks are {', '.join(TASKS)}.")
+    last = asking[-1]
+    return [{**message, "task": task} if i == last else message for i, message in enumerate(messages)]
+
+
+def _thinking_mode(request: dict[str, Any], where: str) -> ThinkingMode | None:
+    """What `thinking` says, else what `reasoning_effort` implies."""
+    thinking, effort = request.get("thinking"), request.get("reasoning_effort")
+    kind = str(thinking.get("type")) if isinstance(thinking, dict) else ""
+    if thinking is not None and kind not in THINKING_TYPES:
+        raise InputError(
+            f"{where}: thinking is {printable(repr(thinking)[:60])}", 'Expected {"type": "enabled"} or "disabled".'
+        )
+    if effort == "none":
+        return "chat"
+    return THINKING_TYPES[kind] if kind else None if effort is None else "thinking"
+
+
+def _reasoning_effort(request: dict[str, Any], where: str) -> Effort | None:
+    """`reasoning_effort` as a word of the API or a whole number; None if it is absent or "none"."""
+    effort = request.get("reasoning_effort")
+    if effort is not None and effort not in API_EFFORTS and type(effort) is not int:
+        problem = f"{where}: reasoning_effort is {printable(repr(effort)[:60])}"
+        raise InputError(problem, f"Expected {', '.join(API_EFFORTS)} or, for V4.1, a whole number from 1 to 100.")
+    return None if effort == "none" else effort
+
+
+def _message_list(value: object, where: str) -> MessageList:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise InputError(
-            f"{printable(where)}: expected a JSON list of messages",
+            f"{where}: expected a JSON list of messages",
             'Like [{"role": "user", "content": "Hello"}], or an object with "messages" and "tools".',
         )
     return value
 
 
-def read_messages(path: str) -> MessageList:
-    """The messages in a JSON file ("-" for standard input)."""
-    return checked_messages(read_json(path), path)
+def _response_format(value: object) -> object:
+    """The format that the prompt has to ask for: `{"type": "text"}` is none."""
+    return None if isinstance(value, dict) and value.get("type") == "text" else value
+
+
+def as_request(value: object, where: str) -> Request:
+    """A request, or a list of messages, from the JSON value of a file that `where` names. Raises InputError."""
+    where = printable(where)
+    if not isinstance(value, dict) or "messages" not in value:
+        return Request(_message_list(value, where))
+    messages = _with_task(_message_list(value["messages"], where), value.get("task"), where)
+    return Request(
+        with_additions(messages, value.get("tools"), _response_format(value.get("response_format"))),
+        _thinking_mode(value, where),
+        _reasoning_effort(value, where),
+        tuple(key for key, given in value.items() if key not in FIELDS and given is not None),
+    )
+
+
+def read_request(path: str) -> Request:
+    """The request or the messages in a JSON file ("-" for standard input)."""
+    return as_request(read_json(path), path)
 
 
 def read_tools(path: str) -> list[Any]:

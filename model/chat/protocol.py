@@ -1,19 +1,18 @@
-"""The constants of the release's message protocol: special tokens and the fixed texts of prompts."""
+"""What a message protocol consists of: its special tokens, its texts and the rules in which editions differ.
+
+The releases speak three protocols that share most of their rules. A `Protocol` holds what one of them has for itself;
+the folder `editions/` has one file for each. Everything here is text: the tokenizer turns special tokens into ids.
+"""
 
 import json
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from dsv4.errors import UsageError, printable
 
 ThinkingMode = Literal["chat", "thinking"]
-Effort = Literal["high", "max"]
-
-# The release's three modes: how each is called on the command line, its thinking mode and its effort.
-MODES: dict[str, tuple[ThinkingMode, Effort | None]] = {
-    "chat": ("chat", None),
-    "think": ("thinking", "high"),
-    "think-max": ("thinking", "max"),
-}
+Effort = str | int
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -24,32 +23,22 @@ THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
 TASKS = {task: f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "read_url")}
-SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, THINK, END_THINK, DSML, *TASKS.values())
-
-EFFORT_MAX = """\
-Reasoning Effort: Absolute maximum with no shortcuts permitted.
-You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, \
-rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
-Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, \
-and rejected hypothesis to ensure absolutely no assumption is left unchecked.
-
-"""
 
 TOOLS = """\
 ## Tools
 
 You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
-"<｜DSML｜tool_calls>" block like the following:
+"<{calls}>" block like the following:
 
-<｜DSML｜tool_calls>
-<｜DSML｜invoke name="$TOOL_NAME">
-<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>
+<{calls}>
+<{invoke} name="$TOOL_NAME">
+<{parameter} name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{parameter}>
 ...
-</｜DSML｜invoke>
-<｜DSML｜invoke name="$TOOL_NAME2">
+</{invoke}>
+<{invoke} name="$TOOL_NAME2">
 ...
-</｜DSML｜invoke>
-</｜DSML｜tool_calls>
+</{invoke}>
+</{calls}>
 
 String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, \
 objects), pass the value in JSON format and set `string="false"`.
@@ -74,13 +63,95 @@ You MUST strictly adhere to the following schema to reply:
 
 
 def to_json(value: object) -> str:
-    """JSON as the protocol writes it: no ASCII escapes, `", "` and `": "`."""
+    """JSON as the protocols write it: no ASCII escapes, `", "` and `": "`."""
     return json.dumps(value, ensure_ascii=False)
 
 
-def check_modes(thinking_mode: str, reasoning_effort: str | None = None) -> None:
-    """Raise UsageError unless the protocol has this thinking mode and this effort."""
+@dataclass(frozen=True, kw_only=True)
+class Efforts:
+    """How hard a model can be asked to think: the text at the start of the prompt for each level.
+
+    `by_number` is the text for a whole number from 1 to 100, with `{number}` in it, or None if there are only levels.
+    `api_levels` are the words of DeepSeek's API that are no levels of this edition, with the level that each means.
+    """
+
+    texts: Mapping[str, str]
+    default: str
+    api_levels: Mapping[str, str]
+    by_number: str | None = None
+    empty_is_default: bool = False
+
+    def _is_number(self, effort: object) -> bool:
+        return self.by_number is not None and type(effort) is int and 1 <= effort <= 100
+
+    def resolve(self, effort: Effort | None) -> Effort:
+        """The effort that counts: the default for None. Raises UsageError unless the edition has this effort."""
+        if effort is None or (effort == "" and self.empty_is_default):
+            return self.default
+        if self._is_number(effort) or (isinstance(effort, str) and effort in self.texts):
+            return effort
+        levels = ", ".join(self.texts) + (" or a whole number from 1 to 100" if self.by_number else "")
+        raise UsageError(f"unknown reasoning effort '{printable(str(effort))}', expected {levels}")
+
+    def from_api(self, effort: Effort) -> Effort:
+        """What a request's `reasoning_effort` means here: the API has more words than an edition has levels."""
+        return self.api_levels.get(effort, effort) if isinstance(effort, str) else effort
+
+    def text(self, effort: Effort | None) -> str:
+        """The text at the start of the prompt. Raises UsageError unless the edition has this effort."""
+        effort = self.resolve(effort)
+        return self.texts[effort] if isinstance(effort, str) else str(self.by_number).format(number=effort)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs:
+    """What tells that a checkpoint speaks an edition's protocol.
+
+    `encoder` is the file of the release that builds prompts, `literals` what it assigns at its top level, by name.
+    `recognises` looks at those of a file of that name; `is_config` at config.json, where that alone is certain.
+    """
+
+    encoder: str
+    literals: Mapping[str, object]
+    recognises: Callable[[Mapping[str, object]], bool]
+    is_config: Callable[[Mapping[str, Any]], bool] = lambda config: False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """The message protocol of one edition: what its prompts and completions have for themselves.
+
+    `calls`, `invoke` and `parameter` are the names of the tags around tool calls. `system` stands in front of system
+    messages and of the effort text; "" if they have no token. `is_question` says whether a message of a role at an
+    index is one that the assistant answers. `read_arguments` turns a tool call's arguments into named parameters and
+    raises ValueError for what the edition refuses. `image` is the token that stands for an image: text must not
+    contain it; None if the protocol has no images.
+    """
+
+    edition: str
+    signs: Signs
+    efforts: Efforts
+    calls: str
+    invoke: str
+    parameter: str
+    roles: tuple[str, ...]
+    is_question: Callable[[int, str], bool]
+    read_arguments: Callable[[object], Mapping[str, Any]]
+    system: str = ""
+    image: str | None = None
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokens that neither content nor reasoning of a completion may contain."""
+        tokens = (BOS, EOS, self.system, USER, ASSISTANT, LATEST_REMINDER, THINK, END_THINK, DSML, *TASKS.values())
+        return tuple(filter(None, tokens))
+
+    def tools_text(self, schemas: str) -> str:
+        """The text that presents tools; `schemas` has one JSON object a line."""
+        return TOOLS.format(calls=self.calls, invoke=self.invoke, parameter=self.parameter, schemas=schemas)
+
+
+def check_thinking_mode(thinking_mode: str) -> None:
+    """Raise UsageError unless `thinking_mode` is chat or thinking."""
     if thinking_mode not in get_args(ThinkingMode):
         raise UsageError(f"unknown thinking mode '{printable(str(thinking_mode))}', expected chat or thinking")
-    if reasoning_effort is not None and reasoning_effort not in get_args(Effort):
-        raise UsageError(f"unknown reasoning effort '{printable(str(reasoning_effort))}', expected high or max")

@@ -43,7 +43,14 @@ def test_chat_is_the_default_and_bos_can_be_left_out(capfd: pytest.CaptureFixtur
 
 def test_json(capfd: pytest.CaptureFixture[str], messages: str) -> None:
     out, _ = run(capfd, messages, "--json")
-    assert json.loads(out) == {"prompt": encode_messages(HELLO, thinking_mode="chat")}
+    assert json.loads(out) == {
+        "prompt": encode_messages(HELLO, thinking_mode="chat"),
+        "edition": "preview",
+        "edition_reason": "no checkpoint is named",
+        "thinking_mode": "chat",
+        "reasoning_effort": None,
+        "remarks": [],
+    }
 
 
 def test_ids(capfd: pytest.CaptureFixture[str], messages: str, tmp_path: Path) -> None:
@@ -80,11 +87,11 @@ def test_context_and_kept_thinking(capfd: pytest.CaptureFixture[str], tmp_path: 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("{", "is not JSON"),
+        ("{", "not valid JSON"),
         ('{"role": "user"}', "expected a JSON list of messages"),
         ("[1]", "expected a JSON list of messages"),
         ('[{"role": "critic"}]', "unknown role 'critic'"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "not valid JSON: maximum recursion"),
     ],
 )
 def test_bad_files_exit_3(capfd: pytest.CaptureFixture[str], tmp_path: Path, content: str, problem: str) -> None:

@@ -80,22 +80,22 @@ def test_text_that_may_become_a_stop_string_waits(tokenizer: TextTokenizer) -> N
 
 
 def test_parsed_answers() -> None:
-    message, problem = parse_answer("r</think>c", "think")
+    message, problem = parse_answer("r</think>c", "thinking", "preview")
     assert message is not None and (message["reasoning_content"], message["content"], problem) == ("r", "c", None)
-    message, problem = parse_answer("r", "think-max")
+    message, problem = parse_answer("r", "thinking", "preview")
     assert message is None and problem is not None and "</think>" in problem
 
 
 @pytest.mark.parametrize(
     ("text", "mode", "content", "reasoning"),
     [
-        ("r</think>c", "think", "c", "r"),
-        ("cut off while reas", "think", "", "cut off while reas"),
-        ("r</think>c<think>", "think-max", "c<think>", "r"),
+        ("r</think>c", "thinking", "c", "r"),
+        ("cut off while reas", "thinking", "", "cut off while reas"),
+        ("r</think>c<think>", "thinking", "c<think>", "r"),
         ("c<think>", "chat", "c<think>", ""),
         ("cut o", "chat", "cut o", ""),
     ],
 )
 def test_every_answer_can_be_remembered(text: str, mode: str, content: str, reasoning: str) -> None:
-    message = remembered(text, mode)
+    message = remembered(text, mode, "preview")
     assert (message["role"], message["content"], message["reasoning_content"]) == ("assistant", content, reasoning)

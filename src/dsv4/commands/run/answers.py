@@ -168,15 +168,17 @@ class Answers:
         return answers
 
 
-def answer_json(prompt: Prompt, answer: "Answer", text: str | None, mode: str) -> dict[str, Any]:
+def answer_json(prompt: Prompt, answer: "Answer", text: str | None) -> dict[str, Any]:
     """One answer for `--json`: tokens, text, and the parsed message if the prompt was made of messages."""
     from dsv4.model.chat.answer import parse_answer
 
     result: dict[str, Any] = {"prompt_tokens": len(prompt.tokens), "tokens": answer.tokens, "finish": answer.finish}
     if text is not None:
         result["text"] = text
-    if prompt.messages is not None and text is not None:
-        result["message"], problem = parse_answer(text, mode)
+    if prompt.written is not None and text is not None:
+        style = prompt.written.style
+        result |= {**style.to_json(), "remarks": prompt.written.remarks}
+        result["message"], problem = parse_answer(text, style.thinking_mode, style.edition)
         if problem:
             result["problem"] = problem
     return result
@@ -194,7 +196,7 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
         made = answers.run(batch, first, show, trace)
         for i, (prompt, answer) in enumerate(zip(batch, made, strict=True)):
             text = answers.texts[i].text if answers.texts else None
-            results.append(answer_json(prompt, answer, text, dialogue.mode))
+            results.append(answer_json(prompt, answer, text))
             if show is None and text is not None:
                 out.say(f"[{first + i + 1}]")
                 out.data(text)
@@ -203,6 +205,8 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
             elif show is not None:
                 out.data()
     say_statistics(out, answers.statistics, answers.generation.mtp)
-    statistics = statistics_json(answers.statistics)
-    out.result({"answers": results, "seed": answers.generation.sampling.seed, "statistics": statistics})
+    result = {"answers": results, "seed": answers.generation.sampling.seed}
+    if dialogue.edition is not None:
+        result["edition_reason"] = dialogue.edition.reason
+    out.result({**result, "statistics": statistics_json(answers.statistics)})
     return EXIT_DONE

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import signals
-from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted
+from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted, UsageError
 from dsv4.output import Output
+from dsv4.prompting import Asked, Mode, Style, write_prompt
 
 from .answers import Generation, TokenProgress, say_statistics
-from .prompts import Dialogue, encode, starting_messages
+from .prompts import Dialogue, starting_messages
 from .source import Source
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /mode chat|think|think-max   how the model answers
+/effort LEVEL                think, with this effort: low, high, max, …
 /system TEXT                 set the system message, or remove it when TEXT is empty; starts again
 /clear                       forget the conversation
 /exit                        leave (so does Ctrl-D)
@@ -54,23 +56,28 @@ class Chat:
         self.dialogue = dialogue
         self.messages: list[dict[str, Any]] = starting_messages(dialogue)
         self.raw_text = ""
+        self.style: Style | None = None  # of the last prompt; raw text has none
         self.session: Session | None = None
         self.turns = 0
 
     def _prompt(self, line: str) -> list[int]:
+        from dsv4.model.chat.messages import Request
+
         if self.dialogue.raw:
             self.raw_text += line
             return self.tokenizer.encode(self.raw_text)
-        self.messages.append({"role": "user", "content": line})
-        return self.tokenizer.encode(encode(self.messages, self.dialogue))
+        request = Request([*self.messages, {"role": "user", "content": line}])
+        written = write_prompt(request, self.dialogue.style(request), self.out)
+        self.messages, self.style = request.messages, written.style
+        return self.tokenizer.encode(written.text)
 
     def _remember(self, text: str) -> None:
         from dsv4.model.chat.answer import remembered
 
-        if self.dialogue.raw:
+        if self.style is None:
             self.raw_text += text
         else:
-            self.messages.append(remembered(text, self.dialogue.mode))
+            self.messages.append(remembered(text, self.style.thinking_mode, self.style.edition))
 
     def _generate(self, prompt: list[int], text: "AnswerText") -> None:
         from dsv4.model.generate import generate
@@ -121,10 +128,21 @@ class Chat:
         """Back to the start."""
         self.messages, self.raw_text, self.session = starting_messages(self.dialogue), "", None
 
+    def _set_effort(self, effort: str) -> None:
+        """Think with this effort from now on, if the edition has it."""
+        from dsv4.model.chat.messages import Request
+
+        dialogue = replace(self.dialogue, asked=Asked(Mode.think, effort))
+        try:
+            dialogue.style(Request([]))
+        except UsageError as error:
+            self.out.error(error)
+            return
+        self.dialogue = dialogue
+        self.out.say(f"mode think, effort {effort}")
+
     def command(self, line: str) -> bool:
         """A line that starts with a slash; False to leave."""
-        from dsv4.model.chat.protocol import MODES
-
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name == "/exit":
@@ -132,9 +150,11 @@ class Chat:
         if name == "/clear":
             self.clear()
             self.out.say("cleared")
-        elif name == "/mode" and rest in MODES and not self.dialogue.raw:
-            self.dialogue = replace(self.dialogue, mode=rest)
+        elif name == "/mode" and rest in list(Mode) and not self.dialogue.raw:
+            self.dialogue = replace(self.dialogue, asked=Asked(rest))
             self.out.say(f"mode {rest}")
+        elif name == "/effort" and rest and not self.dialogue.raw:
+            self._set_effort(rest)
         elif name == "/system" and not self.dialogue.raw:
             self.dialogue = replace(self.dialogue, system=rest or None)
             self.clear()

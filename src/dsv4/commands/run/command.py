@@ -75,18 +75,14 @@ class _Run:
     ranks: "Ranks | None"
     source: Source
     tokenizer: "TextTokenizer | None"
+    dialogue: Dialogue
     out: output.Output
-
-    @property
-    def dialogue(self) -> Dialogue:
-        """How messages become prompts."""
-        return Dialogue.of(self.options)
 
     def prompts(self) -> list[Prompt]:
         """All prompts, checked. Of several ranks the first reads them: the others have no stdin."""
 
         def read() -> list[Prompt]:
-            return gather(self.options, self.dialogue, self.tokenizer)
+            return gather(self.options, self.dialogue, self.tokenizer, self.out)
 
         prompts = self.ranks.first(read) if self.ranks else read()
         for prompt in prompts:
@@ -157,7 +153,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
     if out.mode != "silent":
         _check_outputs(options)
     tokenizer = None if options.tokens is not None else load_tokenizer(options.checkpoint)
-    work = _Run(options, ranks, source, tokenizer, out)
+    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, out), out)
     if options.is_chat and tokenizer is not None:
         return work.chat(tokenizer)
     prompts = work.prompts()

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from dsv4.commands.encode import Mode, ModeOption
 from dsv4.errors import UsageError
 from dsv4.options import Json, MaxMemory, Verbose, named
+from dsv4.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,9 @@ class RunOptions:
     tokens: Annotated[
         str | None, typer.Option("--tokens", metavar="IDS", help="Token ids, 0,17,4 or a file; needs no tokenizer.")
     ] = None
-    mode: ModeOption = Mode.chat
+    mode: ModeOption = None
+    effort: EffortOption = None
+    edition: EditionOption = None
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None
     tools: Annotated[
         str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
@@ -114,11 +116,18 @@ class RunOptions:
                 f"the prompt is given {len(given)} times: as {' and as '.join(given)}",
                 "Use one of a prompt, --file, --messages and --tokens.",
             )
-        encoded = self.mode != Mode.chat or self.system is not None or self.tools is not None
+        asked = self.asked not in (Asked(), Asked(Mode.chat))
+        encoded = asked or self.system is not None or self.tools is not None
+        left_out = "--mode, --effort, --edition, --system, --tools"
         if self.raw and encoded:
-            raise UsageError("--raw sends the text as it is", "Leave out --mode, --system and --tools.")
+            raise UsageError("--raw sends the text as it is", f"Leave out {left_out}.")
         if self.tokens is not None and (encoded or self.raw or self.stop):
-            raise UsageError("--tokens needs no encoding", "Leave out --mode, --system, --tools, --raw and --stop.")
+            raise UsageError("--tokens needs no encoding", f"Leave out {left_out}, --raw and --stop.")
+
+    @property
+    def asked(self) -> Asked:
+        """What decides how messages are encoded."""
+        return Asked(self.mode, self.effort, self.edition)
 
     @property
     def question(self) -> str | None:

@@ -3,14 +3,18 @@
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.errors import InputError, UsageError, printable
+from dsv4.output import Output
+from dsv4.prompting import Asked, Style, Written, choose_edition, choose_style, write_prompt
 
 from .options import RunOptions
 
 if TYPE_CHECKING:
+    from dsv4.model.chat.detection import Edition
+    from dsv4.model.chat.messages import Request
     from dsv4.model.chat.tokenizer import TextTokenizer
 
 Messages = list[dict[str, Any]]
@@ -18,25 +22,40 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Dialogue:
-    """How messages become prompts: mode, system message and file of tools, or `raw` text without any of that."""
+    """How messages become prompts: mode, effort, edition, system message and file of tools.
 
-    mode: str
+    Raw text is sent without any of that: it has no edition.
+    """
+
+    asked: Asked
     system: str | None
     tools: str | None
-    raw: bool
+    edition: "Edition | None"
 
     @classmethod
-    def of(cls, options: RunOptions) -> Self:
-        """As the command line says."""
-        return cls(options.mode.value, options.system, options.tools, options.raw)
+    def of(cls, options: RunOptions, out: Output) -> Self:
+        """As the command line says, with the edition that the checkpoint tells where the command line does not."""
+        is_encoded = options.tokens is None and not options.raw
+        edition = choose_edition(options.asked, options.checkpoint, out) if is_encoded else None
+        return cls(options.asked, options.system, options.tools, edition)
+
+    @property
+    def raw(self) -> bool:
+        """Whether texts are sent as they are."""
+        return self.edition is None
+
+    def style(self, request: "Request") -> Style:
+        """How the prompt of a request is made. Raises UsageError for an effort that the edition does not have."""
+        assert self.edition is not None
+        return choose_style(self.asked, request, self.edition.name)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as token ids; `messages` if it was made from messages, whose answer can be parsed."""
+    """One prompt as token ids; `written` if it was made from messages, whose answer can be parsed."""
 
     tokens: list[int]
-    messages: Messages | None = field(default=None)
+    written: Written | None = None
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -64,33 +83,29 @@ def starting_messages(dialogue: Dialogue) -> Messages:
     return with_additions(messages, read_tools(dialogue.tools)) if dialogue.tools else messages
 
 
-def completed(messages: Messages, dialogue: Dialogue) -> Messages:
-    """Messages from a file with --system and --tools put in. Raises UsageError for a second system message."""
+def completed(request: "Request", dialogue: Dialogue) -> "Request":
+    """A request with --system and --tools put in. Raises UsageError for a second system message."""
     from dsv4.model.chat.messages import read_tools, with_additions
 
+    messages = request.messages
     if dialogue.system is not None:
         if any(message.get("role") == "system" for message in messages):
             raise UsageError("the messages have a system message already", "Leave out --system.")
         messages = [{"role": "system", "content": dialogue.system}, *messages]
-    return with_additions(messages, read_tools(dialogue.tools)) if dialogue.tools else messages
+    if dialogue.tools is not None:
+        messages = with_additions(messages, read_tools(dialogue.tools))
+    return replace(request, messages=messages)
 
 
-def encode(messages: Messages, dialogue: Dialogue) -> str:
-    """The prompt text of messages in the dialogue's mode."""
-    from dsv4.model.chat.encoding import encode_messages
-    from dsv4.model.chat.protocol import MODES
+def _question(text: str) -> "Request":
+    from dsv4.model.chat.messages import Request
 
-    thinking_mode, effort = MODES[dialogue.mode]
-    return encode_messages(messages, thinking_mode=thinking_mode, reasoning_effort=effort)
+    return Request([{"role": "user", "content": text}])
 
 
-def _user(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
-
-
-def _from_file(path: str, dialogue: Dialogue) -> list[str | Messages]:
+def _from_file(path: str, dialogue: Dialogue) -> "list[str | Request]":
     """Every prompt of --file: the lines of a text file, or a JSON list of message lists (or of texts)."""
-    from dsv4.model.chat.messages import checked_messages, read_text
+    from dsv4.model.chat.messages import as_request, read_text
 
     text = read_text(path)
     try:
@@ -98,27 +113,27 @@ def _from_file(path: str, dialogue: Dialogue) -> list[str | Messages]:
     except ValueError:
         value = None
     if not isinstance(value, list):
-        lines: list[str | Messages] = [line for line in text.splitlines() if line.strip()]
+        lines: list[str | Request] = [line for line in text.splitlines() if line.strip()]
         if not lines:
             raise InputError(f"{printable(path)} holds no prompt")
         return lines
     if dialogue.raw and not all(isinstance(item, str) for item in value):
         raise InputError(f"{printable(path)} holds messages", "--raw needs texts.")
     return [
-        item if isinstance(item, str) else checked_messages(item, f"{path}, prompt {number}")
+        item if isinstance(item, str) else as_request(item, f"{path}, prompt {number}")
         for number, item in enumerate(value)
     ]
 
 
-def gather(options: RunOptions, dialogue: Dialogue, tokenizer: "TextTokenizer | None") -> list[Prompt]:
+def gather(options: RunOptions, dialogue: Dialogue, tokenizer: "TextTokenizer | None", out: Output) -> list[Prompt]:
     """All prompts as token ids. `tokenizer` may be None for --tokens only."""
-    from dsv4.model.chat.messages import read_messages
+    from dsv4.model.chat.messages import read_request
 
     if options.tokens is not None:
         return [Prompt(parse_tokens(options.tokens))]
     assert tokenizer is not None
     if options.messages is not None:
-        items: list[str | Messages] = [read_messages(options.messages)]
+        items: list[str | Request] = [read_request(options.messages)]
     elif options.file is not None:
         items = _from_file(options.file, dialogue)
     else:
@@ -127,6 +142,7 @@ def gather(options: RunOptions, dialogue: Dialogue, tokenizer: "TextTokenizer | 
         return [Prompt(tokenizer.encode(str(item))) for item in items]
     prompts = []
     for item in items:
-        messages = completed(_user(item) if isinstance(item, str) else item, dialogue)
-        prompts.append(Prompt(tokenizer.encode(encode(messages, dialogue)), messages))
+        request = completed(_question(item) if isinstance(item, str) else item, dialogue)
+        written = write_prompt(request, dialogue.style(request), out)
+        prompts.append(Prompt(tokenizer.encode(written.text), written))
     return prompts

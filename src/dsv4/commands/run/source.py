@@ -39,12 +39,12 @@ class Source:
 
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: `eos_token_id` of config.json, else of generation_config.json."""
-        from dsv4.model.chat.messages import read_json
+        from dsv4.convert.checkpoint.header import strict_json
 
         path = Path(self.folder) / "generation_config.json"
         value = self.checkpoint.config.get("eos_token_id")
         if value is None and path.is_file():
-            content = read_json(str(path))
+            content = strict_json(path.read_bytes(), printable(str(path)))
             if not isinstance(content, dict):
                 raise InputError(f"{printable(str(path))}: a JSON object is expected")
             value = content.get("eos_token_id")

@@ -1,4 +1,4 @@
-"""The message protocol, rule by rule, as expected strings; and that what is rendered is parsed back."""
+"""The preview's protocol, rule by rule, as expected strings; and that what is rendered is parsed back."""
 
 import copy
 import json
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4.errors import InputError, UsageError
-from dsv4.model.chat.encoding import encode_messages, parse_completion
-from dsv4.model.chat.protocol import EFFORT_MAX, SPECIAL_TOKENS, TOOLS
+from dsv4.model import encode_messages, parse_completion
+from dsv4.model.chat.editions.preview import ABSOLUTE_MAXIMUM as EFFORT_MAX
+from dsv4.model.chat.editions.preview import PREVIEW
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -336,7 +337,10 @@ def test_response_format_comes_after_the_tools() -> None:
 
 
 def test_the_tools_text_shows_a_call() -> None:
-    assert '<｜DSML｜invoke name="$TOOL_NAME">\n<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">' in TOOLS
+    assert (
+        '<｜DSML｜invoke name="$TOOL_NAME">\n<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">'
+        in PREVIEW.tools_text("")
+    )
 
 
 def test_tool_calls() -> None:
@@ -472,7 +476,7 @@ def test_completions_that_leave_the_protocol(text: str, mode: str, problem: str)
         parse_completion(text, mode)
 
 
-@pytest.mark.parametrize("token", [token for token in SPECIAL_TOKENS if token not in (EOS,)])
+@pytest.mark.parametrize("token", [token for token in PREVIEW.special_tokens if token not in (EOS,)])
 def test_every_special_token_inside_content_is_refused(token: str) -> None:
     with pytest.raises(InputError, match="inside the content"):
         parse_completion(f"a{token}b{EOS}", "chat")
@@ -510,7 +514,7 @@ def test_what_is_rendered_is_parsed_back(
     assert again == whole
 
 
-PIECES = ["a", "\n", *SPECIAL_TOKENS, "\n\n<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n']
+PIECES = ["a", "\n", *PREVIEW.special_tokens, "\n\n<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n']
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,140 @@
+"""Which edition's prompts a checkpoint was trained on, told from its files without running any of them.
+
+The releases bring their encoder along as Python in `encoding/`. Only the literals that it assigns are read, from its
+syntax tree. A checkpoint without that folder is judged by config.json and by its name; what was assumed is said.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4.convert.checkpoint.header import strict_json
+from dsv4.errors import InputError, printable
+
+from .editions import PROTOCOLS
+from .protocol import Protocol
+
+MOST_ENCODER_BYTES = 1_000_000  # the releases' have 30 thousand
+UNDECIDED = "dspark_block_size"  # a key of config.json in editions that only the name of the folder may tell apart
+VISION = "vision_n_layers"  # a key of Vision-Exp's flat config.json
+NEWEST_FIRST = tuple(reversed(PROTOCOLS.values()))
+ENCODERS = tuple(dict.fromkeys(protocol.signs.encoder for protocol in NEWEST_FIRST))
+ASK = f"Say which edition it is: --edition {' or '.join(PROTOCOLS)}."
+
+
+@dataclass(frozen=True)
+class Edition:
+    """The edition of a checkpoint and what it was told from. `warnings` are lines for the user."""
+
+    name: str
+    reason: str
+    warnings: tuple[str, ...] = ()
+
+
+def _literal(node: ast.expr) -> object:
+    """The value of a literal, None for anything that would have to be run."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def module_literals(source: str) -> dict[str, object]:
+    """Name and value of what a module assigns at its top level. Raises ValueError for what is no Python."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None
+    literals: dict[str, object] = {}
+    for statement in body:
+        if isinstance(statement, ast.Assign):
+            names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+            literals |= dict.fromkeys(names, _literal(statement.value))
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            literals[statement.target.id] = _literal(statement.value)
+    return literals
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """config.json of the folder, {} without one. Raises InputError unless it holds an object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = strict_json(path.read_bytes(), printable(str(path)))
+    if not isinstance(config, dict):
+        raise InputError(f"{printable(str(path))}: a JSON object is expected")
+    return config
+
+
+def _encoder_literals(path: Path) -> dict[str, object]:
+    """What the encoder at `path` assigns. Raises InputError if it cannot be read as Python."""
+    try:
+        if path.stat().st_size > MOST_ENCODER_BYTES:
+            raise ValueError("it is too large for an encoder")
+        return module_literals(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of another encoding, too
+        raise InputError(f"{printable(str(path))} does not tell the edition: {printable(str(error))}", ASK) from None
+
+
+def _same(found: object, released: object) -> bool:
+    """Whether two literals are equal, white space around texts aside: encoders add line breaks in other places."""
+    if isinstance(found, str) and isinstance(released, str):
+        return found.strip() == released.strip()
+    if isinstance(found, dict) and isinstance(released, dict):
+        return found.keys() == released.keys() and all(_same(found[key], released[key]) for key in released)
+    return found == released
+
+
+def _changes(literals: Mapping[str, object], protocol: Protocol) -> tuple[str, ...]:
+    """A warning for each value that the encoder assigns otherwise than the release's."""
+    return tuple(
+        f"{protocol.signs.encoder} has another {name} than the release: "
+        f"the prompt is the one of edition {protocol.edition}, not the one of this file"
+        for name, value in protocol.signs.literals.items()
+        if not _same(literals.get(name), value)
+    )
+
+
+def _from_encoder(folder: Path, encoder: str) -> Edition:
+    """The edition whose encoder lies in the folder. Raises InputError if it is none of them."""
+    protocols = [protocol for protocol in NEWEST_FIRST if protocol.signs.encoder == encoder]
+    literals = _encoder_literals(folder / encoder)
+    for protocol in protocols:
+        if protocol.signs.recognises(literals):
+            return Edition(protocol.edition, f"told from {encoder}", _changes(literals, protocol))
+    known = " or ".join(protocol.edition for protocol in protocols)
+    raise InputError(f"{printable(str(folder / encoder))} is not the encoder of edition {known}", ASK)
+
+
+def _assumed(edition: str, reason: str) -> Edition:
+    reason = f"assumed: there is no encoding folder, and {reason}"
+    return Edition(edition, reason, (f"edition {edition} is {reason}; --edition says another",))
+
+
+def _from_config(folder: Path, config: Mapping[str, Any]) -> Edition:
+    """What config.json and the folder's name suggest, which is an assumption."""
+    if UNDECIDED not in config:
+        return _assumed("preview", f"config.json has no {UNDECIDED}")
+    if VISION in config:
+        return _assumed("0731", f"config.json has {UNDECIDED} and {VISION}")
+    path = folder.resolve()
+    name = path.parent.parent.name if path.parent.name == "snapshots" else path.name  # of the repository, in a cache
+    edition = "preview" if "dspark" in name.lower() and not re.search("0731|0813", name) else "0731"
+    return _assumed(edition, f"config.json has {UNDECIDED}; the name {printable(name)} has to decide")
+
+
+def edition_of(folder: str | Path) -> Edition:
+    """The edition of the checkpoint in `folder`.
+
+    Raises InputError if the encoder in it is of no known edition, or if it or config.json cannot be read.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    named = next((p for p in PROTOCOLS.values() if p.signs.is_config(config)), None)
+    encoders = [encoder for encoder in ENCODERS if (folder / encoder).is_file()]
+    if named is not None and named.signs.encoder not in encoders:
+        return Edition(named.edition, "told from config.json")
+    return _from_encoder(folder, encoders[0]) if encoders else _from_config(folder, config)

@@ -1,0 +1,54 @@
+"""The protocol of V4.1: a token in front of system messages, an effort that is a number, and other tags for tool calls.
+
+A system message that is not the first asks for an answer, as a user message does. The role developer is gone. Images
+have a token of their own, which text must not contain.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4.model.chat.protocol import DSML, Efforts, Protocol, Signs
+
+EFFORT = "Reasoning Effort: {number} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
+LEVELS = {"low": 50, "high": 75, "max": 100}
+DEFAULT = "high"
+MOST_DECODINGS = 2  # clients send JSON text, and some encode it twice
+
+
+def _read_arguments(arguments: object) -> Mapping[str, Any]:
+    """An object, or JSON text of one, encoded once or twice. Anything else becomes one parameter named `arguments`."""
+    decoded = arguments
+    for _ in range(MOST_DECODINGS):
+        if not isinstance(decoded, str):
+            break
+        try:
+            decoded = json.loads(decoded)
+        except (ValueError, RecursionError):
+            break
+    return decoded if isinstance(decoded, Mapping) else {"arguments": arguments}
+
+
+V41 = Protocol(
+    edition="v41",
+    signs=Signs(
+        encoder="encoding/encoding.py",
+        literals={"DEFAULT_REASONING_EFFORT": DEFAULT, "REASONING_EFFORT_MAPPINGS": LEVELS},
+        recognises=lambda literals: True,  # the name of the file tells
+        is_config=lambda config: config.get("model_type") == "deepseek_v41" or "engram_layer_ids" in config,
+    ),
+    efforts=Efforts(
+        texts={level: EFFORT.format(number=number) for level, number in LEVELS.items()},
+        default=DEFAULT,
+        api_levels={"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"},
+        by_number=EFFORT,
+    ),
+    calls=f"{DSML} calls",
+    invoke=f"{DSML} invoke",
+    parameter=f"{DSML} parameter",
+    roles=("system", "user", "assistant", "tool", "latest_reminder"),
+    is_question=lambda index, role: role == "user" or (role == "system" and index > 0),
+    read_arguments=_read_arguments,
+    system="<｜System｜>",
+    image="<｜deepseek_image｜>",
+)

@@ -1,0 +1,177 @@
+"""Messages as turns: what a list of messages is turned into before it is rendered.
+
+Tool results become user content, neighbouring user messages share one turn, tool results take the order in which the
+assistant asked for them, and in thinking mode some old messages are dropped. No text is made here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+from dsv4.errors import InputError, printable
+
+from .protocol import TASKS, Protocol
+
+Message = Mapping[str, Any]
+
+IMAGE_PARTS = ("image", "image_url", "input_image")
+
+# What stays, in thinking mode, of the messages before the last question; answers stay without their reasoning.
+# `direct_search_results` is kept as in the releases, although no rule renders it.
+KEPT_ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "direct_search_results")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a user turn: text, or the result of a tool call.
+
+    `lost_task` is the task of a message that joined a turn; the turn keeps its own.
+    """
+
+    content: object
+    is_tool_result: bool = False
+    call_id: object = None
+    lost_task: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message to render, or several that share a user turn. `name` is what errors call it: `message 3`."""
+
+    name: str
+    role: str
+    message: Message
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def task(self) -> str | None:
+        """The task that the turn asks for instead of an answer."""
+        task: str | None = self.message.get("task")
+        return task
+
+    def fail(self, problem: str, hint: str = "") -> NoReturn:
+        """Raise InputError with the turn's name in front."""
+        raise InputError(f"{self.name} ({printable(self.role)}): {problem}", hint)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Everything that rendering depends on.
+
+    The turns before `start` were encoded earlier. `last_question` is the index of the last turn that the assistant
+    answers, -1 if there is none. `dropped` are turns that stood before it and are not shown to the model.
+    """
+
+    protocol: Protocol
+    turns: Sequence[Turn]
+    start: int
+    thinking: bool
+    drop_thinking: bool
+    last_question: int
+    dropped: Sequence[Turn] = ()
+
+    def shows_reasoning(self, index: int) -> bool:
+        """Whether an answer to the turn at `index` has its reasoning in the prompt."""
+        return self.thinking and (not self.drop_thinking or index >= self.last_question)
+
+
+def _last_question(turns: Sequence[Turn], protocol: Protocol) -> int:
+    return max((i for i, turn in enumerate(turns) if protocol.is_question(i, turn.role)), default=-1)
+
+
+def reasoning_of(message: Message) -> tuple[object, str]:
+    """The reasoning of an assistant message and the name of the field that holds it: `reasoning` is a second name."""
+    name = "reasoning" if message.get("reasoning_content") is None else "reasoning_content"
+    return message.get(name), name
+
+
+def _refuse_images(turn: Turn, image: str) -> None:
+    """Raise InputError if a message has an image, or the token of one in its text."""
+    content = turn.message.get("content")
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    if any(part.get("type") in IMAGE_PARTS for part in parts):
+        turn.fail("images cannot be encoded", "Send text only, or use an engine that runs the vision part.")
+    for text in (content, reasoning_of(turn.message)[0], *(part.get("text") for part in parts)):
+        if isinstance(text, str) and image in text:
+            turn.fail(f"the text contains {image}, which stands for an image", "Take it out of the text.")
+
+
+def _turn(name: str, message: object, protocol: Protocol) -> Turn:
+    """A checked message. Raises InputError unless it has a role, a known task, a list of tool calls and no image."""
+    if not isinstance(message, Mapping):
+        raise InputError(f"{name}: expected an object, found {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise InputError(f"{name}: expected a role, found {printable(repr(role))}")
+    turn = Turn(name, role, message)
+    task = message.get("task")
+    if task is not None and (not isinstance(task, str) or task not in TASKS):
+        turn.fail(f"unknown task '{printable(str(task))}', expected one of {', '.join(TASKS)}")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        turn.fail("expected tool_calls to be a list of objects")
+    if protocol.image is not None:
+        _refuse_images(turn, protocol.image)
+    return turn
+
+
+def _block(turn: Turn, lost_task: str | None = None) -> Block:
+    return Block(turn.message.get("content"), turn.role == "tool", turn.message.get("tool_call_id"), lost_task)
+
+
+def _merge(turns: Iterable[Turn]) -> list[Turn]:
+    """User and tool messages as user turns made of blocks; neighbours share one turn."""
+    merged: list[Turn] = []
+    for turn in turns:
+        previous = merged[-1] if merged and merged[-1].role == "user" else None
+        if turn.role not in ("user", "tool"):
+            merged.append(turn)
+        elif previous is not None and (turn.role == "tool" or previous.task is None):
+            previous.blocks.append(_block(turn, turn.task))
+        else:
+            message = turn.message if turn.role == "user" else {}
+            merged.append(Turn(turn.name, "user", message, [_block(turn)]))
+    return merged
+
+
+def _sort_tool_results(turns: Iterable[Turn]) -> None:
+    """Put tool results into the order of the calls that they answer. Text blocks keep their places."""
+    order: dict[str, int] = {}
+    for turn in turns:
+        if turn.role == "assistant" and turn.message.get("tool_calls"):
+            order = {str(call["id"]): i for i, call in enumerate(turn.message["tool_calls"]) if call.get("id")}
+        results = [block for block in turn.blocks if block.is_tool_result]
+        in_order = iter(sorted(results, key=lambda block: order.get(str(block.call_id), 0)))
+        turn.blocks[:] = [next(in_order) if block.is_tool_result else block for block in turn.blocks]
+
+
+def _without_old(conversation: Conversation) -> Conversation:
+    """The conversation without the messages before the last question whose role is not kept."""
+    turns, last = conversation.turns, conversation.last_question
+    kept = [i for i, turn in enumerate(turns) if i >= last or turn.role in KEPT_ROLES]
+    left = [turns[i] for i in kept]
+    return replace(
+        conversation,
+        turns=left,
+        start=sum(i < conversation.start for i in kept),
+        last_question=_last_question(left, conversation.protocol),
+        dropped=[turn for i, turn in enumerate(turns) if i not in kept],
+    )
+
+
+def prepare(
+    messages: Sequence[Message], context: Sequence[Message], thinking: bool, drop_thinking: bool, protocol: Protocol
+) -> Conversation:
+    """`messages` after `context` as turns. `drop_thinking` has no effect if a message has tools.
+
+    Raises InputError for a message that has no role, an unknown task or tool calls that are no list.
+    """
+    earlier = [_turn(f"context message {i}", message, protocol) for i, message in enumerate(context)]
+    new = [_turn(f"message {i}", message, protocol) for i, message in enumerate(messages)]
+    drop = thinking and drop_thinking and not any(turn.message.get("tools") for turn in (*earlier, *new))
+    encoded = _merge(earlier)
+    turns = [*encoded, *_merge(new)]
+    _sort_tool_results(turns)
+    last = _last_question(turns, protocol)
+    conversation = Conversation(protocol, turns, len(encoded), thinking, drop, last)
+    return _without_old(conversation) if drop else conversation

@@ -1,0 +1,161 @@
+"""How a prompt is made: decided by the options of `encode` and `run`, by a request, and by the checkpoint.
+
+What the command line says counts before what a request says, and that before the edition's own default.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4.errors import UsageError
+from dsv4.output import Output
+
+if TYPE_CHECKING:
+    from dsv4.model.chat.detection import Edition
+    from dsv4.model.chat.messages import MessageList, Request
+    from dsv4.model.chat.protocol import Effort, ThinkingMode
+
+
+class Mode(StrEnum):
+    """The three modes of the releases."""
+
+    chat = "chat"
+    think = "think"
+    think_max = "think-max"
+
+
+ModeOption = Annotated[
+    Mode | None,
+    typer.Option(
+        "--mode",
+        help="chat: answer at once; think: reason first; think-max: reason at length. Default: chat, unless a request "
+        "or --effort asks for reasoning.",
+    ),
+]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        metavar="LEVEL",
+        help="How hard to reason: low, high or max, as the edition has them; for V4.1 also 1 to 100.",
+    ),
+]
+EditionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--edition",
+        metavar="NAME",
+        help="Whose prompts to write: preview, 0731 or v41. Default: as the checkpoint's files tell.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`--mode`, `--effort` and `--edition` as given; None where they were not."""
+
+    mode: str | None = None
+    effort: str | None = None
+    edition: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode == Mode.think_max and self.effort is not None:
+            raise UsageError(
+                "--mode think-max is --mode think --effort max", "Leave out --effort, or use --mode think."
+            )
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one prompt is made. `reasoning_effort` None: the edition's default."""
+
+    edition: str
+    thinking_mode: "ThinkingMode"
+    reasoning_effort: "Effort | None" = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for `--json`, with the effort that counts; null in chat mode, where none does."""
+        from dsv4.model.chat.editions import protocol_of
+
+        effort = protocol_of(self.edition).efforts.resolve(self.reasoning_effort)
+        shown = effort if self.thinking_mode == "thinking" else None
+        return {"edition": self.edition, "thinking_mode": self.thinking_mode, "reasoning_effort": shown}
+
+
+def choose_edition(asked: Asked, folder: str | None, out: Output) -> "Edition":
+    """The edition of the prompts: as asked for, as the checkpoint in `folder` tells, or preview where there is none.
+
+    Says what was chosen with -v, and always what was only assumed.
+    """
+    from dsv4.model.chat.detection import Edition, edition_of
+    from dsv4.model.chat.editions import protocol_of
+
+    if asked.edition is not None:
+        edition = Edition(protocol_of(asked.edition).edition, "as --edition says")
+    elif folder is not None:
+        edition = edition_of(folder)
+    else:
+        edition = Edition("preview", "no checkpoint is named")
+    for line in edition.warnings:
+        out.warn(line)
+    out.detail(f"prompts of edition {edition.name} ({edition.reason})")
+    return edition
+
+
+def _thinking_mode(asked: Asked, request: "Request") -> "ThinkingMode":
+    if asked.mode is not None:
+        return "chat" if asked.mode == Mode.chat else "thinking"
+    if asked.effort is not None:
+        return "thinking"
+    return request.thinking_mode or "chat"
+
+
+def choose_style(asked: Asked, request: "Request", edition: str) -> Style:
+    """How the prompt of a request is made. Raises UsageError for an effort that the edition does not have."""
+    from dsv4.model.chat.editions import protocol_of
+
+    efforts = protocol_of(edition).efforts
+    effort: Effort | None = "max" if asked.mode == Mode.think_max else None
+    if asked.effort is not None:
+        effort = int(asked.effort) if asked.effort.isdecimal() else asked.effort
+    elif effort is None and request.reasoning_effort is not None:
+        effort = efforts.from_api(request.reasoning_effort)
+    efforts.resolve(effort)
+    return Style(edition, _thinking_mode(asked, request), effort)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt as text. `remarks`: what it leaves out or cannot express, a line each."""
+
+    text: str
+    style: Style
+    remarks: tuple[str, ...]
+
+
+def write_prompt(
+    request: "Request",
+    style: Style,
+    out: Output,
+    *,
+    keep_thinking: bool = False,
+    context: "MessageList | None" = None,
+    bos: bool = True,
+) -> Written:
+    """The prompt of a request. What it leaves out is noted, what the model will see otherwise is a warning."""
+    from dsv4.model.chat.encoding import encode_messages
+    from dsv4.model.chat.remarks import notes, warnings
+
+    how = (style.thinking_mode, not keep_thinking)
+    text = encode_messages(
+        request.messages, *how, style.reasoning_effort, context, add_default_bos_token=bos, edition=style.edition
+    )
+    noted = notes(request)
+    warned = warnings(request.messages, *how, context, edition=style.edition)
+    for line in noted:
+        out.say(f"note: {line}")
+    for line in warned:
+        out.warn(line)
+    return Written(text, style, (*noted, *warned))
