@@ -29,7 +29,7 @@ from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config as config_json
 from dsv4.model import load
 from dsv4.model.config import OVERLAP_RATIO, Config
-from dsv4.model.parallel import Group
+from dsv4.model.parallel import TensorParallelGroup
 from dsv4.model.weights import Shape, tensor_shapes
 
 FLASH = Geometry(
@@ -111,12 +111,12 @@ def count_exchanges(folder: Path, count: int) -> list[Exchange]:
     """The same as the engine does it: one rank's calls, without the others."""
     found: list[Exchange] = []
 
-    class Counting(Group):
-        def gather(self, x: torch.Tensor) -> torch.Tensor:
+    class Counting(TensorParallelGroup):
+        def all_gather(self, x: torch.Tensor) -> torch.Tensor:
             found.append(("gather", x.nbytes * self.count))
             return torch.cat([x] * self.count, dim=-1)
 
-        def combine(self, x: torch.Tensor) -> torch.Tensor:
+        def all_reduce_disjoint(self, x: torch.Tensor) -> torch.Tensor:
             found.append(("combine", x.nbytes))
             return x
 
@@ -142,7 +142,7 @@ def stored_bytes(name: str, shape: Shape) -> float:
 
 def rank_bytes(config: Config, count: int) -> tuple[float, float]:
     """What one of `count` ranks holds, and reads for one token on average."""
-    group, held, read = Group(0, count), 0.0, 0.0
+    group, held, read = TensorParallelGroup(0, count), 0.0, 0.0
     for name, shape in tensor_shapes(config, 1).items():
         if group.holds(name, config):
             size = stored_bytes(name, shape) / (count if group.rows(name, shape) else 1)

@@ -8,13 +8,11 @@ from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import MachineError, printable
-from dsv4.model.kernels.cpu import NATIVE, library
-from dsv4.model.kernels.reference import REFERENCE, Operations
-from dsv4.model.kernels.torch_device import ACCELERATED
-from dsv4.model.layers.common import Arithmetic
+from dsv4.model.kernels.table import select_kernels
+from dsv4.model.layers.numerics import Numerics
 
 from .config import Config
-from .parallel import ALONE, Group, check_divisible
+from .parallel import SINGLE, TensorParallelGroup, check_divisible
 from .transformer import Transformer
 from .weight_store import Progress, WeightStore
 from .weights import check, mtp_stages
@@ -31,14 +29,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def choose(device: torch.device) -> Operations:
-    """The fastest row of the table of operations that works for `device` on this machine."""
-    if device.type != "cpu":
-        return ACCELERATED
-    return REFERENCE if library() is None else NATIVE
-
-
-def check_loadable(checkpoint: Checkpoint, group: Group = ALONE) -> tuple[Config, int]:
+def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) -> tuple[Config, int]:
     """The config and the number of MTP blocks of a checkpoint, from its headers alone.
 
     Raises InputError for a quantization that is not read and for tensors that do not fit the config, UsageError for
@@ -58,7 +49,7 @@ def load(
     simulation: bool = True,
     max_memory: int | None = None,
     progress: Progress | None = None,
-    group: Group = ALONE,
+    group: TensorParallelGroup = SINGLE,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
@@ -72,4 +63,4 @@ def load(
     place = find_device(device)
     store = WeightStore(checkpoint, config, stages, place, max_memory, group)
     store.load(progress)
-    return Transformer(config, stages, store, Arithmetic(simulation, choose(place), group))
+    return Transformer(config, stages, store, Numerics(simulation, select_kernels(place), group))

@@ -1,15 +1,15 @@
 """Tensor and expert parallel: which rows of which weights a rank holds, and the exchanges that make results whole.
 
-Every split is one of OUTPUT rows: a rank computes some rows of a product, with the whole input, and the ranks put
-their rows side by side (`gather`). No sum is ever cut in two, so every number is computed as in a single process, in
-the same order, and the logits are the same bits for any number of ranks. The released engine instead cuts `wo_b` by
-columns and adds up partial sums of it and of the experts, which is less to send and changes the last bits.
+Every split is one of OUTPUT rows: a rank computes some rows of a product, with the whole input, and the ranks collect
+all rows (`all_gather`). No sum is ever cut in two, so every number is computed as in a single process, in the same
+order, and the logits are the same bits for any number of ranks. The released engine instead cuts `wo_b` by columns and
+adds up partial sums of it and of the experts, which is less to send and changes the last bits.
 
     embed, head                  rows of the vocabulary
     attn.wq_b, attn_sink, wo_a   whole o_groups and their heads
     indexer.wq_b                 heads
     attn.wo_b, shared experts    equal parts
-    routed experts               whole experts, as many to each; their outputs are brought to everybody (`combine`)
+    routed experts               whole experts, as many to each; their outputs go to all (`all_reduce_disjoint`)
 
 The rest (norms, gates, low-rank and key projections, compressors, hyper-connections) is small and computed by all, so
 that every rank knows which experts are chosen. On CPUs these numbers are the same bits everywhere; GPUs of one run must
@@ -44,7 +44,7 @@ def _explained() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorParallelGroup:
     """This process is rank `index` of `count` that run one model together.
 
     by_way_of_cpu: what ranks exchange lies on a device that gloo and nccl do not reach, and is copied there and back.
@@ -57,14 +57,14 @@ class Group:
     def _reachable(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu().contiguous() if self.by_way_of_cpu else x.contiguous()
 
-    def part(self, length: int) -> tuple[int, int]:
+    def bounds(self, length: int) -> tuple[int, int]:
         """[start, stop) of this rank in a dimension of `length`, which the number of ranks divides."""
         step = length // self.count
         return self.index * step, (self.index + 1) * step
 
     def rows(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The rows of a tensor that this rank holds; None for all of them."""
-        return self.part(shape[0]) if self.count > 1 and SPLIT_ROWS.search(name) else None
+        return self.bounds(shape[0]) if self.count > 1 and SPLIT_ROWS.search(name) else None
 
     def holds(self, name: str, config: Config) -> bool:
         """Whether this rank needs a tensor at all: it is no routed expert, or one of its own."""
@@ -73,20 +73,20 @@ class Group:
 
     def experts(self, config: Config) -> range:
         """The routed experts of this rank."""
-        return range(*self.part(config.n_routed_experts))
+        return range(*self.bounds(config.n_routed_experts))
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' parts [..., n] side by side: [..., count * n]."""
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' slices [..., n] in one tensor: [..., count * n]."""
         if self.count == 1:
             return x
         mine = self._reachable(x)
-        parts = [torch.empty_like(mine) for _ in range(self.count)]
+        slices = [torch.empty_like(mine) for _ in range(self.count)]
         with _explained():
-            dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(mine))
-        return torch.cat(parts, dim=-1).to(x.device)
+            dist.all_gather([_as_bytes(each) for each in slices], _as_bytes(mine))
+        return torch.cat(slices, dim=-1).to(x.device)
 
-    def combine(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n], n even, where at most one rank has other bits than zero in each place: those bits, everywhere.
+    def all_reduce_disjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n], n even, of which at most one rank has bits other than zero in each place: those bits, for all.
 
         Added as integers: exact, and a negative zero stays one.
         """
@@ -98,14 +98,14 @@ class Group:
         return mine.to(x.device)
 
 
-ALONE = Group()
+SINGLE = TensorParallelGroup()
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.uint8)
 
 
-def check_divisible(config: Config, group: Group) -> None:
+def check_divisible(config: Config, group: TensorParallelGroup) -> None:
     """Raises UsageError naming the first dimension that the ranks cannot share equally, and what would do."""
     lengths = {
         "o_groups": config.o_groups,

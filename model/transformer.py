@@ -14,12 +14,15 @@ import torch
 
 from dsv4.errors import UsageError
 from dsv4.model.layers.attention import Attention, Segment
-from dsv4.model.layers.common import Arithmetic, Head, HyperConnection, Rotary, rotary_frequencies
+from dsv4.model.layers.head import Head
+from dsv4.model.layers.hyper_connection import HyperConnection
 from dsv4.model.layers.moe import MixtureOfExperts
+from dsv4.model.layers.numerics import Numerics
+from dsv4.model.layers.rotary import Rotary, rotary_frequencies
 
 from .cache import Cache, LayerCache, new_cache
 from .config import Config
-from .weight_store import Scope, WeightStore
+from .weight_store import WeightStore, WeightView
 
 TOKENS_PER_PIECE = 512
 
@@ -44,25 +47,25 @@ class Output:
 class Block:
     """Attention, then experts, each inside a hyper-connection."""
 
-    def __init__(self, config: Config, layer: int, weights: Scope, rotary: Rotary, arithmetic: Arithmetic) -> None:
-        self._config, self._weights, self._arithmetic = config, weights, arithmetic
-        self._attention = Attention(config, layer, weights.scope("attn."), rotary, arithmetic)
-        self._experts = MixtureOfExperts(config, layer, weights.scope("ffn."), arithmetic)
-        self._around_attention = HyperConnection(config, weights, "attn", arithmetic)
-        self._around_experts = HyperConnection(config, weights, "ffn", arithmetic)
+    def __init__(self, config: Config, layer: int, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._weights, self._numerics = config, weights, numerics
+        self._attention = Attention(config, layer, weights.view("attn."), rotary, numerics)
+        self._experts = MixtureOfExperts(config, layer, weights.view("ffn."), numerics)
+        self._around_attention = HyperConnection(config, weights, "attn", numerics)
+        self._around_experts = HyperConnection(config, weights, "ffn", numerics)
 
     def __call__(self, h: torch.Tensor, token_ids: torch.Tensor, call: "Call", name: str) -> torch.Tensor:
         """h [T, n, D] -> [T, n, D]; `name` is the layer's name in the caches and for the trace."""
         eps = self._config.rms_norm_eps
-        x, post, comb = self._around_attention.enter(h)
-        x = self._arithmetic.operations.rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
+        x, post, comb = self._around_attention.pre(h)
+        x = self._numerics.kernels.rms_norm(x, self._weights.vector("attn_norm.weight"), eps)
         output = self._attention(x, call.positions, call.segments, call.layer_caches(name))
-        h = self._around_attention.leave(output, h, post, comb)
+        h = self._around_attention.post(output, h, post, comb)
         call.trace(f"{name}.attn", output)
-        x, post, comb = self._around_experts.enter(h)
-        x = self._arithmetic.operations.rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
+        x, post, comb = self._around_experts.pre(h)
+        x = self._numerics.kernels.rms_norm(x, self._weights.vector("ffn_norm.weight"), eps)
         output, experts = self._experts(x, token_ids)
-        h = self._around_experts.leave(output, h, post, comb)
+        h = self._around_experts.post(output, h, post, comb)
         call.trace(f"{name}.ffn.gate.experts", experts)
         call.trace(f"{name}.ffn", output)
         call.trace(name, h)
@@ -106,17 +109,17 @@ class Call:
 class MtpBlock:
     """Predicts token t + 2 from the main model's streams at t and token t + 1."""
 
-    def __init__(self, config: Config, stage: int, store: WeightStore, rotary: Rotary, arithmetic: Arithmetic) -> None:
-        self._config, self._arithmetic = config, arithmetic
-        self._weights = store.scope(f"mtp.{stage}.")
+    def __init__(self, config: Config, stage: int, store: WeightStore, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._numerics = config, numerics
+        self._weights = store.view(f"mtp.{stage}.")
         self._name = f"mtp.{stage}"
-        self._block = Block(config, config.num_hidden_layers + stage, self._weights, rotary, arithmetic)
-        self.head = Head(config, self._weights, store.scope(""), arithmetic)
+        self._block = Block(config, config.num_hidden_layers + stage, self._weights, rotary, numerics)
+        self.head = Head(config, self._weights, store.view(""), numerics)
 
     def __call__(self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> torch.Tensor:
         """h [T, n, D], embeddings [T, D] of the next tokens and their ids [T] -> streams [T, n, D]."""
-        eps, linear, weights = self._config.rms_norm_eps, self._arithmetic.quantized_linear, self._weights
-        norm = self._arithmetic.operations.rms_norm
+        eps, linear, weights = self._config.rms_norm_eps, self._numerics.quantized_linear, self._weights
+        norm = self._numerics.kernels.rms_norm
         token = linear(norm(embedded, weights.vector("enorm.weight"), eps), weights.matrix("e_proj.weight"))
         normed = norm(h, weights.vector("hnorm.weight"), eps)
         streams = linear(normed.flatten(0, 1), weights.matrix("h_proj.weight")).view(h.shape)
@@ -126,18 +129,18 @@ class MtpBlock:
 class Transformer:
     """A loaded model. Made by `dsv4.model.load`."""
 
-    def __init__(self, config: Config, stages: int, store: WeightStore, arithmetic: Arithmetic) -> None:
-        self.config, self.store, self.arithmetic, self.device = config, store, arithmetic, store.device
+    def __init__(self, config: Config, stages: int, store: WeightStore, numerics: Numerics) -> None:
+        self.config, self.store, self.numerics, self.device = config, store, numerics, store.device
         rotaries = {
-            kind: Rotary(rotary_frequencies(config, kind), self.device, arithmetic.operations) for kind in (False, True)
+            kind: Rotary(rotary_frequencies(config, kind), self.device, numerics.kernels) for kind in (False, True)
         }
         self._layers = [
-            Block(config, i, store.scope(f"layers.{i}."), rotaries[config.ratio(i) > 0], arithmetic)
+            Block(config, i, store.view(f"layers.{i}."), rotaries[config.ratio(i) > 0], numerics)
             for i in range(config.num_hidden_layers)
         ]
-        self._head = Head(config, store.scope(""), store.scope(""), arithmetic)
+        self._head = Head(config, store.view(""), store.view(""), numerics)
         self._mtp = [
-            MtpBlock(config, i, store, rotaries[config.ratio(config.num_hidden_layers + i) > 0], arithmetic)
+            MtpBlock(config, i, store, rotaries[config.ratio(config.num_hidden_layers + i) > 0], numerics)
             for i in range(stages)
         ]
 
@@ -149,12 +152,12 @@ class Transformer:
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for the main stack."""
         layers = range(self.config.num_hidden_layers)
-        return new_cache(self.config, layers, batch_size, self.arithmetic.dtype, self.device)
+        return new_cache(self.config, layers, batch_size, self.numerics.dtype, self.device)
 
     def new_mtp_cache(self, batch_size: int) -> Cache:
         """An empty cache for the MTP block, which has its own keys."""
         first = self.config.num_hidden_layers
-        return new_cache(self.config, range(first, first + 1), batch_size, self.arithmetic.dtype, self.device)
+        return new_cache(self.config, range(first, first + 1), batch_size, self.numerics.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
@@ -189,7 +192,7 @@ class Transformer:
     __call__ = forward
 
     def _stack(self, ids: torch.Tensor, call: Call) -> torch.Tensor:
-        embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
+        embedded = self.store.embedding(ids).to(self.numerics.dtype)
         h = embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
         call.trace("embed", h)
         for number, layer in enumerate(self._layers):
@@ -220,7 +223,7 @@ class Transformer:
         for starts, parts in _pieces(counts):
             call = Call(mtp_cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
-            embedded = self.store.embedding(ids).to(self.arithmetic.dtype)
+            embedded = self.store.embedding(ids).to(self.numerics.dtype)
             h = block(hidden[call.sequence, call.column], embedded, ids, call)
             call.finish()
             if logits is not None:
@@ -229,7 +232,7 @@ class Transformer:
 
     def _new_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         shape = (*ids.shape, self.config.hc_mult, self.config.hidden_size)
-        return torch.zeros(shape, dtype=self.arithmetic.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.numerics.dtype, device=self.device)
 
     def _new_logits(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor | None:
         if rows == "none":

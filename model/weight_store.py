@@ -22,7 +22,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import InputError, MachineError
 
 from .config import Config
-from .parallel import ALONE, Group
+from .parallel import SINGLE, TensorParallelGroup
 from .weights import Matrix, read_matrix, read_vector, scale_name, tensor_shapes
 
 EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
@@ -44,8 +44,8 @@ def is_matrix(shape: tuple[int, ...], name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Demand:
-    """Bytes of memory for a model's weights, or a rank's share: `whole` keeps all of them, less than `least` none."""
+class MemoryNeed:
+    """Bytes for a model's weights, or a rank's share. `whole` keeps every weight in memory; `least` is the minimum."""
 
     whole: int
     least: int
@@ -72,7 +72,7 @@ class WeightStore:
         stages: int,
         device: torch.device,
         max_memory: int | None,
-        group: Group = ALONE,
+        group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.checkpoint, self.config, self.device, self.group = checkpoint, config, device, group
         shapes = {n: shape for n, shape in tensor_shapes(config, stages).items() if group.holds(n, config)}
@@ -90,13 +90,13 @@ class WeightStore:
         fixed = sum(self.sizes[name] for name in self._vector_names)
         self._largest = max((n for n in matrices if n != EMBEDDING), key=lambda n: self.sizes[n])
         whole = fixed + sum(self.sizes[name] for name in matrices)
-        self.demand = Demand(whole, fixed + self.sizes[self._largest])
+        self.need = MemoryNeed(whole, fixed + self.sizes[self._largest])
         self._plan(matrices, max_memory)
 
     def _plan(self, matrices: list[str], max_memory: int | None) -> None:
         """Decide what is pinned and how many bytes the expert cache may hold."""
-        sizes, least = self.sizes, self.demand.least
-        if max_memory is None or self.demand.whole <= max_memory:
+        sizes, least = self.sizes, self.need.least
+        if max_memory is None or self.need.whole <= max_memory:
             self._pinned_names, self._recent_limit = matrices, 0
             return
         if least > max_memory:
@@ -167,7 +167,7 @@ class WeightStore:
         mine = ((token_ids >= start) & (token_ids < stop)).nonzero().squeeze(-1)
         result = torch.zeros(len(token_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
         result[mine] = self._embedding_rows(token_ids[mine], start)
-        return self.group.combine(result)
+        return self.group.all_reduce_disjoint(result)
 
     def _embedding_rows(self, token_ids: torch.Tensor, start: int) -> torch.Tensor:
         if EMBEDDING in self._pinned:
@@ -182,12 +182,12 @@ class WeightStore:
         held = sum(m.nbytes for m in self._pinned.values()) + self._recent_bytes
         return held + sum(vector.nbytes for vector in self._vectors.values())
 
-    def scope(self, prefix: str) -> "Scope":
+    def view(self, prefix: str) -> "WeightView":
         """The weights whose names start with `prefix`."""
-        return Scope(self, prefix)
+        return WeightView(self, prefix)
 
 
-class Scope:
+class WeightView:
     """Weights of one module, under their names within it."""
 
     def __init__(self, store: WeightStore, prefix: str) -> None:
@@ -201,6 +201,6 @@ class Scope:
         """See WeightStore.vector."""
         return self._store.vector(self._prefix + name)
 
-    def scope(self, prefix: str) -> "Scope":
+    def view(self, prefix: str) -> "WeightView":
         """A module inside this one."""
-        return Scope(self._store, self._prefix + prefix)
+        return WeightView(self._store, self._prefix + prefix)

@@ -1,11 +1,10 @@
-"""The compiled row of the table of operations: `native.c`, built once with the machine's C compiler, through ctypes.
+"""The compiled row of the kernel table: the C files beside this one, built once with the machine's compiler, by ctypes.
 
-It gives the same bits as the reference forms in ops.py, because both follow the order of summation of numerics.py; the
-tests compare them. Weights stay packed in memory and are decoded in registers, so a token moves half a byte per FP4
-weight and one byte per FP8 weight.
+It gives the same bits as the reference forms, because both follow the order of summation of deterministic.py; the tests
+compare them. Weights stay packed in memory and are decoded in registers, so a token moves half a byte per FP4 weight
+and one byte per FP8 weight.
 The library is built on first use into the user's cache folder, under a name that is a hash of source, flags and CPU.
-Where there is no compiler the reference forms do the work, slowly. Left out: prebuilt binaries, and devices other than
-the CPU.
+Where that is impossible `library` is None, and `table.py` selects the reference forms instead of the functions here.
 """
 
 import ctypes
@@ -21,27 +20,24 @@ from pathlib import Path
 import torch
 
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
-from dsv4.quant.activation import simulate_fp8 as reference_simulate_fp8
 
-from . import reference as ops
-from . import reference_small as parts
+from . import reference
+from . import reference_small as small
 from .deterministic import ELEMENTS_PER_STEP, paired
 
-SOURCE = Path(__file__).with_name("native.c")
+FOLDER = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
-# -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise.
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-w")
+# -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
+# than the machine's registers are passed between inlined functions only, so by no ABI.
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-CODES = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
-HEADS_PER_TILE = 4
-MOST_STREAMS = 64
-ROWS_PER_STRIP = 16
+FORMATS = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 WORK_PER_ELEMENT = 4  # of the small operations, in products
 
 
 class _Matrix(ctypes.Structure):
-    """struct matrix of native.c."""
+    """struct matrix of cpu_vectors.h."""
 
     _fields_ = [
         ("values", ctypes.c_void_p),
@@ -56,21 +52,42 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-# Argument types of each function of native.c: m struct matrix *, p pointer, l int64, i int32, f float.
-SIGNATURES = {
+_TYPES = {
+    "m": ctypes.POINTER(_Matrix),
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
+# Argument types of each C function: m struct matrix *, p pointer, l int64, i int32, f float.
+_OPERATIONS = {
     "dsv4_linear": "mpllllppiiiii",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "pplllii",
-    "dsv4_mean_square": "pppllii",
+    "dsv4_inverse_rms": "pfppllii",
     "dsv4_rms_norm": "ppfppllii",
     "dsv4_head_norm": "pfppllii",
     "dsv4_rotate": "ppppllllii",
-    "dsv4_split_mixes": "pppppplllf",
-    "dsv4_collapse": "ppplllii",
-    "dsv4_expand": "ppppplllii",
+    "dsv4_hc_split_sinkhorn": "pppppplllf",
+    "dsv4_hc_pre": "ppplllii",
+    "dsv4_hc_post": "ppppplllii",
     "dsv4_swiglu": "ppppllfii",
 }
+# The same of those that return an int64: what C alone knows about scratch and limits.
+_SIZES = {
+    "dsv4_linear_scratch": "lll",
+    "dsv4_sparse_attention_scratch": "lll",
+    "dsv4_index_scores_scratch": "lll",
+    "dsv4_row_scratch": "ll",
+    "dsv4_most_streams": "",
+    "dsv4_has_dot": "",
+}
+
+
+def sources() -> list[Path]:
+    """The C files, headers left out."""
+    return sorted(FOLDER.glob("*.c"))
 
 
 def _cpu() -> str:
@@ -83,12 +100,12 @@ def _cpu() -> str:
 
 
 def compiler() -> str | None:
-    """Where the machine's C compiler is; None where it has none."""
+    """Path of the machine's C compiler; None if it has none."""
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept, for this user."""
+    """The folder of this user's compiled libraries."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dsv4"
 
@@ -98,7 +115,7 @@ def _compile(compiler: str, target: Path) -> bool:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         for extra in OPTIONAL_FLAGS:
-            command = [compiler, *FLAGS, *extra, str(SOURCE), "-o", str(built), "-lm"]
+            command = [compiler, *FLAGS, *extra, *map(str, sources()), "-o", str(built), "-lm"]
             if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                 os.replace(built, target)
                 return True
@@ -106,13 +123,11 @@ def _compile(compiler: str, target: Path) -> bool:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    types = {"m": ctypes.POINTER(_Matrix), "p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32}
-    types["f"] = ctypes.c_float
     loaded = ctypes.CDLL(str(path))
-    for name, letters in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [types[letter] for letter in letters], None
-    loaded.dsv4_has_dot.argtypes, loaded.dsv4_has_dot.restype = [], ctypes.c_int32
+    for names, result in ((_OPERATIONS, None), (_SIZES, ctypes.c_int64)):
+        for name, letters in names.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [_TYPES[letter] for letter in letters], result
     return loaded
 
 
@@ -122,9 +137,9 @@ def library() -> ctypes.CDLL | None:
     compiled_by = compiler()
     if compiled_by is None:
         return None
-    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("native*.[ch]")))
-    identity = "\0".join((*sources, compiled_by, *FLAGS, platform.machine(), _cpu()))
-    name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    texts = (path.read_text() for path in sorted([*FOLDER.glob("*.h"), *sources()]))
+    identity = "\0".join((*texts, compiled_by, *FLAGS, platform.machine(), _cpu()))
+    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +149,12 @@ def library() -> ctypes.CDLL | None:
     except OSError:
         pass  # a read-only home, or a compiler that builds for another machine
     return None
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None, "select_kernels takes this row only where there is a library"
+    return loaded
 
 
 def _describe(matrix: Matrix) -> _Matrix:
@@ -146,7 +167,7 @@ def _describe(matrix: Matrix) -> _Matrix:
         block_rows=matrix.block.rows if quantized else 1,
         block_columns=matrix.block.columns if quantized else matrix.shape[1],
         scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
-        format=CODES[matrix.format],
+        format=FORMATS[matrix.format],
         scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
     )
 
@@ -164,7 +185,16 @@ def _threads_for(x: torch.Tensor) -> int:
     return _threads(x.numel() * WORK_PER_ELEMENT)
 
 
-def _native_lengths(matrix: Matrix) -> bool:
+def _scratch(floats: int) -> torch.Tensor:
+    return torch.empty(floats, dtype=torch.float32)
+
+
+def _row_scratch(columns: int, threads: int) -> torch.Tensor:
+    return _scratch(_loaded().dsv4_row_scratch(columns, threads))
+
+
+def _whole_steps(matrix: Matrix) -> bool:
+    """Whether rows, and blocks of rows, are whole steps of a dot product, as the C code takes for granted."""
     step = ELEMENTS_PER_STEP
     return matrix.shape[1] % step == 0 and (matrix.format not in QUANTIZED or matrix.block.columns % step == 0)
 
@@ -172,17 +202,15 @@ def _native_lengths(matrix: Matrix) -> bool:
 @functools.cache
 def has_dot() -> bool:
     """Whether the compiled code may use this CPU's bfloat16 dot product, which it tries out."""
-    loaded = library()
-    return loaded is not None and bool(loaded.dsv4_has_dot())
+    return bool(_loaded().dsv4_has_dot())
 
 
 def linear(
     x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """See ops.linear."""
-    loaded = library()
-    if loaded is None or not _native_lengths(matrix):
-        return ops.linear(x, matrix, start, stop, dtype)
+    """See reference.linear."""
+    if not _whole_steps(matrix):
+        return reference.linear(x, matrix, start, stop, dtype)
     stop = matrix.shape[0] if stop is None else stop
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
@@ -190,9 +218,8 @@ def linear(
     # Eight significant bits times eight at most: a product that float32 holds exactly.
     exact = _is_bfloat16(x) and matrix.format != FLOAT32 and matrix.exact_products
     threads = _threads(result.numel() * columns)
-    strips, width = threads * ROWS_PER_STRIP, columns + ELEMENTS_PER_STEP
-    scratch = torch.empty((2 * rows + strips) * width + strips * rows, dtype=torch.float32)
-    loaded.dsv4_linear(
+    scratch = _scratch(_loaded().dsv4_linear_scratch(rows, columns, threads))
+    _loaded().dsv4_linear(
         _describe(matrix), x.data_ptr(), rows, x.stride(0), start, stop, result.data_ptr(), scratch.data_ptr(),
         _is_bfloat16(x), _is_bfloat16(result), exact, has_dot(), threads,
     )  # fmt: skip
@@ -207,15 +234,15 @@ def sparse_attention(
     sink: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """See ops.sparse_attention."""
-    loaded, (queries, heads, width) = library(), q.shape
-    if loaded is None or width % ELEMENTS_PER_STEP:
-        return ops.sparse_attention(q, window, compressed, index, sink, scale)
+    """See reference.sparse_attention."""
+    queries, heads, width = q.shape
+    if width % ELEMENTS_PER_STEP:
+        return reference.sparse_attention(q, window, compressed, index, sink, scale)
     q, window, compressed, index = q.contiguous(), window.contiguous(), compressed.contiguous(), index.contiguous()
     listed, result = index.shape[1], torch.empty_like(q)
     threads = _threads(2 * q.numel() * listed)
-    scratch = torch.empty(threads * (listed + 2 * HEADS_PER_TILE) * width, dtype=torch.float32)
-    loaded.dsv4_sparse_attention(
+    scratch = _scratch(_loaded().dsv4_sparse_attention_scratch(width, listed, threads))
+    _loaded().dsv4_sparse_attention(
         q.data_ptr(), window.data_ptr(), compressed.data_ptr(), index.data_ptr(), sink.data_ptr(), scale,
         queries, heads, width, listed, len(window), _is_bfloat16(q), result.data_ptr(), scratch.data_ptr(), threads,
     )  # fmt: skip
@@ -223,17 +250,17 @@ def sparse_attention(
 
 
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """See ops.index_scores."""
-    loaded, (queries, heads, width) = library(), q.shape
-    if loaded is None or width % ELEMENTS_PER_STEP:
-        return ops.index_scores(q, weights, keys)
+    """See reference.index_scores."""
+    queries, heads, width = q.shape
+    if width % ELEMENTS_PER_STEP:
+        return reference.index_scores(q, weights, keys)
     rounded, keys = _is_bfloat16(q), keys.contiguous()
     matrix = Matrix("index keys", BFLOAT16 if rounded else FLOAT32, (len(keys), width), keys)
     wide, wide_weights = paired(q.to(torch.float32)).contiguous(), weights.to(torch.float32).contiguous()
     scores = torch.empty(queries, len(keys), dtype=torch.float32)
     threads = _threads(scores.numel() * heads * width)
-    scratch = torch.empty(threads * (heads * 5 + 4 * (width + ELEMENTS_PER_STEP)), dtype=torch.float32)
-    loaded.dsv4_index_scores(
+    scratch = _scratch(_loaded().dsv4_index_scores_scratch(heads, width, threads))
+    _loaded().dsv4_index_scores(
         _describe(matrix), wide.data_ptr(), wide_weights.data_ptr(), queries, heads, rounded,
         scores.data_ptr(), scratch.data_ptr(), threads,
     )  # fmt: skip
@@ -242,37 +269,28 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
 
 def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
     """See dsv4.quant.activation.simulate_fp8."""
-    loaded = library()
-    if loaded is None:
-        return reference_simulate_fp8(x, group)
     x = x.contiguous()
     result, columns = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // max(columns, 1)  # keys may be nothing but their rotary part
-    loaded.dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x), _threads_for(x))
+    _loaded().dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x), _threads_for(x))
     return result
 
 
-def mean_square(x: torch.Tensor) -> torch.Tensor:
-    """See parts.mean_square."""
-    loaded = library()
-    if loaded is None:
-        return parts.mean_square(x)
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """See reference_small.inverse_rms."""
     x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
-    result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), torch.empty(threads * columns)
-    loaded.dsv4_mean_square(
-        x.data_ptr(), result.data_ptr(), scratch.data_ptr(), result.numel(), columns, _is_bfloat16(x), threads
+    result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), _row_scratch(columns, threads)
+    _loaded().dsv4_inverse_rms(
+        x.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), result.numel(), columns, _is_bfloat16(x), threads
     )
     return result
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See parts.rms_norm."""
-    loaded = library()
-    if loaded is None:
-        return parts.rms_norm(x, weight, eps)
+    """See reference_small.rms_norm."""
     x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
-    result, scratch, rows = torch.empty_like(x), torch.empty(threads * columns), x.numel() // columns
-    loaded.dsv4_rms_norm(
+    result, scratch, rows = torch.empty_like(x), _row_scratch(columns, threads), x.numel() // columns
+    _loaded().dsv4_rms_norm(
         x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x),
         threads,
     )  # fmt: skip
@@ -280,70 +298,57 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
-    """See parts.head_norm."""
-    loaded = library()
-    if loaded is None:
-        return parts.head_norm(q, eps)
+    """See reference_small.head_norm."""
     q, (tokens, heads, columns), threads = q.contiguous(), q.shape, _threads_for(q)
-    result, scratch = torch.empty_like(q), torch.empty(threads * columns)
-    loaded.dsv4_head_norm(
+    result, scratch = torch.empty_like(q), _row_scratch(columns, threads)
+    _loaded().dsv4_head_norm(
         q.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), tokens * heads, columns, _is_bfloat16(q), threads,
     )  # fmt: skip
     return result
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """See parts.rotate."""
-    loaded = library()
-    if loaded is None:
-        return parts.rotate(x, cos, sin)
+    """See reference_small.rotate."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     result, (rows, heads, columns) = torch.empty_like(x), x.shape
-    loaded.dsv4_rotate(
+    _loaded().dsv4_rotate(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), result.data_ptr(), rows, heads, columns, cos.shape[1],
         _is_bfloat16(x), _threads_for(x),
     )  # fmt: skip
     return result
 
 
-def split_mixes(
+def hc_split_sinkhorn(
     mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See parts.split_mixes."""
-    loaded = library()
-    if loaded is None or n > MOST_STREAMS:
-        return parts.split_mixes(mixes, scale, base, n, iterations, eps)
+    """See reference_small.hc_split_sinkhorn."""
+    if n > _loaded().dsv4_most_streams():
+        return small.hc_split_sinkhorn(mixes, scale, base, n, iterations, eps)
     mixes, rows = mixes.contiguous(), len(mixes)
     pre, post = torch.empty(rows, n, dtype=torch.float32), torch.empty(rows, n, dtype=torch.float32)
     comb = torch.empty(rows, n, n, dtype=torch.float32)
-    loaded.dsv4_split_mixes(
+    _loaded().dsv4_hc_split_sinkhorn(
         mixes.data_ptr(), scale.data_ptr(), base.data_ptr(), pre.data_ptr(), post.data_ptr(), comb.data_ptr(),
         rows, n, iterations, eps,
     )  # fmt: skip
     return pre, post, comb
 
 
-def collapse(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """See parts.collapse."""
-    loaded = library()
-    if loaded is None:
-        return parts.collapse(weights, h)
+def hc_pre(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """See reference_small.hc_pre."""
     weights, h, (rows, n, columns) = weights.contiguous(), h.contiguous(), h.shape
     result = torch.empty(rows, columns, dtype=h.dtype)
-    loaded.dsv4_collapse(
+    _loaded().dsv4_hc_pre(
         weights.data_ptr(), h.data_ptr(), result.data_ptr(), rows, n, columns, _is_bfloat16(h), _threads_for(h)
     )
     return result
 
 
-def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-    """See parts.expand."""
-    loaded = library()
-    if loaded is None:
-        return parts.expand(output, h, post, comb)
+def hc_post(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """See reference_small.hc_post."""
     output, h, post, comb = output.contiguous(), h.contiguous(), post.contiguous(), comb.contiguous()
     result, (rows, n, columns) = torch.empty_like(h), h.shape
-    loaded.dsv4_expand(
+    _loaded().dsv4_hc_post(
         output.data_ptr(), h.data_ptr(), post.data_ptr(), comb.data_ptr(), result.data_ptr(), rows, n, columns,
         _is_bfloat16(h), _threads_for(h),
     )  # fmt: skip
@@ -351,30 +356,11 @@ def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torc
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tensor | None) -> torch.Tensor:
-    """See parts.swiglu."""
-    loaded = library()
-    if loaded is None:
-        return parts.swiglu(gate, up, limit, share)
+    """See reference_small.swiglu."""
     gate, up, share = gate.contiguous(), up.contiguous(), None if share is None else share.contiguous()
     result, (rows, columns) = torch.empty_like(gate), gate.shape
-    loaded.dsv4_swiglu(
+    _loaded().dsv4_swiglu(
         gate.data_ptr(), up.data_ptr(), None if share is None else share.data_ptr(), result.data_ptr(),
         rows, columns, limit, _is_bfloat16(gate), _threads_for(gate),
     )  # fmt: skip
     return result
-
-
-NATIVE = ops.Operations(
-    linear=linear,
-    sparse_attention=sparse_attention,
-    index_scores=index_scores,
-    simulate_fp8=simulate_fp8,
-    mean_square=mean_square,
-    rms_norm=rms_norm,
-    head_norm=head_norm,
-    rotate=rotate,
-    split_mixes=split_mixes,
-    collapse=collapse,
-    expand=expand,
-    swiglu=swiglu,
-)

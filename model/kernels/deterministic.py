@@ -1,4 +1,4 @@
-"""Sums, dot products and transcendental functions whose bits depend on nothing but their arguments.
+"""Sums, dot products and transcendental functions whose bits depend on their arguments only.
 
 A BLAS picks its order of summation from the shape of the whole product and the number of threads, so the same token
 gives other bits in a batch than alone. Here every order is fixed by the length of the sum:
@@ -10,16 +10,18 @@ gives other bits in a batch than alone. Here every order is fixed by the length 
                rounding each product and each sum to float32, then the lanes are added by halves
 
 Sixteen float32 are one 512-bit register, and the order of lane_dot is that of its bfloat16 dot product (vdpbf16ps), so
-compiled code in the same order (`native.c`) is fast and gives the same bits.
+compiled code in the same order (`cpu.py`) is fast and gives the same bits.
 Additions, products and divisions are correctly rounded wherever they are computed; other functions are not, and
 libraries use different code for the body and the tail of an array, so `exp`, `log1p` and even `sqrt` (torch's is off
 by a unit in a fifth of all cases) are built here from such operations in float64 and rounded to float32 once.
-Other devices than the CPU make no such promise (and some have no float64): there torch's own functions are used.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
 LANES = 16
 ELEMENTS_PER_STEP = 32  # of a dot product: an odd and an even one per lane
@@ -41,7 +43,7 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def in_lanes(x: torch.Tensor) -> torch.Tensor:
-    """[..., n] -> [ceil(n / 16), ..., 16], contiguous, filled up with zeros."""
+    """[..., n] -> [ceil(n / 16), ..., 16], contiguous, padded with zeros."""
     padding = -x.shape[-1] % LANES
     if padding:
         x = torch.nn.functional.pad(x, (0, padding))
@@ -58,7 +60,7 @@ def lane_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def paired(x: torch.Tensor) -> torch.Tensor:
-    """[..., n] -> [..., ceil(n / 32), 2, 16], filled up with zeros: of every 32 the odd ones, then the even ones."""
+    """[..., n] -> [..., ceil(n / 32), 2, 16], padded with zeros: of every 32 the odd elements, then the even ones."""
     padding = -x.shape[-1] % ELEMENTS_PER_STEP
     if padding:
         x = torch.nn.functional.pad(x, (0, padding))
@@ -94,8 +96,6 @@ def _exp64(x: torch.Tensor) -> torch.Tensor:
 
 def exp(x: torch.Tensor) -> torch.Tensor:
     """exp of float32, any shape; -inf gives 0."""
-    if x.device.type != "cpu":
-        return torch.exp(x)
     return _exp64(x.to(torch.float64).clamp(-700.0, 700.0)).to(torch.float32)
 
 
@@ -116,8 +116,6 @@ def _log1p64(y: torch.Tensor) -> torch.Tensor:
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x)) of float32, any shape."""
-    if x.device.type != "cpu":
-        return torch.nn.functional.softplus(x)
     wide = x.to(torch.float64).clamp(-700.0, 700.0)
     return torch.where(wide > 40.0, wide, _log1p64(_exp64(wide.clamp(max=40.0)))).to(torch.float32)
 
@@ -128,14 +126,14 @@ def sqrt(x: torch.Tensor) -> torch.Tensor:
     No square root of a float32 is closer than 2**-51 (relative) to the middle between two float32, so a float64 root
     that is off by a unit rounds to the right one.
     """
-    return torch.sqrt(x) if x.device.type != "cpu" else torch.sqrt(x.to(torch.float64)).to(torch.float32)
+    return torch.sqrt(x.to(torch.float64)).to(torch.float32)
 
 
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
+def sigmoid(x: torch.Tensor, exp: Elementwise = exp) -> torch.Tensor:
     """1 / (1 + exp(-x)) of float32, any shape."""
     return 1.0 / (1.0 + exp(-x))
 
 
-def silu(x: torch.Tensor) -> torch.Tensor:
+def silu(x: torch.Tensor, exp: Elementwise = exp) -> torch.Tensor:
     """x * sigmoid(x) of float32, any shape."""
     return x / (1.0 + exp(-x))

@@ -1,25 +1,17 @@
-"""The hot operations, each in one plain reference form, and the table of faster ones.
-
-The large ones are here, the small ones in parts.py.
+"""The three large operations, each in one plain reference form.
 
     linear            x @ W.T for a stored Matrix
     sparse_attention  attention of every query over its own list of keys, with a sink
     index_scores      the lightning indexer's score of every compressed block
 
-The reference forms define the result to the bit (see numerics.py for the order of sums). The table has three rows,
-`REFERENCE`, `native.NATIVE` with the same bits, and `accelerated.ACCELERATED` for devices other than the CPU; one is
-chosen, once, when a model is loaded (`loading.choose`).
+The reference forms, here and in reference_small.py, define the result to the bit (deterministic.py defines the order
+of sums); `cpu.py` has the same bits, faster.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from dsv4.model.weights import Matrix
-from dsv4.quant.activation import simulate_fp8
 
-from . import reference_small as parts
 from .deterministic import exp, lane_dot, lane_sum, tree_sum
 
 # Elements of the largest temporary of the reference forms. Bounds memory and keeps the work in cache.
@@ -109,24 +101,3 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
         products = (dots * weights[row : row + rows].to(torch.float32).unsqueeze(-1)).to(dtype).to(torch.float32)
         result[row : row + rows] = tree_sum(products.transpose(-1, -2)).to(dtype).to(torch.float32)
     return result
-
-
-@dataclass(frozen=True)
-class Operations:
-    """One row of the table. Signatures are those of the reference forms."""
-
-    linear: Callable[..., torch.Tensor]
-    sparse_attention: Callable[..., torch.Tensor]
-    index_scores: Callable[..., torch.Tensor]
-    simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
-    mean_square: Callable[[torch.Tensor], torch.Tensor] = parts.mean_square
-    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = parts.rms_norm
-    head_norm: Callable[[torch.Tensor, float], torch.Tensor] = parts.head_norm
-    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = parts.rotate
-    split_mixes: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = parts.split_mixes
-    collapse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = parts.collapse
-    expand: Callable[..., torch.Tensor] = parts.expand
-    swiglu: Callable[..., torch.Tensor] = parts.swiglu
-
-
-REFERENCE = Operations(linear, sparse_attention, index_scores)

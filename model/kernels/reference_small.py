@@ -1,28 +1,31 @@
-"""The small operations between the products, in their reference forms: plain torch, fixed order of sums.
+"""The operations between the products, in their reference forms: plain torch, fixed order of sums.
 
 Each of them reads and writes a few KB per token, but there are many: written as single torch calls they would cost a
-step as much time as the weights. `native.c` has each of them as one call with the same bits.
+step as much time as the weights. `cpu.py` has most of them as one call with the same bits.
 Activations are bfloat16 or float32; arithmetic is float32 and the result is rounded to the input's dtype once.
+
+`exp`, `sqrt` and `softplus` are arguments, because no two devices compute them alike. The defaults define the result
+on the CPU; `table.py` puts torch's own in their place for other devices.
 """
 
 import torch
 
-from .deterministic import exp, sigmoid, silu, sqrt, tree_sum
+from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
 
-def mean_square(x: torch.Tensor) -> torch.Tensor:
-    """x [T, n] -> float32 [T]."""
+def inverse_rms(x: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
+    """x [..., n] -> 1 / sqrt(mean of the squares + eps), float32 [...]."""
     wide = x.to(torch.float32)
-    return tree_sum(wide * wide) / wide.shape[-1]
+    return 1.0 / sqrt(tree_sum(wide * wide) / wide.shape[-1] + eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
     """x [..., n] over its root mean square, times weight float32 [n]."""
-    factor = 1.0 / sqrt(mean_square(x) + eps)
+    factor = inverse_rms(x, eps, sqrt=sqrt)
     return (x.to(torch.float32) * factor.unsqueeze(-1) * weight).to(x.dtype)
 
 
-def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
+def head_norm(q: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
     """q [T, H, c], each head over its root mean square; in bfloat16 the squares, the mean and the factor are rounded.
 
     The square root is not rounded to bfloat16, as on a GPU.
@@ -44,7 +47,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((x[..., :-r], turned.to(x.dtype)), dim=-1)
 
 
-def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+def sinkhorn(logits: torch.Tensor, iterations: int, eps: float, exp: Elementwise = exp) -> torch.Tensor:
     """[T, n, n] -> nearly doubly stochastic, float32: softmax over the last dim, then columns, rows, columns, ..."""
     weights = exp(logits - logits.amax(-1, keepdim=True))
     comb = weights / tree_sum(weights).unsqueeze(-1) + eps
@@ -58,14 +61,28 @@ def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
     return comb
 
 
-def split_mixes(
-    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
+def hc_split_sinkhorn(
+    mixes: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    n: int,
+    iterations: int,
+    eps: float,
+    *,
+    exp: Elementwise = exp,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mixes [T, (2 + n) n] -> pre [T, n], post [T, n], comb [T, n (from), n (to)], float32."""
-    pre = sigmoid(mixes[:, :n] * scale[0] + base[:n]) + eps
-    post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    pre = sigmoid(mixes[:, :n] * scale[0] + base[:n], exp) + eps
+    post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n], exp)
     logits = torch.unflatten(mixes[:, 2 * n :] * scale[2] + base[2 * n :], -1, (n, n))
-    return pre, post, sinkhorn(logits, iterations, eps)
+    return pre, post, sinkhorn(logits, iterations, eps, exp)
+
+
+def hc_head_weights(
+    mixes: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, eps: float, *, exp: Elementwise = exp
+) -> torch.Tensor:
+    """The weights of the streams at the end of a stack: mixes [T, n] -> float32 [T, n]."""
+    return sigmoid(mixes * scale + base, exp) + eps
 
 
 def _weighted(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -76,22 +93,35 @@ def _weighted(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def collapse(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def hc_pre(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """The streams h [T, n, D] as one, weighted by float32 [T, n] -> [T, D] in h's dtype."""
     return _weighted(weights, h).to(h.dtype)
 
 
-def expand(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+def hc_post(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """A sublayer's output [T, D] and the old streams h [T, n, D] -> new: post_k * output + sum_j comb[j, k] h_j."""
     wide = output.to(torch.float32)
     streams = [post[:, k, None] * wide + _weighted(comb[:, :, k], h) for k in range(h.shape[1])]
     return torch.stack(streams, dim=1).to(h.dtype)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tensor | None) -> torch.Tensor:
+def swiglu(
+    gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tensor | None, *, exp: Elementwise = exp
+) -> torch.Tensor:
     """silu(gate) * up, both [T, n] clamped (gate only from above), times share float32 [T] if there is one."""
     clamped = gate.to(torch.float32).clamp(max=limit)
-    activation = silu(clamped) * up.to(torch.float32).clamp(-limit, limit)
+    activation = silu(clamped, exp) * up.to(torch.float32).clamp(-limit, limit)
     if share is not None:
         activation = share.unsqueeze(-1) * activation
     return activation.to(gate.dtype)
+
+
+def sqrtsoftplus(x: torch.Tensor, *, softplus: Elementwise = softplus, sqrt: Elementwise = sqrt) -> torch.Tensor:
+    """sqrt(log(1 + exp(x))) of float32, any shape: the gate's scores."""
+    return sqrt(softplus(x))
+
+
+def pool(kv: torch.Tensor, gate: torch.Tensor, *, exp: Elementwise = exp) -> torch.Tensor:
+    """kv and gate float32 [..., tokens] -> [...]: the sum of kv, weighted by the softmax of the gates."""
+    weights = exp(gate - gate.amax(-1, keepdim=True))
+    return tree_sum(kv * (weights / tree_sum(weights).unsqueeze(-1)))

@@ -1,4 +1,4 @@
-"""The row of the table of operations for devices other than the CPU: torch's own matrix products.
+"""The large operations on devices other than the CPU: torch's own matrix products.
 
 Weights decode to the same exact values, and everything is rounded where the reference rounds, but the order of sums is
 the device's: results agree with the CPU's within the noise of float32, not to the bit.
@@ -8,7 +8,7 @@ import torch
 
 from dsv4.model.weights import Matrix
 
-from .reference import KEYS_PER_BLOCK, Operations
+from .reference import KEYS_PER_BLOCK
 
 DECODED_ELEMENTS = 1 << 26  # of a weight decoded at a time
 
@@ -16,7 +16,7 @@ DECODED_ELEMENTS = 1 << 26  # of a weight decoded at a time
 def linear(
     x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """See ops.linear."""
+    """See reference.linear."""
     stop = matrix.shape[0] if stop is None else stop
     values, rows = x.to(torch.float32), max(1, DECODED_ELEMENTS // matrix.shape[1])
     parts = [values @ matrix.decode(first, min(stop, first + rows)).T for first in range(start, stop, rows)]
@@ -31,7 +31,7 @@ def sparse_attention(
     sink: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """See ops.sparse_attention."""
+    """See reference.sparse_attention."""
     rounded, listed = q.dtype == torch.bfloat16, index.to(torch.int64)
     keys = torch.cat((window, compressed))[listed.clamp(min=0)].to(torch.float32)  # [T, J, c]
     wide = q.to(torch.float32)
@@ -49,11 +49,8 @@ def sparse_attention(
 
 
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """See ops.index_scores."""
+    """See reference.index_scores."""
     dtype = q.dtype
     dots = (q.to(torch.float32) @ keys.to(torch.float32).T).to(dtype).to(torch.float32).clamp(min=0)
     products = (dots * weights.to(torch.float32).unsqueeze(-1)).to(dtype).to(torch.float32)
     return products.sum(1).to(dtype).to(torch.float32)
-
-
-ACCELERATED = Operations(linear, sparse_attention, index_scores)

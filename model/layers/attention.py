@@ -13,11 +13,12 @@ import torch
 
 from dsv4.model.cache import LayerCache
 from dsv4.model.config import OVERLAP_RATIO, Config
-from dsv4.model.weight_store import Scope
+from dsv4.model.weight_store import WeightView
 
-from .common import Arithmetic, Rotary
 from .compressor import Compressor, simulate_key
 from .indexer import Indexer
+from .numerics import Numerics
+from .rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,20 @@ def window_rows(position: int, count: int, first: int, window: int) -> torch.Ten
 class Attention:
     """One attention sublayer."""
 
-    def __init__(self, config: Config, layer: int, weights: Scope, rotary: Rotary, arithmetic: Arithmetic) -> None:
-        self._config, self._weights, self._rotary, self._arithmetic = config, weights, rotary, arithmetic
+    def __init__(self, config: Config, layer: int, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
         self._ratio = config.ratio(layer)
         self._compressor = self._indexer = None
         if self._ratio:
-            self._compressor = Compressor(config, weights.scope("compressor."), rotary, arithmetic)
+            self._compressor = Compressor(config, weights.view("compressor."), rotary, numerics)
         if self._ratio == OVERLAP_RATIO:
-            self._indexer = Indexer(config, weights.scope("indexer."), rotary, arithmetic)
+            self._indexer = Indexer(config, weights.view("indexer."), rotary, numerics)
 
     def __call__(
         self, x: torch.Tensor, positions: torch.Tensor, segments: list[Segment], caches: list[LayerCache]
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
-        quantized = self._arithmetic.quantize(x)
+        quantized = self._numerics.quantize(x)
         qr, q = self._queries(quantized, positions)
         kv = self._keys(quantized, positions)
         raw = None if self._compressor is None else self._compressor.raw(x, positions)
@@ -78,18 +79,18 @@ class Attention:
         return self._project(self._rotary.rotate(output, positions, inverse=True))
 
     def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config, arithmetic, operations = self._config, self._arithmetic, self._arithmetic.operations
-        qr = arithmetic.product(x, self._weights.matrix("wq_a.weight"))
-        qr = operations.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
-        q = arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
-        normed = operations.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), config.rms_norm_eps)
+        config, numerics, kernels = self._config, self._numerics, self._numerics.kernels
+        qr = numerics.product(x, self._weights.matrix("wq_a.weight"))
+        qr = kernels.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
+        q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
+        normed = kernels.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), config.rms_norm_eps)
         return qr, self._rotary.rotate(normed, positions)
 
     def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         config = self._config
-        kv = self._arithmetic.product(x, self._weights.matrix("wkv.weight"))
-        kv = self._arithmetic.operations.rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
-        return simulate_key(self._rotary.rotate(kv, positions), config.qk_rope_head_dim, self._arithmetic)
+        kv = self._numerics.product(x, self._weights.matrix("wkv.weight"))
+        kv = self._numerics.kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
+        return simulate_key(self._rotary.rotate(kv, positions), config.qk_rope_head_dim, self._numerics)
 
     def _compressed_rows(
         self,
@@ -115,15 +116,15 @@ class Attention:
         compressed = cache.window[:0] if cache.compressor is None else cache.compressor.entries.rows()
         index = torch.cat((window.to(q.device), chosen.to(q.device)), dim=1)
         sink, scale = self._weights.vector("attn_sink"), config.head_dim**-0.5
-        return self._arithmetic.operations.sparse_attention(q, cache.window, compressed, index, sink, scale)
+        return self._numerics.kernels.sparse_attention(q, cache.window, compressed, index, sink, scale)
 
     def _project(self, output: torch.Tensor) -> torch.Tensor:
         """[T, H, c] -> [T, D]: each group of heads through its rows of wo_a, all groups through wo_b."""
-        arithmetic, rank = self._arithmetic, self._config.o_lora_rank
-        matrix, ranks = self._weights.matrix("wo_a.weight"), self._arithmetic.group
+        numerics, rank = self._numerics, self._config.o_lora_rank
+        matrix, ranks = self._weights.matrix("wo_a.weight"), self._numerics.group
         count = self._config.o_groups // ranks.count
         groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
-        linear, dtype = arithmetic.operations.linear, arithmetic.dtype
+        linear, dtype = numerics.kernels.linear, numerics.dtype
         parts = [linear(groups[:, g], matrix, g * rank, (g + 1) * rank, dtype) for g in range(count)]
-        low = ranks.gather(torch.cat(parts, dim=-1))
-        return ranks.gather(arithmetic.quantized_linear(low, self._weights.matrix("wo_b.weight")))
+        low = ranks.all_gather(torch.cat(parts, dim=-1))
+        return ranks.all_gather(numerics.quantized_linear(low, self._weights.matrix("wo_b.weight")))

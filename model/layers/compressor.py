@@ -11,42 +11,42 @@ import torch
 
 from dsv4.model.cache import CompressorState
 from dsv4.model.config import Config
-from dsv4.model.kernels.deterministic import exp, tree_sum
-from dsv4.model.weight_store import Scope
+from dsv4.model.weight_store import WeightView
 from dsv4.quant.activation import hadamard, simulate_fp4
 
-from .common import Arithmetic, Rotary
+from .numerics import Numerics
+from .rotary import Rotary
 
 KEY_GROUP = 64  # FP8 group of the dimensions of a key that carry no position
 
 
-def simulate_key(x: torch.Tensor, rope_dims: int, arithmetic: Arithmetic) -> torch.Tensor:
+def simulate_key(x: torch.Tensor, rope_dims: int, numerics: Numerics) -> torch.Tensor:
     """A key [..., c] as the FP8 cache would hold it: all but the rotary dims quantized in groups of 64."""
-    if not arithmetic.simulation:
+    if not numerics.simulation:
         return x
-    plain = arithmetic.operations.simulate_fp8(x[..., :-rope_dims], KEY_GROUP)
+    plain = numerics.kernels.simulate_fp8(x[..., :-rope_dims], KEY_GROUP)
     return torch.cat((plain, x[..., -rope_dims:]), dim=-1)
 
 
-def simulate_index(x: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
+def simulate_index(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
     """A query or key of the indexer [..., d]: Hadamard rotation, then FP4. Rotating both changes no dot product."""
-    return simulate_fp4(hadamard(x)) if arithmetic.simulation else x
+    return simulate_fp4(hadamard(x)) if numerics.simulation else x
 
 
 class Compressor:
     """One compressor; `index` says that its keys are for the indexer."""
 
     def __init__(
-        self, config: Config, weights: Scope, rotary: Rotary, arithmetic: Arithmetic, index: bool = False
+        self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics, index: bool = False
     ) -> None:
         self._config, self._weights, self._rotary = config, weights, rotary
-        self._arithmetic, self._index = arithmetic, index
+        self._numerics, self._index = numerics, index
 
     def raw(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> float32 [T, 2, width]: kv and gate of each token."""
         ape = self._weights.vector("ape")
-        kv = self._arithmetic.linear(x, self._weights.matrix("wkv.weight"))
-        gate = self._arithmetic.linear(x, self._weights.matrix("wgate.weight")) + ape[positions % len(ape)]
+        kv = self._numerics.linear(x, self._weights.matrix("wkv.weight"))
+        gate = self._numerics.linear(x, self._weights.matrix("wgate.weight")) + ape[positions % len(ape)]
         return torch.stack((kv, gate), dim=1)
 
     def advance(self, state: CompressorState, raw: torch.Tensor, position: int) -> None:
@@ -58,16 +58,14 @@ class Compressor:
 
     def _compress(self, slots: torch.Tensor, first: int, last: int, ratio: int) -> torch.Tensor:
         """Slots float32 [blocks, 2, dims, tokens] -> keys [blocks, dims]."""
-        kv, gate = slots[:, 0], slots[:, 1]
-        weights = exp(gate - gate.amax(-1, keepdim=True))
-        pooled = tree_sum(kv * (weights / tree_sum(weights).unsqueeze(-1))).to(self._arithmetic.dtype)
-        norm, eps = self._arithmetic.operations.rms_norm, self._config.rms_norm_eps
-        normed = norm(pooled, self._weights.vector("norm.weight"), eps)
+        kernels = self._numerics.kernels
+        pooled = kernels.pool(slots[:, 0], slots[:, 1]).to(self._numerics.dtype)
+        normed = kernels.rms_norm(pooled, self._weights.vector("norm.weight"), self._config.rms_norm_eps)
         starts = torch.arange(first, last, device=normed.device) * ratio
         key = self._rotary.rotate(normed, starts)
         if self._index:
-            return simulate_index(key, self._arithmetic)
-        return simulate_key(key, self._config.qk_rope_head_dim, self._arithmetic)
+            return simulate_index(key, self._numerics)
+        return simulate_key(key, self._config.qk_rope_head_dim, self._numerics)
 
 
 def _slots(state: CompressorState, first: int, last: int) -> torch.Tensor:

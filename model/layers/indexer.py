@@ -8,10 +8,11 @@ import torch
 
 from dsv4.model.cache import LayerCache
 from dsv4.model.config import OVERLAP_RATIO, Config
-from dsv4.model.weight_store import Scope
+from dsv4.model.weight_store import WeightView
 
-from .common import Arithmetic, Rotary
 from .compressor import Compressor, simulate_index
+from .numerics import Numerics
+from .rotary import Rotary
 
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -35,18 +36,18 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 class Indexer:
     """Scores and choice for one layer."""
 
-    def __init__(self, config: Config, weights: Scope, rotary: Rotary, arithmetic: Arithmetic) -> None:
-        self._config, self._weights, self._rotary, self._arithmetic = config, weights, rotary, arithmetic
-        self.compressor = Compressor(config, weights.scope("compressor."), rotary, arithmetic, index=True)
+    def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
+        self.compressor = Compressor(config, weights.view("compressor."), rotary, numerics, index=True)
 
     def queries(self, x: torch.Tensor, qr: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D] and the attention's low-rank query [T, q_lora_rank] -> q [T, heads, d], head weights [T, heads]."""
-        config, dtype = self._config, self._arithmetic.dtype
-        q = self._arithmetic.group.gather(self._arithmetic.quantized_linear(qr, self._weights.matrix("wq_b.weight")))
+        config, dtype = self._config, self._numerics.dtype
+        q = self._numerics.group.all_gather(self._numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight")))
         q = self._rotary.rotate(torch.unflatten(q, -1, (config.index_n_heads, config.index_head_dim)), positions)
         scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
-        weights = self._arithmetic.linear(x, self._weights.matrix("weights_proj.weight")).to(dtype)
-        return simulate_index(q, self._arithmetic), (weights * scale).to(dtype)
+        weights = self._numerics.linear(x, self._weights.matrix("weights_proj.weight")).to(dtype)
+        return simulate_index(q, self._numerics), (weights * scale).to(dtype)
 
     def choose(self, cache: LayerCache, q: torch.Tensor, weights: torch.Tensor, position: int) -> torch.Tensor:
         """The blocks that each query of one sequence attends to, int32 [S, most], best first, then -1.
@@ -57,5 +58,5 @@ class Indexer:
         keys = cache.indexer.entries.rows()
         past = (torch.arange(position, position + len(q), device=q.device) + 1) // OVERLAP_RATIO
         out_of_reach = torch.arange(len(keys), device=q.device) >= past[:, None]
-        scores = self._arithmetic.operations.index_scores(q, weights, keys)
+        scores = self._numerics.kernels.index_scores(q, weights, keys)
         return best(scores.masked_fill(out_of_reach, -torch.inf), self._config.index_topk)

@@ -11,7 +11,7 @@ import torch
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import load, loading, transformer
-from dsv4.model.kernels import reference as ops
+from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.transformer import Transformer
 
 GEOMETRY = Geometry(compress_ratios=(0, 4, 128, 4), sliding_window=16, vocab_size=64, hidden_size=128, index_topk=3)
@@ -97,7 +97,7 @@ def test_only_the_last_row_of_logits(model: Transformer, whole: torch.Tensor) ->
 
 
 def test_reference_row_gives_the_same_bits(folder: Path, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "choose", lambda device: ops.REFERENCE)
+    monkeypatch.setattr(loading, "select_kernels", lambda device: REFERENCE)
     reference = load(folder)
     assert torch.equal(reference.forward(TOKENS[:, :40], reference.new_cache(1)).logits[0], whole[:40])
 

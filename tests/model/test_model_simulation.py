@@ -14,9 +14,9 @@ import torch
 
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load, loading
-from dsv4.model.kernels import reference as ops
 from dsv4.model.kernels.reference_small import head_norm, swiglu
-from dsv4.model.layers.common import Arithmetic
+from dsv4.model.kernels.table import REFERENCE
+from dsv4.model.layers.numerics import Numerics
 from dsv4.model.transformer import Transformer
 from dsv4.model.weights import Matrix
 from dsv4.quant.block_scales import Block
@@ -46,7 +46,7 @@ def test_quantized_linear_quantizes_its_input_and_rounds_once() -> None:
     matrix = Matrix("w", "float8_e4m3fn", (40, 256), weight, scale, Block(128, 128))
     x = torch.randn(7, 256, generator=GENERATOR).to(torch.bfloat16)
     exact = (e4m3(x, 128) @ matrix.decode().to(torch.float64).T).to(torch.bfloat16)
-    found = Arithmetic(True, ops.REFERENCE).quantized_linear(x, matrix)
+    found = Numerics(True, REFERENCE).quantized_linear(x, matrix)
     assert found.dtype == torch.bfloat16
     assert (units_apart(found, exact) <= 1).all() and (found == exact).to(torch.float32).mean() > 0.99
     unquantized = (x.to(torch.float64) @ matrix.decode().to(torch.float64).T).to(torch.bfloat16)
@@ -56,7 +56,7 @@ def test_quantized_linear_quantizes_its_input_and_rounds_once() -> None:
 def test_without_simulation_nothing_is_quantized() -> None:
     matrix = Matrix("w", "bfloat16", (8, 64), torch.randn(8, 64, generator=GENERATOR).to(torch.bfloat16))
     x = torch.randn(3, 64, generator=GENERATOR)
-    found = Arithmetic(False, ops.REFERENCE).quantized_linear(x, matrix)
+    found = Numerics(False, REFERENCE).quantized_linear(x, matrix)
     exact = x.to(torch.float64) @ matrix.values.to(torch.float64).T
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
 
@@ -130,7 +130,7 @@ def test_simulation_changes_the_logits_a_little(model: Transformer) -> None:
 
 
 def test_activations_are_bfloat16_in_the_reference_row_too(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "choose", lambda device: ops.REFERENCE)
+    monkeypatch.setattr(loading, "select_kernels", lambda device: REFERENCE)
     reference: Transformer = load(model.store.checkpoint)
     kinds: dict[str, torch.dtype] = {}
     reference.forward(

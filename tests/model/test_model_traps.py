@@ -13,10 +13,9 @@ import torch
 from oracle_transformers import BASE, random_model, release_tensors, write_checkpoint
 
 from dsv4.model import load, loading, transformer
-from dsv4.model.kernels import reference as ops
-from dsv4.model.kernels import reference_small as parts
-from dsv4.model.layers import attention, compressor, indexer, moe
-from dsv4.model.layers import common as layers
+from dsv4.model.kernels import reference_small
+from dsv4.model.kernels.table import REFERENCE
+from dsv4.model.layers import attention, compressor, hyper_connection, indexer, moe, rotary
 from dsv4.model.weight_store import WeightStore
 
 CONFIG = {**BASE, "swiglu_limit": 0.3}
@@ -48,22 +47,22 @@ def difference(folder: Path, expected: torch.Tensor, splits: tuple[int, ...] = (
 
 def rotary_halves(patch: pytest.MonkeyPatch) -> None:
     """Pairs (i, i + r/2) instead of (2i, 2i + 1)."""
-    right = layers.Rotary.rotate
+    right = rotary.Rotary.rotate
 
-    def wrong(self: layers.Rotary, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    def wrong(self: rotary.Rotary, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         r = CONFIG["qk_rope_head_dim"]
         pairs = torch.cat((x[..., :-r], x[..., -r:].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)), -1)
         turned = right(self, pairs, positions, inverse)
         return torch.cat((x[..., :-r], turned[..., -r:].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)), -1)
 
-    patch.setattr(layers.Rotary, "rotate", wrong)
+    patch.setattr(rotary.Rotary, "rotate", wrong)
 
 
 def yarn_everywhere(patch: pytest.MonkeyPatch) -> None:
     """YaRN on layers without a ratio, with their own theta."""
-    right = layers.rotary_frequencies
+    right = rotary.rotary_frequencies
 
-    def wrong(config: layers.Config, compressed: bool) -> torch.Tensor:
+    def wrong(config: rotary.Config, compressed: bool) -> torch.Tensor:
         from dataclasses import replace
 
         return right(config if compressed else replace(config, compress_rope_theta=config.rope_theta), True)
@@ -73,13 +72,13 @@ def yarn_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 def yarn_nowhere(patch: pytest.MonkeyPatch) -> None:
     """The plain theta on every layer."""
-    right = layers.rotary_frequencies
+    right = rotary.rotary_frequencies
     patch.setattr(transformer, "rotary_frequencies", lambda config, compressed: right(config, False))
 
 
 def output_not_rotated_back(patch: pytest.MonkeyPatch) -> None:
-    right = layers.Rotary.rotate
-    patch.setattr(layers.Rotary, "rotate", lambda self, x, p, inverse=False: x if inverse else right(self, x, p))
+    right = rotary.Rotary.rotate
+    patch.setattr(rotary.Rotary, "rotate", lambda self, x, p, inverse=False: x if inverse else right(self, x, p))
 
 
 def blocks_do_not_overlap(patch: pytest.MonkeyPatch) -> None:
@@ -127,10 +126,10 @@ def block_at_its_last_position(patch: pytest.MonkeyPatch) -> None:
     right = compressor.Compressor._compress
 
     def wrong(self: compressor.Compressor, slots: torch.Tensor, first: int, last: int, ratio: int) -> torch.Tensor:
-        rotary = self._rotary
-        self._rotary = type("", (), {"rotate": lambda _, x, p: rotary.rotate(x, p + ratio - 1)})()
+        right_rotary = self._rotary
+        self._rotary = type("", (), {"rotate": lambda _, x, p: right_rotary.rotate(x, p + ratio - 1)})()
         key = right(self, slots, first, last, ratio)
-        self._rotary = rotary
+        self._rotary = right_rotary
         return key
 
     patch.setattr(compressor.Compressor, "_compress", wrong)
@@ -153,18 +152,20 @@ def no_sink(patch: pytest.MonkeyPatch) -> None:
 
 
 def comb_transposed(patch: pytest.MonkeyPatch) -> None:
-    right = layers.HyperConnection.leave
+    right = hyper_connection.HyperConnection.post
     patch.setattr(
-        layers.HyperConnection, "leave", lambda self, o, h, post, comb: right(self, o, h, post, comb.transpose(1, 2))
+        hyper_connection.HyperConnection,
+        "post",
+        lambda self, o, h, post, comb: right(self, o, h, post, comb.transpose(1, 2)),
     )
 
 
 def sinkhorn_rows_first(patch: pytest.MonkeyPatch) -> None:
     """Twenty iterations nearly converge, so the order shows only with few: three here."""
-    patch.setattr(parts, "sinkhorn", _sinkhorn_rows_first)
+    patch.setattr(reference_small, "sinkhorn", _sinkhorn_rows_first)
 
 
-def _sinkhorn_rows_first(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+def _sinkhorn_rows_first(logits: torch.Tensor, iterations: int, eps: float, exp: object) -> torch.Tensor:
     comb = torch.softmax(logits, -1) + eps
     for _ in range(iterations):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
@@ -252,8 +253,8 @@ MISTAKES = [
 
 @pytest.fixture(autouse=True)
 def reference_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code cannot be patched; test_model_ops.py shows that it gives the same bits."""
-    monkeypatch.setattr(loading, "choose", lambda device: ops.REFERENCE)
+    """Compiled code cannot be patched; test_kernels.py shows that it gives the same bits."""
+    monkeypatch.setattr(loading, "select_kernels", lambda device: REFERENCE)
 
 
 def test_without_a_mistake_nothing_is_noticed(folder: Path, expected: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import loading
 from dsv4.model.config import Config
-from dsv4.model.parallel import Group, check_divisible
+from dsv4.model.parallel import TensorParallelGroup, check_divisible
 from dsv4.model.weight_store import is_matrix
 from dsv4.model.weights import read_matrix, read_vector, tensor_shapes
 
@@ -149,7 +149,7 @@ class TestSlices:
     def test_put_together_they_are_the_whole(self, count: int, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
         config = Config.from_json(checkpoint.config)
-        groups, split = [Group(i, count) for i in range(count)], 0
+        groups, split = [TensorParallelGroup(i, count) for i in range(count)], 0
         for name, shape in tensor_shapes(config, 1).items():
             holders = [group for group in groups if group.holds(name, config)]
             assert len(holders) == (1 if ".experts." in name else count)
@@ -181,13 +181,13 @@ class TestSlices:
             return data
 
         monkeypatch.setattr(Checkpoint, "read_bytes", counted)
-        loading.load(checkpoint, group=Group(1, 4))
+        loading.load(checkpoint, group=TensorParallelGroup(1, 4))
         config = Config.from_json(checkpoint.config)
-        mine = Group(1, 4).experts(config)
+        mine = TensorParallelGroup(1, 4).experts(config)
         for name, info in checkpoint.tensors.items():
             if ".experts." in name:
                 assert (name in read) == (int(name.split(".experts.")[1].split(".")[0]) in mine), name
-            elif name.endswith(".weight") and Group(1, 4).rows(name, info.shape):
+            elif name.endswith(".weight") and TensorParallelGroup(1, 4).rows(name, info.shape):
                 assert read[name] * 4 == info.nbytes, name
             elif name.endswith(".weight"):
                 assert read[name] == info.nbytes, name
@@ -196,7 +196,7 @@ class TestSlices:
     def test_what_cannot_be_shared_equally(self, count: int, folder: Path) -> None:
         config = Config.from_json(Checkpoint.open(folder).config)
         with pytest.raises(UsageError, match="equally") as error:
-            check_divisible(config, Group(0, count))
+            check_divisible(config, TensorParallelGroup(0, count))
         assert "o_groups = 4" in str(error.value) and "1, 2, 4 ranks" in error.value.hint
 
     def test_is_said_by_the_command(self, folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from .source import Source
 if TYPE_CHECKING:
     from dsv4.distributed import Ranks
     from dsv4.model.config import Config
-    from dsv4.model.parallel import Group
+    from dsv4.model.parallel import TensorParallelGroup
     from dsv4.model.transformer import Transformer
 
 TOKENS_PER_CALL = 512  # of one sequence, in the engine's prefill
@@ -43,7 +43,7 @@ class Placement:
     simulation: bool
     weights_bytes: int | None
     other_bytes: int
-    group: "Group"
+    group: "TensorParallelGroup"
 
 
 def kind_of(device: str) -> str:
@@ -72,14 +72,14 @@ def device_of(device: str, ranks: "Ranks | None") -> str:
     return f"{device}:{ranks.local_index}" if count > 1 else device
 
 
-def group_of(device: str, ranks: "Ranks | None") -> "Group":
+def group_of(device: str, ranks: "Ranks | None") -> "TensorParallelGroup":
     """The ranks as the engine sees them: who this one is, and whether tensors are exchanged through the CPU."""
     from dsv4.distributed import BACKENDS
-    from dsv4.model.parallel import ALONE, Group
+    from dsv4.model.parallel import SINGLE, TensorParallelGroup
 
     if ranks is None:
-        return ALONE
-    return Group(ranks.index, ranks.count, by_way_of_cpu=kind_of(device) not in BACKENDS)
+        return SINGLE
+    return TensorParallelGroup(ranks.index, ranks.count, by_way_of_cpu=kind_of(device) not in BACKENDS)
 
 
 def _free_memory(device: str, ranks: "Ranks | None") -> int | None:

@@ -1,4 +1,15 @@
-/* Vectors of sixteen lanes, and the decoders of every stored format. Part of native.c. */
+/* Vectors of sixteen lanes, conversions, and the decoders of every stored format.
+ *
+ * A dot product has sixteen lanes, in the order of summation that deterministic.py defines. Of every 32 elements, lane l
+ * adds the product of element 2l + 1 and then that of 2l, each sum rounded to float32. That is the order of vdpbf16ps,
+ * which some CPUs have for bfloat16; elsewhere the odd and the even elements are two vectors of sixteen float32.
+ * Products and sums are rounded one by one (-ffp-contract=off); where the product of the inputs is exact in float32
+ * (8 significant bits times 8, no underflow), a fused multiply-add rounds the same, and is used.
+ * Work is split over outputs only, never inside a sum. Lengths of dot products are multiples of 32.
+ *
+ * "Paired" float32 data: of every 32 elements first the sixteen odd ones, then the sixteen even ones.
+ */
+#pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,12 +24,27 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* In front of a loop over `share` from 0 to `threads`: each iteration is a thread. */
+#define PARALLEL _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")
+
+/* [first, last) of the items of one thread. */
+struct span {
+    int64_t first, last;
+};
+
+INLINE struct span span_of(int64_t items, int64_t share, int64_t threads) {
+    return (struct span){items * share / threads, items * (share + 1) / threads};
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 typedef float lanes __attribute__((vector_size(64)));
 typedef int32_t ilanes __attribute__((vector_size(64)));
 
 enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
 
-/* A weight [rows, columns] as stored. Scales are E8M0 bytes or float32, one per block_rows x block_columns. */
+/* A weight [rows, columns] as stored. Scales are E8M0 bytes or float32, one per block_rows x block_columns.
+ * The same struct is declared in cpu.py. */
 struct matrix {
     const void *values;
     const void *scale;
@@ -27,19 +53,22 @@ struct matrix {
     int32_t format, scale_is_float32;
 };
 
-INLINE float bf16(uint16_t bits) {
+INLINE float widen_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
     memcpy(&value, &wide, 4);
     return value;
 }
 
-INLINE uint16_t to_bf16(float value) {
+INLINE uint16_t round_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t nan = (bits >> 16) | 0x40, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : nearest);
 }
+
+/* Rounded to bfloat16, as float32. */
+INLINE float rounded_to_bf16(float value) { return widen_bf16(round_bf16(value)); }
 
 INLINE float e8m0(uint8_t code) {
     uint32_t bits = code ? (uint32_t)code << 23 : 1u << 22;
@@ -59,17 +88,17 @@ INLINE void store(float *p, lanes v) { memcpy(p, &v, 64); }
 INLINE lanes splat(float x) { return (lanes){0} + x; }
 
 /* Element i of bfloat16 or float32 data. */
-INLINE float read(const void *x, int is_bf16, int64_t i) {
-    return is_bf16 ? bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+INLINE float load_as_float(const void *x, int is_bf16, int64_t i) {
+    return is_bf16 ? widen_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-INLINE void write(void *x, int is_bf16, int64_t i, float value) {
-    if (is_bf16) ((uint16_t *)x)[i] = to_bf16(value);
+INLINE void store_as(void *x, int is_bf16, int64_t i, float value) {
+    if (is_bf16) ((uint16_t *)x)[i] = round_bf16(value);
     else ((float *)x)[i] = value;
 }
 
-/* The lanes by halves. */
-INLINE float fold(lanes v) {
+/* Sum of the sixteen lanes, by halves: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+INLINE float horizontal_sum(lanes v) {
 #ifdef HAVE_AVX512
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -84,8 +113,8 @@ INLINE float fold(lanes v) {
 #endif
 }
 
-/* The lanes of `count` sums; four at once, by the same additions, cost little more than one. */
-INLINE void fold_each(const lanes *sums, int count, float *out) {
+/* The horizontal sums of `count` vectors; four at once, by the same additions, cost little more than one. */
+INLINE void horizontal_sums(const lanes *sums, int count, float *out) {
 #ifdef HAVE_AVX512
     if (count == 4) {
         __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
@@ -98,7 +127,7 @@ INLINE void fold_each(const lanes *sums, int count, float *out) {
         return;
     }
 #endif
-    for (int i = 0; i < count; i++) out[i] = fold(sums[i]);
+    for (int i = 0; i < count; i++) out[i] = horizontal_sum(sums[i]);
 }
 
 INLINE lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
@@ -117,9 +146,9 @@ struct pair {
 };
 
 #ifdef HAVE_AVX512
-INLINE struct pair pair_of_words(__m512i words) { /* 32 bfloat16 */
-    return (struct pair){(lanes)_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)),
-                         (lanes)_mm512_slli_epi32(words, 16)};
+INLINE struct pair widen_pair(__m512i bf16) { /* 32 bfloat16 */
+    return (struct pair){(lanes)_mm512_and_si512(bf16, _mm512_set1_epi32((int)0xffff0000)),
+                         (lanes)_mm512_slli_epi32(bf16, 16)};
 }
 
 INLINE struct pair decode_f32(const float *p) {
@@ -129,19 +158,19 @@ INLINE struct pair decode_f32(const float *p) {
     return (struct pair){(lanes)_mm512_permutex2var_ps(low, odd, high), (lanes)_mm512_permutex2var_ps(low, even, high)};
 }
 
-INLINE struct pair decode_bf16(const uint16_t *p) { return pair_of_words(_mm512_loadu_si512(p)); }
+INLINE struct pair decode_bf16(const uint16_t *p) { return widen_pair(_mm512_loadu_si512(p)); }
 
 /* E4M3 in the upper byte of 16 bits becomes a float16 with the exponent bias 15 instead of 7, 2**8 too small, when
  * shifted right by one: the sign is doubled, and bit 14 must be cleared. Hardware widens float16, subnormals and all. */
-INLINE lanes from_upper_bytes(__m256i words, float scale) {
-    __m256i half = _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16((short)0xbfff));
+INLINE lanes from_upper_bytes(__m256i bytes, float scale) {
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(bytes, 1), _mm256_set1_epi16((short)0xbfff));
     return (lanes)_mm512_cvtph_ps(half) * 256.0f * scale;
 }
 
 INLINE struct pair decode_e4m3(const uint8_t *p, float scale) {
-    __m256i words = _mm256_loadu_si256((const __m256i *)p);
-    return (struct pair){from_upper_bytes(_mm256_and_si256(words, _mm256_set1_epi16((short)0xff00)), scale),
-                         from_upper_bytes(_mm256_slli_epi16(words, 8), scale)};
+    __m256i codes = _mm256_loadu_si256((const __m256i *)p);
+    return (struct pair){from_upper_bytes(_mm256_and_si256(codes, _mm256_set1_epi16((short)0xff00)), scale),
+                         from_upper_bytes(_mm256_slli_epi16(codes, 8), scale)};
 }
 
 /* Sixteen bytes, the even element in the low nibble. The lookup uses the lowest four bits of each lane. */
@@ -162,7 +191,7 @@ INLINE struct pair decode_f32(const float *p) {
 
 INLINE struct pair decode_bf16(const uint16_t *p) {
     struct pair v;
-    for (int i = 0; i < 16; i++) v.odd[i] = bf16(p[2 * i + 1]), v.even[i] = bf16(p[2 * i]);
+    for (int i = 0; i < 16; i++) v.odd[i] = widen_bf16(p[2 * i + 1]), v.even[i] = widen_bf16(p[2 * i]);
     return v;
 }
 
@@ -211,3 +240,50 @@ INLINE float scale_at(const struct matrix *w, int64_t place) {
 
 /* Columns that share one scale; all of them if there is none. */
 INLINE int64_t step_columns(const struct matrix *w) { return w->scale ? w->block_columns : w->columns; }
+
+typedef float floats8 __attribute__((vector_size(32)));
+typedef int32_t ints8 __attribute__((vector_size(32)));
+typedef double doubles8 __attribute__((vector_size(64)));
+typedef int64_t longs8 __attribute__((vector_size(64)));
+
+INLINE doubles8 choose(longs8 mask, doubles8 a, doubles8 b) {
+    return (doubles8)((mask & (longs8)a) | (~mask & (longs8)b));
+}
+
+/* exp of float32 through float64, the polynomial of deterministic.py, eight at a time. */
+INLINE floats8 exponential8(floats8 x) {
+    doubles8 v = __builtin_convertvector(x, doubles8), bound = (doubles8){0} + 700.0;
+    v = choose(v < -bound, -bound, choose(v > bound, bound, v));
+    doubles8 t = v * 0x1.71547652b82fep+0 + 0.5;
+    doubles8 truncated = __builtin_convertvector(__builtin_convertvector(t, ints8), doubles8);
+    doubles8 n = choose(truncated > t, truncated - 1.0, truncated); /* floor */
+    doubles8 r = (v - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+    static const double factorials[14] = {1.0, 1.0, 2.0, 6.0, 24.0, 120.0, 720.0, 5040.0, 40320.0, 362880.0, 3628800.0,
+                                          39916800.0, 479001600.0, 6227020800.0};
+    doubles8 value = (doubles8){0} + 1.0 / factorials[13];
+    for (int k = 12; k >= 0; k--) value = value * r + 1.0 / factorials[k];
+    longs8 whole = __builtin_convertvector(__builtin_convertvector(n, ints8), longs8);
+    return __builtin_convertvector(value * (doubles8)((whole + 1023) << 52), floats8);
+}
+
+INLINE float exponential(float x) { return exponential8((floats8){x})[0]; }
+
+INLINE void exponentials(float *x) {
+    for (int i = 0; i < 16; i += 8) {
+        floats8 v;
+        memcpy(&v, x + i, 32);
+        v = exponential8(v);
+        memcpy(x + i, &v, 32);
+    }
+}
+
+/* Sum by halves; an odd element waits for the next round. Overwrites x. */
+static inline float tree_sum(float *x, int64_t n) {
+    while (n > 1) {
+        int64_t half = n / 2;
+        for (int64_t i = 0; i < half; i++) x[i] = x[i] + x[i + half];
+        if (n % 2) x[half] = x[n - 1];
+        n = half + n % 2;
+    }
+    return x[0];
+}

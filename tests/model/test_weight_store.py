@@ -11,7 +11,7 @@ from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import MachineError
 from dsv4.model import load
 from dsv4.model.transformer import Transformer
-from dsv4.model.weight_store import Demand, WeightStore
+from dsv4.model.weight_store import MemoryNeed, WeightStore
 
 GEOMETRY = Geometry(
     compress_ratios=(0, 4, 0), vocab_size=64, hidden_size=128, n_routed_experts=16, num_experts_per_tok=2
@@ -74,7 +74,7 @@ def test_one_byte_less_than_needed_is_refused(folder: Path) -> None:
 
 def test_the_memory_that_a_model_needs(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
     whole = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors.values())
-    assert load(folder).store.demand == Demand(whole, least=smallest(folder))
+    assert load(folder).store.need == MemoryNeed(whole, least=smallest(folder))
     assert load(folder, max_memory=whole).store.resident_bytes == resident[1]
     assert load(folder, max_memory=whole - 1).store.resident_bytes < resident[1]
 

@@ -1,4 +1,4 @@
-"""The order of sums, the functions built on it, and every row of the table of operations against the reference row."""
+"""The order of sums, the functions built on it, and every row of the kernel table against the reference row."""
 
 import math
 import shutil
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4.model.kernels import cpu as native
-from dsv4.model.kernels import reference as ops
-from dsv4.model.kernels import torch_device as accelerated
+from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
+from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
 from dsv4.model.weights import Matrix
 from dsv4.quant.block_scales import Block
 
 GENERATOR = torch.Generator().manual_seed(8)
+CPU = table.select_kernels(torch.device("cpu"))  # the reference row where there is no compiler
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -123,21 +123,21 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
         for count in (1, 8):
             x = torch.randn(count, columns, generator=GENERATOR).to(dtype)
             for start, stop in ((0, None), (1, rows - 1)):
-                expected = ops.linear(x, matrix, start, stop)
-                found = native.linear(x, matrix, start, stop)
+                expected = REFERENCE.linear(x, matrix, start, stop)
+                found = CPU.linear(x, matrix, start, stop)
                 assert torch.equal(bits(found), bits(expected)), (matrix.name, count, start)
                 rounded = expected.to(torch.bfloat16)
-                for linear in (ops.linear, native.linear, accelerated.linear):
+                for linear in (REFERENCE.linear, CPU.linear, TORCH_DEVICE.linear):
                     found = linear(x, matrix, start, stop, torch.bfloat16)
                     assert found.dtype == torch.bfloat16
-                    if linear is not accelerated.linear:
+                    if linear is not TORCH_DEVICE.linear:
                         assert torch.equal(bits(found), bits(rounded)), (matrix.name, count, start)
                 exact = x.to(torch.float64) @ matrix.decode(start, stop).to(torch.float64).T
                 scale = x.to(torch.float64).abs() @ matrix.decode(start, stop).to(torch.float64).abs().T
                 # A sum of n terms in lanes of n / 16: each addition is off by at most 2**-24 of the sum of magnitudes.
                 bound = scale * (columns / LANES + 5) * 2.0**-24
                 assert ((expected - exact).abs() <= bound).all(), matrix.name
-                assert ((accelerated.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
+                assert ((TORCH_DEVICE.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -157,7 +157,7 @@ def test_every_code_by_every_way_of_decoding(count: int) -> None:
                 x = torch.zeros(count, 256, dtype=torch.bfloat16)
                 x[:, element] = 1
                 expected = matrix.decode()[:, element].expand(count, 4)
-                assert torch.equal(native.linear(x, matrix), expected), (matrix.name, exponent, element)
+                assert torch.equal(CPU.linear(x, matrix), expected), (matrix.name, exponent, element)
 
 
 def attention_case(queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -174,12 +174,12 @@ def attention_case(queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("queries", [1, 2, 9])
 def test_sparse_attention(queries: int, dtype: torch.dtype) -> None:
     q, window, compressed, index, sink = attention_case(queries, dtype)
-    expected = ops.sparse_attention(q, window, compressed, index, sink, 0.125)
-    assert torch.equal(bits(native.sparse_attention(q, window, compressed, index, sink, 0.125)), bits(expected))
+    expected = REFERENCE.sparse_attention(q, window, compressed, index, sink, 0.125)
+    assert torch.equal(bits(CPU.sparse_attention(q, window, compressed, index, sink, 0.125)), bits(expected))
     exact = attention_in_float64(q, torch.cat((window, compressed)), index, sink, 0.125)
     # bfloat16 probabilities and results are off by 2**-8 each, of values that average random numbers.
     tolerance = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
-    for found in (expected, accelerated.sparse_attention(q, window, compressed, index, sink, 0.125)):
+    for found in (expected, TORCH_DEVICE.sparse_attention(q, window, compressed, index, sink, 0.125)):
         assert (found.to(torch.float64) - exact).abs().max() < tolerance
 
 
@@ -198,7 +198,7 @@ def attention_in_float64(
 def test_masked_keys_at_the_end_change_no_bit() -> None:
     q, window, compressed, index, sink = attention_case(5, torch.bfloat16)
     longer = torch.cat((index, torch.full((5, 77), -1, dtype=torch.int32)), 1)
-    for row in (ops.REFERENCE, native.NATIVE):
+    for row in (REFERENCE, CPU):
         expected = row.sparse_attention(q, window, compressed, index, sink, 0.125)
         assert torch.equal(bits(row.sparse_attention(q, window, compressed, longer, sink, 0.125)), bits(expected))
 
@@ -209,15 +209,15 @@ def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
     q = torch.randn(5, heads, 32, generator=GENERATOR).to(dtype)
     weights = torch.randn(5, heads, generator=GENERATOR).to(dtype)
     keys = torch.randn(blocks, 32, generator=GENERATOR).to(dtype)
-    expected = ops.index_scores(q, weights, keys)
-    assert torch.equal(bits(native.index_scores(q, weights, keys)), bits(expected))
+    expected = REFERENCE.index_scores(q, weights, keys)
+    assert torch.equal(bits(CPU.index_scores(q, weights, keys)), bits(expected))
     if dtype == torch.bfloat16:
         assert torch.equal(expected, expected.to(torch.bfloat16).to(torch.float32))
     products = torch.einsum("thd,bd->thb", q.double(), keys.double()).clamp(min=0) * weights.double()[..., None]
     # In bfloat16 every product is rounded twice and the sum once, each time by at most 2**-8.
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
     bound = 3.1 * unit * products.abs().sum(1) + 1e-6
-    for found in (expected, accelerated.index_scores(q, weights, keys)):
+    for found in (expected, TORCH_DEVICE.index_scores(q, weights, keys)):
         assert ((found - products.sum(1)).abs() <= bound).all()
 
 
@@ -230,11 +230,11 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     positive = torch.rand(9, 4, generator=GENERATOR)
     return {
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
-        "mean_square": [(rows,), (h[:, :, :7],)],
+        "inverse_rms": [(rows, 1e-6), (h[:, :, :7], 1e-3)],
         "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
         "head_norm": [(h, 1e-6)],
         "rotate": [(h, torch.randn(9, 16, generator=GENERATOR), torch.randn(9, 16, generator=GENERATOR))],
-        "split_mixes": [
+        "hc_split_sinkhorn": [
             (
                 torch.randn(9, (2 + n) * n, generator=GENERATOR) * 3,
                 torch.randn(3),
@@ -245,21 +245,21 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
             )
             for n in (1, 2, 3, 4)
         ],
-        "collapse": [(positive, h)],
-        "expand": [(rows, h, positive, torch.rand(9, 4, 4, generator=GENERATOR))],
+        "hc_pre": [(positive, h)],
+        "hc_post": [(rows, h, positive, torch.rand(9, 4, 4, generator=GENERATOR))],
         "swiglu": [(rows * 9, h[:, 1] * 9, 10.0, None), (rows * 9, h[:, 1] * 9, 10.0, positive[:, 0])],
     }[name]
 
 
 SMALL = [
     "simulate_fp8",
-    "mean_square",
+    "inverse_rms",
     "rms_norm",
     "head_norm",
     "rotate",
-    "split_mixes",
-    "collapse",
-    "expand",
+    "hc_split_sinkhorn",
+    "hc_pre",
+    "hc_post",
     "swiglu",
 ]
 
@@ -268,38 +268,38 @@ SMALL = [
 @pytest.mark.parametrize("name", SMALL)
 def test_small_operations(name: str, dtype: torch.dtype) -> None:
     for arguments in widths(name, dtype):
-        expected, found = getattr(ops.REFERENCE, name)(*arguments), getattr(native.NATIVE, name)(*arguments)
+        expected, found = getattr(REFERENCE, name)(*arguments), getattr(CPU, name)(*arguments)
         pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
         for a, b in pairs:
             assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "split_mixes"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "hc_split_sinkhorn"])
 def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads than rows divide evenly among, and than there are rows."""
     for threads in (2, 4, 50):
-        monkeypatch.setattr(native, "_threads", lambda work, threads=threads: threads)
+        monkeypatch.setattr(cpu, "_threads", lambda work, threads=threads: threads)
         for arguments in widths(name, torch.bfloat16):
-            found, expected = getattr(native.NATIVE, name)(*arguments), getattr(ops.REFERENCE, name)(*arguments)
+            found, expected = getattr(CPU, name)(*arguments), getattr(REFERENCE, name)(*arguments)
             assert torch.equal(bits(found), bits(expected)), threads
 
 
-def test_every_row_has_every_operation() -> None:
-    names = set(ops.Operations.__dataclass_fields__)
-    assert names == {"linear", "sparse_attention", "index_scores", *SMALL}
-    assert all(getattr(native.NATIVE, name) is not getattr(ops.REFERENCE, name) for name in names)
+def test_every_compiled_operation_is_tested() -> None:
+    names = set(table.KernelTable.__dataclass_fields__)
+    compiled = {name for name in names if getattr(table.CPU, name) is not getattr(REFERENCE, name)}
+    assert compiled == {"linear", "sparse_attention", "index_scores", *SMALL}
+    assert names - compiled == {"hc_head_weights", "sqrtsoftplus", "pool"}
 
 
-def test_native_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> None:
+def test_compiled_code_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> None:
     """All 65,536 bit patterns but NaN and infinity, each in a group with an amax of 448, so that the scale is 1."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
     every = every[every.abs() <= 448]
     x = torch.stack((every, torch.full_like(every, 448.0)), 1)
     expected = every.to(torch.float32).to(torch.float8_e4m3fn).to(torch.bfloat16)
-    assert torch.equal(bits(native.simulate_fp8(x, 2)[:, 0]), bits(expected))
+    assert torch.equal(bits(CPU.simulate_fp8(x, 2)[:, 0]), bits(expected))
 
 
-def test_where_a_compiler_is_there_the_native_row_was_tested() -> None:
-    """Where there is none, both rows are the reference form, and the comparisons above say nothing."""
-    there = any(map(shutil.which, native.COMPILERS))
-    assert (native.library() is not None) == there
+def test_where_there_is_a_compiler_the_compiled_row_was_tested() -> None:
+    """Without one, CPU is the reference row, and the comparisons above say nothing."""
+    assert (CPU is table.CPU) == any(map(shutil.which, cpu.COMPILERS))

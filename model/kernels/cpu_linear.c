@@ -1,0 +1,396 @@
+/* Matrix products: one row of x with rows of the stored weight, decoded in registers; many rows with a strip of the
+ * weight that is decoded once. */
+#include "cpu_products.h"
+
+/* Rows of a weight that are decoded at once for many rows of x. */
+#define ROWS_PER_STRIP 16
+
+/* How products are added up; a constant wherever it is an argument. */
+enum arithmetic {
+    TWO_ROUNDINGS, /* float32 pairs: the product is rounded, then the sum */
+    FUSED,         /* float32 pairs whose products are exact */
+    BF16_DOT,      /* bfloat16 in natural order, by vdpbf16ps */
+};
+
+/* One row of paired x with `ot` rows of a stored weight; `ot` (at most 4), format and exact are constants. */
+INLINE void gemv(int ot, const struct matrix *w, int format, int exact, const float *x, int64_t row, float *y) {
+    lanes sum[4];
+    const uint8_t *p[4];
+    int64_t step = step_columns(w), scales[4];
+    for (int o = 0; o < ot; o++) {
+        sum[o] = splat(0.f);
+        p[o] = row_of(w, format, row + o);
+        scales[o] = scale_row(w, row + o);
+    }
+    for (int64_t start = 0; start < w->columns; start += step) {
+        int64_t stop = least(start + step, w->columns);
+        float scale[4];
+        for (int o = 0; o < ot; o++) scale[o] = scale_at(w, scales[o]++);
+        for (const float *value = x + start; value < x + stop; value += 32) {
+            lanes odd = load(value), even = load(value + 16);
+            for (int o = 0; o < ot; o++) {
+                struct pair weight = decode(p[o], format, scale[o]);
+                sum[o] = multiply_add(odd, weight.odd, sum[o], exact);
+                sum[o] = multiply_add(even, weight.even, sum[o], exact);
+                p[o] += bytes_of_32(format);
+            }
+        }
+    }
+    horizontal_sums(sum, ot, y);
+}
+
+/* Products of `mt` rows of paired x with `ot` rows of paired weights; mt, ot and exact are constants. */
+INLINE void float_tile(int exact, int mt, int ot, const float *w, int64_t w_stride, int64_t columns, const float *x,
+                       int64_t x_stride, float *y, int64_t y_stride) {
+    lanes sum[6][4];
+    for (int m = 0; m < mt; m++)
+        for (int o = 0; o < ot; o++) sum[m][o] = splat(0.f);
+    for (int64_t k = 0; k < columns; k += 16) {
+        lanes weight[4];
+        for (int o = 0; o < ot; o++) weight[o] = load(w + o * w_stride + k);
+        for (int m = 0; m < mt; m++) {
+            lanes value = load(x + m * x_stride + k);
+            for (int o = 0; o < ot; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);
+        }
+    }
+    for (int m = 0; m < mt; m++) horizontal_sums(sum[m], ot, y + m * y_stride);
+}
+
+#ifdef HAVE_DOT
+/* The same for bfloat16 x and weights in their natural order. */
+INLINE void dot_tile(int mt, int ot, const uint16_t *w, int64_t w_stride, int64_t columns, const uint16_t *x,
+                     int64_t x_stride, float *y, int64_t y_stride) {
+    lanes sum[6][4];
+    for (int m = 0; m < mt; m++)
+        for (int o = 0; o < ot; o++) sum[m][o] = splat(0.f);
+    for (int64_t k = 0; k < columns; k += 32) {
+        __m512bh weight[4];
+        for (int o = 0; o < ot; o++) weight[o] = (__m512bh)_mm512_loadu_si512(w + o * w_stride + k);
+        for (int m = 0; m < mt; m++) {
+            __m512bh value = (__m512bh)_mm512_loadu_si512(x + m * x_stride + k);
+            for (int o = 0; o < ot; o++) sum[m][o] = (lanes)_mm512_dpbf16_ps((__m512)sum[m][o], value, weight[o]);
+        }
+    }
+    for (int m = 0; m < mt; m++) horizontal_sums(sum[m], ot, y + m * y_stride);
+}
+#endif
+
+/* Element i of data of the type that `kind` multiplies. */
+INLINE const void *element(int kind, const void *p, int64_t i) {
+    return (const uint8_t *)p + i * (int64_t)(kind == BF16_DOT ? sizeof(uint16_t) : sizeof(float));
+}
+
+INLINE void tile(int kind, int mt, int ot, const void *w, int64_t w_stride, int64_t columns, const void *x,
+                 int64_t x_stride, float *y, int64_t y_stride) {
+#ifdef HAVE_DOT
+    if (kind == BF16_DOT) {
+        dot_tile(mt, ot, w, w_stride, columns, x, x_stride, y, y_stride);
+        return;
+    }
+#endif
+    float_tile(kind == FUSED, mt, ot, w, w_stride, columns, x, x_stride, y, y_stride);
+}
+
+/* y [m_count, o_count] = x @ w.T, o_count at most 4, in tiles of six rows of x and fewer; kind is a constant. */
+INLINE void products(int kind, const void *w, int64_t w_stride, int64_t o_count, int64_t columns, const void *x,
+                     int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+    int64_t m = 0;
+#define TILE(MT, OT, O)                                                                                                \
+    tile(kind, MT, OT, element(kind, w, (O)*w_stride), w_stride, columns, element(kind, x, m * x_stride), x_stride,    \
+         y + m * y_stride + (O), y_stride)
+    if (o_count == 4) {
+        for (; m + 6 <= m_count; m += 6) TILE(6, 4, 0);
+        for (; m + 4 <= m_count; m += 4) TILE(4, 4, 0);
+        for (; m + 2 <= m_count; m += 2) TILE(2, 4, 0);
+        for (; m < m_count; m++) TILE(1, 4, 0);
+        return;
+    }
+    for (; m + 6 <= m_count; m += 6)
+        for (int64_t o = 0; o < o_count; o++) TILE(6, 1, o);
+    for (; m < m_count; m++)
+        for (int64_t o = 0; o < o_count; o++) TILE(1, 1, o);
+#undef TILE
+}
+
+static void rounded_products(const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
+                             int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+    products(TWO_ROUNDINGS, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+}
+
+static void exact_products(const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
+                           int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+    products(FUSED, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+}
+
+void dsv4_products(int exact, const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
+                   int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+    (exact ? exact_products : rounded_products)(w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+}
+
+#ifdef HAVE_DOT
+static void dot_products(const uint16_t *w, int64_t w_stride, int64_t o_count, int64_t columns, const uint16_t *x,
+                         int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+    products(BF16_DOT, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+}
+
+/* Whether this CPU's vdpbf16ps adds the odd product first and rounds after each, on numbers that tell. */
+static int dot_is_in_order(void) {
+    uint32_t state = 12345;
+    for (int round = 0; round < 2000; round++) {
+        uint16_t a[32], b[32];
+        float before[16], after[16];
+        for (int i = 0; i < 80; i++) {
+            state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+            uint32_t exponent = 118 + state / 65536 % 18;
+            if (i < 32) a[i] = (uint16_t)((state & 0x807f) | exponent << 7);
+            else if (i < 64) b[i - 32] = (uint16_t)((state & 0x807f) | exponent << 7);
+            else before[i - 64] = widen_bf16((uint16_t)((state & 0x807f) | exponent << 7)) * 1.0001f;
+        }
+        __m512 sum = _mm512_dpbf16_ps(_mm512_loadu_ps(before), (__m512bh)_mm512_loadu_si512(a),
+                                      (__m512bh)_mm512_loadu_si512(b));
+        _mm512_storeu_ps(after, sum);
+        for (int i = 0; i < 16; i++) {
+            float expected = before[i] + widen_bf16(a[2 * i + 1]) * widen_bf16(b[2 * i + 1]);
+            expected = expected + widen_bf16(a[2 * i]) * widen_bf16(b[2 * i]);
+            if (expected != after[i]) return 0;
+        }
+    }
+    return 1;
+}
+
+/* FP4 by a table of bfloat16: a byte b becomes the two indices b and b >> 4, of which the lookup uses five bits. The
+ * table repeats after sixteen entries. Its values are exact, and so are they times the scale. */
+INLINE __m512i bf16_of_e2m1(const uint8_t *p, __m512i table) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+}
+
+INLINE __m512i table_of_e2m1(float scale) {
+    static const float values[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
+                                     -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+    __m256i bf16 = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)(load(values) * scale), 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(bf16), bf16, 1);
+}
+
+/* FP8 by shifting: exponent and mantissa to their places in a bfloat16, the bias from 7 to 127; the seven subnormals
+ * from a table. `shift` is the exponent of the scale at its place. */
+INLINE __m512i bf16_of_e4m3(const uint8_t *p, __m512i shift) {
+    const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
+                                                                     0x3c60));
+    __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
+    __m512i bf16 = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    __mmask32 subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    bf16 = _mm512_mask_permutexvar_epi16(bf16, subnormal, magnitude, subnormals);
+    bf16 = _mm512_mask_add_epi16(bf16, _mm512_test_epi16_mask(magnitude, magnitude), bf16, shift);
+    return _mm512_or_si512(bf16, _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16((short)0x8000)));
+}
+
+INLINE __m512i shift_of_scale(float scale) {
+    int32_t bits;
+    memcpy(&bits, &scale, 4);
+    return _mm512_set1_epi16((short)(((bits >> 23) - 127) * 128));
+}
+
+/* Columns [start, stop) of a stored row, which begin at p, as bfloat16. The scale is a moderate power of two. */
+static void decode_as_bf16(const uint8_t *p, int format, float scale, int64_t count, uint16_t *out) {
+    if (format == BFLOAT16) {
+        memcpy(out, p, count * sizeof(uint16_t));
+    } else if (format == FLOAT8_E4M3FN) {
+        __m512i shift = shift_of_scale(scale);
+        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e4m3(p + k, shift));
+    } else {
+        __m512i table = table_of_e2m1(scale);
+        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e2m1(p + k / 2, table));
+    }
+}
+
+/* One row of bfloat16 x with four rows of a weight; format is a constant. */
+INLINE void dot_gemv(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
+    __m512 sum[4];
+    const uint8_t *p[4];
+    int64_t step = step_columns(w), scales[4];
+    for (int o = 0; o < 4; o++) {
+        sum[o] = _mm512_setzero_ps();
+        p[o] = row_of(w, format, row + o);
+        scales[o] = scale_row(w, row + o);
+    }
+    for (int64_t start = 0; start < w->columns; start += step) {
+        int64_t stop = least(start + step, w->columns);
+        __m512i table[4];
+        for (int o = 0; o < 4 && format != BFLOAT16; o++) {
+            float scale = scale_at(w, scales[o]++);
+            table[o] = format == FLOAT4_E2M1FN ? table_of_e2m1(scale) : shift_of_scale(scale);
+        }
+        for (const uint16_t *value = x + start; value < x + stop; value += 32) {
+            __m512bh one = (__m512bh)_mm512_loadu_si512(value);
+            for (int o = 0; o < 4; o++) {
+                __m512i weight = format == FLOAT4_E2M1FN   ? bf16_of_e2m1(p[o], table[o])
+                                 : format == FLOAT8_E4M3FN ? bf16_of_e4m3(p[o], table[o])
+                                                           : _mm512_loadu_si512(p[o]);
+                sum[o] = _mm512_dpbf16_ps(sum[o], one, (__m512bh)weight);
+                p[o] += bytes_of_32(format);
+            }
+        }
+    }
+    for (int o = 0; o < 4; o++) y[o] = horizontal_sum((lanes)sum[o]);
+}
+
+/* One row of bfloat16 x with four rows of a quantized or bfloat16 weight. */
+static void dot_gemv4(const struct matrix *w, const uint16_t *x, int64_t row, float *y) {
+    if (w->format == FLOAT4_E2M1FN) dot_gemv(w, FLOAT4_E2M1FN, x, row, y);
+    else if (w->format == FLOAT8_E4M3FN) dot_gemv(w, FLOAT8_E4M3FN, x, row, y);
+    else dot_gemv(w, BFLOAT16, x, row, y);
+}
+#endif
+
+/* 1 if bfloat16 products may go through vdpbf16ps on this machine. */
+int32_t dsv4_has_dot(void) {
+#ifdef HAVE_DOT
+    return dot_is_in_order();
+#else
+    return 0;
+#endif
+}
+
+void dsv4_decode_rows(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out) {
+    int64_t step = step_columns(w);
+    for (int64_t o = 0; o < count; o++) {
+        const uint8_t *p = row_of(w, w->format, row + o);
+        int64_t place = scale_row(w, row + o);
+        for (int64_t start = 0; start < w->columns; start += step) {
+            int64_t stop = least(start + step, w->columns);
+            float scale = scale_at(w, place++);
+#ifdef HAVE_DOT
+            if (as_bf16) {
+                decode_as_bf16(p, w->format, scale, stop - start, (uint16_t *)out + o * padded(w->columns) + start);
+                p += (stop - start) / 32 * bytes_of_32(w->format);
+                continue;
+            }
+#else
+            (void)as_bf16;
+#endif
+            float *to = (float *)out + o * padded(w->columns) + start;
+            for (int64_t k = start; k < stop; k += 32, to += 32, p += bytes_of_32(w->format)) {
+                struct pair v = decode(p, w->format, scale);
+                store(to, v.odd);
+                store(to + 16, v.even);
+            }
+        }
+    }
+}
+
+INLINE void gemv_rows(const struct matrix *w, int format, int exact, const float *x, int64_t row, int64_t count,
+                      float *y) {
+    if (count == 4) gemv(4, w, format, exact, x, row, y);
+    else
+        for (int64_t o = 0; o < count; o++) gemv(1, w, format, exact, x, row + o, y + o);
+}
+
+/* One row of x, paired and, if not null, as bfloat16, with up to four rows of w. */
+static void gemv4(const struct matrix *w, const float *x, const uint16_t *x_bf16, int64_t row, int64_t count, int exact,
+                  float *y) {
+#ifdef HAVE_DOT
+    if (x_bf16 && count == 4) {
+        dot_gemv4(w, x_bf16, row, y);
+        return;
+    }
+#else
+    (void)x_bf16;
+#endif
+    switch (w->format) {
+    case FLOAT32: /* whose products are never exact */
+        gemv_rows(w, FLOAT32, 0, x, row, count, y);
+        break;
+    case BFLOAT16:
+        if (exact) gemv_rows(w, BFLOAT16, 1, x, row, count, y);
+        else gemv_rows(w, BFLOAT16, 0, x, row, count, y);
+        break;
+    case FLOAT8_E4M3FN:
+        if (exact) gemv_rows(w, FLOAT8_E4M3FN, 1, x, row, count, y);
+        else gemv_rows(w, FLOAT8_E4M3FN, 0, x, row, count, y);
+        break;
+    default:
+        if (exact) gemv_rows(w, FLOAT4_E2M1FN, 1, x, row, count, y);
+        else gemv_rows(w, FLOAT4_E2M1FN, 0, x, row, count, y);
+    }
+}
+
+/* Rows of the weight that are decoded at once, so that they and the rows of x stay in the second level cache. */
+static int64_t strip_rows(const struct matrix *w) {
+    int64_t rows = 65536 / w->columns / 4 * 4;
+    return rows < 4 ? 4 : least(rows, ROWS_PER_STRIP);
+}
+
+/* Rows of x, `stride` elements apart, as paired float32 and, if `bf16` is not null, as bfloat16, both padded. */
+static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride, int64_t columns, float *pairs,
+                    uint16_t *bf16, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && m_count > 1)
+    for (int64_t m = 0; m < m_count; m++) {
+        const uint8_t *p = (const uint8_t *)x + m * stride * (is_bf16 ? 2 : 4);
+        if (bf16) memcpy(bf16 + m * padded(columns), p, columns * sizeof(uint16_t));
+        if (bf16 && m_count > 1) continue; /* the float32 pairs are not used */
+        for (int64_t k = 0; k < columns; k += 32, p += is_bf16 ? 64 : 128) {
+            struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
+            store(pairs + m * padded(columns) + k, v.odd);
+            store(pairs + m * padded(columns) + k + 16, v.even);
+        }
+    }
+}
+
+/* Rows of x with `count` rows of the weight, decoded in `strip`; sums [m_count, ROWS_PER_STRIP]. */
+static void multiply_strip(const struct matrix *w, const void *strip, const float *x, const uint16_t *x_bf16,
+                           int64_t m_count, int64_t count, int exact, float *sums) {
+    int64_t apart = padded(w->columns);
+    for (int64_t m = 0; m < m_count; m += 6)
+        for (int64_t o = 0; o < count; o += 4) {
+            int64_t rows = least(m_count - m, 6), columns = least(count - o, 4);
+            float *to = sums + m * ROWS_PER_STRIP + o;
+#ifdef HAVE_DOT
+            if (x_bf16) {
+                dot_products((const uint16_t *)strip + o * apart, apart, columns, w->columns, x_bf16 + m * apart, rows,
+                             apart, to, ROWS_PER_STRIP);
+                continue;
+            }
+#else
+            (void)x_bf16;
+#endif
+            dsv4_products(exact, (const float *)strip + o * apart, apart, columns, w->columns, x + m * apart, rows,
+                          apart, to, ROWS_PER_STRIP);
+        }
+}
+
+/* Floats of scratch that dsv4_linear needs: x as pairs and as bfloat16, and a decoded strip and its sums a thread. */
+int64_t dsv4_linear_scratch(int64_t m_count, int64_t columns, int64_t threads) {
+    return 2 * m_count * padded(columns) + threads * ROWS_PER_STRIP * (padded(columns) + m_count);
+}
+
+/* y [m_count, stop - start], bfloat16 or float32, = x [m_count, columns] @ rows [start, stop) of w. x is bfloat16 or
+ * float32 with rows `x_stride` apart. exact: products are exact in float32; dot: vdpbf16ps may compute them. */
+void dsv4_linear(const struct matrix *w, const void *values, int64_t m_count, int64_t x_stride, int64_t start,
+                 int64_t stop, void *y, float *scratch, int32_t x_is_bf16, int32_t y_is_bf16, int32_t exact,
+                 int32_t dot, int32_t threads) {
+    int64_t stride = padded(w->columns);
+    float *x = scratch;
+    uint16_t *x_bf16 = exact && dot ? (uint16_t *)(scratch + m_count * stride) : 0;
+    prepare(values, x_is_bf16, m_count, x_stride, w->columns, x, x_bf16, threads);
+    scratch += 2 * m_count * stride;
+    int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
+    PARALLEL
+    for (int64_t share = 0; share < threads; share++) {
+        float *sums = scratch + share * ROWS_PER_STRIP * (stride + m_count), *buffer = sums + ROWS_PER_STRIP * m_count;
+        struct span mine = span_of(strips, share, threads);
+        for (int64_t at = mine.first; at < mine.last; at++) {
+            int64_t row = start + at * strip, count = least(stop - row, strip);
+            if (m_count == 1) {
+                gemv4(w, x, x_bf16, row, count, exact, sums);
+            } else {
+                dsv4_decode_rows(w, row, count, x_bf16 != 0, buffer);
+                multiply_strip(w, buffer, x, x_bf16, m_count, count, exact, sums);
+            }
+            for (int64_t m = 0; m < m_count; m++)
+                for (int64_t o = 0; o < count; o++)
+                    store_as(y, y_is_bf16, m * y_stride + at * strip + o, sums[m * ROWS_PER_STRIP + o]);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+"""The kernel table: which function does each hot operation, on which device.
+
+    REFERENCE      the plain forms that define the result to the bit
+    CPU            compiled C with the same bits, where a library can be built (`cpu.library`)
+    TORCH_DEVICE   every other device: torch's own functions, the same within the noise of float32
+
+One row is selected, once, when a model is loaded. Nothing else in the engine asks which device it computes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dsv4.quant.activation import simulate_fp8
+
+from . import cpu, reference, torch_device
+from . import reference_small as small
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """One row of the table. Signatures, shapes and dtypes are those of the reference forms, which are the defaults."""
+
+    linear: Callable[..., torch.Tensor] = reference.linear
+    sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
+    index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
+    simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
+    inverse_rms: Callable[[torch.Tensor, float], torch.Tensor] = small.inverse_rms
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = small.rms_norm
+    head_norm: Callable[[torch.Tensor, float], torch.Tensor] = small.head_norm
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = small.rotate
+    hc_split_sinkhorn: Callable[..., Tensors] = small.hc_split_sinkhorn
+    hc_head_weights: Callable[..., torch.Tensor] = small.hc_head_weights
+    hc_pre: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.hc_pre
+    hc_post: Callable[..., torch.Tensor] = small.hc_post
+    swiglu: Callable[..., torch.Tensor] = small.swiglu
+    sqrtsoftplus: Callable[[torch.Tensor], torch.Tensor] = small.sqrtsoftplus
+    pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.pool
+
+
+REFERENCE = KernelTable()
+
+CPU = KernelTable(
+    linear=cpu.linear,
+    sparse_attention=cpu.sparse_attention,
+    index_scores=cpu.index_scores,
+    simulate_fp8=cpu.simulate_fp8,
+    inverse_rms=cpu.inverse_rms,
+    rms_norm=cpu.rms_norm,
+    head_norm=cpu.head_norm,
+    rotate=cpu.rotate,
+    hc_split_sinkhorn=cpu.hc_split_sinkhorn,
+    hc_pre=cpu.hc_pre,
+    hc_post=cpu.hc_post,
+    swiglu=cpu.swiglu,
+)
+
+TORCH_DEVICE = KernelTable(
+    linear=torch_device.linear,
+    sparse_attention=torch_device.sparse_attention,
+    index_scores=torch_device.index_scores,
+    inverse_rms=partial(small.inverse_rms, sqrt=torch.sqrt),
+    rms_norm=partial(small.rms_norm, sqrt=torch.sqrt),
+    head_norm=partial(small.head_norm, sqrt=torch.sqrt),
+    hc_split_sinkhorn=partial(small.hc_split_sinkhorn, exp=torch.exp),
+    hc_head_weights=partial(small.hc_head_weights, exp=torch.exp),
+    swiglu=partial(small.swiglu, exp=torch.exp),
+    sqrtsoftplus=partial(small.sqrtsoftplus, softplus=torch.nn.functional.softplus, sqrt=torch.sqrt),
+    pool=partial(small.pool, exp=torch.exp),
+)
+
+
+def select_kernels(device: torch.device) -> KernelTable:
+    """The fastest row that works for `device` on this machine."""
+    if device.type != "cpu":
+        return TORCH_DEVICE
+    return REFERENCE if cpu.library() is None else CPU

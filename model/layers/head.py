@@ -1,0 +1,26 @@
+"""The end of a stack: one vector from the streams, norm, logits."""
+
+import torch
+
+from dsv4.model.config import Config
+from dsv4.model.weight_store import WeightView
+
+from .hyper_connection import stream_mixes
+from .numerics import Numerics
+
+
+class Head:
+    """The head of the main stack or of an MTP block; `shared` has the output matrix, which both use."""
+
+    def __init__(self, config: Config, weights: WeightView, shared: WeightView, numerics: Numerics) -> None:
+        self._config, self._weights, self._shared, self._numerics = config, weights, shared, numerics
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        """h [T, n, D] -> logits float32 [T, V]. The vocabulary is what tensor parallelism splits here."""
+        config = self._config
+        mixes = stream_mixes(h, self._weights.matrix("hc_head_fn"), self._numerics, config.rms_norm_eps)
+        scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
+        kernels = self._numerics.kernels
+        x = kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)
+        x = kernels.rms_norm(x, self._weights.vector("norm.weight"), config.rms_norm_eps)
+        return self._numerics.group.all_gather(self._numerics.linear(x, self._shared.matrix("head.weight")))

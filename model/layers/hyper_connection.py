@@ -1,0 +1,40 @@
+"""Manifold-constrained hyper-connections (mHC): n residual streams around every sublayer.
+
+Names are the reference's: `hc_pre` makes the streams one input, `hc_post` makes output and old streams new streams, and
+`comb`, which mixes the streams, is made nearly doubly stochastic by Sinkhorn's iterations.
+"""
+
+import torch
+
+from dsv4.model.config import Config
+from dsv4.model.weight_store import WeightView
+from dsv4.model.weights import Matrix
+
+from .numerics import Numerics
+
+
+def stream_mixes(h: torch.Tensor, fn: Matrix, numerics: Numerics, eps: float) -> torch.Tensor:
+    """h [T, n, D] -> float32 [T, out]: the projection of all streams, over their root mean square."""
+    x = h.flatten(1)
+    return numerics.linear(x, fn) * numerics.kernels.inverse_rms(x, eps).unsqueeze(-1)
+
+
+class HyperConnection:
+    """mHC around one sublayer, "attn" or "ffn": n streams in, one vector to the sublayer, n streams out."""
+
+    def __init__(self, config: Config, weights: WeightView, sublayer: str, numerics: Numerics) -> None:
+        self._config, self._weights, self._numerics = config, weights, numerics
+        self._prefix = f"hc_{sublayer}_"
+
+    def pre(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [T, n, D] -> the sublayer's input [T, D], and the weights for `post`, [T, n] and [T, n, n]."""
+        config, prefix = self._config, self._prefix
+        mixes = stream_mixes(h, self._weights.matrix(prefix + "fn"), self._numerics, config.rms_norm_eps)
+        scale, base = self._weights.vector(prefix + "scale"), self._weights.vector(prefix + "base")
+        kernels, iterations = self._numerics.kernels, config.hc_sinkhorn_iters
+        pre, post, comb = kernels.hc_split_sinkhorn(mixes, scale, base, config.hc_mult, iterations, config.hc_eps)
+        return kernels.hc_pre(pre, h), post, comb
+
+    def post(self, output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+        """output [T, D], old h [T, n, D] -> new h: post_k * output + sum_j comb[j, k] h_j."""
+        return self._numerics.kernels.hc_post(output, h, post, comb)

@@ -1,0 +1,62 @@
+"""Rotary position embedding: angles per position, with YaRN on layers that have a compress ratio."""
+
+import math
+
+import torch
+
+from dsv4.model.config import Config
+from dsv4.model.kernels.table import KernelTable
+
+POSITIONS_PER_CHUNK = 256
+
+
+def rotary_frequencies(config: Config, compressed: bool) -> torch.Tensor:
+    """Angle per position of each pair, float32 [r / 2]. Layers with a ratio have their own theta, and YaRN."""
+    r = config.qk_rope_head_dim
+    theta = config.compress_rope_theta if compressed else config.rope_theta
+    frequencies = 1.0 / (theta ** (torch.arange(0, r, 2, dtype=torch.float32) / r))
+    scaling = config.rope_scaling
+    if not compressed or scaling is None:
+        return frequencies
+
+    def correction(rotations: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return r * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(correction(scaling.beta_fast)), 0)
+    high: float = min(math.ceil(correction(scaling.beta_slow)), r - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(r // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ramp
+    return frequencies / scaling.factor * (1 - keep) + frequencies * keep
+
+
+class Rotary:
+    """Cosines and sines by position, in chunks of fixed shape: a position's bits never depend on the others."""
+
+    def __init__(self, frequencies: torch.Tensor, device: torch.device, kernels: KernelTable) -> None:
+        self._frequencies, self._device, self._rotate = frequencies, device, kernels.rotate
+        self._cos = torch.empty(0, len(frequencies), device=device)
+        self._sin = torch.empty(0, len(frequencies), device=device)
+
+    def _grow(self, positions: int) -> None:
+        starts = range(len(self._cos), positions, POSITIONS_PER_CHUNK)
+        angles = [
+            torch.arange(start, start + POSITIONS_PER_CHUNK, dtype=torch.float32)[:, None] * self._frequencies
+            for start in starts
+        ]
+        self._cos = torch.cat((self._cos, *(torch.cos(a).to(self._device) for a in angles)))
+        self._sin = torch.cat((self._sin, *(torch.sin(a).to(self._device) for a in angles)))
+
+    def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, float32 [n, r / 2] each, of int64 positions [n]."""
+        if len(positions) and int(positions.max()) >= len(self._cos):
+            self._grow(int(positions.max()) + 1)
+        return self._cos[positions], self._sin[positions]
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """x [n, ..., c] with the last r dims rotated by their position, back if `inverse`; x's dtype out."""
+        cos, sin = self.table(positions)
+        width = x.shape[-1]
+        return self._rotate(x.reshape(len(x), -1, width), cos, -sin if inverse else sin).view(x.shape)
