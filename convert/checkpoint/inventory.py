@@ -1,127 +1,75 @@
-"""What config.json says about the architecture, and which tensors follow from it.
+"""The editions of DeepSeek-V4, one row each: how a config is recognised, and what its checkpoint consists of.
 
-config.json comes from a stranger: every value is checked before it is used, and what is missing or of the wrong kind
-becomes None, never an exception. The tensor lists are the release's inventory as formulas, one line per tensor; they
-describe DeepSeek-V4 (Flash, Pro, their Base and DSpark editions). V4.1 has other blocks and is not described.
+A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like tensors_v4.py.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from .config import config_count, config_string
+from .config import Config, config_count, config_string
+from .tensors_v4 import Shape, dspark_stage, mtp_stage, v4_tensors
 
-KNOWN_MODEL_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
-
-
-def describes_v4(config: dict[str, Any]) -> bool:
-    """Whether the tensor lists below apply."""
-    return config_string(config, "model_type") in KNOWN_MODEL_TYPES
+V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
+# Draft stages, vision, and the router biases of the vision edition.
+V4_OPTIONAL = re.compile(r"mtp\..*|(vision|aligner)\..*|image_.*|.*\.ffn\.gate\.bias(_vl)?")
 
 
 @dataclass(frozen=True)
-class Dimensions:
-    """The widths that the shapes of a V4 checkpoint follow from, under the names of config.json."""
+class Edition:
+    """What tells an edition, and what follows from it.
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_hash_layers: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    num_attention_heads: int
-    head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    index_n_heads: int
-    index_head_dim: int
-    hc_mult: int
+    model_types: values of `model_type`. key: a count that the config has and that of another edition of the same type
+    has not. blocks: FP8 weights whose block is not the config's `weight_block_size`: a pattern of the whole name, and
+    (rows, columns). tensors: from the config and the number of draft stages, every weight that must be there with its
+    shape in elements, or InputError for what the config lacks; None where nobody has written them down.
+    optional: names that a checkpoint of the edition may have or not, beside them.
+    """
 
-    @classmethod
-    def read(cls, config: dict[str, Any]) -> "Dimensions | list[str]":
-        """The dimensions, or the names of the keys that are missing or not counts."""
-        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
-        missing = [key for key, value in values.items() if value is None]
-        zero = ("o_groups",) if values["o_groups"] == 0 else ()
-        if missing or zero:
-            return [*missing, *zero]
-        return cls(**{key: value for key, value in values.items() if value is not None})
+    name: str
+    model_types: tuple[str, ...] = ()
+    key: str = ""
+    blocks: tuple[tuple[re.Pattern[str], tuple[int, int]], ...] = ()
+    tensors: Callable[[Config, int], dict[str, Shape]] | None = None
+    optional: re.Pattern[str] = re.compile("")
+
+    def describes(self, config: Config) -> bool:
+        """Whether a config is of this edition."""
+        known = config_string(config, "model_type") in self.model_types
+        return known and (not self.key or config_count(config, self.key) is not None)
 
 
-Shape = tuple[int, ...]
+# The n-gram tables have one scale per 32 elements of a row although they are FP8.
+ENGRAM_BLOCKS = ((re.compile(r"(?:.*\.)?engram\.embed\.weight"), (1, 32)),)
+
+# The first row that describes a config counts.
+EDITIONS = (
+    Edition("V4.1", ("deepseek_v41",), blocks=ENGRAM_BLOCKS),
+    Edition(
+        "V4 with DSpark",
+        V4_TYPES,
+        "dspark_block_size",
+        tensors=partial(v4_tensors, stage_tensors=dspark_stage),
+        optional=V4_OPTIONAL,
+    ),
+    Edition("V4", V4_TYPES, tensors=partial(v4_tensors, stage_tensors=mtp_stage), optional=V4_OPTIONAL),
+)
+# Where the config says nothing that is known, a name that is known still means what it means.
+UNKNOWN = Edition("unknown", blocks=tuple(row for edition in EDITIONS for row in edition.blocks))
 
 
-def _compressor(name: str, ratio: int, width: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    wide = 2 * width if ratio == 4 else width  # overlapping blocks keep two halves
-    yield f"{name}.ape", (ratio, wide)
-    yield f"{name}.wkv.weight", (wide, d.hidden_size)
-    yield f"{name}.wgate.weight", (wide, d.hidden_size)
-    yield f"{name}.norm.weight", (width,)
+def edition_of(config: Config) -> Edition:
+    """The edition that a config describes; UNKNOWN if there is none."""
+    return next((edition for edition in EDITIONS if edition.describes(config)), UNKNOWN)
 
 
-def _attention(ratio: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    heads = d.num_attention_heads * d.head_dim
-    yield "attn.attn_sink", (d.num_attention_heads,)
-    yield "attn.q_norm.weight", (d.q_lora_rank,)
-    yield "attn.kv_norm.weight", (d.head_dim,)
-    yield "attn.wq_a.weight", (d.q_lora_rank, d.hidden_size)
-    yield "attn.wq_b.weight", (heads, d.q_lora_rank)
-    yield "attn.wkv.weight", (d.head_dim, d.hidden_size)
-    yield "attn.wo_a.weight", (d.o_groups * d.o_lora_rank, heads // d.o_groups)
-    yield "attn.wo_b.weight", (d.hidden_size, d.o_groups * d.o_lora_rank)
-    if ratio:
-        yield from _compressor("attn.compressor", ratio, d.head_dim, d)
-    if ratio == 4:
-        yield "attn.indexer.wq_b.weight", (d.index_n_heads * d.index_head_dim, d.q_lora_rank)
-        yield "attn.indexer.weights_proj.weight", (d.index_n_heads, d.hidden_size)
-        yield from _compressor("attn.indexer.compressor", 4, d.index_head_dim, d)
+def describes_v4(config: Config) -> bool:
+    """Whether a config is of V4, in any of its editions: their layers are alike."""
+    return config_string(config, "model_type") in V4_TYPES
 
 
-def _experts(hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    yield "ffn.gate.weight", (d.n_routed_experts, d.hidden_size)
-    if hashed:
-        yield "ffn.gate.tid2eid", (d.vocab_size, d.num_experts_per_tok)
-    else:
-        yield "ffn.gate.bias", (d.n_routed_experts,)
-    for expert in ("shared_experts", *(f"experts.{i}" for i in range(d.n_routed_experts))):
-        yield f"ffn.{expert}.w1.weight", (d.moe_intermediate_size, d.hidden_size)
-        yield f"ffn.{expert}.w2.weight", (d.hidden_size, d.moe_intermediate_size)
-        yield f"ffn.{expert}.w3.weight", (d.moe_intermediate_size, d.hidden_size)
-
-
-def _hyper_connection(name: str, rows: int, scales: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}_fn", (rows, d.hc_mult * d.hidden_size)
-    yield f"{name}_base", (rows,)
-    yield f"{name}_scale", (scales,)
-
-
-def block_tensors(ratio: int, hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    """Weights of one block without `layers.{L}.`, with their shapes in elements; scales not listed."""
-    yield "attn_norm.weight", (d.hidden_size,)
-    yield "ffn_norm.weight", (d.hidden_size,)
-    for part in ("attn", "ffn"):
-        yield from _hyper_connection(f"hc_{part}", (2 + d.hc_mult) * d.hc_mult, 3, d)
-    yield from _attention(ratio, d)
-    yield from _experts(hashed, d)
-
-
-def global_tensors(d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    """Tensors outside the blocks."""
-    yield "embed.weight", (d.vocab_size, d.hidden_size)
-    yield "head.weight", (d.vocab_size, d.hidden_size)
-    yield "norm.weight", (d.hidden_size,)
-    yield from _hyper_connection("hc_head", d.hc_mult, 1, d)
-
-
-def expected_tensors(d: Dimensions, ratios: tuple[int, ...], mtp_stages: int) -> dict[str, Shape]:
-    """Every weight that a V4 checkpoint must have: the main stack, and the block part of each MTP stage."""
-    found = dict(global_tensors(d))
-    for layer in range(d.num_hidden_layers):
-        for name, shape in block_tensors(ratios[layer], layer < d.num_hash_layers, d):
-            found[f"layers.{layer}.{name}"] = shape
-    for stage in range(mtp_stages):
-        for name, shape in block_tensors(0, False, d):
-            found[f"mtp.{stage}.{name}"] = shape
-    return found
+def block_by_name(weight: str, config: Config) -> tuple[int, int] | None:
+    """(rows, columns) of the block of an FP8 weight that has one of its own; None for the config's."""
+    blocks = edition_of(config).blocks
+    return next((block for pattern, block in blocks if pattern.fullmatch(weight)), None)

@@ -273,20 +273,23 @@ class Checkpoint:
         self.read_into(name, memoryview(buffer), start)
         return buffer
 
-    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> "torch.Tensor":
-        """Rows [start_row, stop_row) of a tensor, in its declared dtype (F4: bytes of two codes), in fresh memory.
+    def read_rows(self, info: TensorInfo, start_row: int = 0, stop_row: int | None = None) -> "torch.Tensor":
+        """Rows [start_row, stop_row) of a tensor in the dtype of `info` (F4: bytes of two codes), in fresh memory.
 
         Raises InputError for a dtype that torch does not have.
         """
         from .torch_tensors import as_tensor  # torch takes a second to import, and headers do without
 
-        info = self.tensors[name]
-        shape = info.shape
+        name, shape = info.name, info.shape
         if not shape or not (start_row or stop_row is not None):
             return as_tensor(self.read_bytes(name), info.dtype, shape, name)
         stop_row = shape[0] if stop_row is None else min(stop_row, shape[0])
         data = self.read_bytes(name, start_row * info.row_bytes, stop_row * info.row_bytes)
         return as_tensor(data, info.dtype, (stop_row - start_row, *shape[1:]), name)
+
+    def read_tensor(self, name: str, start_row: int = 0, stop_row: int | None = None) -> "torch.Tensor":
+        """As `read_rows`, in the dtype that the header declares. Raises KeyError for an unknown name."""
+        return self.read_rows(self.tensors[name], start_row, stop_row)
 
     def close(self) -> None:
         """Close the open files."""

@@ -10,14 +10,10 @@ from typing import Any
 
 from dsv4.convert.checkpoint.config import INFERENCE_KEYS, weight_block
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
-from dsv4.convert.checkpoint.inventory import describes_v4
 from dsv4.convert.checkpoint.names import (
     block_of,
     expert_of,
-    find_scale,
-    is_expert_matrix,
     is_routed_expert,
-    is_wo_a,
     rank_file,
 )
 from dsv4.convert.checkpoint.rank_files import rank_file_names, read_ranks
@@ -32,8 +28,8 @@ from dsv4.convert.checkpoint.reader import (
     read_json,
 )
 from dsv4.convert.checkpoint.storage import Folder
-from dsv4.convert.inspect.findings import Finding, routed_expert_dtypes, scale_findings, structure_findings
-from dsv4.convert.inspect.parameters import is_fp4
+from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed_expert_formats
+from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import Layout
 from dsv4.errors import InputError, printable
 
@@ -82,20 +78,21 @@ class Facts:
         return weight_block(self.config) or (128, 128)
 
 
-def _add_tensors(facts: Facts, tensors: dict[str, TensorInfo]) -> None:
-    facts.experts |= routed_expert_dtypes(tensors)
-    rows, columns = facts.block
-    for info in tensors.values():
-        block, scale = block_of(info.name), find_scale(info.name, tensors)
+def _add_weights(facts: Facts, weights: dict[str, Weight]) -> None:
+    facts.experts |= routed_expert_formats(weights.values())
+    for name, weight in weights.items():
+        block = block_of(name)
         facts.mtp |= bool(block and block.stack == "mtp")
-        if is_expert_matrix(info.name) and scale:
-            facts.expert_scales.add(scale.dtype)
-        if is_wo_a(info.name):
-            facts.wo_a.add({"F8_E4M3": "fp8", "BF16": "bf16"}.get(info.dtype, info.dtype))
-        fp8 = info.dtype == "F8_E4M3"
-        facts.quantized |= fp8 or is_fp4(info, scale)
-        if fp8 and len(info.shape) == 2 and (info.shape[0] % rows or info.shape[1] % columns):
-            facts.partial_blocks.append(info.name)
+        if weight.is_routed_expert and weight.scale:
+            facts.expert_scales.add(weight.scale.dtype)
+        if weight.is_wo_a:
+            facts.wo_a.add(weight.stored)
+        facts.quantized |= weight.format is not Format.PLAIN
+        if weight.format is Format.FP8 and len(weight.info.shape) == 2:
+            rows, columns = facts.block
+            height, width = weight.info.shape
+            if height % rows or width % columns:
+                facts.partial_blocks.append(name)
 
 
 def _facts_of_folder(storage: Folder, headers: Progress) -> Facts:
@@ -109,10 +106,9 @@ def _facts_of_folder(storage: Folder, headers: Progress) -> Facts:
     facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
     if facts.foreign is not None:
         return facts
-    _add_tensors(facts, checkpoint.tensors)
-    if describes_v4(facts.config):
-        facts.problems += structure_findings(facts.config, checkpoint.tensors)
-    facts.problems += scale_findings(checkpoint.tensors, facts.block)
+    weights = find_weights(checkpoint.tensors, facts.config)
+    _add_weights(facts, weights)
+    facts.problems += [*structure_findings(facts.config, weights), *scale_findings(weights)]
     facts.problems = [finding for finding in facts.problems if finding.level == "problem"]
     return facts
 
@@ -151,8 +147,9 @@ def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Progre
         return facts
     facts.ranks = len(per_rank)
     for tensors in per_rank:
-        _add_tensors(facts, tensors)
-        facts.problems += [f for f in scale_findings(tensors, facts.block) if f.level == "problem"]
+        weights = find_weights(tensors, facts.config)
+        _add_weights(facts, weights)
+        facts.problems += scale_findings(weights)
     _check_ranks(facts, per_rank)
     return facts
 

@@ -19,10 +19,11 @@ from dsv4.convert.checkpoint.config import (
 from dsv4.convert.checkpoint.inventory import describes_v4
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.weights import Weight, find_weights, routed_expert_formats
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError, printable
 
-from .findings import Finding, check_checkpoint, routed_expert_dtypes
+from .findings import Finding, check_checkpoint
 from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
 from .parameters import FAMILIES, Parameters, count_parameters, family, parameters_of
 
@@ -121,11 +122,14 @@ def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | 
     return CacheLayout(ratios, tuple(layer.indexed for layer in layers), window, head, rope, index)
 
 
-def _amounts(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Amount], dict[str, Amount]]:
+def _amounts(
+    tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]
+) -> tuple[dict[str, Amount], dict[str, Amount]]:
     dtypes: dict[str, Amount] = {}
     families = {name: Amount() for name in FAMILIES}
     for info in tensors.values():
-        one = Amount(1, parameters_of(info, tensors), info.nbytes)
+        parameters = parameters_of(weights[info.name]) if info.name in weights else 0
+        one = Amount(1, parameters, info.nbytes)
         dtypes[info.dtype] = dtypes.get(info.dtype, Amount()) + one
         families[family(info.name)] += one
     by_bytes = sorted(dtypes.items(), key=lambda item: -item[1].bytes)
@@ -142,24 +146,25 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Facts about an opened checkpoint and what looks wrong with it; of a single file only the facts."""
     tensors, config = checkpoint.tensors, checkpoint.config
+    weights = find_weights(tensors, config)
     layers, mtp_blocks = _layers(tensors, config)
     chosen = config_count(config, "num_experts_per_tok")
     drafting = config_count(config, "dspark_num_experts_per_tok")
-    dtypes, families = _amounts(tensors)
+    dtypes, families = _amounts(tensors, weights)
     return Inspection(
         label=_label(checkpoint),
         config=config,
         shards=len(checkpoint.shards),
         total=sum(dtypes.values(), Amount()),
-        parameters=count_parameters(tensors, chosen, chosen if drafting is None else drafting),
+        parameters=count_parameters(weights.values(), chosen, chosen if drafting is None else drafting),
         dtypes=dtypes,
         families=families,
         layers=layers,
         mtp_blocks=mtp_blocks,
-        expert_formats=sorted(routed_expert_dtypes(tensors)),
+        expert_formats=sorted(routed_expert_formats(weights.values())),
         cache=_cache_layout(layers, config),
         sizes=_sizes(checkpoint) if config else None,
-        findings=check_checkpoint(checkpoint) if config else [],
+        findings=check_checkpoint(checkpoint, weights) if config else [],
     )
 
 

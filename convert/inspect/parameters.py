@@ -8,12 +8,12 @@ the tables it only picks a row from (the input embedding and, in V4.1, the engra
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dsv4.convert.checkpoint.names import block_of, expert_of, find_scale, is_routed_expert, is_scale
-from dsv4.convert.checkpoint.reader import TensorInfo
+from dsv4.convert.checkpoint.names import block_of, expert_of, is_routed_expert, is_scale
+from dsv4.convert.checkpoint.weights import Weight
 
 LOOKUP_TABLES = re.compile(r"(model\.)?embed\.weight|(model\.)?layers\.\d+\.engram\.embed\.weight")
 
@@ -45,29 +45,11 @@ def family(name: str) -> str:
     return next((title for title, pattern in _FAMILIES if pattern.match(inner)), "other")
 
 
-def packs_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
-    """Whether each byte of a weight holds two FP4 codes: I8 by the release's rule; U8 when it has a block scale."""
-    return (info.dtype == "I8" or (info.dtype == "U8" and scale is not None)) and info.name.endswith(".weight")
-
-
-def is_fp4(info: TensorInfo, scale: TensorInfo | None = None) -> bool:
-    """Whether a weight holds FP4 codes: packed, or under the reference engine's tag F4, which counts elements."""
-    return info.dtype == "F4" or packs_fp4(info, scale)
-
-
-def logical_shape(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    """Shape in elements: packed FP4 has twice the columns that its header says."""
-    scale = find_scale(info.name, tensors) if info.dtype == "U8" else None
-    if info.shape and packs_fp4(info, scale):
-        return (*info.shape[:-1], 2 * info.shape[-1])
-    return info.shape
-
-
-def parameters_of(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> int:
-    """Parameters in one tensor: elements, FP4 unpacked; none for block scales and `tid2eid`."""
-    if is_scale(info.name) or info.name.endswith(".tid2eid"):
+def parameters_of(weight: Weight) -> int:
+    """Parameters in one tensor: elements, FP4 unpacked; none for scales that have lost their weight and `tid2eid`."""
+    if is_scale(weight.name) or weight.name.endswith(".tid2eid"):
         return 0
-    return math.prod(logical_shape(info, tensors))
+    return math.prod(weight.logical_shape)
 
 
 @dataclass(frozen=True)
@@ -80,20 +62,18 @@ class Parameters:
     mtp_active: int | None
 
 
-def _active(
-    infos: Iterable[TensorInfo], tensors: Mapping[str, TensorInfo], chosen_experts: int | None
-) -> tuple[int, int | None]:
+def _active(weights: Iterable[Weight], chosen_experts: int | None) -> tuple[int, int | None]:
     total = active = 0
     experts: dict[str, set[int]] = {}  # numbers of the experts, and their parameters, by module
     routed: dict[str, int] = {}
-    for info in infos:
-        count = parameters_of(info, tensors)
+    for weight in weights:
+        count = parameters_of(weight)
         total += count
-        expert = expert_of(info.name) if is_routed_expert(info.name) else None
+        expert = expert_of(weight.name) if is_routed_expert(weight.name) else None
         if expert:
             experts.setdefault(expert.module, set()).add(expert.number)
             routed[expert.module] = routed.get(expert.module, 0) + count
-        elif not LOOKUP_TABLES.fullmatch(info.name):
+        elif not LOOKUP_TABLES.fullmatch(weight.name):
             active += count
     if routed and chosen_experts is None:
         return total, None
@@ -103,11 +83,11 @@ def _active(
 
 
 def count_parameters(
-    tensors: Mapping[str, TensorInfo], experts_per_token: int | None, mtp_experts_per_token: int | None
+    weights: Iterable[Weight], experts_per_token: int | None, mtp_experts_per_token: int | None
 ) -> Parameters:
     """Count the main stack and the draft blocks. The arguments are how many routed experts a token uses in each."""
-    main = [info for info in tensors.values() if family(info.name) != "mtp blocks"]
-    mtp = [info for info in tensors.values() if family(info.name) == "mtp blocks"]
-    total, active = _active(main, tensors, experts_per_token)
-    mtp_total, mtp_active = _active(mtp, tensors, mtp_experts_per_token)
-    return Parameters(total, active, mtp_total, mtp_active)
+    main: list[Weight] = []
+    drafts: list[Weight] = []
+    for weight in weights:
+        (drafts if family(weight.name) == "mtp blocks" else main).append(weight)
+    return Parameters(*_active(main, experts_per_token), *_active(drafts, mtp_experts_per_token))

@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 
-from dsv4.convert.checkpoint.config import weight_block
-from dsv4.convert.checkpoint.names import find_scale, is_scale
+from dsv4.convert.checkpoint.names import is_scale, scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.weights import Format, find_weights
 from dsv4.errors import InputError, printable
 from dsv4.quant import e2m1
-from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize_fp8, scale_shape
-
-from .parameters import is_fp4, logical_shape
+from dsv4.quant.block_scales import Block, dequantize_fp4, dequantize_fp8
 
 CORNER_ROWS, CORNER_COLUMNS = 4, 6
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB as float32
 LOWEST_EXPONENT = -1074  # of the smallest subnormal float64
-RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))
+# Of tensors that have no scale.
+NAMES = {
+    "F8_E4M3": "float8_e4m3fn without a scale", "F8_E8M0": "float8_e8m0fnu", "BF16": "bfloat16", "F32": "float32",
+    "F16": "float16", "I64": "int64", "I8": "int8",
+}  # fmt: skip
 
 
 @dataclass
@@ -57,30 +59,17 @@ class TensorView:
         return (self.sum_of_squares / numbers) ** 0.5 if numbers else None
 
 
-def _block(info: TensorInfo, scale: TensorInfo, declared: tuple[int, int] | None) -> Block:
-    candidates = [Block(*declared)] if declared else list(RELEASED_BLOCKS)
-    candidates += [FP4_BLOCK] if ".engram." in info.name else []
-    fitting = [block for block in candidates if scale_shape(info.shape, block) == scale.shape]
-    if not fitting:
-        raise InputError(
-            f"{printable(info.name)}: its scale of shape {list(scale.shape)} does not fit a weight {list(info.shape)}"
-        )
-    return fitting[0]
-
-
 def _describe(info: TensorInfo, checkpoint: Checkpoint) -> TensorView:
-    scale = find_scale(info.name, checkpoint.tensors)
-    shape = logical_shape(info, checkpoint.tensors)
-    if scale and is_fp4(info, scale) and scale.dtype == "F8_E8M0":
-        if scale.shape != scale_shape(shape, FP4_BLOCK):
-            raise InputError(f"{printable(info.name)}: its scale has shape {list(scale.shape)}")
-        return TensorView(info, "float4_e2m1fn, two to a byte", shape, scale, FP4_BLOCK)
-    if scale and info.dtype == "F8_E4M3" and len(shape) == 2:
-        block = _block(info, scale, weight_block(checkpoint.config))
-        return TensorView(info, "float8_e4m3fn", shape, scale, block)
-    names = {"F8_E4M3": "float8_e4m3fn without a scale", "F8_E8M0": "float8_e8m0fnu", "BF16": "bfloat16",
-             "F32": "float32", "F16": "float16", "I64": "int64", "I8": "int8"}  # fmt: skip
-    return TensorView(info, names.get(info.dtype, info.dtype), info.shape, None, None)
+    """The tensor as its dtype and its scale say; a scale by itself is a tensor like any other."""
+    scales = scales_of(info.name, checkpoint.tensors)
+    alone = {one.name: one for one in (info, *scales)}
+    weight = find_weights(alone, checkpoint.config)[info.name]
+    if weight.scale is None or weight.format is Format.PLAIN:
+        return TensorView(info, NAMES.get(info.dtype, info.dtype), info.shape, None, None)
+    if weight.fault is not None:
+        raise InputError(str(weight.fault), weight.fault.hint)
+    name = "float4_e2m1fn, two to a byte" if weight.format is Format.FP4 else "float8_e4m3fn"
+    return TensorView(info, name, weight.logical_shape, weight.scale, weight.block)
 
 
 def _chunks(view: TensorView) -> Iterator[tuple[int, int]]:
@@ -100,9 +89,9 @@ def _decode(view: TensorView, checkpoint: Checkpoint, start: int, stop: int) -> 
         codes = stored.view(torch.uint8) if stored.element_size() == 1 and stored.dtype != torch.bool else nothing
         return codes, stored, nothing
     height = view.block.rows
-    scale = checkpoint.read_tensor(view.scale.name, start // height, -(-stop // height))
+    scale = checkpoint.read_rows(view.scale, start // height, -(-stop // height))
     try:
-        if view.block == FP4_BLOCK and view.info.dtype != "F8_E4M3":
+        if view.format.startswith("float4"):
             return e2m1.unpack(stored.view(torch.uint8)), dequantize_fp4(stored.view(torch.uint8), scale), scale
         return stored.view(torch.uint8), dequantize_fp8(stored, scale, view.block), scale
     except ValueError as error:
@@ -152,8 +141,16 @@ def _add_values(view: TensorView, values: torch.Tensor) -> None:
     _add_exponents(numbers[shown], view.exponent_counts)
 
 
-def look(checkpoint: Checkpoint, name: str, advance: Callable[[int], None] = lambda count: None) -> TensorView:
-    """Read one tensor and its scale. `advance` hears of the bytes read. Raises InputError for an unknown name."""
+def no_progress(count: int) -> None:
+    """A callback that does nothing."""
+
+
+def view_tensor(checkpoint: Checkpoint, name: str, progress: Callable[[int], None] = no_progress) -> TensorView:
+    """Read one tensor and its scale.
+
+    progress: called with the number of bytes read since the last call. Raises InputError for an unknown name, and for
+    a scale that does not fit.
+    """
     if name not in checkpoint.tensors:
         near = sorted(other for other in checkpoint.tensors if name in other and not is_scale(other))[:3]
         hint = f"Did you mean {', '.join(map(printable, near))}?" if near else "`--tensors` lists the names."
@@ -169,7 +166,7 @@ def look(checkpoint: Checkpoint, name: str, advance: Callable[[int], None] = lam
             _add_counts(codes, 0, view.code_counts)
         _add_values(view, values)
         _add_exponents(scales.float(), view.scale_counts)
-        advance(view.info.nbytes * (stop - start) // max(view.shape[0] if view.shape else 1, 1))
+        progress(view.info.nbytes * (stop - start) // max(view.shape[0] if view.shape else 1, 1))
     return view
 
 

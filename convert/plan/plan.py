@@ -24,12 +24,13 @@ from dsv4.convert.checkpoint.rank_layout import (
     skipped,
 )
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes import bf16, copy, scales
 from dsv4.convert.plan.recipes.recipe import OutputTensor
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError, printable
 
-from .classify import Format, Weight, classify
+from .classify import classify
 from .engines import Layout
 from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 

@@ -11,9 +11,9 @@ from typing import Any
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import count_draft_stages
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
+from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
 
-from .classify import Format
 from .config_edit import dump, make_inference_config
 from .plan import Plan
 

@@ -9,8 +9,9 @@ from collections.abc import Hashable
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.weights import Format, Weight
 
-from .classify import Format, Weight, classify
+from .classify import classify
 from .engines import ENGINES, TargetName
 from .plan import outputs_of
 from .settings import Settings, To, resolve

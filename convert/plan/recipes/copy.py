@@ -3,7 +3,7 @@
 from typing import Any
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.classify import Format, Weight
+from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.classify import Format, Weight, check_groups, fp8_block
+from dsv4.convert.checkpoint.weights import Format, Weight
+from dsv4.convert.plan.classify import check_groups, fp8_block
 from dsv4.convert.plan.config_edit import with_expert_dtype, without_expert_dtype
 from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.plan.settings import Settings

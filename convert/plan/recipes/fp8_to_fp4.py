@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.classify import Format, Weight, check_groups
+from dsv4.convert.checkpoint.weights import Format, Weight
+from dsv4.convert.plan.classify import check_groups
 from dsv4.convert.plan.config_edit import with_expert_dtype
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError, printable

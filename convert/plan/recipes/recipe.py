@@ -18,7 +18,7 @@ import torch
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.rank_layout import Slice
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
-from dsv4.convert.plan.classify import Format, Weight
+from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 from dsv4.quant.block_scales import Block
 

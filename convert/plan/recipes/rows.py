@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
-from dsv4.convert.plan.classify import Format, Weight
+from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.errors import InputError, printable
 from dsv4.quant import e4m3, e8m0
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.classify import Format, Weight
+from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError, printable
 from dsv4.quant import e8m0

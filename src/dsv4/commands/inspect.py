@@ -188,13 +188,13 @@ def _numbers(view: "TensorView") -> list[list[str]]:
     return rows
 
 
-def _look(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
-    from dsv4.convert.inspect.tensor_view import as_json, look
+def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
+    from dsv4.convert.inspect.tensor_view import as_json, view_tensor
     from dsv4.quant.e2m1 import VALUES
 
     size = checkpoint.tensors[name].nbytes if name in checkpoint.tensors else 0
     with out.progress(size, "reading", passing=True) as progress:
-        view = look(checkpoint, name, progress.advance)
+        view = view_tensor(checkpoint, name, progress.advance)
     out.result(as_json(view))
     facts = [["tensor", printable(name)], ["stored as", f"{view.format} ({view.info.dtype})"],
              ["shape", str(list(view.shape))], ["shard", view.info.shard]]  # fmt: skip
@@ -262,7 +262,7 @@ def inspect(
         if inspection is not None:
             _report(out, inspection, checkpoint)
         elif tensor is not None:
-            _look(out, opened, tensor)
+            _view(out, opened, tensor)
         else:
             _list(out, opened, pattern or "*")
 

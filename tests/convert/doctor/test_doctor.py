@@ -229,7 +229,7 @@ def test_a_folder_that_convert_refuses_is_not_the_source(
     edit_tensors(copy, {}, ("layers.0.attn.wkv.scale",))
     (check,) = [check for check in diagnose(copy, "vllm").checks if check.rule == "expert scales"]
     assert check.command == "dsv4 convert RELEASE NEW --target vllm"
-    assert "'layers.0.attn.wkv.weight' is F8_E4M3, but its scale" in check.fix
+    assert "'layers.0.attn.wkv.weight': F8_E4M3 weight without a block scale" in check.fix
 
 
 def test_no_command_for_ranks_that_cannot_share_it(release: Path, converted: Callable[..., Path]) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from dsv4 import cli
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.inspect.findings import check_checkpoint
+from dsv4.convert.checkpoint.weights import find_weights
+from dsv4.convert.inspect.findings import Finding, check_checkpoint
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import resolve
@@ -256,7 +257,7 @@ DAMAGE = [
     (without(EXPERT), "problem", "a block scale without its weight"),
     (without("layers.1.attn.compressor.ape"), "problem", "layers.1.attn.compressor.ape: missing"),
     (changed(EXPERT.replace("weight", "scale"), shape=(128, 4)), "problem", "block scale of shape [128, 4]"),
-    (changed(EXPERT.replace("weight", "scale"), dtype="BF16"), "problem", "block scale has dtype BF16"),
+    (changed(EXPERT.replace("weight", "scale"), dtype="BF16"), "problem", "block scale of dtype BF16"),
     (changed("layers.0.attn.wkv.weight", shape=(64, 256)), "problem", "shape [64, 256], the config asks for"),
     (changed("head.weight", shape=(511, 256)), "problem", "head.weight: shape [511, 256]"),
     (configured(quantization_config=QUANTIZATION), "problem", "block scale of shape"),
@@ -274,11 +275,15 @@ DAMAGE = [
 ]
 
 
+def findings(checkpoint: Checkpoint) -> list[Finding]:
+    return check_checkpoint(checkpoint, find_weights(checkpoint.tensors, checkpoint.config))
+
+
 @pytest.mark.parametrize(("damage", "level", "text"), DAMAGE)
 def test_check_checkpoint(small: Path, damage: Callable[[Checkpoint], Checkpoint], level: str, text: str) -> None:
     checkpoint = Checkpoint.open(small)
-    assert check_checkpoint(checkpoint) == []
-    found = check_checkpoint(damage(checkpoint))
+    assert findings(checkpoint) == []
+    found = findings(damage(checkpoint))
     assert [f for f in found if f.level == level and text in f.text], found
 
 

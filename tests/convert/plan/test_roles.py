@@ -9,7 +9,8 @@ from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import find_scale
 from dsv4.convert.checkpoint.reader import Checkpoint, Extent, TensorInfo
 from dsv4.convert.checkpoint.storage import Storage
-from dsv4.convert.plan.classify import Format, classify, fp8_block
+from dsv4.convert.checkpoint.weights import Format
+from dsv4.convert.plan.classify import classify, fp8_block
 from dsv4.errors import InputError
 
 CONFIG: dict[str, Any] = {"quantization_config": {"weight_block_size": [128, 128]}}

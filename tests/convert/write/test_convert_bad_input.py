@@ -222,10 +222,10 @@ class TestScales:
         edit_tensors(source, {f"{EXPERT}.scale": Raw(scale.dtype, scale.shape[::-1], scale.data)})
         refused(source, tmp_path / "out", f"{EXPERT}.scale", str(list(scale.shape)))
 
-    @pytest.mark.parametrize(("stem", "dtype"), [(EXPERT, "F32"), (EXPERT, "U8"), (DENSE, "U8"), (DENSE, "BF16")])
+    @pytest.mark.parametrize(("stem", "dtype"), [(EXPERT, "F32"), (EXPERT, "I8"), (DENSE, "I8"), (DENSE, "BF16")])
     def test_of_the_wrong_dtype(self, stem: str, dtype: str, source: Path, tmp_path: Path) -> None:
         scale = tensors_of(source)[f"{stem}.scale"]
-        width = {"F32": 4, "U8": 1, "BF16": 2}[dtype]
+        width = {"F32": 4, "I8": 1, "BF16": 2}[dtype]
         edit_tensors(source, {f"{stem}.scale": Raw(dtype, scale.shape, bytes(width * len(scale.data)))})
         refused(source, tmp_path / "out", f"{stem}.scale", dtype, "F8_E8M0 ")
 

@@ -1,0 +1,174 @@
+"""The tensors of DeepSeek-V4 as formulas over its config: Flash and Pro, their Base and DSpark editions.
+
+One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dsv4.errors import InputError
+
+from .config import Config, compress_ratios, config_count, text_config
+
+MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
+COPY_CONFIG = "Copy config.json from the release."
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The widths that the shapes follow from, under the names of config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_hash_layers: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    index_n_heads: int
+    index_head_dim: int
+    hc_mult: int
+
+    @classmethod
+    def read(cls, config: Config) -> "Dimensions":
+        """The dimensions that a config says. Raises InputError naming the keys that are missing or not counts."""
+        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
+        missing = [key for key, value in values.items() if value is None]
+        zero = ("o_groups",) if values["o_groups"] == 0 else ()
+        if missing or zero:
+            raise InputError(f"config.json lacks {', '.join([*missing, *zero])}", COPY_CONFIG)
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+
+def _compressor(name: str, ratio: int, width: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    wide = 2 * width if ratio == 4 else width  # overlapping blocks keep two halves
+    yield f"{name}.ape", (ratio, wide)
+    yield f"{name}.wkv.weight", (wide, d.hidden_size)
+    yield f"{name}.wgate.weight", (wide, d.hidden_size)
+    yield f"{name}.norm.weight", (width,)
+
+
+def _attention(ratio: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    heads = d.num_attention_heads * d.head_dim
+    yield "attn.attn_sink", (d.num_attention_heads,)
+    yield "attn.q_norm.weight", (d.q_lora_rank,)
+    yield "attn.kv_norm.weight", (d.head_dim,)
+    yield "attn.wq_a.weight", (d.q_lora_rank, d.hidden_size)
+    yield "attn.wq_b.weight", (heads, d.q_lora_rank)
+    yield "attn.wkv.weight", (d.head_dim, d.hidden_size)
+    yield "attn.wo_a.weight", (d.o_groups * d.o_lora_rank, heads // d.o_groups)
+    yield "attn.wo_b.weight", (d.hidden_size, d.o_groups * d.o_lora_rank)
+    if ratio:
+        yield from _compressor("attn.compressor", ratio, d.head_dim, d)
+    if ratio == 4:
+        yield "attn.indexer.wq_b.weight", (d.index_n_heads * d.index_head_dim, d.q_lora_rank)
+        yield "attn.indexer.weights_proj.weight", (d.index_n_heads, d.hidden_size)
+        yield from _compressor("attn.indexer.compressor", 4, d.index_head_dim, d)
+
+
+def _experts(hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    yield "ffn.gate.weight", (d.n_routed_experts, d.hidden_size)
+    if hashed:
+        yield "ffn.gate.tid2eid", (d.vocab_size, d.num_experts_per_tok)
+    else:
+        yield "ffn.gate.bias", (d.n_routed_experts,)
+    for expert in ("shared_experts", *(f"experts.{i}" for i in range(d.n_routed_experts))):
+        yield f"ffn.{expert}.w1.weight", (d.moe_intermediate_size, d.hidden_size)
+        yield f"ffn.{expert}.w2.weight", (d.hidden_size, d.moe_intermediate_size)
+        yield f"ffn.{expert}.w3.weight", (d.moe_intermediate_size, d.hidden_size)
+
+
+def _hyper_connection(name: str, rows: int, scales: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}_fn", (rows, d.hc_mult * d.hidden_size)
+    yield f"{name}_base", (rows,)
+    yield f"{name}_scale", (scales,)
+
+
+def _block(ratio: int, hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    """Tensors of one block, without `layers.{L}.` before their names."""
+    yield "attn_norm.weight", (d.hidden_size,)
+    yield "ffn_norm.weight", (d.hidden_size,)
+    for part in ("attn", "ffn"):
+        yield from _hyper_connection(f"hc_{part}", (2 + d.hc_mult) * d.hc_mult, 3, d)
+    yield from _attention(ratio, d)
+    yield from _experts(hashed, d)
+
+
+def _head(d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    """The end of a stack: its last norm, and the hyper-connection that makes one stream of several."""
+    yield "norm.weight", (d.hidden_size,)
+    yield from _hyper_connection("hc_head", d.hc_mult, 1, d)
+
+
+def _globals(d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    """Tensors outside the blocks."""
+    yield "embed.weight", (d.vocab_size, d.hidden_size)
+    yield "head.weight", (d.vocab_size, d.hidden_size)
+    yield from _head(d)
+
+
+Stage = Callable[[Config, Dimensions, int, int], Iterator[tuple[str, Shape]]]
+
+
+def mtp_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iterator[tuple[str, Shape]]:
+    """What a draft stage of Flash and Pro has beside its block; names without `mtp.{M}.`."""
+    yield "e_proj.weight", (d.hidden_size, d.hidden_size)
+    yield "h_proj.weight", (d.hidden_size, d.hidden_size)
+    yield "enorm.weight", (d.hidden_size,)
+    yield "hnorm.weight", (d.hidden_size,)
+    yield from _head(d)
+
+
+def dspark_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iterator[tuple[str, Shape]]:
+    """What stage `stage` of the `stages` of a DSpark edition has beside its block; names without `mtp.{M}.`.
+
+    Raises InputError naming a key of the config that is missing.
+    """
+    rank, targets = config_count(config, "dspark_markov_rank"), text_config(config).get("dspark_target_layer_ids")
+    if rank is None or not isinstance(targets, list):
+        key = "dspark_markov_rank" if rank is None else "dspark_target_layer_ids"
+        raise InputError(f"config.json lacks {key}", COPY_CONFIG)
+    if stage == 0:
+        yield "main_norm.weight", (d.hidden_size,)
+        yield "main_proj.weight", (d.hidden_size, len(targets) * d.hidden_size)
+    if stage == stages - 1:
+        yield from _head(d)
+        yield "confidence_head.proj.weight", (1, d.hidden_size + rank)
+        yield "markov_head.markov_w1.weight", (d.vocab_size, rank)
+        yield "markov_head.markov_w2.weight", (d.vocab_size, rank)
+
+
+def _ratios(config: Config, layers: int) -> tuple[int, ...]:
+    ratios = compress_ratios(config)
+    if ratios is None or len(ratios) < layers:
+        found = "no list of counts" if ratios is None else f"{len(ratios)} entries"
+        raise InputError(f"compress_ratios: {found}; one for each of {layers} layers needed")
+    return ratios
+
+
+def v4_tensors(config: Config, stages: int, stage_tensors: Stage) -> dict[str, Shape]:
+    """Every weight that a V4 checkpoint with `stages` draft stages must have, by name, with its shape in elements.
+
+    Raises InputError for what the config lacks, and for dimensions that no model has.
+    """
+    d = Dimensions.read(config)
+    ratios = _ratios(config, d.num_hidden_layers)
+    blocks = d.num_hidden_layers + stages
+    if blocks * max(d.n_routed_experts, 1) > MAX_EXPERTS:
+        raise InputError(f"{blocks} layers of {d.n_routed_experts} experts are not believable")
+    found = dict(_globals(d))
+    for layer in range(d.num_hidden_layers):
+        block = _block(ratios[layer], layer < d.num_hash_layers, d)
+        found |= {f"layers.{layer}.{name}": shape for name, shape in block}
+    for stage in range(stages):
+        ratio = ratios[d.num_hidden_layers + stage] if d.num_hidden_layers + stage < len(ratios) else 0
+        for part in (_block(ratio, False, d), stage_tensors(config, d, stage, stages)):
+            found |= {f"mtp.{stage}.{name}": shape for name, shape in part}
+    return found

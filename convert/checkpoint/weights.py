@@ -1,0 +1,175 @@
+"""What each tensor is: how its elements are stored, and which scale belongs to it. One decision for all commands.
+
+Declared dtypes, names and shapes decide; bytes are never looked at. A quantized weight is `<stem>.weight` with its
+block scale beside it, in the same shard or in another:
+
+    FP8   F8_E4M3, with one scale per block: the config says which block, or the edition for a tensor by its name
+    FP4   I8 as released, or F4, which counts elements; U8, as other tools write it, where the scale has the shape of
+          one per 32 elements: two codes to a byte
+
+Scales are F8_E8M0 or, of FP8 weights, F32; U8 of the right shape is read as F8_E8M0. Everything else is plain and
+keeps its bytes, whatever its name: that is how checkpoints with tensors unknown to us convert too.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from dsv4.errors import printable
+from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
+
+from .config import Config, weight_block
+from .inventory import block_by_name
+from .names import WEIGHT_SUFFIX, is_expert_matrix, is_wo_a, scale_name, scales_of
+from .reader import TensorInfo
+
+RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, where no config says it
+DAMAGED = "Download the checkpoint again, or convert it again from the release."
+_FP4_DTYPES = ("I8", "F4")
+_FP8_DTYPE = "F8_E4M3"
+_E8M0 = "F8_E8M0"
+
+
+class Format(Enum):
+    """How the elements of a weight are stored."""
+
+    FP4 = "fp4"
+    FP8 = "fp8"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a quantized weight cannot be read: the tensor that is wrong, what is wrong with it, and what to do."""
+
+    tensor: str
+    text: str
+    hint: str = DAMAGED
+
+    def __str__(self) -> str:
+        """For a message."""
+        return f"'{printable(self.tensor)}': {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor that is not the scale of another, with its scale and the block that one scale is for.
+
+    `info` and `scale` have the release's dtypes: I8 and F8_E8M0 where the file says U8. With a `fault`, the rest is
+    what it would be without.
+    """
+
+    info: TensorInfo
+    format: Format
+    scale: TensorInfo | None = None
+    block: Block | None = None
+    fault: Fault | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor."""
+        return self.info.name
+
+    @property
+    def is_routed_expert(self) -> bool:
+        """Whether it is a matrix of a routed expert, in the main stack or in a draft stage."""
+        return is_expert_matrix(self.name)
+
+    @property
+    def is_wo_a(self) -> bool:
+        """Whether it is the grouped output projection, which some engines want in BF16."""
+        return is_wo_a(self.name)
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape in elements: two FP4 elements share a byte of an I8 tensor; the dtype F4 already counts elements."""
+        return _logical_shape(self.info) if self.format is Format.FP4 else self.info.shape
+
+    @property
+    def stored(self) -> str:
+        """For people: fp4, fp8, bf16, or the dtype of anything else."""
+        if self.format is Format.PLAIN:
+            return "bf16" if self.info.dtype == "BF16" else self.info.dtype
+        return str(self.format.value)
+
+
+def _logical_shape(info: TensorInfo) -> tuple[int, ...]:
+    return info.shape if info.dtype == "F4" or not info.shape else (*info.shape[:-1], 2 * info.shape[-1])
+
+
+def _fits(scale: TensorInfo, shape: tuple[int, ...], block: Block) -> bool:
+    return len(shape) == 2 and scale.shape == scale_shape(shape, block)
+
+
+def _as_e8m0(scale: TensorInfo) -> TensorInfo:
+    return replace(scale, dtype=_E8M0) if scale.dtype == "U8" else scale
+
+
+def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault | None:
+    """What is wrong with the dtype or the shape of a scale, None if nothing is."""
+    scale, block, shape = weight.scale, weight.block, weight.logical_shape
+    assert scale is not None and block is not None
+    if len(shape) != 2:
+        return Fault(weight.name, f"shape {list(weight.info.shape)}; a quantized weight has two dimensions")
+    if scale.dtype not in dtypes:
+        return Fault(scale.name, f"block scale of dtype {scale.dtype}; {' or '.join(dtypes)} expected")
+    if not _fits(scale, shape, block):
+        text = f"block scale of shape {list(scale.shape)}; {list(scale_shape(shape, block))} expected"
+        return Fault(scale.name, f"{text}, one per {block.rows} x {block.columns} of a weight {list(shape)}")
+    return None
+
+
+def _checked(weight: Weight, dtypes: tuple[str, ...]) -> Weight:
+    fault = _scale_fault(weight, dtypes)
+    return weight if fault is None else replace(weight, fault=fault)
+
+
+def _fp8(info: TensorInfo, scale: TensorInfo, config: Config) -> Weight:
+    declared = block_by_name(info.name, config) or weight_block(config)
+    blocks = [Block(*declared)] if declared else list(RELEASED_BLOCKS)
+    block = next((block for block in blocks if _fits(scale, info.shape, block)), blocks[0])
+    return _checked(Weight(info, Format.FP8, _as_e8m0(scale), block), (_E8M0, "F32"))
+
+
+def _fp4(info: TensorInfo, scale: TensorInfo) -> Weight:
+    return _checked(Weight(info, Format.FP4, _as_e8m0(scale), FP4_BLOCK), (_E8M0,))
+
+
+def _without_scale(info: TensorInfo) -> Weight:
+    """A tensor that has no scale: plain, unless its dtype and name say that one is missing."""
+    fp4 = info.dtype in _FP4_DTYPES and is_expert_matrix(info.name)
+    if not info.name.endswith(WEIGHT_SUFFIX) or not (fp4 or info.dtype == _FP8_DTYPE):
+        return Weight(info, Format.PLAIN)
+    hint = f"'{printable(scale_name(info.name))}' is missing: the checkpoint is incomplete, download it again."
+    fault = Fault(info.name, f"{info.dtype} weight without a block scale", hint)
+    return Weight(info, Format.FP4 if fp4 else Format.FP8, fault=fault)
+
+
+def _weight(info: TensorInfo, scales: list[TensorInfo], config: Config) -> Weight:
+    if not scales:
+        return _without_scale(info)
+    scale = scales[0]
+    if info.dtype in _FP4_DTYPES:
+        weight = _fp4(info, scale)
+    elif info.dtype == _FP8_DTYPE:
+        weight = _fp8(info, scale, config)
+    elif info.dtype == "U8" and _fits(scale, _logical_shape(info), FP4_BLOCK):
+        weight = _fp4(replace(info, dtype="I8"), scale)
+    else:
+        weight = Weight(info, Format.PLAIN, scale)
+    if len(scales) > 1:
+        names = " and ".join(printable(s.name.rpartition(".")[2]) for s in scales)
+        return replace(weight, fault=Fault(info.name, f"two scales, {names}"))
+    return weight
+
+
+def find_weights(tensors: Mapping[str, TensorInfo], config: Config) -> dict[str, Weight]:
+    """Every tensor that is not the scale of another, by name, in the order of `tensors`."""
+    scales = {name: found for name in tensors if (found := scales_of(name, tensors))}
+    owned = {scale.name for found in scales.values() for scale in found}
+    return {name: _weight(tensors[name], scales.get(name, []), config) for name in tensors if name not in owned}
+
+
+def routed_expert_formats(weights: Iterable[Weight]) -> set[str]:
+    """How the matrices of the routed experts are stored, those of draft stages included; see `Weight.stored`."""
+    return {weight.stored for weight in weights if weight.is_routed_expert}
