@@ -13,6 +13,7 @@ import torch
 
 from dsv4.convert.proof.report.charts import gigabytes
 from dsv4.errors import Interrupted, UsageError, printable
+from dsv4.machine import usable_cores
 
 from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, plan_pieces
 from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two
@@ -21,7 +22,7 @@ from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, hash_files, read_manifest
 from .plan import ComparedTensor, Selection, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
-from .schedule import ALONE, Share, in_order, usable_cores
+from .schedule import ALONE, Share, in_order
 from .tally import Statistics, Tally
 
 BYTES_PER_BAND_BYTE = 12  # buffers, table positions and masks of a thread at its worst

@@ -11,7 +11,6 @@ same number of bytes. The findings are exchanged once at the end, and each proce
 them. If a process is missing there is no verdict.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -27,13 +26,6 @@ Result = TypeVar("Result")
 
 POLL_SECONDS = 0.2
 PIECES_AHEAD = 2  # per thread: one that is computed, one that is waiting
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,6 @@ SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second 
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes an ordinary user may still write where `folder` is or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
 def fsync_folder(folder: Path) -> None:
     """Make renames in a folder durable. Network file systems that cannot are let off; an I/O error is not."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,10 +1,10 @@
 """How much of the machine a conversion may use: threads, and memory for the pieces it works on."""
 
 import ctypes
-import os
 from dataclasses import dataclass
 
 from dsv4.errors import MachineError
+from dsv4.machine import usable_cores
 
 from .pieces import PIECE_MEMORY
 
@@ -30,7 +30,7 @@ def decide_resources(max_workers: int | None = None, max_memory_bytes: int | Non
 
     Raises MachineError if not even one worker fits.
     """
-    workers = max_workers or len(os.sched_getaffinity(0))
+    workers = max_workers or usable_cores()
     if max_memory_bytes is None:
         return Resources(workers, workers + PIECES_AHEAD)
     pieces = (max_memory_bytes - BASE_MEMORY) // PIECE_MEMORY

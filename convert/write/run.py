@@ -29,11 +29,11 @@ from dsv4.convert.plan.side_files import (
     read_side_file,
 )
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
+from dsv4.machine import free_bytes
 
 from .atomic_file import (
     check_separate,
     create_folder,
-    free_bytes,
     leftovers,
     locked,
     remove_leftovers,

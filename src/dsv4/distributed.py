@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from dsv4 import signals
 from dsv4.errors import LostRank, UsageError, lost_rank
+from dsv4.machine import usable_cores
 
 # Objects and CPU tensors go through gloo, tensors on GPUs through nccl.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -47,7 +48,7 @@ class Ranks:
     @property
     def workers(self) -> int:
         """Threads that this process may use: its share of the machine's cores."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_count)
+        return max(1, usable_cores() // self.local_count)
 
     def first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, for all: the others do not call `make`."""

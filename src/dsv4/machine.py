@@ -1,52 +1,82 @@
-"""What memory the machine has to give, and the most that this process used."""
+"""What this machine has to give: cores, memory and disk, and the most memory that this process used.
+
+psutil asks each system in its own way. It knows nothing of a container's limit on memory, nor, except on Windows, of
+the peak of a process's memory; both are read here.
+"""
 
 import os
-import resource
+import shutil
 import sys
 from pathlib import Path
 
+import psutil
+
 MARGIN = 0.8  # of the free memory; the rest is for activations, keys and everybody else
 
-_CGROUP = Path("/sys/fs/cgroup")
+# (limit, current use) of a container's memory, in version 2 and version 1 of control groups
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+NO_LIMIT = 2**60  # version 1 writes a huge number where there is no limit
 
 
-def _meminfo_available() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def total_memory() -> int:
+    """Bytes of memory in the machine."""
+    return psutil.virtual_memory().total
+
+
+def available_memory() -> int:
+    """Bytes of memory that the machine can give without swapping, whatever this process's limit is."""
+    return psutil.virtual_memory().available
+
+
+def _container_memory() -> tuple[int, int] | None:
+    """(limit, current use) in bytes of the container that this process runs in; None outside of one."""
+    for limit, used in CONTROL_GROUPS:
+        try:
+            found = int(Path(limit).read_text(encoding="ascii")), int(Path(used).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # "max" is no number
+            continue
+        return found if found[0] < NO_LIMIT else None
     return None
 
 
-def _cgroup_available() -> int | None:
-    """What the container may still take, None outside of one."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit) - int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
+def memory_limit() -> int | None:
+    """Bytes of memory that this process's container may use; None without a limit."""
+    container = _container_memory()
+    return None if container is None else container[0]
 
 
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return None
-
-
-def usable_memory() -> int | None:
-    """Bytes that weights may occupy: what is free, less a margin. None if the system does not say."""
-    free = [value for value in (_meminfo_available(), _cgroup_available()) if value is not None]
-    available = min(free) if free else _physical_memory()
-    return None if available is None else max(int(available * MARGIN), 0)
+def usable_memory() -> int:
+    """Bytes that weights may occupy: what is free in the machine and in the container, less a margin."""
+    free, container = available_memory(), _container_memory()
+    if container is not None:
+        free = min(free, max(container[0] - container[1], 0))
+    return int(free * MARGIN)
 
 
 def peak_memory() -> int:
     """Most bytes of memory that this process occupied so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: getrusage also counts what a large parent had before exec
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that an ordinary user may still write to the disk that holds, or will hold, `folder`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,6 +1,11 @@
-"""How much memory is free, as Linux and a container say it."""
+"""Cores, memory and disk: what the system says, what a container allows, and systems that lack half of it."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,38 +13,82 @@ from dsv4 import machine
 
 
 @pytest.fixture
-def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(machine, "_meminfo_available", lambda: 1000)
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a container's memory limits, on a machine with 1000 bytes of free memory."""
+    groups = [("new.max", "new.current"), ("old.limit_in_bytes", "old.usage_in_bytes")]
+    paths = [(str(tmp_path / limit), str(tmp_path / used)) for limit, used in groups]
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", paths)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=4000))
     return tmp_path
 
 
-def test_what_is_free_with_a_margin(cgroup: Path) -> None:
+def limit(folder: Path, version: int, most: str, used: int) -> None:
+    names = ("new.max", "new.current") if version == 2 else ("old.limit_in_bytes", "old.usage_in_bytes")
+    for name, value in zip(names, (most, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+def test_what_is_free_with_a_margin(container: Path) -> None:
     assert machine.usable_memory() == 800
+    assert (machine.available_memory(), machine.total_memory(), machine.memory_limit()) == (1000, 4000, None)
 
 
-def test_a_container_may_have_less(cgroup: Path) -> None:
-    (cgroup / "memory.max").write_text("700\n")
-    (cgroup / "memory.current").write_text("200\n")
-    assert machine.usable_memory() == 400
-    (cgroup / "memory.current").write_text("900\n")
-    assert machine.usable_memory() == 0
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("most", "used", "usable"), [(700, 200, 400), (700, 900, 0), (9000, 0, 800)])
+def test_a_container_may_have_less(version: int, most: int, used: int, usable: int, container: Path) -> None:
+    limit(container, version, str(most), used)
+    assert machine.usable_memory() == usable and machine.memory_limit() == most
 
 
-def test_a_container_without_a_limit(cgroup: Path) -> None:
-    (cgroup / "memory.max").write_text("max\n")
-    assert machine.usable_memory() == 800
+@pytest.mark.parametrize(("version", "most"), [(2, "max"), (1, str(2**63 - 4096))])
+def test_a_container_without_a_limit(version: int, most: str, container: Path) -> None:
+    limit(container, version, most, 200)
+    assert machine.usable_memory() == 800 and machine.memory_limit() is None
 
 
-def test_elsewhere_the_physical_memory_counts(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_meminfo_available", lambda: None)
-    monkeypatch.setattr(machine, "_physical_memory", lambda: 500)
-    assert machine.usable_memory() == 400
-    monkeypatch.setattr(machine, "_physical_memory", lambda: None)
-    assert machine.usable_memory() is None
+def test_this_machine(tmp_path: Path) -> None:
+    assert 0 < machine.usable_memory() <= machine.available_memory() <= machine.total_memory()
+    assert 10_000_000 < machine.peak_memory() < machine.total_memory()  # an interpreter with pytest takes more
+    assert machine.free_bytes(tmp_path / "not" / "there") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
 
 
-def test_this_machine() -> None:
-    usable, peak = machine.usable_memory(), machine.peak_memory()
-    assert usable is None or usable > 0
-    assert peak > 10_000_000  # an interpreter with pytest takes more
+@pytest.mark.parametrize("cores", [1, 3])
+def test_cores_that_may_be_used(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert machine.usable_cores() == cores
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 * cores)
+    assert machine.usable_cores() == 2 * cores
+
+
+# Modules and functions that another system's Python does not have.
+LACKING = {
+    "macOS": ((), ("sched_getaffinity", "posix_fallocate", "posix_fadvise", "O_DIRECT")),
+    "Windows": (
+        ("fcntl", "resource", "termios", "readline", "pwd", "grp", "tty", "pty"),
+        ("sched_getaffinity", "posix_fallocate", "posix_fadvise", "O_DIRECT", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC",
+         "O_NONBLOCK", "preadv", "pread", "pwrite", "statvfs", "sysconf", "fork"),
+    ),
+}  # fmt: skip
+ELSEWHERE = """
+import os, signal, sys
+import psutil  # has a part for each system
+modules, functions, arguments = {lacking}
+for name in modules:
+    sys.modules[name] = None  # an import raises ImportError
+for name in functions:
+    delattr(os, name)
+if modules:
+    for name in ("SIGALRM", "SIGHUP", "setitimer", "pthread_sigmask"):
+        delattr(signal, name)
+from dsv4 import cli
+sys.exit(cli.run(arguments))
+"""
+
+
+@pytest.mark.parametrize("system", LACKING)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"]])
+def test_the_command_line_starts_on_other_systems(system: str, arguments: list[str]) -> None:
+    code = ELSEWHERE.format(lacking=(*LACKING[system], arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout

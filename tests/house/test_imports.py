@@ -21,8 +21,8 @@ def modules() -> list[tuple[str, Path]]:
 
 
 MODULES = modules()
-# Below all rooms: how things are said and how work reports and stops; nothing about checkpoints or numbers.
-BOTTOM = ("dsv4.errors", "dsv4.progress")
+# Below all rooms: errors, progress, cores and memory; nothing about checkpoints or numbers.
+BOTTOM = ("dsv4.errors", "dsv4.progress", "dsv4.machine")
 # What each room may take from dsv4, BOTTOM and its own modules aside. The most specific row counts.
 ROOMS: dict[str, tuple[str, ...]] = {
     "dsv4.quant": (),

@@ -89,7 +89,7 @@ def test_metadata(built: Path) -> None:
     metadata = Parser().parsestr(read["METADATA"])
     assert (metadata["Name"], metadata["Version"]) == ("dsv4", dsv4.__version__)
     assert metadata["License-Expression"] == "MIT" and metadata["Requires-Python"] == ">=3.11"
-    assert read["entry_points.txt"].split() == ["[console_scripts]", "dsv4", "=", "dsv4.cli:main"]
+    assert read["entry_points.txt"].split() == ["[console_scripts]", "dsv4", "=", "dsv4.__main__:main"]
 
 
 def test_the_sdist_has_what_the_wheel_is_made_of(built: Path) -> None:

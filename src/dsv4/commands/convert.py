@@ -13,7 +13,7 @@ from dsv4 import output, signals
 from dsv4.convert.plan.engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.settings import OnInexact, To, resolve
 from dsv4.errors import UsageError, printable
-from dsv4.machine import peak_memory
+from dsv4.machine import free_bytes, peak_memory
 from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
@@ -306,7 +306,7 @@ def convert(
     from dsv4.convert.hub.storage import HubOptions, open_storage
     from dsv4.convert.plan.partition import Part, parse_part
     from dsv4.convert.plan.plan import make_plan
-    from dsv4.convert.write.atomic_file import SCRATCH_NAME, free_bytes
+    from dsv4.convert.write.atomic_file import SCRATCH_NAME
     from dsv4.convert.write.resources import decide_resources
 
     settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))

@@ -1,14 +1,133 @@
-"""`dsv4 env`: what to paste into a bug report."""
+"""`dsv4 env`: what to paste into a bug report.
 
+Nothing secret goes in: of tokens and of URLs, which may carry a password, only whether they are set.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from dsv4 import output
+from dsv4 import machine, output
 from dsv4.errors import printable
 from dsv4.options import Json, example
+
+EPILOG = example("dsv4 env", "dsv4 env --json")
+PACKAGES = (
+    "dsv4", "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "hf_xet", "modelscope", "modelscope-hub",
+    "psutil", "typer", "tqdm", "transformers", "accelerate",
+)  # fmt: skip
+# Variables that change what dsv4 or its libraries do.
+SHOWN_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "DSV4_DEBUG", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "NO_COLOR",
+    "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TERM", "XDG_CACHE_HOME",
+)  # fmt: skip
+HIDDEN_VARIABLES = (
+    "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT",
+)  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    """Every device that torch can compute on besides the CPU."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        found.append({"device": f"cuda:{index}", "name": name, "memory_bytes": total, "free_bytes": free})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": platform.processor(), "memory_bytes": None, "free_bytes": None})
+    for kind in ("npu", "xpu"):
+        module = getattr(torch, kind, None)
+        for index in range(module.device_count() if module is not None and module.is_available() else 0):
+            name = module.get_device_name(index)  # type: ignore[union-attr]
+            found.append({"device": f"{kind}:{index}", "name": name, "memory_bytes": None, "free_bytes": None})
+    return found
+
+
+def _disk(path: Path) -> dict[str, Any]:
+    """A folder, which need not exist yet, and the room on its disk."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError:
+        return {"path": str(path), "exists": path.exists(), "free_bytes": None, "total_bytes": None}
+    return {"path": str(path), "exists": path.exists(), "free_bytes": usage.free, "total_bytes": usage.total}
+
+
+def _folders() -> dict[str, Path]:
+    from huggingface_hub import constants
+    from modelscope_hub import get_default_config
+
+    from dsv4.model.kernels import cpu
+
+    return {
+        "working folder": Path.cwd(),
+        "Hugging Face cache": Path(constants.HF_HUB_CACHE),
+        "ModelScope cache": Path(get_default_config().cache_dir),
+        "compiled loops": cpu.cache_folder(),
+    }
+
+
+def _variables() -> dict[str, str]:
+    shown = {name: os.environ[name] for name in SHOWN_VARIABLES if name in os.environ}
+    return shown | dict.fromkeys((name for name in HIDDEN_VARIABLES if os.environ.get(name)), "set")
+
+
+def facts() -> dict[str, Any]:
+    """Everything that the command shows, as the JSON object that it prints."""
+    import torch
+
+    from dsv4.model.kernels import cpu
+    from dsv4.quant import fp4_to_fp8_compiled
+
+    return {
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "system": platform.platform(),
+        "executable": sys.executable,
+        "cpu": {
+            "machine": platform.machine(), "cores": machine.usable_cores(), "torch_threads": torch.get_num_threads(),
+        },
+        "memory": {
+            "total_bytes": machine.total_memory(), "available_bytes": machine.available_memory(),
+            "limit_bytes": machine.memory_limit(),
+        },
+        "cuda": torch.version.cuda,
+        "compiler": cpu.compiler(),
+        "compiled_cast": fp4_to_fp8_compiled.is_compiled(),
+        "devices": _accelerators(),
+        "folders": {what: _disk(path) for what, path in _folders().items()},
+        "variables": _variables(),
+    }  # fmt: skip
 
 
 def _size(count: int | None) -> str:
     return "unknown" if count is None else output.human_bytes(count)
+
+
+def _system(found: dict[str, Any]) -> list[list[str]]:
+    cpu, memory = found["cpu"], found["memory"]
+    limit = "" if memory["limit_bytes"] is None else f", this process may use {_size(memory['limit_bytes'])}"
+    return [
+        ["system", found["system"]],
+        ["python", found["executable"]],
+        ["cpu", f"{cpu['cores']} cores, {cpu['machine']}, {cpu['torch_threads']} torch threads"],
+        ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
+        ["cuda", found["cuda"] or "torch was built without it"],
+        ["C compiler", found["compiler"] or "none: dsv4 run takes its slow plain form"],
+        ["compiled cast", "yes" if found["compiled_cast"] else "no: dsv4 convert is a bit slower"],
+    ]
 
 
 def _section(out: output.Output, title: str, rows: list[list[str]]) -> None:
@@ -17,35 +136,19 @@ def _section(out: output.Output, title: str, rows: list[list[str]]) -> None:
         out.text(f"  {line}")
 
 
-def _system(facts: dict[str, Any]) -> list[list[str]]:
-    cpu, memory = facts["cpu"], facts["memory"]
-    limit = "" if memory["limit_bytes"] is None else f", this process may use {_size(memory['limit_bytes'])}"
-    return [
-        ["system", facts["system"]],
-        ["python", facts["executable"]],
-        ["cpu", f"{cpu['cores']} cores, {cpu['machine']}, {cpu['torch_threads']} torch threads"],
-        ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
-        ["cuda", facts["cuda"] or "torch was built without it"],
-        ["C compiler", facts["compiler"] or "none is there: dsv4 run takes its slow plain form"],
-        ["compiled cast", "there" if facts["compiled_cast"] else "not there: dsv4 convert is a bit slower"],
-    ]
+def _show(out: output.Output, found: dict[str, Any]) -> None:
+    _section(out, "Versions", [[name, number or "not installed"] for name, number in found["versions"].items()])
+    _section(out, "System", [[name, printable(text)] for name, text in _system(found)])
+    devices = [[d["device"], printable(d["name"]), _size(d["memory_bytes"])] for d in found["devices"]]
+    _section(out, "Devices besides the CPU", devices)
+    folders = [[w, f"{_size(f['free_bytes'])} free", printable(f["path"])] for w, f in found["folders"].items()]
+    _section(out, "Folders", folders)
+    _section(out, "Environment", [[name, printable(value)] for name, value in found["variables"].items()])
 
 
 def env(json: Json = False) -> None:
     """Show versions, devices, memory, disks and caches, for a bug report. Tokens are never shown."""
     out = output.configure(json)
-    from dsv4.environment import gather
-    from dsv4.model.kernels import cpu as native
-
-    facts = gather(native.compiler(), {"compiled loops": native.cache_folder()})
-    out.result(facts)
-    _section(out, "Versions", [[name, number or "not installed"] for name, number in facts["versions"].items()])
-    _section(out, "System", [[name, printable(text)] for name, text in _system(facts)])
-    devices = [[d["device"], printable(d["name"]), _size(d["memory_bytes"])] for d in facts["devices"]]
-    _section(out, "Devices besides the CPU", devices)
-    folders = [[w, f"{_size(f['free_bytes'])} free", printable(f["path"])] for w, f in facts["folders"].items()]
-    _section(out, "Folders", folders)
-    _section(out, "Environment", [[name, printable(value)] for name, value in facts["variables"].items()])
-
-
-EPILOG = example("dsv4 env", "dsv4 env --json")
+    found = facts()
+    out.result(found)
+    _show(out, found)

@@ -82,16 +82,15 @@ def group_of(device: str, ranks: "Ranks | None") -> "TensorParallelGroup":
     return TensorParallelGroup(ranks.index, ranks.count, by_way_of_cpu=kind_of(device) not in BACKENDS)
 
 
-def _free_memory(device: str, ranks: "Ranks | None") -> int | None:
-    """Bytes that this process may still take where no bound is given; None if the system does not say."""
+def _free_memory(device: str, ranks: "Ranks | None") -> int:
+    """Bytes that this process may still take where no bound is given."""
     if kind_of(device) != "cpu":
         import torch
 
         backend: Any = getattr(torch, kind_of(device), None)
         if hasattr(backend, "mem_get_info") and backend.is_available():
             return int(backend.mem_get_info(device)[0] * MARGIN)
-    usable = usable_memory()
-    return usable if usable is None or ranks is None else usable // ranks.local_count
+    return usable_memory() // (ranks.local_count if ranks else 1)
 
 
 def _share(device: str) -> float:
@@ -99,17 +98,10 @@ def _share(device: str) -> float:
     return CPU_SHARE if kind_of(device) == "cpu" else 1.0
 
 
-def memory_for_weights(
-    max_memory: int | None, device: str, ranks: "Ranks | None", working: int
-) -> tuple[int | None, int]:
-    """(bytes of weights that may stay in memory, bytes that the process needs besides them).
-
-    The first may be negative, and is None where the system does not say what is free.
-    """
+def memory_for_weights(max_memory: int | None, device: str, ranks: "Ranks | None", working: int) -> tuple[int, int]:
+    """(bytes of weights that may stay in memory, bytes that the process needs besides); the first may be negative."""
     occupied = peak_memory() if kind_of(device) == "cpu" else 0
     free = _free_memory(device, ranks) if max_memory is None else max_memory - occupied
-    if free is None:
-        return None, occupied + working
     return int((free - working) * _share(device)), occupied + working
 
 
