@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save
 
 from . import encoder
-from .geometry import RAGGED, Geometry, config, inference_config
-from .tensors import PATTERNS, TensorSource, block_pattern
+from .geometry import Geometry, config, inference_config
+from .tensors import TensorSource
 from .tokenizer import tokenizer_config, tokenizer_json
 
-__all__ = ["PATTERNS", "RAGGED", "Geometry", "block_pattern", "make_checkpoint"]
+__all__ = ["Geometry", "make_checkpoint"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -49,25 +49,11 @@ def _released_shards(source: TensorSource) -> Iterator[Tensors]:
         yield dict(source.mtp(index))
 
 
-def _scattered_shards(source: TensorSource, count: int) -> list[Tensors]:
-    """All tensors dealt out evenly over `count` shards; a weight's scale is in another shard than the weight."""
-    shards: list[Tensors] = [{} for _ in range(count)]
-    everything = {name: tensor for shard in _released_shards(source) for name, tensor in shard.items()}
-    weights = [name for name in everything if not name.endswith(".scale")]
-    for position, name in enumerate(weights):
-        place = position * count // len(weights)
-        shards[place][name] = everything[name]
-        scale = name.removesuffix(".weight") + ".scale"
-        if scale in everything:
-            shards[(place + 1) % count][scale] = everything[scale]
-    return shards
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, shards: Iterator[Tensors] | list[Tensors], count: int) -> None:
+def _write_weights(folder: Path, shards: Iterator[Tensors], count: int) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, start=1):
@@ -99,26 +85,21 @@ def make_checkpoint(
     seed: int = 0,
     geometry: Geometry | None = None,
     experts: Literal["fp4", "fp8"] = "fp4",
-    mixed_scales: bool = False,
-    shards: int | None = None,
     tokenizer: bool = True,
 ) -> Path:
     """Write a checkpoint into `folder`, which must not exist or be empty, and return its path.
 
-    `geometry`: the dimensions, by default `Geometry()` (about 6 MB); `RAGGED` has no width divisible by 128.
-    `experts`: "fp4" as in the instruct releases, or "fp8" as in the Base releases: everything quantized is FP8 with
-    float32 powers of two as scales.
-    `mixed_scales`: give every 128 x 128 block of a routed FP4 expert one of `PATTERNS`, some of which have no exact FP8
-    form; `block_pattern` says which. `shards`: None for the release's shards, or how many to scatter the tensors
-    over, with weights and their scales in different files. The same arguments give the same bytes.
+    geometry: the dimensions, by default `Geometry()` (about 6 MB). experts: "fp4" as in the instruct releases, or "fp8"
+    as in the Base releases, where everything quantized is FP8 with float32 powers of two as scales.
+    tokenizer: whether to write one. The same arguments give the same bytes. Raises FileExistsError.
     """
     geometry = geometry or Geometry()
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise FileExistsError(f"{path} is not empty")
-    source = TensorSource(geometry, seed, base=experts == "fp8", mixed=mixed_scales)
-    count = shards or geometry.num_hidden_layers + 2 + geometry.num_nextn_predict_layers
-    _write_weights(path, _scattered_shards(source, count) if shards else _released_shards(source), count)
+    source = TensorSource(geometry, seed, base=experts == "fp8")
+    count = geometry.num_hidden_layers + 2 + geometry.num_nextn_predict_layers
+    _write_weights(path, _released_shards(source), count)
     _write_side_files(path, geometry, experts, tokenizer)
     return path

@@ -49,10 +49,6 @@ class Geometry:
         return len(self.compress_ratios) - self.num_nextn_predict_layers
 
 
-# No width is a multiple of 128, so every FP8 matrix has cut-off blocks at its right and lower edge.
-RAGGED = Geometry(hidden_size=224, moe_intermediate_size=160, q_lora_rank=96, o_lora_rank=80, n_routed_experts=4)
-
-
 def _quantization_config() -> dict[str, Any]:
     return {
         "activation_scheme": "dynamic",

@@ -11,30 +11,12 @@ through any number of layers.
 import math
 import zlib
 from collections.abc import Iterator
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from .geometry import Geometry
 
-Pattern = Literal[
-    "plain", "spread_14", "spread_16_small_top", "spread_18", "zero_group_huge", "negative_zero_group_huge",
-    "smallest_scales", "all_zero",
-]  # fmt: skip
-PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
-"""What an FP8 block (128 x 128) of a checkpoint with mixed scales may look like:
-
-- plain: five neighbouring exponents, as in the release
-- spread_14: exponents 14 apart and all codes: exact in FP8 with the usual scale, and only just
-- spread_16_small_top: exponents 16 apart, nothing above 1 in the largest groups: exact with a smaller scale than usual
-- spread_18: exponents 18 apart and all codes: no FP8 block with one scale holds these values
-- zero_group_huge, negative_zero_group_huge: as plain, and groups of +0 or -0 whose scale is 2^40 times larger
-- smallest_scales: scale bytes 0 to 3 (2^-127 to 2^-124), where the usual FP8 scale would need a byte below 0
-- all_zero: both zeros, any scale
-"""
-
-NEGATIVE_ZERO = 0b1_000
 # How often each magnitude occurs, of 128: about what rounding a normal distribution to E2M1 gives.
 _MAGNITUDES = (15, 28, 24, 19, 19, 14, 8, 1)
 _CODE_OF_BYTE = np.repeat(np.arange(16, dtype=np.uint8), _MAGNITUDES * 2)
@@ -51,45 +33,12 @@ def _exponent(deviation: float) -> int:
     return round(math.log2(deviation))
 
 
-def block_pattern(name: str, row: int, column: int) -> Pattern:
-    """The pattern of block (`row`, `column`) of the expert weight `name` in a checkpoint with mixed scales."""
-    return PATTERNS[(zlib.crc32(name.encode()) + 3 * row + column) % len(PATTERNS)]
-
-
-def _fill_block(codes: np.ndarray, bytes_: np.ndarray, pattern: Pattern, rng: np.random.Generator) -> None:
-    """Shape one block in place: `codes` [rows, columns], `bytes_` [rows, columns / 32]."""
-    groups = codes.reshape(codes.shape[0], -1, 32)
-    top = int(bytes_.max())
-    odd = np.zeros(bytes_.shape, dtype=bool)
-    odd[::3, 0] = True
-    if pattern == "spread_14":
-        bytes_[...] = np.where(odd, top - 14, top)
-    elif pattern == "spread_16_small_top":
-        bytes_[...] = np.where(odd, top - 16, top)
-        groups[~odd] = rng.integers(0, 3, groups[~odd].shape)  # 0, 0.5, 1
-    elif pattern == "spread_18":
-        bytes_[...] = np.where(odd, top - 18, top)
-    elif pattern in ("zero_group_huge", "negative_zero_group_huge"):
-        bytes_[odd] = top + 40
-        groups[odd] = NEGATIVE_ZERO if pattern == "negative_zero_group_huge" else 0
-    elif pattern == "smallest_scales":
-        bytes_[...] = rng.integers(0, 4, bytes_.shape)
-    elif pattern == "all_zero":
-        codes[...] = rng.integers(0, 2, codes.shape) * NEGATIVE_ZERO
-
-
-def _fp4(name: str, rows: int, columns: int, seed: int, mixed: bool, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
+def _fp4(name: str, rows: int, columns: int, seed: int, gain: float) -> Iterator[tuple[str, torch.Tensor]]:
     """An FP4 weight as the release stores it: I8 [rows, columns/2] and E8M0 [rows, columns/32]."""
     rng = _random(seed, name)
     codes = _CODE_OF_BYTE[rng.integers(0, 256, (rows, columns), dtype=np.uint8)]
     exponent = _exponent(gain / math.sqrt(columns) / _E2M1_DEVIATION)
     bytes_ = 127 + exponent + _OFFSETS[rng.integers(0, 256, (rows, columns // 32), dtype=np.uint8)]
-    if mixed:
-        for row in range(0, rows, 128):
-            for column in range(0, columns, 128):
-                block = codes[row : row + 128, column : column + 128]
-                scales = bytes_[row : row + 128, column // 32 : column // 32 + 4]
-                _fill_block(block, scales, block_pattern(name, row // 128, column // 128), rng)
     packed = codes[:, 0::2] | codes[:, 1::2] << 4
     yield f"{name}.weight", torch.from_numpy(packed).view(torch.int8)
     yield f"{name}.scale", torch.from_numpy(bytes_.astype(np.uint8)).view(torch.float8_e8m0fnu)
@@ -118,8 +67,8 @@ def _fp8(
 class TensorSource:
     """Draws the tensors of one checkpoint, module by module. `fp4` decides how routed experts are stored."""
 
-    def __init__(self, geometry: Geometry, seed: int, *, base: bool, mixed: bool) -> None:
-        self.g, self.seed, self.base, self.mixed = geometry, seed, base, mixed
+    def __init__(self, geometry: Geometry, seed: int, *, base: bool) -> None:
+        self.g, self.seed, self.base = geometry, seed, base
 
     def _normal(
         self, name: str, shape: tuple[int, ...], deviation: float, mean: float = 0.0, dtype: torch.dtype = torch.float32
@@ -142,7 +91,7 @@ class TensorSource:
             if self.base:
                 yield from self._fp8(f"{name}.{matrix}", rows, columns)
             else:
-                yield from _fp4(f"{name}.{matrix}", rows, columns, self.seed, self.mixed, 1.0)
+                yield from _fp4(f"{name}.{matrix}", rows, columns, self.seed, 1.0)
 
     def _shared_expert(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         hidden, inner = self.g.hidden_size, self.g.moe_intermediate_size

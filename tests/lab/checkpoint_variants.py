@@ -8,9 +8,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from exact_values import edit_config, edit_tensors, experts, read_json, scale_of, spread, tensors_of, values
-from raw_safetensors import Raw, Tensors, raw
+from raw_safetensors import Raw, Tensors, raw, scatter
+from tiny import RAGGED
 
-from dsv4.convert.synthetic.checkpoint import RAGGED, Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 # One hash layer with compressor and indexer, one draft block; every matrix but w1 and w3 has several FP8 blocks.
 SMALL = Geometry(
@@ -136,7 +137,7 @@ def ragged(folder: Path) -> Path:
 
 
 def scattered(folder: Path) -> Path:
-    return make_checkpoint(folder, geometry=SMALL, shards=3)
+    return scatter(make_checkpoint(folder, geometry=SMALL), 3)
 
 
 VARIANTS = {

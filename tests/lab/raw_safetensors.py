@@ -89,6 +89,24 @@ def write_index(folder: Path, shards: dict[str, Tensors]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def scatter(folder: Path, count: int) -> Path:
+    """Share the tensors of a checkpoint among `count` shards, a weight's scale in another than the weight."""
+    everything = merged(read_folder(folder))
+    shards: dict[str, Tensors] = {f"model-{i + 1:05d}-of-{count:05d}.safetensors": {} for i in range(count)}
+    files = list(shards)
+    weights = [name for name in everything if not name.endswith(".scale")]
+    for position, name in enumerate(weights):
+        place = position * count // len(weights)
+        shards[files[place]][name] = everything[name]
+        scale = name.removesuffix(".weight") + ".scale"
+        if scale in everything:
+            shards[files[(place + 1) % count]][scale] = everything[scale]
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    write_folder(folder, shards)
+    return folder
+
+
 def write_folder(folder: Path, shards: dict[str, Tensors], index: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in shards.items():

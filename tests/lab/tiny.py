@@ -1,4 +1,4 @@
-"""The smallest geometry that still has a ratio-4 layer, an indexer and an MTP block: it answers in milliseconds."""
+"""Geometries for tests: the smallest that still has a ratio-4 layer, an indexer and an MTP block, and an uneven one."""
 
 import json
 import shutil
@@ -11,6 +11,8 @@ TINY = Geometry(
     head_dim=64, qk_rope_head_dim=32, q_lora_rank=64, o_groups=1, o_lora_rank=64, index_n_heads=2, index_head_dim=64,
     hc_mult=2, hc_sinkhorn_iters=2, moe_intermediate_size=64, max_position_embeddings=200,
 )  # fmt: skip
+# No width is a multiple of 128, so every FP8 matrix has cut-off blocks at its right and lower edge.
+RAGGED = Geometry(hidden_size=224, moe_intermediate_size=160, q_lora_rank=96, o_lora_rank=80, n_routed_experts=4)
 
 
 def flipped(folder: Path | str, copy: Path, tensor: str) -> Path:

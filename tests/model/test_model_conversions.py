@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from mixed_scales import mix_scales
+from tiny import RAGGED
 
-from dsv4.convert.synthetic.checkpoint import RAGGED, Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write.run import convert
 from dsv4.model import load
 
@@ -36,7 +38,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "released": {"geometry": SMALL},
     "ragged": {"geometry": RAGGED},
     "base": {"geometry": SMALL, "experts": "fp8"},
-    "mixed scales": {"geometry": SMALL, "mixed_scales": True},
+    "mixed scales": {"geometry": SMALL},
 }
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "float32 scales": {"to": "fp8", "on_inexact": "keep"},
@@ -48,6 +50,8 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=SOURCES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     folder = make_checkpoint(tmp_path_factory.mktemp("source") / "c", seed=3, tokenizer=False, **SOURCES[request.param])
+    if request.param == "mixed scales":
+        mix_scales(folder)
     return folder, logits(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import EMBED, GEOMETRY, INDEX, good_checkpoint
+from raw_safetensors import scatter
 from safetensors import safe_open
 
 from dsv4.convert.checkpoint.header import build_header
@@ -26,7 +27,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shards", [None, 3])
 def test_every_tensor_equals_what_safetensors_reads(tmp_path: Path, shards: int | None) -> None:
-    folder = make_checkpoint(tmp_path / "x", geometry=GEOMETRY, shards=shards)
+    folder = make_checkpoint(tmp_path / "x", geometry=GEOMETRY)
+    if shards is not None:
+        scatter(folder, shards)
     checkpoint = Checkpoint.open(folder)
     seen = set()
     for path in sorted(folder.glob("*.safetensors")):
@@ -42,10 +45,11 @@ def test_every_tensor_equals_what_safetensors_reads(tmp_path: Path, shards: int 
     checkpoint.close()
 
 
-def test_headers_are_told_as_they_are_read(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    Checkpoint.open(make_checkpoint(tmp_path / "x", geometry=GEOMETRY, shards=3), lambda *now: told.append(now)).close()
-    assert told == [(1, 3), (2, 3), (3, 3)]
+def test_progress_counts_the_headers(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = scatter(make_checkpoint(tmp_path / "x", geometry=GEOMETRY), 3)
+    Checkpoint.open(folder, lambda *now: seen.append(now)).close()
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_rows(good: Path) -> None:
@@ -83,7 +87,7 @@ def test_a_shard_may_be_a_link_to_a_regular_file(good: Path, tmp_path: Path) -> 
 
 
 def test_one_shard_without_an_index(good: Path, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "x", geometry=GEOMETRY, shards=1)
+    folder = scatter(make_checkpoint(tmp_path / "x", geometry=GEOMETRY), 1)
     (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
     (folder / INDEX).unlink()
     checkpoint = Checkpoint.open(folder)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from exact_values import edit_tensors
 from foreign_checkpoints import KINDS, foreign
+from mixed_scales import mix_scales
 from release_headers import FLASH, make_released
 from safetensors.torch import load_file, save_file
+from tiny import RAGGED
 
 from dsv4 import cli
 from dsv4.convert.doctor.rules import Diagnosis, diagnose
-from dsv4.convert.synthetic.checkpoint import RAGGED, Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 
 SMALL = Geometry(compress_ratios=(0, 4, 128, 0), n_routed_experts=4)
@@ -157,7 +159,7 @@ def test_rules(
 
 
 def test_a_mixture_of_experts_formats_is_wrong_everywhere(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "mixed", geometry=SMALL, mixed_scales=True)
+    source = mix_scales(make_checkpoint(tmp_path / "mixed", geometry=SMALL))
     output = tmp_path / "kept"
     assert cli.run(["convert", str(source), str(output), "--on-inexact", "keep", "-q"]) == 0
     for engine in ("sglang", "vllm", "transformers"):

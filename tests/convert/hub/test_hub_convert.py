@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hub_servers import HubServer, Request, hub_environment, run_dsv4
 from ranks import run_ranks
+from raw_safetensors import scatter
 
 from dsv4.convert.hub.storage import HubOptions, HubStorage
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
@@ -253,7 +254,7 @@ def test_verify_finds_another_model(server: HubServer, tmp_path: Path) -> None:
 
 def test_verify_needs_shards_together(tmp_path: Path) -> None:
     """Scales lie in another shard than their weights: without room for both, it is refused before any is fetched."""
-    folder = make_checkpoint(tmp_path / "scattered", shards=3)
+    folder = scatter(make_checkpoint(tmp_path / "scattered"), 3)
     convert(folder, tmp_path / "fp8")
     with HubServer() as server:
         server.publish(REPOSITORY, folder)

@@ -19,6 +19,7 @@ from exact_values import (
     values,
     weights,
 )
+from mixed_scales import mix_scales
 from raw_safetensors import Tensors
 
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
@@ -35,7 +36,7 @@ ONE_SHARD = ("--max-shard-size", "6GB")  # larger than usual: whatever the sourc
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("mixed") / "source", geometry=MIXED, mixed_scales=True, seed=3)
+    return mix_scales(make_checkpoint(tmp_path_factory.mktemp("mixed") / "source", geometry=MIXED, seed=3))
 
 
 def in_e4m3(value: np.ndarray) -> np.ndarray:

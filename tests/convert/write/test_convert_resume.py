@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint_variants import VARIANTS
 from exact_values import convert, dsv4, edit_config, is_expert, read_json, tensors_of, tree
+from mixed_scales import mix_scales
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import make_plan
@@ -67,7 +68,9 @@ class TestSameBytes:
     ) -> None:
         """Of matrices whose blocks all differ, so that a piece with its neighbour's scales would show."""
         geometry = replace(TINY, n_routed_experts=2, moe_intermediate_size=256)
-        source = make_checkpoint(tmp_path / "source", geometry=geometry, experts=experts, mixed_scales=experts == "fp4")
+        source = make_checkpoint(tmp_path / "source", geometry=geometry, experts=experts)
+        if experts == "fp4":
+            mix_scales(source)
         options = ("--to", to, "--on-inexact", "round")
         convert(source, tmp_path / "whole", *options)
         monkeypatch.setattr(recipe, "PIECE_BYTES", piece)

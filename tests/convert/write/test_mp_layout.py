@@ -23,8 +23,9 @@ from exact_values import (
     values,
 )
 from raw_safetensors import Raw, Tensors, raw, read_file
+from tiny import RAGGED
 
-from dsv4.convert.synthetic.checkpoint import RAGGED, Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 MP = ("--layout", "mp", "--model-parallel")
 

@@ -11,11 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from mixed_scales import PATTERNS, block_pattern, mix_scales
+from raw_safetensors import scatter
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tiny import RAGGED
 from tokenizers import Tokenizer
 
-from dsv4.convert.synthetic.checkpoint import PATTERNS, RAGGED, Geometry, block_pattern, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.tokenizer import FIRST_TOKENS, LAST_TOKENS
 from dsv4.model import load
 
@@ -50,7 +53,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     geometry = Geometry(compress_ratios=(0, 0), n_routed_experts=4, moe_intermediate_size=256)
-    return make_checkpoint(tmp_path_factory.mktemp("mixed"), geometry=geometry, mixed_scales=True)
+    return mix_scales(make_checkpoint(tmp_path_factory.mktemp("mixed"), geometry=geometry))
 
 
 def test_shards_are_the_release_s(plain: Path) -> None:
@@ -215,7 +218,7 @@ def test_base_style(tmp_path: Path) -> None:
 
 
 def test_ragged_shapes(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, geometry=RAGGED, mixed_scales=True)
+    folder = mix_scales(make_checkpoint(tmp_path, geometry=RAGGED))
     entries = {n: e["shape"] for path in folder.glob("*.safetensors") for n, e in header(path)[1].items()}
     assert (entries["layers.0.attn.wq_a.weight"], entries["layers.0.attn.wq_a.scale"]) == ([96, 224], [1, 2])
     assert entries["layers.0.ffn.experts.0.w1.weight"] == [160, 112]
@@ -224,7 +227,7 @@ def test_ragged_shapes(tmp_path: Path) -> None:
 
 def test_scattered_shards_separate_weight_and_scale(tmp_path: Path) -> None:
     whole = make_checkpoint(tmp_path / "whole", geometry=SMALL)
-    scattered = make_checkpoint(tmp_path / "scattered", geometry=SMALL, shards=3)
+    scattered = scatter(make_checkpoint(tmp_path / "scattered", geometry=SMALL), 3)
     where = json.loads((scattered / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(where.values()) == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     for name in where:
