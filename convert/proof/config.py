@@ -46,6 +46,13 @@ def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None]
     return digest.hexdigest()
 
 
+def identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 in hex of the files that describe the checkpoint, and of its shards' headers."""
+    sizes = checkpoint.files.sizes()
+    found = {name: file_hash(checkpoint.files, name, sizes[name]) for name in _NOT_SIDE_FILES if name in sizes}
+    return {"headers": checkpoint.headers_sha256} | dict(sorted(found.items()))
+
+
 MAX_CONFIG_BYTES = 10_000_000
 
 

@@ -9,6 +9,7 @@ that cannot be trusted are listed as unreadable, and all others are still compar
 300 MB, its owner wants to know which tensors these were.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -86,7 +87,8 @@ class Shard:
     entries: dict[str, Entry] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    broken: str = ""  # why the whole file cannot be read, when it cannot
+    broken: str = ""  # why the whole file cannot be read, or ""
+    header_sha256: str = ""  # in hex; "" if the header cannot be read
 
 
 class Files(Protocol):
@@ -251,7 +253,9 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
     shard = Shard(name)
     try:
         length = _header_length(files, name, size)
-        header = parse_json(read_bytes(files, name, 8, length))
+        text = read_bytes(files, name, 8, length)
+        shard.header_sha256 = hashlib.sha256(text).hexdigest()
+        header = parse_json(text)
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         metadata = header.pop("__metadata__", {})

@@ -12,6 +12,7 @@ This is `verify`'s own statement of these rules, not the converter's. Where file
 an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
 """
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -66,6 +67,7 @@ class Checkpoint:
     layout: str = "hf"
     ranks: int = 1
     shards: list[str] = field(default_factory=list)
+    headers_sha256: str = ""  # over names, sizes and header hashes of all shards
     tensors: dict[str, Tensor] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -106,6 +108,8 @@ def _read_shards(
             checkpoint.problem("shard", f"{shown}: {printable(tensor)}: {reason}", "unreadable")
             checkpoint.unreadable[canonical(tensor)] = f"{shown}: {reason}"
     checkpoint.shards = names
+    described = "\n".join(f"{name} {sizes[name]} {shard.header_sha256}" for name, shard in shards.items())
+    checkpoint.headers_sha256 = hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()
     return shards
 
 

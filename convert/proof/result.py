@@ -170,6 +170,7 @@ class Verification:
     hashed: bool = False  # a manifest's hashes were compared
     selection: str = ""  # what was compared, in words; "" for everything
     unchecked: list[str] = field(default_factory=list, repr=False)  # names that were not selected
+    identity: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)  # side -> what -> SHA-256
     read_bytes: int = 0
     seconds: float = 0.0
 
@@ -280,6 +281,7 @@ class Verification:
             "exit_code": self.exit_code,
             "source": self.source,
             "output": self.output,
+            "identity": self.identity,
             "selection": self.selection,
             "strict": self.strict,
             "counts": self.counts,
@@ -302,6 +304,12 @@ class Verification:
             }
         found["tensors"] = {result.name: _short(result) for result in self.results}
         return found
+
+    def to_html(self) -> str:
+        """The report page."""
+        from .report.page import made_by, render
+
+        return render(self.to_json() | {"made_by": made_by()})
 
 
 def _short(result: TensorResult) -> dict[str, Any]:

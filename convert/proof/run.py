@@ -16,7 +16,7 @@ from dsv4.errors import Interrupted, UsageError, printable
 from dsv4.machine import usable_cores
 
 from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, plan_pieces
-from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two
+from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two, identity
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, hash_files, read_manifest
@@ -212,6 +212,7 @@ def _conclude(
         [problem for side in sides for problem in side.problems] + code_problems(results),
         findings.statistics,
         hashed=manifest is not None,
+        identity={side.where: identity(side) for side in sides},
         read_bytes=findings.read,
     )
 

@@ -20,6 +20,7 @@ The order of the fields is the order in `--help`. One more option is one more fi
 """
 
 import functools
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from inspect import Parameter, Signature
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from dsv4.errors import UsageError
 
@@ -58,6 +60,21 @@ def command(work: Callable[[Any], None]) -> Callable[..., None]:
     from_command_line.__annotations__ = annotations
     from_command_line.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return from_command_line
+
+
+def as_typed(name: str, options: Any) -> str:
+    """The command line that gives these options, for reports. Defaults are left out, and so is the access token."""
+    words = name.split()
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):
+        value, (declared, *_) = getattr(options, field.name), hints[field.name].__metadata__
+        if value == field.default or field.name == "token":
+            continue
+        # Typer keeps the first name of an annotated option as its default.
+        option = [str(declared.default)] if isinstance(declared, OptionInfo) else []
+        for one in value if isinstance(value, list) else [value]:
+            words += [*option, *([] if one is True else [str(one)])]
+    return shlex.join(words)
 
 
 def named(text: str) -> str:

@@ -150,6 +150,7 @@ class Output:
         self.mode = mode
         self.verbose = verbose
         self.speaker = speaker
+        self._has_result = False
 
     def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
@@ -185,8 +186,12 @@ class Output:
             self._write(sys.stdout, text, end)
 
     def result(self, value: dict[str, Any]) -> None:
-        """The one JSON object of a command that was given `--json`; nothing in the other modes."""
-        if self.mode == "json":
+        """The one JSON object of a command that was given `--json`; nothing in the other modes.
+
+        Once it is printed, no other follows: an error after it, such as a full disk, is on stderr alone.
+        """
+        if self.mode == "json" and not self._has_result:
+            self._has_result = True
             self._write(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2))
 
     def say(self, line: str = "") -> None:

@@ -1,15 +1,16 @@
 """`dsv4 run` from the command line, on a checkpoint small enough to answer in milliseconds."""
 
+import html
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
 import weakref
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -303,11 +304,10 @@ def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path:
     out, _ = run(capfd, folder, "--tokens", "0,5,9", "--compare", other, code=1)
     assert out.startswith("DIFFERENT") and "first difference    embed, position 0" in out
     page = report.read_text()
-    assert "font: 15px" in page and "{" not in page.partition("</style>")[2]
     assert page.count("<svg") == 3 and "http" not in page and "<script" not in page
-    for svg in re.findall(r"<svg.*?</svg>", page):
-        curve = ElementTree.fromstring(svg).find("polyline")
-        assert curve is not None and len(curve.attrib["points"].split()) == 3
+    assert "First module that differs: embed, at position 0" in page
+    words = ["dsv4", "run", folder, "--tokens", "0,5,9", "--compare", other, "--report", str(report), "--json"]
+    assert shlex.join(words) in html.unescape(page)
 
 
 def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_compare_prints_the_same_with_little_memory(
         page = tmp_path / "page.html"
         out, err = run(capfd, *arguments, "--report", str(page), code=int(tensor is not None))
         printed.append(out)
-        pages.append(page.read_text())
+        pages.append(re.sub(r"<dt>(Made by|Command)</dt><dd>.*?</dd>", "", page.read_text()))
         objects.append(run_json(capfd, *arguments, code=int(tensor is not None)))
         del objects[-1]["peak_memory_bytes"]
         assert err.count("differs at position") == (tensor is not None)

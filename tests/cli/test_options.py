@@ -1,5 +1,6 @@
 """How a command declares its options: the fields of a dataclass."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4.errors import UsageError
-from dsv4.options import Json, as_folder, command, named
+from dsv4.options import Json, Token, as_folder, as_typed, command, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,14 @@ class Example:
     def __post_init__(self) -> None:
         if self.dry_run and self.stop:
             raise UsageError("--dry-run has nothing to stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secret:
+    """A command with an access token."""
+
+    source: Annotated[str, typer.Argument(help="Where from.")]
+    token: Token = None
 
 
 CALLS: list[Example] = []
@@ -60,6 +69,17 @@ def test_wrong_values_do_not_arrive(arguments: tuple[str, ...]) -> None:
     CALLS.clear()
     assert invoke(*arguments).exit_code == 2
     assert not CALLS
+
+
+def test_options_as_they_were_typed() -> None:
+    for typed in ("x a", "x a b --count 5 --dry-run --json", "x 'a b' --stop 'x y' --stop z"):
+        CALLS.clear()
+        invoke(*shlex.split(typed)[1:])
+        assert as_typed("x", CALLS[0]) == typed
+
+
+def test_the_token_stays_out_of_reports() -> None:
+    assert as_typed("x", Secret(source="a", token="hf_secret")) == "x a"
 
 
 def test_contradictions_are_found_before_the_work() -> None:

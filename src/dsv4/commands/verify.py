@@ -24,12 +24,14 @@ from dsv4.options import (
     Token,
     Verbose,
     as_folder,
+    as_typed,
     command,
     example,
     named,
     parse_size,
 )
 from dsv4.output import aligned, human_bytes, human_seconds
+from dsv4.result_file import check_writable, result_file
 
 if TYPE_CHECKING:
     from dsv4.convert.proof.files import Files
@@ -149,43 +151,17 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     out.say(f"{what} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
 
 
-def _check_writable(report: Path) -> None:
-    """A page that cannot be written should not be found out about after an hour; nothing is left behind."""
-    there = report.exists()
-    report.open("a").close()
-    if not there:
-        report.unlink()
-
-
-def _write_report(report: Path, found: dict[str, Any]) -> None:
+def _write_report(report: Path, found: dict[str, Any], out: output.Output) -> None:
     from dsv4.convert.proof.report.page import render
 
-    report.write_text(render(found), encoding="utf-8")
+    with result_file(report) as file:
+        file.write(render(found).encode())
+    out.say(f"wrote {printable(str(report))}")
 
 
 def _runs(folder: Path) -> bool:
     """Is this a folder that `dsv4 run` takes, rather than rank files or a repository?"""
     return any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors"))
-
-
-def _tell_all(
-    out: output.Output, result: "Verification", source: str, converted: Path | None, report: Path | None
-) -> None:
-    """Page, JSON, text, and what to do next."""
-    found = result.to_json()
-    if report is not None:
-        _write_report(report, found)
-    out.result(found)
-    _tell(out, result, found)
-    if report is not None:
-        out.say(f"wrote {printable(str(report))}")
-    if result.exit_code or not _runs(Path(source)):
-        return
-    words = ["dsv4", "run", source, "-p", "Hello"]
-    if converted is None:
-        out.hint(f"run it: {printable(shlex.join(words))}")
-    elif _runs(converted):
-        out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(converted)]))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +270,30 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
         return verify_files(source, converted, settings, progress, share)
 
 
+def _suggest(out: output.Output, options: VerifyOptions) -> None:
+    """The command to try after a good verdict."""
+    if not _runs(Path(options.source)):
+        return
+    words = ["dsv4", "run", options.source, "-p", "Hello"]
+    if options.converted is None:
+        out.hint(f"run it: {printable(shlex.join(words))}")
+    elif _runs(options.converted):
+        out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(options.converted)]))}")
+
+
+def _print_and_report(out: output.Output, result: "Verification", options: VerifyOptions) -> None:
+    """Verdict first, then the page: a full disk must not cost the verdict."""
+    from dsv4.convert.proof.report.page import made_by
+
+    found = result.to_json() | {"made_by": made_by(as_typed("dsv4 verify", options))}
+    out.result(found)
+    _tell(out, result, found)
+    if options.report is not None and out.mode != "silent":
+        _write_report(options.report, found, out)
+    if not result.exit_code:
+        _suggest(out, options)
+
+
 @command
 def verify(options: VerifyOptions) -> None:
     """Read all of SOURCE and OUTPUT and decide whether they hold the same model.
@@ -307,15 +307,14 @@ def verify(options: VerifyOptions) -> None:
 
     ranks = launched()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
-    report = options.report if ranks is None or ranks.is_first else None
-    if report is not None:
-        _check_writable(report)
+    if options.report is not None and out.mode != "silent":
+        check_writable(options.report)
     if options.converted is not None and options.converted.resolve() == Path(options.source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     try:
         with joined(ranks) if ranks else nullcontext():
             result = _compare(options, out, ranks)
-            _tell_all(out, result, options.source, options.converted, report)
+            _print_and_report(out, result, options)
             if ranks:
                 ranks.leave()
     except Interrupted as error:

@@ -1,7 +1,13 @@
 """The report page: made from the JSON alone, self-contained, and safe whatever the tensors are called."""
 
+import errno
+import hashlib
+import html
 import json
-import re
+import shutil
+import time
+from dataclasses import replace
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_converter
-from raw_safetensors import raw, read_folder, write_folder
+from raw_safetensors import Raw, raw, read_folder, write_folder
 
+import dsv4
 from dsv4.cli import run
-from dsv4.convert.proof.report.page import render
+from dsv4.convert.proof.files import Problem
+from dsv4.convert.proof.report.page import made_by, render
 from dsv4.convert.proof.run import verify
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
-VOID = {"meta", "br", "path", "rect"}
+VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
@@ -33,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID or tag == "rect":
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -60,7 +68,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def found(pair: tuple[Path, Path]) -> dict[str, Any]:
     # Through text, as `--json` prints it: the page may need nothing that JSON does not carry.
-    return dict(json.loads(json.dumps(verify(*pair, inverse=True).to_json())))
+    return dict(json.loads(json.dumps(verify(*pair, inverse=True).to_json() | {"made_by": made_by("dsv4 verify a b")})))
 
 
 def test_numbers_agree_with_the_json(found: dict[str, Any]) -> None:
@@ -111,8 +119,7 @@ def test_the_grid_shows_what_differs_and_what_was_not_checked(pair: tuple[Path, 
     name = "layers.1.ffn.experts.2.w3.weight"
     tensors[name] = tensors[name].like(tensors[name].array() ^ 0x40)
     write_folder(tmp_path, {shard: tensors}, index=False)
-    result = verify(pair[0], tmp_path, tensor="layers.1.*").to_json()
-    page = Page(render(result))
+    page = Page(verify(pair[0], tmp_path, tensor="layers.1.*").to_html())
     assert "layers.1, expert 2: differs" in page.words
     assert "layers.0, experts 0 to " in page.words and "not checked" in page.words
     assert page.classes("rect").count("differs") == 1
@@ -121,8 +128,8 @@ def test_the_grid_shows_what_differs_and_what_was_not_checked(pair: tuple[Path, 
 
 
 def test_one_checkpoint_alone_has_a_page(pair: tuple[Path, Path]) -> None:
-    page = Page(render(verify(pair[0]).to_json()))
-    assert "SOUND" in page.words
+    page = Page(verify(pair[0]).to_html())
+    assert "SOUND" in page.words and f"dsv4 verify SOURCE {pair[0]}" in page.words
 
 
 def test_hostile_names(tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     for place, value in (("a", 0), ("b", 1)):
         tensors = {name: raw("F32", np.full(1, value, np.float32)), "x": raw("F32", np.zeros(1, np.float32))}
         write_folder(tmp_path / place, {"model.safetensors": tensors}, index=False)
-    text = render(verify(tmp_path / "a", tmp_path / "b").to_json())
+    text = verify(tmp_path / "a", tmp_path / "b").to_html()
     assert "<script" not in text and "\x1b" not in text and "\u202e" not in text
     assert "&lt;script&gt;" in text
     Page(text)
@@ -140,5 +147,91 @@ def test_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path, capsys: 
     file = tmp_path / "proof.html"
     assert run(["verify", str(pair[0]), str(pair[1]), "--report", str(file), "--json"]) == 0
     wanted = json.loads(capsys.readouterr().out)
-    assert re.sub(r"\s+", " ", file.read_text()) == re.sub(r"\s+", " ", render(wanted))
-    assert run(["verify", str(pair[0]), "--report", str(tmp_path / "no" / "folder.html")]) == 3
+    assert file.read_text() == render(wanted)
+    assert run(["verify", str(pair[0]), "--report", str(tmp_path / "no" / "folder.html")]) == 2
+
+
+def test_where_it_comes_from(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Version, date, command line and what both sides are."""
+    file = tmp_path / "proof.html"
+    assert run(["verify", str(pair[0]), str(pair[1]), "--report", str(file), "--strict", "--json"]) == 1
+    found, page = json.loads(capsys.readouterr().out), Page(file.read_text())
+    made = found["made_by"]
+    assert made["command"] == f"dsv4 verify {pair[0]} {pair[1]} --strict --report {file} --json"
+    assert (
+        made["version"] == dsv4.__version__ and abs(time.time() - datetime.fromisoformat(made["date"]).timestamp()) < 99
+    )
+    assert all(text in page.words for text in (made["command"], f"dsv4 {made['version']}, {made['date']}"))
+    config = hashlib.sha256((pair[0] / "config.json").read_bytes()).hexdigest()
+    assert found["identity"]["source"]["config.json"] == config
+    assert found["identity"]["source"].keys() == {"headers", "config.json", "model.safetensors.index.json"}
+    for hashes in found["identity"].values():
+        assert all(len(text) == 64 and text in page.words for text in hashes.values())
+
+
+def test_headers_have_an_identity(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A tensor with other bytes has the same header; one with another name, dtype or place does not."""
+
+    def of(folder: Path) -> str:
+        return verify(folder).identity["output"]["headers"]
+
+    shards = read_folder(pair[0])
+    name, tensors = next((n, some) for n, some in shards.items() if any(t.dtype == "F8_E4M3" for t in some.values()))
+    bytes_changed = {n: Raw(t.dtype, t.shape, bytes(len(t.data))) for n, t in tensors.items()}
+    renamed = {f"{n}.x": t for n, t in tensors.items()}
+    moved = dict(reversed(tensors.items()))
+    retyped = {n: Raw("I8" if t.dtype == "F8_E4M3" else t.dtype, t.shape, t.data) for n, t in tensors.items()}
+    hashes = []
+    for changed in (tensors, bytes_changed, renamed, moved, retyped):
+        write_folder(tmp_path, shards | {name: changed})
+        hashes.append(of(tmp_path))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
+def test_every_problem_is_in_the_banner(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where values differ, and with what to do about it."""
+    output = Path(shutil.copytree(pair[0], tmp_path / "output"))
+    for shard, tensors in read_folder(output).items():
+        if "norm.weight" in tensors:
+            tensors["norm.weight"] = tensors["norm.weight"].like(tensors["norm.weight"].array() ^ 1)
+            write_folder(output, {shard: tensors}, index=False)
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps(config | {"hidden_size": 7, "num_attention_heads": 3}))
+    result = verify(pair[0], output)
+    text = result.to_html()
+    banner = text[text.index('<div class="verdict bad">') : text.index("<dl>")]
+    problems = [p.text for p in result.problems if p.severity != "note"]
+    assert len(problems) == 2 and all(problem in html.unescape(banner) for problem in problems)
+    assert "it is another model" in text and "Mend the files" in text
+    many = [Problem("config", "output", f"complaint {i}") for i in range(40)]
+    text = replace(result, problems=many).to_html()
+    banner = text[text.index('<div class="verdict bad">') : text.index("<dl>")]
+    assert "complaint 9<" in banner and "complaint 10<" not in banner and "and 30 more" in banner
+    assert "complaint 39<" in text
+
+
+@pytest.mark.parametrize("json_mode", [False, True])
+def test_a_full_disk_costs_no_verdict(
+    pair: tuple[Path, Path], json_mode: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(["verify", str(pair[0]), str(pair[1]), "--report", "/dev/full", *(["--json"] if json_mode else [])])
+    out, err = capsys.readouterr()
+    assert code == 4 and "/dev/full: No space left on device" in err
+    verdict = json.loads(out)["verdict"] if json_mode else out.splitlines()[-1]
+    assert verdict.startswith("IDENTICAL: ")
+
+
+def test_an_older_page_survives_a_full_disk(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "proof.html"
+    page.write_text("the older page")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    assert run(["verify", str(pair[0]), str(pair[1]), "--report", str(page)]) == 4
+    out, err = capsys.readouterr()
+    assert "IDENTICAL" in out and f"{page}: No space left on device" in err
+    assert page.read_text() == "the older page" and list(tmp_path.iterdir()) == [page]

@@ -8,9 +8,9 @@ hours.
 import gc
 from typing import TYPE_CHECKING
 
-from dsv4 import __version__
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
+from dsv4.options import as_typed
 from dsv4.output import Output, aligned
 
 from .answers import TokenProgress
@@ -109,17 +109,17 @@ def compare_checkpoints(
     one = _run(sources[0], placement, tokens, options.prefill, mtp, None, out)
     other = _run(sources[1], placement, tokens, options.prefill, mtp, one.fingerprints, out)
     comparison = compare(one, other)
-    _print_comparison(comparison, options.tolerance, out)
-    if options.report is not None and out.mode != "silent":
-        from .report import write_report
-
-        words = verdict(comparison, options.tolerance)
-        write_report(options.report, folders, tokens, comparison, words, __version__)
-        out.say(f"wrote {options.report}")
     same = comparison.within(options.tolerance)
+    _print_comparison(comparison, options.tolerance, out)
     out.result(
         {"checkpoints": list(folders), "token_ids": tokens, "tolerance": options.tolerance, "same": same}
         | {"peak_memory_bytes": peak_memory()}
         | comparison.as_json()
     )
+    if options.report is not None and out.mode != "silent":
+        from .report import render, write_report
+
+        words, command = verdict(comparison, options.tolerance), as_typed("dsv4 run", options)
+        write_report(options.report, render(folders, tokens, comparison, words, options.tolerance, command))
+        out.say(f"wrote {options.report}")
     return EXIT_DONE if same else EXIT_DIFFERENCE
