@@ -143,8 +143,3 @@ def pattern_of(name: str) -> str:
     """`layers.3.ffn.experts.7.w1.weight` -> `layers.{L}.ffn.experts.{E}.w1.weight`: one text for all its like."""
     name = re.sub(r"\bexperts\.\d+\.", "experts.{E}.", name)
     return re.sub(r"\b(layers|mtp)\.\d+\.", lambda m: f"{m[1]}.{{{'L' if m[1] == 'layers' else 'M'}}}.", name)
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts expert 2 before expert 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

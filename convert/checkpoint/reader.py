@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import InputError, printable
+from dsv4.text import some_of
 
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .storage import Folder, Storage, check_component
@@ -127,8 +128,7 @@ def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:3]))
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    return some_of(list(map(printable, names)), 3)
 
 
 def _shard_names(storage: Storage, sizes: dict[str, int]) -> tuple[list[str], dict[str, str] | None]:

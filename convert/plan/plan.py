@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.header import build_header
-from dsv4.convert.checkpoint.names import natural_order, rank_file_name
+from dsv4.convert.checkpoint.names import rank_file_name
 from dsv4.convert.checkpoint.rank_layout import (
     check_blocks,
     count_experts,
@@ -29,6 +29,7 @@ from dsv4.convert.plan.recipes import bf16, copy, scales
 from dsv4.convert.plan.recipes.recipe import OutputTensor
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError, printable
+from dsv4.text import natural_order
 
 from .classify import classify
 from .engines import Layout

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from dsv4.errors import InputError, printable
+from dsv4.text import natural_order
 
 Severity = Literal["note", "difference", "unreadable"]
 
@@ -306,8 +306,4 @@ def read_index(files: Files, size: int) -> Index:
 def shard_names(files: Files) -> Iterator[str]:
     """The safetensors files of the top folder in natural order: rank 10 after rank 9."""
     names = [name for name in files.sizes() if name.endswith(".safetensors") and "/" not in name]
-
-    def key(name: str) -> list[tuple[int, str]]:
-        return [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-    yield from sorted(names, key=key)
+    yield from sorted(names, key=natural_order)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dsv4.errors import InputError, printable
+from dsv4.text import some_of
 
 from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_index, read_shard, shard_names
 
@@ -87,9 +88,7 @@ def canonical(name: str) -> str:
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
     """A few of the names, printable, and how many more."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(map(printable, ordered[:limit])) + more
+    return some_of(list(map(printable, sorted(names))), limit)
 
 
 def _read_shards(

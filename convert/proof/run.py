@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from dsv4.convert.proof.report.charts import gigabytes
 from dsv4.errors import Interrupted, UsageError, printable
 from dsv4.machine import usable_cores
+from dsv4.text import human_bytes
 
 from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, plan_pieces
 from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two, identity
@@ -86,7 +86,7 @@ class Findings:
         differing = sum(bool(tally.different or tally.copies_differ) for tally in self.tallies)
         found = f"{differing} tensors differ so far" if differing else "no difference so far"
         percent = 100 * self.read // max(self.total, 1)
-        when = f"after {percent}% of {gigabytes(self.total)}: {found}" if self.total else "before any tensor was read"
+        when = f"after {percent}% of {human_bytes(self.total)}: {found}" if self.total else "before any tensor was read"
         explained = Interrupted(f"interrupted {when}", error.hint)
         explained.exit_code = error.exit_code
         return explained

@@ -1,11 +1,13 @@
 """Everything a user can cause to go wrong, as one small family of exceptions.
 
 Each class carries the exit code that scripts see, so the place that finds a problem also decides what the
-shell is told. Imports nothing: every other module may import this one.
+shell is told. Imports only how text is written: every other module may import this one.
 
 Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an error); 2 wrong usage;
 3 the input is not what it claims; 4 the machine said no; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
 """
+
+from dsv4.text import printable as printable
 
 EXIT_DONE = 0
 EXIT_DIFFERENCE = 1
@@ -66,14 +68,3 @@ def lost_rank(error: RuntimeError) -> LostRank:
         f"another rank ended or cannot be reached ({printable(reason[:200])})",
         "Its own message, or the launcher's table, says why. What was finished is kept.",
     )
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, surrogates and bidirectional marks escaped.
-
-    Names come from files that nobody vouches for; printed raw they could move the cursor or recolour the
-    terminal. Every message that quotes such a name passes it through here.
-    """
-    if text.isprintable():
-        return text  # nearly always, and asked for once per tensor
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from dsv4 import signals
-from dsv4.errors import Dsv4Error, printable
+from dsv4.errors import Dsv4Error
+from dsv4.text import aligned, human_bytes, human_seconds, printable
 
 if TYPE_CHECKING:
     from dsv4.distributed import Ranks
@@ -34,36 +35,6 @@ class ClosedPipe(Dsv4Error):
 
 
 SECONDS_UNTIL_A_PASSING_BAR = 0.5
-
-
-def human_bytes(count: float) -> str:
-    """`159609485896` -> `159.6 GB`. Decimal units, as the hubs and disk makers count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """`75` -> `1:15`, `5025` -> `1:23:45`; under ten seconds one decimal: `3.2 s`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """Columns padded to equal width, two spaces apart; the columns in `right` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    to_right = set(right)
-    return [
-        "  ".join(
-            c.rjust(w) if i in to_right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 class Progress:
@@ -174,6 +145,12 @@ class Output:
         """Data for stdout, in human mode. JSON mode has `result` instead."""
         if self.mode == "human":
             self._write(sys.stdout, line, end)
+
+    def section(self, title: str, rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
+        """A title and, indented, a table of aligned columns; those in `right` are aligned to the right."""
+        self.text(title)
+        for line in aligned(rows or [["none"]], right):
+            self.text(f"  {line}")
 
     def data(self, text: str = "", end: str = "\n") -> None:
         """Data for stdout that is the whole point of the command, such as an answer: -q does not silence it.

@@ -12,7 +12,8 @@ from dsv4 import output
 from dsv4.errors import InputError, UsageError
 from dsv4.opening import opening
 from dsv4.options import parse_size
-from dsv4.output import Output, aligned, human_bytes, human_seconds
+from dsv4.output import Output
+from dsv4.text import human_seconds
 
 Printed = dict[str, tuple[str, str]]
 
@@ -176,23 +177,6 @@ def test_opening_leaves_the_garbage_collector_as_it_was() -> None:
             raise UsageError("wrong")
         assert gc.isenabled() == before
     gc.enable()
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (159_609_485_896, "159.6 GB"), (1_602_325_824_632, "1.60 TB")],
-)
-def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (75, "1:15"), (5025, "1:23:45"), (9.94, "9.9 s")])
-def test_human_seconds(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
-
-
-def test_aligned() -> None:
-    assert aligned([["a", "1"], ["bbb", "20"]], right=[1]) == ["a     1", "bbb  20"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dsv4.text import human_bytes
+
 LABEL = 64.0  # width of the row labels, in SVG units
 ROW = 12.0
 WIDTH = 960.0
@@ -173,28 +175,19 @@ def size_bars(sizes: Mapping[str, Mapping[str, int]]) -> Chart:
     for side, found in sizes.items():
         if not found:
             continue
-        chart.text(0, chart.height + 12, f"{side}: {gigabytes(sum(found.values()))}", kind="strong")
+        chart.text(0, chart.height + 12, f"{side}: {human_bytes(sum(found.values()))}", kind="strong")
         x = 0.0
         for number, dtype in enumerate(dtypes):
             wide = WIDTH * found.get(dtype, 0) / most
             if wide:
-                name = f"{dtype} {gigabytes(found[dtype])}"
-                tip = f"{dtype}: {gigabytes(found[dtype])}"
+                name = f"{dtype} {human_bytes(found[dtype])}"
+                tip = f"{dtype}: {human_bytes(found[dtype])}"
                 chart.rect(x, chart.height + 18, max(wide, 0.5), 22, f"dtype{number % 6}", tip)
                 if wide > 8 * len(name):
                     chart.text(x + 6, chart.height + 33, name, kind="onbar")
             x += wide
         chart.height += 54
     return chart
-
-
-def gigabytes(count: float) -> str:
-    """`159609485896` -> `159.6 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def short(count: int) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Format, decode
+from dsv4.text import human_bytes
 
-from .charts import Chart, code_bars, gigabytes, proof_grid, scale_map, size_bars, span_histogram
+from .charts import Chart, code_bars, proof_grid, scale_map, size_bars, span_histogram
 from .template import render_page
 
 LISTED = 200  # differing tensors and problems shown; the JSON has all
@@ -40,7 +41,7 @@ def made_by(command: str = "") -> dict[str, str]:
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = max(found["seconds"], 1e-9)
-    read = f"{gigabytes(found['read_bytes'])} in {seconds:.1f} s, {gigabytes(found['read_bytes'] / seconds)}/s"
+    read = f"{human_bytes(found['read_bytes'])} in {seconds:.1f} s, {human_bytes(found['read_bytes'] / seconds)}/s"
     made = found["made_by"]
     facts = [
         ("Source", found["source"]),
@@ -176,7 +177,7 @@ def _codes(found: dict[str, Any]) -> list[tuple[str, Chart]]:
 def _sizes(found: dict[str, Any]) -> dict[str, Any]:
     sizes = found["statistics"]["bytes_by_dtype"]
     dtypes = sorted({dtype for side in sizes.values() for dtype in side})
-    rows = [(dtype, [gigabytes(side.get(dtype, 0)) for side in sizes.values()]) for dtype in dtypes]
+    rows = [(dtype, [human_bytes(side.get(dtype, 0)) for side in sizes.values()]) for dtype in dtypes]
     return {"chart": size_bars(sizes), "sides": list(sizes), "rows": rows}
 
 

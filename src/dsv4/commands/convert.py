@@ -30,7 +30,7 @@ from dsv4.options import (
     named,
     parse_size,
 )
-from dsv4.output import human_bytes, human_seconds
+from dsv4.text import aligned, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
@@ -87,7 +87,7 @@ def _print_plan(out: output.Output, plan: "Plan", resources: "Resources", free: 
         ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
         *_remote_rows(remote),
     ]
-    for line in output.aligned(rows, right=[1]):
+    for line in aligned(rows, right=[1]):
         out.text(line)
     for shard in plan.shards:
         out.detail(f"{shard.file}  {human_bytes(shard.size)}  {len(shard.tensors)} tensors")

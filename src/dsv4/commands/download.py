@@ -9,6 +9,7 @@ import typer
 from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
 from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, example, named
+from dsv4.text import human_bytes
 
 if TYPE_CHECKING:
     from dsv4.convert.hub.download import DownloadPlan
@@ -36,9 +37,9 @@ def _show_plan(plan: "DownloadPlan", dry_run: bool) -> None:
     present = len(plan.files) - len(plan.missing)
     say = out.text if dry_run else out.say
     say(f"{plan.snapshot.source} at commit {plan.snapshot.commit}")
-    say(f"  {len(plan.files)} files, {output.human_bytes(plan.bytes)}, into {plan.root}")
-    say(f"  {present} already there, {output.human_bytes(plan.missing_bytes)} to fetch")
-    say(f"  {output.human_bytes(plan.free)} free on that disk")
+    say(f"  {len(plan.files)} files, {human_bytes(plan.bytes)}, into {plan.root}")
+    say(f"  {present} already there, {human_bytes(plan.missing_bytes)} to fetch")
+    say(f"  {human_bytes(plan.free)} free on that disk")
 
 
 def download(

@@ -14,6 +14,7 @@ from typing import Any
 from dsv4 import machine, output
 from dsv4.errors import printable
 from dsv4.options import Json, example
+from dsv4.text import human_bytes
 
 EPILOG = example("dsv4 env", "dsv4 env --json")
 PACKAGES = (
@@ -113,7 +114,7 @@ def facts() -> dict[str, Any]:
 
 
 def _size(count: int | None) -> str:
-    return "unknown" if count is None else output.human_bytes(count)
+    return "unknown" if count is None else human_bytes(count)
 
 
 def _system(found: dict[str, Any]) -> list[list[str]]:
@@ -130,20 +131,14 @@ def _system(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _section(out: output.Output, title: str, rows: list[list[str]]) -> None:
-    out.text(title)
-    for line in output.aligned(rows or [["none"]]):
-        out.text(f"  {line}")
-
-
 def _show(out: output.Output, found: dict[str, Any]) -> None:
-    _section(out, "Versions", [[name, number or "not installed"] for name, number in found["versions"].items()])
-    _section(out, "System", [[name, printable(text)] for name, text in _system(found)])
+    out.section("Versions", [[name, number or "not installed"] for name, number in found["versions"].items()])
+    out.section("System", [[name, printable(text)] for name, text in _system(found)])
     devices = [[d["device"], printable(d["name"]), _size(d["memory_bytes"])] for d in found["devices"]]
-    _section(out, "Devices besides the CPU", devices)
+    out.section("Devices besides the CPU", devices)
     folders = [[w, f"{_size(f['free_bytes'])} free", printable(f["path"])] for w, f in found["folders"].items()]
-    _section(out, "Folders", folders)
-    _section(out, "Environment", [[name, printable(value)] for name, value in found["variables"].items()])
+    out.section("Folders", folders)
+    out.section("Environment", [[name, printable(value)] for name, value in found["variables"].items()])
 
 
 def env(json: Json = False) -> None:

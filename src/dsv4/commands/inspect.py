@@ -13,6 +13,7 @@ from dsv4 import output
 from dsv4.errors import UsageError, printable
 from dsv4.opening import opening
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
+from dsv4.text import aligned, human_bytes, human_count
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, Progress, TensorInfo
@@ -25,19 +26,9 @@ BAR = 40  # characters of the longest bar of a histogram
 ATTENTION = {"sliding": "sliding", "csa": "CSA", "hca": "HCA", "compressed": "compressed"}
 
 
-def human_count(number: int) -> str:
-    """`284332000000` -> `284B`, `1573000000000` -> `1.6T`: as model cards round."""
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            return f"{number / size:.{0 if number >= 10 * size else 1}f}{unit}"
-    return str(number)
-
-
 def _section(out: output.Output, title: str, rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
     out.text()
-    out.text(title)
-    for line in output.aligned(rows, right):
-        out.text(f"  {line}")
+    out.section(title, rows, right)
 
 
 def _layers_line(counts: dict[str, int]) -> str:
@@ -68,15 +59,15 @@ def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
         rows.append(["experts", f"{experts} routed a layer{each}; stored as {', '.join(inspection.expert_formats)}"])
     total = inspection.total
     shards = "shard" if inspection.shards == 1 else "shards"
-    size = output.human_bytes(total.bytes)
+    size = human_bytes(total.bytes)
     return [*rows, ["storage", f"{size} in {total.tensors:,} tensors, {inspection.shards} {shards}"]]
 
 
 def _amounts(out: output.Output, title: str, amounts: dict[str, Any]) -> None:
     head = [title, "tensors", "parameters", "bytes"]
-    rows = [[n, f"{a.tensors:,}", human_count(a.parameters), output.human_bytes(a.bytes)] for n, a in amounts.items()]
+    rows = [[n, f"{a.tensors:,}", human_count(a.parameters), human_bytes(a.bytes)] for n, a in amounts.items()]
     out.text()
-    for line in output.aligned([head, *rows], (1, 2, 3)):
+    for line in aligned([head, *rows], (1, 2, 3)):
         out.text(line)
 
 
@@ -97,11 +88,11 @@ def _cache(out: output.Output, inspection: "Inspection") -> None:
     _section(
         out,
         "KV cache of one sequence (FP8 keys with BF16 rotary part, FP4 index keys)",
-        [["tokens", *LENGTH_NAMES.values()], ["bytes", *(output.human_bytes(sizes[n]) for n in LENGTHS)]],
+        [["tokens", *LENGTH_NAMES.values()], ["bytes", *(human_bytes(sizes[n]) for n in LENGTHS)]],
         (1, 2, 3, 4),
     )
     rows = [
-        [how, output.human_bytes(v3_2_bytes(V3_2_STORAGE[how], LENGTHS[-1])), f"{100 * share:.1f}%"]
+        [how, human_bytes(v3_2_bytes(V3_2_STORAGE[how], LENGTHS[-1])), f"{100 * share:.1f}%"]
         for how, share in shares_of_v3_2(cache).items()
     ]
     _section(out, "Share of DeepSeek-V3.2's cache at 1M tokens, if that is stored as", rows, (1, 2))
@@ -111,7 +102,7 @@ def _sizes(out: output.Output, inspection: "Inspection") -> None:
     if inspection.sizes is None:
         return
     now = inspection.total.bytes
-    rows = [[how, output.human_bytes(size), f"{size / now:.2f} x"] for how, size in inspection.sizes.items()]
+    rows = [[how, human_bytes(size), f"{size / now:.2f} x"] for how, size in inspection.sizes.items()]
     _section(out, "What dsv4 convert would make of it", rows, (1, 2))
 
 
@@ -133,7 +124,7 @@ def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
 
     facts = as_json(inspection)
     out.result(facts)
-    for line in output.aligned(_facts(inspection, facts)):
+    for line in aligned(_facts(inspection, facts)):
         out.text(line)
     _amounts(out, "dtype", inspection.dtypes)
     _amounts(out, "part", inspection.families)
@@ -159,9 +150,9 @@ def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
     out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
     for shard in dict.fromkeys(info.shard for info in found):
         infos = sorted((info for info in found if info.shard == shard), key=_by_number)
-        rows = [[printable(i.name), i.dtype, str(list(i.shape)), output.human_bytes(i.nbytes)] for i in infos]
+        rows = [[printable(i.name), i.dtype, str(list(i.shape)), human_bytes(i.nbytes)] for i in infos]
         _section(out, printable(shard), rows, (3,))
-    out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {output.human_bytes(total)}")
+    out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {human_bytes(total)}")
 
 
 def _histogram(out: output.Output, title: str, counts: dict[str, int]) -> None:
@@ -201,7 +192,7 @@ def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     if view.scale and view.block:
         block = f"{view.block.rows} x {view.block.columns}"
         facts.append(["scale", f"{view.scale.dtype} {list(view.scale.shape)}, one per {block}"])
-    for line in output.aligned([*facts, *_numbers(view)]):
+    for line in aligned([*facts, *_numbers(view)]):
         out.text(line)
     _grid(out, "First values", [[f"{value:.6g}" for value in row] for row in view.values])
     _grid(out, "Their codes", [[f"0x{code:02x}" for code in row] for row in view.codes])

@@ -30,8 +30,8 @@ from dsv4.options import (
     named,
     parse_size,
 )
-from dsv4.output import aligned, human_bytes, human_seconds
 from dsv4.result_file import check_writable, result_file
+from dsv4.text import aligned, human_bytes, human_seconds, some_of
 
 if TYPE_CHECKING:
     from dsv4.convert.proof.files import Files
@@ -129,9 +129,7 @@ def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
         out.text(f"inverse: {back:,} of {inverse['codes']:,} FP4 codes were rebuilt")
     for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
         if names := inverse[key]:
-            some = ", ".join(map(printable, names[:SHOWN]))
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            out.text(f"  {why} in {len(names)} tensors: {some}{more}")
+            out.text(f"  {why} in {len(names)} tensors: {some_of(list(map(printable, names)), SHOWN)}")
 
 
 def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:

@@ -89,8 +89,3 @@ def test_rank_files() -> None:
 def test_patterns() -> None:
     assert names.pattern_of("layers.3.ffn.experts.7.w1.weight") == "layers.{L}.ffn.experts.{E}.w1.weight"
     assert names.pattern_of("mtp.1.norm.weight") == "mtp.{M}.norm.weight"
-
-
-def test_natural_order() -> None:
-    found = ["layers.10.a", "layers.9.ffn.experts.10.w1", "layers.9.ffn.experts.9.w3", "layers.9.a", "embed"]
-    assert sorted(found, key=names.natural_order) == [found[4], found[3], found[2], found[1], found[0]]

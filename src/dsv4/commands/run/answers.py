@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.errors import EXIT_DONE
 from dsv4.machine import peak_memory
-from dsv4.output import Output, human_bytes, human_seconds
+from dsv4.output import Output
+from dsv4.text import human_bytes, human_seconds
 
 from .options import RunOptions
 from .prompts import Dialogue, Prompt

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, InputError
 from dsv4.machine import peak_memory
 from dsv4.options import as_typed
-from dsv4.output import Output, aligned
+from dsv4.output import Output
+from dsv4.text import aligned
 
 from .answers import TokenProgress
 from .logits import say_timing

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import EXIT_DONE
 from dsv4.machine import peak_memory
-from dsv4.output import Output, human_bytes
+from dsv4.output import Output
 from dsv4.result_file import result_file
+from dsv4.text import human_bytes
 
 from .answers import TokenProgress, rate, seconds_text
 

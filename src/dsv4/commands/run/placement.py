@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import MachineError
 from dsv4.machine import MARGIN, peak_memory, usable_memory
-from dsv4.output import Output, human_bytes
+from dsv4.output import Output
+from dsv4.text import human_bytes
 
 from .source import Source
 
