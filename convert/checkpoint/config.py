@@ -117,6 +117,12 @@ def weight_block(config: Config) -> tuple[int, int] | None:
     return None
 
 
+def ignored_layers(config: Config) -> tuple[str, ...]:
+    """Names of the layers that `quantization_config.ignored_layers` leaves out; () if it does not say."""
+    value = quantization(config).get("ignored_layers")
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
+
+
 def expert_dtype(config: Config) -> str | None:
     """`expert_dtype`, at the top level (V4) or inside `quantization_config` (V4.1); None if neither says it."""
     return config_string(config, "expert_dtype") or config_string(quantization(config), "expert_dtype")

@@ -30,7 +30,7 @@ from dsv4.convert.checkpoint.reader import (
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed_expert_formats
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
-from dsv4.convert.plan.engines import Layout
+from dsv4.convert.plan.engines import Layout, Stored
 from dsv4.errors import InputError, printable
 
 # Key of config.json in a release -> the reference engine's name for it.
@@ -71,6 +71,11 @@ class Facts:
         name = REFERENCE_KEYS.get(key, key) if self.layout == "mp" else key
         value = self.config.get(name)
         return value if type(value) is int and value > 0 else None
+
+    @property
+    def stored(self) -> Stored:
+        """How it is stored, for caveats."""
+        return Stored(layout=self.layout, experts=self.experts, wo_a=self.wo_a, quantized=self.quantized, mtp=self.mtp)
 
     @property
     def block(self) -> tuple[int, int]:

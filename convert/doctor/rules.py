@@ -1,6 +1,7 @@
-"""Will this engine load this folder and compute the right thing? The rules compare the folder with the engine's row.
+"""Does this engine read this folder right? The rules compare the folder with the engine's row.
 
-Where nobody knows, the verdict is `unknown`, and `doctor` does not say yes.
+Where nobody knows, the verdict is `unknown`, and `doctor` does not say yes. What a yes rests on is in the row's
+`evidence`.
 
 Many rules are about faults that no engine reports: vLLM copies E8M0 expert scales byte by byte into float32, a missing
 expert_dtype means fp4 to one engine and fp8 to another, and a weight without its scale is read as unscaled codes.
@@ -8,7 +9,7 @@ expert_dtype means fp4 to one engine and fp8 to another, and a weight without it
 
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,12 +19,13 @@ from dsv4.convert.checkpoint.config import (
     compress_ratios,
     config_string,
     expert_dtype,
+    ignored_layers,
     quantization,
     weight_block,
 )
 from dsv4.convert.checkpoint.foreign import HINT
 from dsv4.convert.checkpoint.reader import Checkpoint, Progress, no_progress
-from dsv4.convert.plan.engines import ABSENT, ENGINES, Caveat, Engine, EngineName
+from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.errors import InputError, UsageError, printable
@@ -133,6 +135,10 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
         *most, last = known_ratios
         listed = f"{', '.join(map(str, most))} and {last}"
         yield Check("architecture", "refuses", f"{p.name} knows compress ratios {listed} only")
+    head_dim = p.facts.dimension("head_dim")
+    if p.engine.head_dims and head_dim is not None and head_dim not in p.engine.head_dims:
+        listed = " and ".join(map(str, p.engine.head_dims))
+        yield Check("architecture", "refuses", f"head_dim {head_dim}: {p.name} knows {listed} only")
 
 
 def _tensors(p: RuleContext) -> Iterator[Check]:
@@ -189,13 +195,28 @@ def _expert_scales(p: RuleContext) -> Iterator[Check]:
         yield Check("expert scales", "wrong", others, *p.convert)
 
 
+def _names_wo_a(facts: Facts) -> bool | None:
+    """Whether ignored_layers names wo_a of every layer, with and without `model.`; None if it names some of these."""
+    layers = range(facts.dimension("num_hidden_layers") or 0)
+    names = {f"{prefix}layers.{layer}.attn.wo_a" for layer in layers for prefix in ("", "model.")}
+    named = names & set(ignored_layers(facts.config))
+    return bool(named) if named in (set(), names) else None
+
+
 def _wo_a(p: RuleContext) -> Iterator[Check]:
-    found = sorted(p.facts.wo_a)
-    if set(found) <= set(p.engine.wo_a):
-        yield Check("wo_a", "ok", ", ".join(found))
+    found = ", ".join(sorted(p.facts.wo_a))
+    ignores = p.engine.plain_wo_a and p.facts.wo_a == {"bf16"}
+    named = not quantization(p.facts.config) or _names_wo_a(p.facts)
+    if p.facts.wo_a <= set(p.engine.wo_a):
+        yield Check("wo_a", "ok", found)
+    elif ignores and named:
+        yield Check("wo_a", "ok", f"{found}, and config.json says that it is not quantized")
+    elif ignores and named is None:
+        some = f"{found}; ignored_layers names it in some layers, or only with or without model."
+        yield Check("wo_a", "unknown", some, "Name layers.N.attn.wo_a and model.layers.N.attn.wo_a of every layer.")
     else:
         status, text = p.engine.other_wo_a
-        yield Check("wo_a", status, text.format(found=", ".join(found)), *p.convert)
+        yield Check("wo_a", status, text.format(found=found), *p.convert)
 
 
 def _quantization_config(p: RuleContext) -> Iterator[Check]:
@@ -257,10 +278,11 @@ def _split_faults(p: RuleContext, ranks: int) -> Iterator[str]:
         if value is not None and value % ranks:
             yield f"{key} {value} cannot be divided by {ranks}"
     rows = p.facts.block[0]
-    for keys in p.engine.split_blocks if p.facts.quantized else ():
-        width = _product(p, keys)
-        if width is not None and (width % ranks or width // ranks % rows):
-            yield f"{' x '.join(keys)} = {width} over {ranks} ranks is no multiple of {rows}"
+    for split in p.engine.splits if p.facts.quantized else ():
+        width = _product(p, split.keys)
+        concerns = not split.experts or p.facts.experts == {split.experts}
+        if concerns and width is not None and (width % ranks or width // ranks % rows):
+            yield f"{' x '.join(split.keys)} = {width} over {ranks} ranks is no multiple of {rows}"
 
 
 def _tensor_parallel(p: RuleContext) -> Iterator[Check]:
@@ -277,16 +299,9 @@ def _tensor_parallel(p: RuleContext) -> Iterator[Check]:
         yield Check(rule, "ok", f"{ranks} ranks")
 
 
-def _concerns(caveat: Caveat, facts: Facts) -> bool:
-    experts = not caveat.experts or facts.experts == {caveat.experts}
-    scales = not caveat.scales or caveat.scales in facts.expert_scales
-    return experts and scales and (facts.mtp or not caveat.mtp)
-
-
 def _caveats(p: RuleContext) -> Iterator[Check]:
-    for caveat in p.engine.caveats:
-        if _concerns(caveat, p.facts):
-            yield Check(caveat.rule, "note", caveat.text)
+    for caveat in caveats_of(p.name, p.facts.stored):
+        yield Check(caveat.rule, "note", caveat.text)
 
 
 def _foreign(p: RuleContext) -> Iterator[Check]:
@@ -304,16 +319,21 @@ RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All verdicts about one folder and one engine. `start`: the command that starts it there, "" if it has none."""
+    """All verdicts about one folder and one engine.
+
+    evidence: what the engine's rules were checked against, None if nothing was executed. start: the command that
+    starts the engine on the folder, "" if it has none.
+    """
 
     folder: str
     engine: EngineName
+    evidence: Evidence | None
     checks: tuple[Check, ...]
     start: str
 
     @property
     def loads(self) -> bool | None:
-        """Whether the engine will load it and compute the right thing; None if it may, but nobody has shown it."""
+        """True if every rule says that the engine reads it right, False if one says that it does not, else None."""
         found = {check.status for check in self.checks}
         return False if found & set(FAILURES) else None if "unknown" in found else True
 
@@ -326,6 +346,7 @@ class Diagnosis:
         return {
             "folder": self.folder,
             "engine": self.engine,
+            "checked": asdict(self.evidence) if self.evidence else None,
             "loads": self.loads,
             "start": self.start,
             "checks": checks,
@@ -335,7 +356,7 @@ class Diagnosis:
 def _start(p: RuleContext) -> str:
     if not p.engine.serve:
         return ""
-    variables = [c.variable for c in p.engine.caveats if c.variable and _concerns(c, p.facts)]
+    variables = [c.variable for c in caveats_of(p.name, p.facts.stored) if c.variable]
     ranks = [f"{p.engine.ranks_option} {p.tensor_parallel}"] if p.tensor_parallel else []
     return " ".join([*variables, p.engine.serve, shlex.quote(p.facts.folder), *ranks])
 
@@ -357,4 +378,4 @@ def diagnose(
     elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
         rules = RULES_FOR_FOREIGN if facts.foreign else RULES
         checks += [check for rule in rules for check in rule(context)]
-    return Diagnosis(facts.folder, engine, tuple(checks), _start(context))
+    return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context))

@@ -1,9 +1,11 @@
 """The engines: what `dsv4 convert` writes for each, what each accepts, and how each is started. One row per engine.
 
 The names that `--target` and `dsv4 doctor --for` take, and the sizes that `dsv4 inspect` lists, come from ENGINES, so
-a new engine is a new row. docs/engines.md says how we know what a row states.
+a new engine is a new row. Each row says in `evidence` what was executed, with which version and when; docs/engines.md
+has the evidence rule by rule.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,143 +22,175 @@ class Target:
     """What `convert` writes for an engine.
 
     scale_dtype: dtype of the block scales of FP8 weights. wo_a: dtype of `attn.wo_a`. expert_dtype: what config.json
-    says of FP8 experts, ABSENT if the key must not be there. caveats: what to know about an engine that loads it.
+    says of FP8 experts, ABSENT if the key must not be there.
     """
 
     scale_dtype: ScaleDtype
     wo_a: WoA
     expert_dtype: str | None
-    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules of an engine were checked against: its version, the month, and what of it was executed."""
+
+    version: str
+    date: str
+    executed: str
+
+    def __str__(self) -> str:
+        return f"{self.version}, checked {self.date}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How a checkpoint is stored, as far as caveats ask.
+
+    experts, wo_a: formats (fp4, fp8, bf16) of the routed experts and of attn.wo_a. quantized: whether any weight is.
+    mtp: whether there are draft blocks.
+    """
+
+    layout: Layout
+    experts: Set[str]
+    wo_a: Set[str]
+    quantized: bool
+    mtp: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caveat:
-    """Something to know before starting an engine on a checkpoint of a certain kind.
+    """Something to know before starting an engine on a checkpoint that is stored in a certain way.
 
-    rule: the rule of `doctor` that reports it. experts, scales: it concerns checkpoints whose experts are stored in
-    this format, with block scales of this dtype; "" for any. mtp: it concerns checkpoints with draft blocks only.
-    variable: an assignment in the environment of the engine, "" if none is needed.
+    rule: the rule of `doctor` that reports it. layout, experts: it concerns checkpoints of this layout whose experts
+    are all in this format; "" for any. wo_a: it concerns quantized checkpoints whose attn.wo_a is in this format.
+    mtp: it concerns checkpoints with draft blocks only. variable: an assignment in the environment of the engine, ""
+    if none is needed.
     """
 
     rule: str = "start"
     text: str
+    layout: Layout | Literal[""] = ""
     experts: str = ""
-    scales: str = ""
+    wo_a: str = ""
     mtp: bool = False
     variable: str = ""
+
+    def concerns(self, stored: Stored) -> bool:
+        """Whether it concerns a checkpoint."""
+        return (
+            self.layout in ("", stored.layout)
+            and (not self.experts or stored.experts == {self.experts})
+            and (not self.wo_a or (stored.quantized and self.wo_a in stored.wo_a))
+            and (stored.mtp or not self.mtp)
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dimension that tensor parallel ranks share, the product of config keys: each share must be whole FP8 blocks.
+
+    experts: it holds for checkpoints whose experts are all in this format; "" for any.
+    """
+
+    keys: tuple[str, ...]
+    experts: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """What one engine accepts.
 
-    target: what `convert --target` writes for it. layout: of the folders that it reads.
-    model_types, compress_ratios: values that it knows, () if it takes any.
+    evidence: what was executed to know it, None if nothing was. target: what `convert --target` writes for it.
+    layout: of the folders that it reads.
+    model_types, compress_ratios, head_dims: values that it knows, () if it takes any.
     expert_scales: format of the experts -> dtypes of their block scales that it reads right; a format that is not a
     key is not known to work. declared: format of the experts -> values of expert_dtype that make it read that format;
     a format that is not a key: it looks at the tensors. undeclared: what it takes experts for if the key is absent.
-    wo_a: dtypes of attn.wo_a that it reads right. other_wo_a: status and text of `doctor` for another dtype, {found}.
+    wo_a: dtypes of attn.wo_a that it reads right. plain_wo_a: whether it also reads BF16 right where config.json says
+    that the layer is not quantized. other_wo_a: status and text of `doctor` for anything else, {found}.
     scale_fmts: values of scale_fmt that it accepts, the one it assumes first; () if it does not look.
     partial_blocks: whether it reads FP8 weights right whose sides are no multiples of the block.
     needs: side files without which it stops. wants: side files that a user would miss.
-    divided: config keys that the number of ranks must divide. split_blocks: products of config keys whose share of a
-    rank must consist of whole FP8 blocks. serve: the command that starts it on a folder, "" if there is none;
-    ranks_option: the option of that command for the number of ranks.
+    divided: config keys that the number of ranks must divide. splits: what ranks share in whole FP8 blocks.
+    serve: the command that starts it on a folder, "" if there is none; ranks_option: its option for the number of
+    ranks.
     """
 
+    evidence: Evidence | None
     target: Target
     layout: Layout
     model_types: tuple[str, ...] = ()
     compress_ratios: tuple[int, ...] = ()
+    head_dims: tuple[int, ...] = ()
     expert_scales: dict[str, tuple[str, ...]]
     declared: dict[str, tuple[str | None, ...]]
     undeclared: str
     wo_a: tuple[str, ...]
-    other_wo_a: tuple[Literal["wrong", "unknown"], str] = ("unknown", "")
+    plain_wo_a: bool = False
+    other_wo_a: tuple[Literal["wrong", "unknown"], str] = ("unknown", "{found}: not known to load")
     scale_fmts: tuple[str, ...] = ()
     partial_blocks: bool = True
     needs: tuple[str, ...]
     wants: tuple[str, ...]
     divided: tuple[str, ...]
-    split_blocks: tuple[tuple[str, ...], ...]
+    splits: tuple[Split, ...]
     caveats: tuple[Caveat, ...]
     serve: str = ""
     ranks_option: str = ""
 
 
+_LOADER = "its config class, choice of quantization and weight loader, on the CPU; no kernel and no forward pass"
 _SERVED = ("encoding/encoding_dsv4.py", "generation_config.json")
-_SPLIT = (("moe_intermediate_size",), ("num_attention_heads", "head_dim"), ("o_groups", "o_lora_rank"))
-_DECODED = "needs the package accelerate; without a GPU it decodes to BF16 while loading"
+_HEADS, _OUTPUT_GROUPS = Split(("num_attention_heads", "head_dim")), Split(("o_groups", "o_lora_rank"))
+_DECODED = "transformers needs the package accelerate; without a GPU it decodes to BF16 while loading"
 
 ENGINES: dict[str, Engine] = {
     "vllm": Engine(
-        target=Target(
-            "f32",
-            "fp8",
-            "fp8",
-            (
-                "vLLM reads expert scales as float32; it sets VLLM_USE_DEEP_GEMM_E8M0=0 by itself for such a "
-                "checkpoint.",
-            ),
-        ),
+        evidence=Evidence("vLLM 0.33.0", "2026-11", _LOADER),
+        target=Target("f32", "fp8", "fp8"),
         layout="hf",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F32",)},  # it copies E8M0 bytes into float32 as they are
+        head_dims=(128, 512),
+        # It copies the E8M0 bytes of expert scales into float32 as they are; other E8M0 scales it converts by value.
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F32",), "bf16": ()},
         declared={"fp4": ("fp4", ABSENT), "fp8": ("fp8",)},
         undeclared="fp4",
         wo_a=("fp8",),
-        other_wo_a=("unknown", "{found}: only fp8 is known to load in vllm"),
+        plain_wo_a=True,
+        other_wo_a=("wrong", "{found}: vLLM casts it into an FP8 weight whose scale it never sets, without an error"),
         needs=TOKENIZER,
         wants=_SERVED,
         divided=("num_attention_heads", "o_groups"),
-        split_blocks=_SPLIT,
-        caveats=(
-            Caveat(
-                text="vLLM sets VLLM_USE_DEEP_GEMM_E8M0=0 for float32 scales by itself: leave it",
-                experts="fp8",
-            ),
-        ),
+        splits=(Split(("moe_intermediate_size",), experts="fp8"), _HEADS, _OUTPUT_GROUPS),
+        caveats=(Caveat(text="of its MoE backends, MegaMoE takes FP4 experts only", experts="fp8"),),
         serve="vllm serve",
         ranks_option="--tensor-parallel-size",
     ),
     "sglang": Engine(
-        target=Target(
-            "e8m0",
-            "bf16",
-            ABSENT,
-            ("SGLang assumes FP4 experts when it cannot probe the shards: start it with SGLANG_DSV4_FP4_EXPERTS=0.",),
-        ),
+        evidence=Evidence("SGLang 0.5.23", "2026-11", _LOADER),
+        target=Target("e8m0", "bf16", ABSENT),
         layout="hf",
-        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},
+        expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32"), "bf16": ()},
         declared={},  # it looks into the header of one routed expert
         undeclared="",
         wo_a=("fp8", "bf16"),
         needs=TOKENIZER,
         wants=_SERVED,
         divided=("num_attention_heads", "o_groups"),
-        split_blocks=_SPLIT,
+        splits=(Split(("moe_intermediate_size",)), _HEADS, _OUTPUT_GROUPS),
         caveats=(
             Caveat(
-                text="start it with SGLANG_DSV4_FP4_EXPERTS=0: it takes the experts for FP4 when it cannot probe",
-                experts="fp8",
-                variable="SGLANG_DSV4_FP4_EXPERTS=0",
+                text="SGLang stops at a BF16 wo_a on Blackwell: start it with SGLANG_OPT_FP8_WO_A_GEMM=0",
+                wo_a="bf16",
+                variable="SGLANG_OPT_FP8_WO_A_GEMM=0",
             ),
-            Caveat(
-                text="float32 scales, the layout of Base: SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1",
-                experts="fp8",
-                scales="F32",
-                variable="SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1",
-            ),
+            Caveat(text="SGLang warns of an unexpected dtype BF16 and loads every value", experts="bf16"),
         ),
         serve="python -m sglang.launch_server --model-path",
         ranks_option="--tp-size",
     ),
     "transformers": Engine(
-        target=Target(
-            "e8m0",
-            "fp8",
-            "fp8",
-            ("transformers ignores mtp.*: no speculative decoding from these files there.",),
-        ),
+        evidence=Evidence("transformers 5.24.0", "2026-11", "every weight and logit, on the CPU; no GPU kernel"),
+        target=Target("e8m0", "fp8", "fp8"),
         layout="hf",
         model_types=("deepseek_v4",),
         compress_ratios=(0, 4, 128),
@@ -169,7 +203,7 @@ ENGINES: dict[str, Engine] = {
         needs=(),
         wants=(*TOKENIZER, "generation_config.json"),
         divided=(),
-        split_blocks=(("moe_intermediate_size",),),
+        splits=(Split(("moe_intermediate_size",)),),
         caveats=(
             Caveat(text=_DECODED, experts="fp4"),
             Caveat(
@@ -185,12 +219,8 @@ ENGINES: dict[str, Engine] = {
         ),
     ),
     "reference": Engine(
-        target=Target(
-            "e8m0",
-            "fp8",
-            ABSENT,
-            ("The reference engine loads its own layout: convert with --layout mp --model-parallel N to run it.",),
-        ),
+        evidence=None,
+        target=Target("e8m0", "fp8", ABSENT),
         layout="mp",
         expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32")},  # F32: its converter passes Base through
         declared={"fp4": ("fp4",), "fp8": (ABSENT,)},
@@ -200,8 +230,13 @@ ENGINES: dict[str, Engine] = {
         needs=("config.json", *TOKENIZER),
         wants=(),
         divided=("vocab_size", "num_attention_heads", "o_groups", "n_routed_experts", "index_n_heads"),
-        split_blocks=_SPLIT[1:],
-        caveats=(),
+        splits=(_HEADS, _OUTPUT_GROUPS),
+        caveats=(
+            Caveat(
+                text="the reference engine loads rank files: convert with --layout mp --model-parallel N to run it",
+                layout="hf",
+            ),
+        ),
     ),
 }
 
@@ -218,3 +253,9 @@ if TYPE_CHECKING:
 else:
     EngineName = Literal[tuple(ENGINES)]
     TargetName = Literal[tuple(TARGETS)]
+
+
+def caveats_of(target: TargetName, stored: Stored) -> tuple[Caveat, ...]:
+    """What to know before starting a target's engine on a checkpoint that is stored so."""
+    engine = ENGINES.get(target)
+    return tuple(caveat for caveat in engine.caveats if caveat.concerns(stored)) if engine else ()

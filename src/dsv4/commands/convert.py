@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output, signals
-from dsv4.convert.plan.engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
-from dsv4.convert.plan.settings import OnInexact, To, resolve
+from dsv4.convert.checkpoint.names import draft_stages
+from dsv4.convert.plan.engines import Layout, ScaleDtype, Stored, TargetName, WoA, caveats_of
+from dsv4.convert.plan.settings import OnInexact, Settings, To, resolve
 from dsv4.errors import UsageError, printable
 from dsv4.machine import free_bytes, peak_memory
 from dsv4.opening import opening
@@ -244,6 +245,15 @@ class _Job:
         return result
 
 
+def _caveats(checkpoint: "Checkpoint", settings: Settings) -> tuple[str, ...]:
+    """What to know before starting the target's engine on FP8 experts."""
+    if settings.layout != "hf" or settings.to != "fp8":
+        return ()
+    mtp = bool(draft_stages(checkpoint.tensors))
+    stored = Stored(layout="hf", experts={"fp8"}, wo_a={settings.wo_a or ""}, quantized=True, mtp=mtp)
+    return tuple(caveat.text for caveat in caveats_of(settings.target, stored))
+
+
 def convert(
     source: Annotated[
         str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")
@@ -331,6 +341,6 @@ def convert(
         _print_part(out, result, share)
         return
     source = remote["source"] if remote else source
-    traps = TARGETS[settings.target].caveats if settings.layout == "hf" and settings.to == "fp8" else ()
+    traps = _caveats(checkpoint, settings)
     _print_result(out, result, source, traps)
     out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(traps)})

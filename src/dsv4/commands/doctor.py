@@ -1,4 +1,4 @@
-"""`dsv4 doctor`: will an engine load a folder and compute the right thing?"""
+"""`dsv4 doctor`: does an engine read a folder right, by the rules that dsv4 has for it?"""
 
 import shlex
 import textwrap
@@ -13,12 +13,12 @@ from dsv4.opening import opening
 from dsv4.options import Json, Quiet, example, named
 
 if TYPE_CHECKING:
-    from dsv4.convert.doctor.rules import Check
+    from dsv4.convert.doctor.rules import Check, Diagnosis
 
 WIDTH = 80
 
 
-def _print(out: output.Output, check: "Check") -> None:
+def _print_check(out: output.Output, check: "Check") -> None:
     head = f"{check.status:9}{check.rule:21}"
     indent = " " * len(head)
     wrap = textwrap.TextWrapper(WIDTH, head, indent, break_long_words=False, break_on_hyphens=False)
@@ -30,17 +30,19 @@ def _print(out: output.Output, check: "Check") -> None:
             out.text(line)
 
 
-def _verdict(out: output.Output, engine: str, checks: "tuple[Check, ...]", loads: bool | None) -> None:
+def _print_verdict(out: output.Output, diagnosis: "Diagnosis") -> None:
+    engine, evidence = diagnosis.engine, diagnosis.evidence
+    verdicts = {
+        True: f"The folder fits every rule for {engine}.",
+        False: f"The folder does NOT fit the rules for {engine}.",
+        None: f"The folder has something that no rule for {engine} covers.",
+    }
     out.text()
-    if loads:
-        how = ", started as said above" if any(check.rule == "start" for check in checks) else ""
-        out.text(f"{engine} will load it and compute the right thing{how}.")
-        return
-    if loads is None:
-        out.text(f"Nobody has shown that {engine} loads this and computes the right thing.")
-    else:
-        out.text(f"{engine} will NOT load this as it is and compute the right thing.")
-    for command in dict.fromkeys(check.command for check in checks if check.command):
+    out.text(verdicts[diagnosis.loads])
+    rules = f"Rules: {evidence} ({evidence.executed})." if evidence else "Rules: not checked by running the engine."
+    for line in textwrap.wrap(rules, WIDTH, break_long_words=False, break_on_hyphens=False):
+        out.text(line)
+    for command in dict.fromkeys(check.command for check in diagnosis.checks if check.command):
         out.text(f"  {command}")  # one line, however long: it is there to be pasted
 
 
@@ -55,9 +57,9 @@ def doctor(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say whether an engine will load a folder and compute the right thing, and what to change if not.
+    """Say whether a folder fits every rule that dsv4 has for an engine, and what to change if not.
 
-    Exit code 0 if it will, 1 if not or if that is not known.
+    Exit code 0 if it does, 1 if not or if no rule covers it. The verdict says what the rules were checked against.
     """
     out = output.configure(json, quiet)
     from dsv4.convert.doctor.rules import diagnose
@@ -66,8 +68,8 @@ def doctor(
         diagnosis = diagnose(folder, engine, tensor_parallel, headers)
     out.result(diagnosis.to_json())
     for check in diagnosis.checks:
-        _print(out, check)
-    _verdict(out, engine, diagnosis.checks, diagnosis.loads)
+        _print_check(out, check)
+    _print_verdict(out, diagnosis)
     if not diagnosis.loads:
         raise typer.Exit(EXIT_DIFFERENCE)
     here = shlex.join(["dsv4", "run", folder, "-p", "Hello"])

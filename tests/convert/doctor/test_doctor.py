@@ -1,10 +1,10 @@
-"""`dsv4 doctor`: each rule by damage, and `transformers` really loading what its row says it loads."""
+"""`dsv4 doctor`: each rule by damage, and `transformers` loading what its row says that it loads."""
 
 import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tiny import RAGGED
 
 from dsv4 import cli
 from dsv4.convert.doctor.rules import Diagnosis, diagnose
+from dsv4.convert.plan.engines import ENGINES
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 
@@ -71,6 +72,7 @@ def failures(diagnosis: Diagnosis) -> set[str]:
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "transformers"])
 def test_what_is_converted_for_an_engine_loads_there(converted: Callable[..., Path], engine: str) -> None:
     assert diagnose(converted("--target", engine), engine, 1).loads
+    assert diagnose(converted("--target", "vllm"), engine, 1).loads  # one folder for all three
     assert diagnose(converted(), engine).loads
 
 
@@ -114,6 +116,12 @@ def quantization(**keys: object) -> dict:
     return {k: v for k, v in (released | {"weight_block_size": [128, 128]} | keys).items() if v is not ...}
 
 
+def ignoring(*prefixes: str) -> list[str]:
+    """`ignored_layers` that names wo_a of every layer, with each of these in front."""
+    return [f"{prefix}layers.{layer}.attn.wo_a" for layer in range(3) for prefix in prefixes]
+
+
+BF16_WO_A = ("--target", "vllm", "--wo-a", "bf16")
 DAMAGE = [
     # the release, which is FP4
     ((), "vllm", {"expert_dtype": "fp8"}, (), "expert_dtype"),
@@ -134,11 +142,18 @@ DAMAGE = [
     (("--target", "vllm"), "transformers", {"expert_dtype": ...}, (), None),
     (("--target", "sglang"), "sglang", {}, (), None),
     (("--target", "transformers"), "vllm", {}, (), "expert scales"),
-    (("--target", "vllm", "--wo-a", "bf16"), "vllm", {}, (), "wo_a"),
+    (BF16_WO_A, "vllm", {}, (), "wo_a"),
     # BF16
     (("--to", "bf16"), "transformers", {}, (), None),
     (("--to", "bf16"), "transformers", {"quantization_config": quantization()}, (), "quantization_config"),
-    (("--to", "bf16"), "vllm", {}, (), "experts"),
+    (("--to", "bf16"), "vllm", {}, (), None),
+    (("--to", "bf16"), "sglang", {}, (), None),
+    # BF16 wo_a beside FP8
+    (BF16_WO_A, "vllm", {"quantization_config": quantization(ignored_layers=ignoring("", "model."))}, (), None),
+    (BF16_WO_A, "vllm", {"quantization_config": quantization(ignored_layers=ignoring(""))}, (), "wo_a"),
+    (BF16_WO_A, "vllm", {"quantization_config": quantization(ignored_layers=ignoring("", "model.")[1:])}, (), "wo_a"),
+    (BF16_WO_A, "vllm", {"quantization_config": quantization(ignored_layers="layers")}, (), "wo_a"),
+    (BF16_WO_A, "sglang", {}, (), None),
 ]
 
 
@@ -156,6 +171,43 @@ def test_rules(
     diagnosis = diagnose(edited(converted(*options) if options else release, *removed, **keys), engine)
     assert (diagnosis.loads is True) == (rule is None)
     assert rule is None or rule in failures(diagnosis)
+
+
+def test_bf16_wo_a_is_wrong_unless_the_config_says_so(
+    converted: Callable[..., Path], edited: Callable[..., Path]
+) -> None:
+    def status(folder: Path) -> str:
+        return next(check.status for check in diagnose(folder, "vllm").checks if check.rule == "wo_a")
+
+    folder = converted(*BF16_WO_A)
+    assert status(folder) == "wrong"
+    assert status(edited(folder, quantization_config=quantization(ignored_layers=ignoring("")))) == "unknown"
+
+
+def test_what_vllm_does_not_take(tmp_path: Path) -> None:
+    wide = make_checkpoint(tmp_path / "wide", geometry=replace(SMALL, head_dim=256))
+    assert failures(diagnose(wide, "vllm")) == {"architecture"}
+    assert diagnose(wide, "sglang").loads
+    narrow = replace(SMALL, moe_intermediate_size=128)  # 64 for each of two ranks: half a block
+    fp4 = make_checkpoint(tmp_path / "fp4", geometry=narrow)
+    fp8 = make_checkpoint(tmp_path / "fp8", geometry=narrow, experts="fp8")
+    assert diagnose(fp4, "vllm", 2).loads  # vLLM pads them
+    assert failures(diagnose(fp8, "vllm", 2)) == {"tensor parallel"}
+    assert failures(diagnose(fp8, "sglang", 2)) == {"tensor parallel"}
+
+
+def test_a_verdict_says_what_the_rules_were_checked_against(
+    release: Path, converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = converted("--to", "same", "--layout", "mp", "--model-parallel", "2")
+    for folder, engine in ((release, "vllm"), (release, "sglang"), (release, "transformers"), (ranks, "reference")):
+        evidence = ENGINES[engine].evidence
+        assert cli.run(["doctor", str(folder), "--for", engine, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["checked"] == (asdict(evidence) if evidence else None)
+        assert cli.run(["doctor", str(folder), "--for", engine]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        wanted = f"{evidence.version}, checked {evidence.date} ({evidence.executed})" if evidence else "not checked"
+        assert wanted in said and "will" not in said
 
 
 def test_a_mixture_of_experts_formats_is_wrong_everywhere(tmp_path: Path) -> None:
@@ -186,10 +238,8 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert facts["loads"] is False
-    assert {check["rule"] for check in facts["checks"] if check["status"] == "wrong"} == {
-        "expert_dtype",
-        "expert scales",
-    }
+    wrong = {check["rule"] for check in facts["checks"] if check["status"] == "wrong"}
+    assert wrong == {"expert_dtype", "expert scales", "wo_a"}
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "-q"]) == 1
     assert capsys.readouterr() == ("", "")
     assert cli.run(["doctor", for_sglang, "--for", "ollama"]) == 2
@@ -275,7 +325,7 @@ def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
     assert cli.run([*words, "-q"]) == 0
 
 
-@pytest.mark.parametrize("options", [("--target", "sglang"), ("--target", "transformers"), ("--to", "bf16")])
+@pytest.mark.parametrize("options", [("--target", "transformers"), BF16_WO_A])
 def test_the_command_it_prints_makes_it_right(
     release: Path, converted: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -295,10 +345,9 @@ def test_the_command_names_a_folder_with_spaces(release: Path, converted: Callab
     ("engine", "options", "start"),
     [
         ("vllm", (), "vllm serve {} --tensor-parallel-size 1"),
-        ("sglang", ("--target", "sglang"), "SGLANG_DSV4_FP4_EXPERTS=0 python -m sglang.launch_server --model-path {} "
-         "--tp-size 1"),
-        ("sglang", (), "SGLANG_DSV4_FP4_EXPERTS=0 SGLANG_FIX_DSV4_BASE_MODEL_LOAD=1 python -m sglang.launch_server "
-         "--model-path {} --tp-size 1"),
+        ("sglang", (), "python -m sglang.launch_server --model-path {} --tp-size 1"),
+        ("sglang", BF16_WO_A, "SGLANG_OPT_FP8_WO_A_GEMM=0 python -m sglang.launch_server --model-path {} --tp-size 1"),
+        ("sglang", ("--to", "bf16"), "python -m sglang.launch_server --model-path {} --tp-size 1"),
         ("transformers", (), ""),
     ],
 )  # fmt: skip

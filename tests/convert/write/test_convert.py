@@ -363,9 +363,11 @@ class TestConfig:
             assert (tmp_path / "out" / name).read_bytes() == (sources["early"] / name).read_bytes()
 
 
-def test_traps_of_the_engine_are_said(sources: dict[str, Path], tmp_path: Path) -> None:
-    for target, word in (("sglang", "SGLANG_DSV4_FP4_EXPERTS=0"), ("vllm", "float32"), ("transformers", "mtp")):
-        assert word in convert(sources["release"], tmp_path / target, "--target", target)
+def test_caveats_of_the_engine_are_said(sources: dict[str, Path], tmp_path: Path) -> None:
+    said = {"sglang": "WO_A_GEMM=0", "vllm": "MegaMoE", "transformers": "mtp", "reference": "rank files"}
+    for target, word in said.items():
+        assert word in convert(sources["release"], tmp_path / target, "--target", target, "--wo-a", "bf16")
+    assert "SGLANG" not in convert(sources["release"], tmp_path / "fp8", "--target", "sglang", "--wo-a", "fp8")
 
 
 def test_the_closing_lines(sources: dict[str, Path], tmp_path: Path) -> None:
