@@ -18,14 +18,24 @@ from .weight_store import Progress, WeightStore
 from .weights import check, mtp_stages
 
 
+def devices() -> list[str]:
+    """The devices that torch can compute on here: `cpu`, and those of an accelerator by number."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if kind is not None else 0
+    return ["cpu", *(f"{kind}:{i}" if count > 1 else str(kind) for i in range(count))]
+
+
 def find_device(name: str) -> torch.device:
-    """A torch device by name, tried out. Raises MachineError if torch does not know it or it is not there."""
+    """A torch device by name, tried out. Raises MachineError that lists the devices here, if it is none of them."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = printable(str(error).splitlines()[0]) if str(error) else "no reason given"
-        raise MachineError(f"device '{printable(name)}' cannot be used: {reason}", "Use --device cpu.") from None
+        there = devices()
+        text = f"there is no device '{printable(name)}' here"
+        if any(name.partition(":")[0] == device.partition(":")[0] for device in there):
+            text += f" that works: {printable(str(error).partition(chr(10))[0])}"
+        raise MachineError(text, f"Devices that torch {torch.__version__} finds here: {', '.join(there)}.") from None
     return device
 
 

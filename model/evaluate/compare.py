@@ -3,6 +3,7 @@
 They run one after the other, so that each has all the memory. Of the first run only logits and fingerprints are kept.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from dsv4.errors import InputError
 
 from .logits import Evaluation
 from .trace import Fingerprints
+
+ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,15 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.to(torch.float64), dim=-1)
 
 
+def _by_rows(
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], one: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
+    """`measure` of every row, some rows at a time: float64 copies of all logits take several times their memory."""
+    count = -(-len(one) // ROWS_AT_ONCE)
+    pieces = zip(one.tensor_split(count), other.tensor_split(count), strict=True)
+    return torch.cat([measure(*rows) for rows in pieces])
+
+
 def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(one || other) of each row, float64 [n], at least 0: rounding can give a tiny negative sum."""
     first, second = _log_probabilities(one), _log_probabilities(other)
@@ -84,10 +96,10 @@ def compare(one: Run, other: Run) -> Comparison:
             f"the vocabularies have {a.logits.shape[-1]} and {b.logits.shape[-1]} tokens",
             "Only checkpoints of the same model can be compared.",
         )
-    difference, kl = _difference(a.logits, b.logits), _kl(a.logits, b.logits)
+    difference, kl = _by_rows(_difference, a.logits, b.logits), _by_rows(_kl, a.logits, b.logits)
     top1 = a.logits.argmax(-1) == b.logits.argmax(-1)
     both_mtp = a.mtp_logits is not None and b.mtp_logits is not None
-    mtp = float(_difference(a.mtp_logits, b.mtp_logits).max()) if both_mtp else None  # type: ignore[arg-type]
+    mtp = float(_by_rows(_difference, a.mtp_logits, b.mtp_logits).max()) if both_mtp else None  # type: ignore[arg-type]
     parted = one.fingerprints.first_difference(other.fingerprints)
     return Comparison(
         bit_equal=_same_bits(a.logits, b.logits) and _same_bits(a.mtp_logits, b.mtp_logits),

@@ -3,10 +3,12 @@
 import html
 import io
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from mixed_scales import mix_scales
 from program import as_program
 from safetensors.torch import load_file
@@ -199,6 +202,25 @@ def test_mtp_changes_nothing_and_is_counted(capfd: Capture, folder: str) -> None
     assert re.search(r"drafts: \d+ of \d+ accepted \(\d+%\)", run(capfd, *arguments, "--mtp")[1])
 
 
+def test_rates_count_the_tokens_of_their_own_seconds(
+    capfd: Capture, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill computes each row's first new token, so decoding made one less in its seconds."""
+    took: list[Statistics] = []
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        result = generate(*arguments, **more)
+        took.append(result[1])
+        return result
+
+    monkeypatch.setattr("dsv4.model.generate.generate", watched)
+    (tmp_path / "prompts").write_text("one\ntwo\nthree\n")
+    found = run_json(capfd, folder, "--file", str(tmp_path / "prompts"), *FEW)["statistics"]
+    assert found["new_tokens"] == 3 * 4
+    assert found["decode_tokens_per_second"] == 3 * 3 / took[0].decode_seconds
+    assert found["prefill_tokens_per_second"] == found["prompt_tokens"] / took[0].prefill_seconds
+
+
 def test_stop_strings(capfd: Capture, folder: str) -> None:
     arguments = (folder, "Hello", "--seed", "6", "--max-new-tokens", "24")
     whole = run_json(capfd, *arguments)["answers"][0]["text"]
@@ -256,6 +278,37 @@ def test_logits_go_where_they_are_told(capfd: Capture, folder: str, tmp_path: Pa
     run(capfd, folder, "--tokens", "0,5", "--logits", str(link), "-q")
     assert link.is_symlink() and set(load_file(target)) == {"token_ids", "logits", "mtp_logits"}
     assert "is a folder" in run(capfd, folder, "--tokens", "0,5", "--logits", str(tmp_path), code=2)[1]
+
+
+@pytest.mark.parametrize("option", ["--logits", "--trace"])
+def test_a_full_disk_is_named_and_an_older_file_survives(
+    capfd: Capture, folder: str, tmp_path: Path, option: str
+) -> None:
+    path = tmp_path / "result"
+    path.write_text("older")
+    with files_of_at_most(4096):
+        _, err = run(capfd, folder, "--tokens", "0,5,9", "--max-new-tokens", "4", option, str(path), code=4)
+    assert f"error: {path}: File too large" in err
+    assert path.read_text() == "older" and [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+def test_an_interrupted_trace_leaves_the_older_one(
+    capfd: Capture, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr("dsv4.model.evaluate.trace.TraceWriter.__call__", interrupt)
+    path = tmp_path / "trace"
+    path.write_text("older")
+    run(capfd, folder, "--tokens", "0,5", *FEW, "--trace", str(path), code=130)
+    assert path.read_text() == "older" and [entry.name for entry in tmp_path.iterdir()] == ["trace"]
+
+
+def test_results_into_a_device(capfd: Capture, folder: str) -> None:
+    for option in ("--logits", "--trace"):
+        run(capfd, folder, "--tokens", "0,5", "--max-new-tokens", "2", option, "/dev/null", "-q")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_trace(capfd: Capture, folder: str, tmp_path: Path) -> None:
@@ -583,3 +636,31 @@ def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
     assert set(load_file(path)) == {"token_ids", "logits"}
     full = str(make_checkpoint(tmp_path / "full", geometry=TINY))
     assert run(capfd, bare, "--tokens", "1,2", "--compare", full)[0].startswith("BIT-EQUAL")
+
+
+# --- memory ---
+
+# 180 MB of weights, nine tenths of them experts: more than what is left of the bound beside the interpreter and torch.
+LARGE = Geometry(
+    vocab_size=2048, hidden_size=1024, compress_ratios=(0, 4, 128, 0), n_routed_experts=24, num_experts_per_tok=4,
+    moe_intermediate_size=1024, num_attention_heads=16, head_dim=256, q_lora_rank=512, o_lora_rank=512, index_topk=64,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_max_memory_bounds_the_whole_process(tmp_path: Path) -> None:
+    folder = str(make_checkpoint(tmp_path / "large", geometry=LARGE, tokenizer=False))
+    ids = ",".join(str(i * 37 % 2000) for i in range(64))
+
+    def found(*more: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "dsv4", "run", folder, "--tokens", ids, "--json", *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    bound = 400_000_000
+    free = found("--logits", "free")["statistics"]["peak_memory_bytes"]
+    bounded = found("--logits", "bounded", "--max-memory", "400MB")["statistics"]["peak_memory_bytes"]
+    assert 0.7 * bound < bounded <= bound < free
+    assert (tmp_path / "free").read_bytes() == (tmp_path / "bounded").read_bytes()
+    assert found("--compare", folder, "--max-memory", "400MB")["peak_memory_bytes"] <= bound

@@ -2,12 +2,10 @@
 
 import errno
 import os
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from full_disk import files_of_at_most
 
 from dsv4.errors import UsageError
 from dsv4.result_file import check_writable, result_file
@@ -38,22 +36,11 @@ def test_an_older_file_survives(tmp_path: Path, error: type[BaseException], olde
     assert names(tmp_path) == ({"a"} if older else set())
 
 
-@pytest.fixture
-def little_disk() -> Iterator[None]:
-    """Files of at most 4096 bytes, which fails as a full disk does: in a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
-
-
 @pytest.mark.parametrize("size", [5000, 10**6])
-def test_a_full_disk_names_the_file(tmp_path: Path, little_disk: None, size: int) -> None:
+def test_a_full_disk_names_the_file(tmp_path: Path, size: int) -> None:
     path = tmp_path / "report.html"
     path.write_bytes(b"older")
-    with pytest.raises(OSError) as caught, result_file(path) as file:
+    with files_of_at_most(4096), pytest.raises(OSError) as caught, result_file(path) as file:
         file.write(b"x" * size)
     assert caught.value.filename == str(path) and caught.value.errno == errno.EFBIG
     assert path.read_bytes() == b"older" and names(tmp_path) == {"report.html"}

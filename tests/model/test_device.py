@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.commands.run.placement import device_of
+from dsv4.commands.run.placement import device_of, place
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.distributed import Ranks
 from dsv4.errors import MachineError
 from dsv4.model import load
+from dsv4.model.loading import devices, find_device
 
 PROGRAM = str(Path(__file__).parents[1] / "lab" / "second_device.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -59,6 +60,27 @@ def test_each_rank_has_a_device_of_its_own(
         monkeypatch.setattr(torch, kind, SimpleNamespace(device_count=lambda: there), raising=False)
     assert device_of(device, Ranks(5, 8, local_index=1, local_count=4)) == place
     assert device_of(device, None) == device
+
+
+@pytest.mark.parametrize("name", ["gpu", "xla", "cuda:99", "meta", "", "cpu:x", "a\x1b[1m"])
+def test_what_is_not_there_is_an_error_that_says_what_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for call in (find_device, lambda name: place(name, True, None, None, 0)):
+        with pytest.raises(MachineError) as caught:
+            call(name)
+        assert f"there is no device '{name.encode('unicode_escape').decode()}' here" in str(caught.value)
+        assert caught.value.hint == f"Devices that torch {torch.__version__} finds here: cpu."
+        assert len(str(caught.value)) < 120
+
+
+def test_devices_are_listed_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    for count, listed in ((1, ["cpu", "cuda"]), (3, ["cpu", "cuda:0", "cuda:1", "cuda:2"])):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda count=count: count)
+        assert devices() == listed
+    with pytest.raises(MachineError, match=r"no device 'cuda:9' here that works: \w"):  # torch's reason, as it may help
+        find_device("cuda:9")
 
 
 def test_the_numbers_are_the_same_bits_there() -> None:
