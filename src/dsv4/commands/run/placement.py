@@ -36,13 +36,13 @@ class Placement:
     """Where and how this process computes.
 
     device: as torch names it, of this process. simulation: whether the release's quantizations are simulated.
-    weights_bytes: bytes of weights that may stay in memory; None where the system does not say what is free.
+    weights_bytes: bytes of weights that may stay in memory.
     other_bytes: what the process needs besides weights. group: the ranks that hold the model together.
     """
 
     device: str
     simulation: bool
-    weights_bytes: int | None
+    weights_bytes: int
     other_bytes: int
     group: "TensorParallelGroup"
 
