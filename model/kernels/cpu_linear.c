@@ -325,6 +325,7 @@ static int64_t strip_rows(const struct matrix *w) {
 /* Rows of x, `stride` elements apart, as paired float32 and, if `bf16` is not null, as bfloat16, both padded. */
 static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride, int64_t columns, float *pairs,
                     uint16_t *bf16, int32_t threads) {
+    (void)threads; /* without OpenMP */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && m_count > 1)
     for (int64_t m = 0; m < m_count; m++) {
         const uint8_t *p = (const uint8_t *)x + m * stride * (is_bf16 ? 2 : 4);

@@ -46,6 +46,16 @@ def window_rows(position: int, count: int, first: int, window: int) -> torch.Ten
     return torch.where(key <= query, key - first, -1).to(torch.int32)
 
 
+def finished_blocks(position: int, count: int, blocks: int, ratio: int) -> torch.Tensor:
+    """The compressed keys that queries `position` ... see without an indexer: int32 [count, blocks].
+
+    Block b at place b if its last token is the query or before it, else -1.
+    """
+    finished = (torch.arange(position, position + count) + 1) // ratio
+    block = torch.arange(blocks, dtype=torch.int32)
+    return torch.where(block < finished[:, None], block, -1).to(torch.int32)
+
+
 class Attention:
     """One attention sublayer."""
 
@@ -105,9 +115,7 @@ class Attention:
             return self._indexer.choose(cache, q, weights, segment.position)
         if cache.compressor is None:
             return torch.empty(segment.count, 0, dtype=torch.int32)
-        blocks = torch.arange(cache.compressor.entries.length, dtype=torch.int32)
-        past = (torch.arange(segment.position, segment.position + segment.count) + 1) // self._ratio
-        return torch.where(blocks < past[:, None], blocks, -1).to(torch.int32)
+        return finished_blocks(segment.position, segment.count, cache.compressor.entries.length, self._ratio)
 
     def _attend(self, q: torch.Tensor, segment: Segment, cache: LayerCache, chosen: torch.Tensor) -> torch.Tensor:
         config = self._config

@@ -112,6 +112,15 @@ def test_a_session_goes_on_where_it_stands() -> None:
     assert sum(heard) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
 
 
+def test_a_session_that_holds_all_of_the_prompt_is_computed_again() -> None:
+    model = FakeModel()
+    _, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
+    assert session is not None
+    for prompt in (session.tokens, session.tokens[:-1]):
+        answers, statistics, _ = generate(model, [prompt], Limits(4), GREEDY, session=session)
+        assert answers[0].tokens == plain_loop(prompt, 4) and statistics.prompt_tokens == len(prompt)
+
+
 def test_another_prompt_does_not_use_the_session() -> None:
     model = FakeModel()
     _, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
@@ -189,6 +198,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert found[0] == 0
     assert np.abs(found[[1, 2, 3]] - np.array([0.5, 0.15, 0.25]) / 0.9).max() < 0.018
     assert draws(logits, Sampling(1.0, 1e-9), 100)[1] == 1
+
+
+def test_top_p_that_one_token_reaches_exactly_keeps_one() -> None:
+    assert draws(torch.zeros(2), Sampling(1.0, 0.5), 200).tolist() == [1, 0]
 
 
 def test_the_seed_and_the_row_decide() -> None:

@@ -28,7 +28,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "wide heads, small limit": {
         **BASE, "compress_ratios": [4, 0, 4], "head_dim": 48, "num_attention_heads": 2, "swiglu_limit": 0.1,
-        "num_hash_layers": 0, "hc_sinkhorn_iters": 3, "rms_norm_eps": 1e-3, "hc_eps": 1e-3, "index_topk": 5,
+        "num_hash_layers": 0, "hc_sinkhorn_iters": 3, "rms_norm_eps": 1e-3, "hc_eps": 1e-2, "index_topk": 5,
+    },
+    # r is 16, and the ramp would end at pair 12 of 8: its end is cut off at r - 1, not at the last pair.
+    "yarn to beyond the last pair": {
+        **BASE, "compress_ratios": [4, 128], "num_hidden_layers": 2, "compress_rope_theta": 100.0,
+        "rope_scaling": BASE["rope_scaling"] | {"original_max_position_embeddings": 4096},
     },
 }  # fmt: skip
 

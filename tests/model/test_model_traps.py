@@ -141,6 +141,12 @@ def unfinished_blocks_visible(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(indexer.Indexer, "choose", lambda self, cache, q, w, position: right(self, cache, q, w, position + 3))
 
 
+def unfinished_hca_blocks_visible(patch: pytest.MonkeyPatch) -> None:
+    """The same on a layer with ratio 128, one token before the block's last."""
+    right = attention.finished_blocks
+    patch.setattr(attention, "finished_blocks", lambda position, *rest: right(position + 1, *rest))
+
+
 def no_sink(patch: pytest.MonkeyPatch) -> None:
     right = WeightStore.vector
 
@@ -245,7 +251,8 @@ def window_one_too_wide(patch: pytest.MonkeyPatch) -> None:
 
 MISTAKES = [
     rotary_halves, yarn_everywhere, yarn_nowhere, output_not_rotated_back, blocks_do_not_overlap,
-    overlap_halves_swapped, block_at_its_last_position, unfinished_blocks_visible, no_sink, comb_transposed,
+    overlap_halves_swapped, block_at_its_last_position, unfinished_blocks_visible, unfinished_hca_blocks_visible,
+    no_sink, comb_transposed,
     shared_expert_not_clamped, routed_experts_not_clamped, hash_layers_weigh_evenly, bias_in_the_weights,
     bias_ignored_in_the_choice, indexer_takes_every_block, indexer_takes_the_newest, window_one_too_wide,
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Tensor and expert parallel: the same bits for any number of ranks, from the slices that each of them reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from dsv4.model.weight_store import is_matrix
 from dsv4.model.weights import read_matrix, read_vector, tensor_shapes
 
 # Four groups of heads, a quarter of hidden_size that ends inside a block of 128 rows, a hash layer, both compressors,
-# an MTP block. Of 40 heads, eight have a norm that is rounded once more: they are those of the last ranks.
+# an MTP block. Four ranks have ten heads each, no multiple of the four that a kernel computes at once.
 FOUR = Geometry(hidden_size=320, compress_ratios=(4, 128, 0), o_groups=4, num_attention_heads=40, index_n_heads=4)
 TOKENS = ",".join(str(7 * i % 64) for i in range(1, 141))  # one block of 128 and the beginning of another
 
@@ -198,6 +199,12 @@ class TestSlices:
         with pytest.raises(UsageError, match="equally") as error:
             check_divisible(config, TensorParallelGroup(0, count))
         assert "o_groups = 4" in str(error.value) and "1, 2, 4 ranks" in error.value.hint
+
+    def test_index_heads_that_cannot_be_shared_equally(self, folder: Path) -> None:
+        config = replace(Config.from_json(Checkpoint.open(folder).config), index_n_heads=3)
+        with pytest.raises(UsageError, match="2 ranks cannot share index_n_heads = 3 equally") as error:
+            check_divisible(config, TensorParallelGroup(0, 2))
+        assert error.value.hint == "This checkpoint can be run by 1 ranks."
 
     def test_is_said_by_the_command(self, folder: Path, tmp_path: Path) -> None:
         ended = run_ranks(3, tmp_path, "run", folder, "--tokens", "1")

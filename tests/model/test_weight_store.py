@@ -65,6 +65,22 @@ def test_any_limit_gives_the_same_bits(folder: Path, resident: tuple[torch.Tenso
     assert (model.store.reads > 0) == (share < 1)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.68, 0.72])
+def test_the_limit_holds_at_every_module(
+    folder: Path, resident: tuple[torch.Tensor, int], monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Also where the tokens choose more experts than fit."""
+    least = smallest(folder)
+    limit, read, right = int(least + share * (resident[1] - least)), set(), WeightStore._read
+    monkeypatch.setattr(WeightStore, "_read", lambda self, name: read.add(name) or right(self, name))
+    model, held = load(folder, max_memory=limit), []
+    cache = model.new_cache(1)
+    for token in range(40):
+        model.forward(torch.tensor([[token]]), cache, trace=lambda *_: held.append(model.store.resident_bytes))
+    experts = sum(model.store.sizes[name] for name in read if ".experts." in name)
+    assert max(held) <= limit < experts + min(held)
+
+
 def test_one_byte_less_than_needed_is_refused(folder: Path) -> None:
     least = smallest(folder)
     load(folder, max_memory=least)
