@@ -170,6 +170,19 @@ def test_a_scale_off_by_one(output: Output, name: str, step: int) -> None:
     assert (result.exit_code, named(result, "*")) == (1, {f"{name}.weight", f"{name}.scale"})
 
 
+@pytest.mark.parametrize("other", [1.75, np.nextafter(np.float32(1.25), np.float32(2))])
+def test_a_float_scale_of_the_same_exponent(tmp_path: Path, other: float) -> None:
+    """Equal codes under scales that differ in the mantissa alone: no value is equal but zero."""
+    codes = np.arange(1, 65, dtype=np.uint8).reshape(2, 32)
+    for place, scale in (("a", 1.25), ("b", other)):
+        tensors = {"x.weight": raw("F8_E4M3", codes), "x.scale": raw("F32", np.full((1, 1), scale, np.float32))}
+        write_folder(tmp_path / place, {"model.safetensors": tensors}, index=False)
+    result = verify(tmp_path / "a", tmp_path / "b")
+    assert (result.exit_code, named(result, "*")) == (1, {"x.weight", "x.scale"})
+    assert result.results[0].tally.different == codes.size
+    assert verify(tmp_path / "a", tmp_path / "a").exit_code == 0
+
+
 def test_swapped_nibbles(source: Path) -> None:
     output = Output(source, False)
     name = "layers.0.ffn.experts.0.w3.weight"

@@ -219,6 +219,35 @@ def test_an_expert_in_the_wrong_rank(source: Path, ranks: tuple[Path, list[Tenso
     assert complaints(result) == [f"{name} belongs to rank 0, it is in rank 1"]
 
 
+def test_an_expert_in_two_ranks(source: Path, ranks: tuple[Path, list[Tensors]]) -> None:
+    """Also one that holds the same bytes: the engine reads an expert from its own rank only."""
+    first, second = ranks[1]
+    name = next(name for name in first if ".experts.0.w1.weight" in name)
+    second[name] = first[name]
+    result = verify_ranks(source, ranks)
+    assert result.exit_code == 1 and result.counts["*"] == 0
+    assert complaints(result) == [f"{name} belongs to rank 0, it is in rank 0, 1"]
+
+
+@pytest.mark.parametrize("at", [(0, 0), (7, 5), (37, 5), (63, 7)])
+def test_where_a_tensor_in_column_slices_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]
+) -> None:
+    """Compared byte for byte, in bands of eight rows."""
+    monkeypatch.setattr("dsv4.convert.proof.run.BAND_BYTES", 128)
+    name, codes = "layers.0.attn.wo_b.weight", np.arange(512, dtype=np.uint16).reshape(64, 8)
+    write_folder(tmp_path / "source", {"model.safetensors": {name: raw("BF16", codes)}}, index=False)
+    changed = codes.copy()
+    changed[at] ^= 1
+    halves = {f"model{i}-mp2.safetensors": {name: raw("BF16", changed[:, 4 * i : 4 * i + 4])} for i in range(2)}
+    write_folder(tmp_path / "output", halves, index=False)
+    (result,) = verify(tmp_path / "source", tmp_path / "output").results
+    assert (result.status, result.tally.different) == ("*", 1)
+    (first,) = result.tally.first
+    assert first["at"] == list(at)
+    assert [first[side]["code"] for side in ("source", "output")] == [f"0x{c[at]:04x}" for c in (codes, changed)]
+
+
 def test_a_rank_that_is_not_there(source: Path, ranks: tuple[Path, list[Tensors]]) -> None:
     (ranks[0] / "model1-mp2.safetensors").unlink()
     result = verify(source, ranks[0])

@@ -311,3 +311,14 @@ def test_rebuild_takes_no_mark_for_a_code() -> None:
         E4M3, np.full((4, 32), 0x7E, np.uint8), 32, e8m0_scales(np.full((1, 1), 120, np.uint8)), (128, 128)
     )
     assert rebuild(first, second) == {"codes": 128, "sign": 0, "wrong": 128}
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.25, 0.1])
+def test_rebuild_needs_an_exact_quotient(scale: float) -> None:
+    """Every FP4 code beside every FP8 code, under a scale by which most FP8 values cannot be divided."""
+    codes = np.arange(16, dtype=np.uint8)
+    packed = np.tile((codes[0::2] | codes[1::2] << 4).astype(np.uint8), (256, 2))
+    scales = float_scales(np.full((256, 1), scale, np.float32).view(np.uint32))
+    first = RowBand(E2M1, packed, 32, scales, (1, 32))
+    second = RowBand(E4M3, np.repeat(np.arange(256, dtype=np.uint8)[:, None], 32, axis=1), 32, no_scales(), LARGE)
+    check(first, second)
