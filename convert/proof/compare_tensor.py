@@ -58,6 +58,19 @@ def _band_rows(compared: ComparedTensor, band_bytes: int) -> int:
     return max(block, band_bytes // max(step, 1) // block * block)
 
 
+def largest_band(compared: list[ComparedTensor], band_bytes: int) -> int:
+    """Bytes of the largest band of any of the tensors. A row of blocks is the least, so it may exceed `band_bytes`."""
+    largest = 0
+    for one in compared:
+        weights = [weight for weight in (one.source_weight, one.output_weight) if weight is not None]
+        if weights:
+            rows = min(_band_rows(one, band_bytes), weights[0].rows)
+            largest = max(largest, rows * max(weight.row_bytes for weight in weights))
+        elif one.kind == "bytes":
+            largest = max(largest, min(band_bytes, one.size))
+    return largest
+
+
 def _rows_per_piece(compared: ComparedTensor) -> tuple[int, int, int]:
     """(rows of the tensor, rows of a piece, `row_bytes` of a piece). No rows: there is nothing to read."""
     if compared.kind == "bytes":

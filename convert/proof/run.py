@@ -1,5 +1,6 @@
 """`verify(source, output)`: read the headers, plan, compare, and draw the verdict."""
 
+import math
 import os
 import threading
 import time
@@ -9,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
+import psutil
 import torch
 
 from dsv4.errors import Interrupted, UsageError, printable
 from dsv4.machine import usable_cores
 from dsv4.text import human_bytes
 
-from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, plan_pieces
+from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, largest_band, plan_pieces
 from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two, identity
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
@@ -25,7 +27,11 @@ from .result import Verification, code_problems, tensor_results
 from .schedule import ALONE, Share, in_order
 from .tally import Statistics, Tally
 
-BYTES_PER_BAND_BYTE = 12  # buffers, table positions and masks of a thread at its worst
+# Memory of a thread, measured: for the largest band, buffers, table positions and masks; where values are decoded to
+# integers, a number of elements that does not depend on the band.
+BYTES_PER_BAND_BYTE = 28
+LEAST_THREAD_BYTES = 12 << 20
+TABLES_BYTES = 16 << 20
 MIN_BAND_BYTES = 1 << 16
 
 Progress = Callable[[str, int, int], None]  # (step, done, total); the steps are "headers" and then "bytes"
@@ -37,7 +43,7 @@ def no_progress(step: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to compare and how. `max_memory` is in bytes; see `verify` for the others."""
+    """What to compare and how: see `verify`."""
 
     selection: Selection = field(default_factory=Selection)
     strict: bool = False
@@ -45,17 +51,23 @@ class Settings:
     max_workers: int | None = None
     max_memory: int | None = None
 
-    def working_memory(self) -> tuple[int, int]:
-        """(threads, bytes of a band) that fit into `max_memory`. Raises UsageError if nothing does."""
-        workers = self.max_workers or usable_cores()
-        if self.max_memory is None:
-            return workers, BAND_BYTES
-        workers = min(workers, max(1, self.max_memory // (MIN_BAND_BYTES * BYTES_PER_BAND_BYTE)))
-        band = min(BAND_BYTES, self.max_memory // workers // BYTES_PER_BAND_BYTE)
-        if band < MIN_BAND_BYTES:
-            least = MIN_BAND_BYTES * BYTES_PER_BAND_BYTE
-            raise UsageError(f"--max-memory {self.max_memory} is too little", f"Give at least {least} bytes.")
-        return workers, band
+
+def threads_and_band(settings: Settings, compared: list[ComparedTensor]) -> tuple[int, int]:
+    """(threads, bytes of a band) with which the whole process stays within `max_memory`, now that headers are read.
+
+    Bands become smaller first, then threads fewer. Raises UsageError if not even one thread fits.
+    """
+    workers = settings.max_workers or usable_cores()
+    if settings.max_memory is None:
+        return workers, BAND_BYTES
+    used = psutil.Process().memory_info().rss + TABLES_BYTES
+    free = settings.max_memory - used
+    band = min(max(free // workers // BYTES_PER_BAND_BYTE, MIN_BAND_BYTES), BAND_BYTES)
+    thread = max(BYTES_PER_BAND_BYTE * largest_band(compared, band), LEAST_THREAD_BYTES)
+    if free < thread:
+        needed = math.ceil((used + thread) / 10**6)
+        raise UsageError(f"--max-memory {settings.max_memory} is too little", f"Give at least {needed}MB.")
+    return min(workers, free // thread), band
 
 
 @dataclass
@@ -181,7 +193,7 @@ def _compare(
     manifest: Manifest | None,
 ) -> None:
     """This process's share of the reading: tensors, then the files of which the manifest has hashes."""
-    workers, band = settings.working_memory()
+    workers, band = threads_and_band(settings, findings.compared)
     every = [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
     pieces = share.of(every, [piece.size for piece in every])
     findings.total = sum(piece.size for piece in pieces) + (manifest.bytes_to_hash if manifest else 0)
@@ -229,7 +241,6 @@ def verify_files(
     started = time.monotonic()
     if settings.inverse and source is None:
         raise UsageError("--inverse needs the source too", "Give SOURCE and OUTPUT.")
-    settings.working_memory()  # refuse too little memory before the headers are read
     findings = Findings(progress)
     try:
         with _one_torch_thread():
@@ -270,7 +281,8 @@ def verify(
 
     tensor: a glob of tensor names; shard: one shard of `output`, counted from 1; sample: a fraction of the tensors (0
     to 1), drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the source's FP4 codes
-    from the output's values. max_memory: bytes for the buffers of all `max_workers` threads.
+    from the output's values. max_memory: bytes that the whole process may use, with at most `max_workers`
+    threads.
 
     Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected; every other fault of the
     files is in the result.

@@ -3,13 +3,17 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import reference_converter
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
@@ -125,9 +129,12 @@ def test_a_shard(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) ->
         assert found["tensors"].keys() == read_folder(pair[0])[path.name].keys()
 
 
-@pytest.mark.parametrize("options", [{"max_workers": 1}, {"max_workers": 3}, {"max_memory": 2_000_000}])
-def test_workers_and_memory_change_nothing(pair: tuple[Path, Path], options: dict[str, Any]) -> None:
-    wanted, found = verify(*pair).to_json(), verify(*pair, **options).to_json()
+@pytest.mark.parametrize(("workers", "more_memory"), [(1, None), (3, None), (None, 40 << 20), (9, 60 << 20)])
+def test_workers_and_memory_change_nothing(
+    pair: tuple[Path, Path], workers: int | None, more_memory: int | None
+) -> None:
+    memory = None if more_memory is None else psutil.Process().memory_info().rss + more_memory
+    wanted, found = verify(*pair).to_json(), verify(*pair, max_workers=workers, max_memory=memory).to_json()
     for timed in (wanted, found):
         del timed["seconds"]
     wanted["statistics"].pop("code_use")
@@ -392,3 +399,45 @@ def test_a_long_piece_does_not_hold_up_an_interrupt(pair: tuple[Path, Path], mon
     with pytest.raises(Interrupted, match="after 0% of"):
         verify_with(interrupt, *pair)
     assert released.is_set()
+
+
+MEASURE = """
+import sys, psutil, torch
+from dsv4.convert.proof.run import verify
+from dsv4.machine import peak_memory
+most = psutil.Process().memory_info().rss + int(sys.argv[3])
+result = verify(sys.argv[1], sys.argv[2], max_memory=most, max_workers=16, inverse=True)
+print(result.verdict)
+assert peak_memory() <= most, (peak_memory(), most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lookup", "integers"])
+def test_the_whole_process_stays_within_max_memory(kind: str, tmp_path: Path) -> None:
+    """Large tensors and many threads: bands become smaller, threads fewer."""
+    random, shape = np.random.default_rng(0), (128, 8192)
+    for place in ("a", "b"):
+        tensors = {}
+        for i in range(16):
+            codes = random.integers(0, 120, shape, dtype=np.uint8)
+            packed = random.integers(0, 256, (shape[0], shape[1] // 2), dtype=np.uint8)
+            fp4 = raw("I8", packed), raw("F8_E8M0", random.integers(118, 124, (shape[0], shape[1] // 32), np.uint8))
+            scale = 1.25 if kind == "integers" else 1.0
+            fp8 = raw("F8_E4M3", codes), raw("F32", np.full((1, shape[1] // 128), scale, np.float32))
+            tensors[f"x{i}.weight"], tensors[f"x{i}.scale"] = fp4 if place == "a" else fp8
+        write_folder(tmp_path / place, {"model.safetensors": tensors}, index=False)
+    for more in (64 << 20, 160 << 20):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "a"), str(tmp_path / "b"), str(more)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("DIFFERENT"), done.stderr
+
+
+def test_too_little_memory_is_refused_with_the_least(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = command(capsys, *pair, "--max-memory", "9MB")
+    least = re.search(r"Give at least (\d+MB)", err)
+    assert code == 2 and "--max-memory 9000000 is too little" in err and least is not None
+    more = str(int(least[1].removesuffix("MB")) + 100) + "MB"  # this process may have grown since
+    assert command(capsys, *pair, "--max-memory", more)[0] == 0
