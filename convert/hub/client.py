@@ -1,8 +1,8 @@
 """The two hubs behind one small interface: resolve a revision, list files, read a range, fetch a file.
 
-The client libraries do the network work (`hub_huggingface.py`, `hub_modelscope.py`), so their caches, tokens,
-mirrors, proxies and retries are what a user already knows. Here is what both have in common: what a listed file is,
-which names are acceptable, and how the bytes on disk are compared with what the hub listed.
+The client libraries do the network work (`huggingface.py`, `modelscope.py`), so their caches, tokens, mirrors, proxies
+and retries are what a user already knows. Here is what both have in common: what a listed file is, which names are
+acceptable, and how the bytes on disk are compared with what the hub listed.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from dsv4.convert.checkpoint.source import HubName, HubSource
 from dsv4.errors import InputError, MachineError, printable
+from dsv4.progress import Progress
 
 STAGING = ".dsv4-incoming"  # inside the target folder; a file moves out of it when it has been checked
 RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are
@@ -42,21 +43,6 @@ class NoRepository(InputError):
     """The hub knows no such repository, or does not show it to this token."""
 
 
-class Meter(Protocol):
-    """Where a transfer reports its bytes. `update` may be negative when the library starts a file again."""
-
-    def update(self, count: int) -> None:
-        """`count` more bytes have arrived."""
-        ...
-
-
-class NoMeter:
-    """A meter for transfers that nobody watches."""
-
-    def update(self, count: int) -> None:
-        """See Meter."""
-
-
 @dataclass(frozen=True)
 class RemoteFile:
     """A file as the hub lists it. Large files have a SHA-256; small ones at Hugging Face only git's SHA-1."""
@@ -68,7 +54,11 @@ class RemoteFile:
 
 
 class Hub(Protocol):
-    """One hub, with one token. Methods raise NoRepository, InputError, NetworkError or MachineError."""
+    """One hub, with one token. Methods raise NoRepository, InputError, NetworkError or MachineError.
+
+    The progress of a transfer is called in the thread that fetches, with the bytes that arrived, and with a negative
+    number when the library starts a file again. What it raises ends the transfer.
+    """
 
     prefix: HubName
     title: str
@@ -89,18 +79,18 @@ class Hub(Protocol):
         """Every file of a commit."""
         ...
 
-    def read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+    def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         """Exactly `length` bytes by a range request."""
         ...
 
     def fetch_to_folder(
-        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool
     ) -> Path:
         """Fetch a file to `folder`/name. `again` ignores every copy that is already on disk."""
         ...
 
     def fetch_to_cache(
-        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, progress: Progress, again: bool
     ) -> Path:
         """Fetch a file into the library's own cache and return its path there."""
         ...
@@ -118,7 +108,7 @@ class Hub(Protocol):
         ...
 
     def abort(self) -> None:
-        """End the transfers that the meter cannot end."""
+        """End the transfers that the progress cannot end."""
         ...
 
     def similar(self, repository: str) -> list[str]:

@@ -4,26 +4,28 @@ What is already there is checked and kept, so an interrupted download goes on wh
 that could be wrong: what counts is the bytes. The commit goes into a small record beside the files.
 """
 
-import fcntl
 import fnmatch
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from dsv4.convert.checkpoint.source import HubSource
 from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
-from dsv4.progress import SECONDS_BETWEEN_CALLS
+from dsv4.progress import Progress
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
-from .fetch import Counter, FileMeter, Place, Stopped, fetch_checked, is_checked, remove_partials, sync
+from .fetch import Place, fetch_checked, is_checked, remove_partials, sync
 from .open import open_hub, open_snapshot, other_hub
+from .transfers import FileMeter, Transfers
 
 _SPARE_BYTES = 64 << 20  # left free for what else happens on the disk
 
@@ -185,23 +187,19 @@ class _Download:
     """One running download. `warn` gets words for the user."""
 
     def __init__(
-        self, plan: DownloadPlan, fallback: Fallback | None, counter: Counter, warn: Callable[[str], None]
+        self, plan: DownloadPlan, fallback: Fallback | None, transfers: Transfers, warn: Callable[[str], None]
     ) -> None:
-        self.plan, self.fallback, self.counter, self.warn = plan, fallback, counter, warn
-        self.stop = threading.Event()
+        self.plan, self.fallback, self.transfers, self.warn = plan, fallback, transfers, warn
         self.result = DownloadResult()
-        self._lock = threading.Lock()
         self._first_hub_is_down = threading.Event()
 
     def obtain(self, file: RemoteFile) -> None:
         """Bring one file to its place, unless it is there."""
-        if self.stop.is_set():
-            raise Stopped
         snapshot, place = self.plan.snapshot, self.plan.place
-        meter = FileMeter(file.size, self.counter, self._lock, self.stop)
+        meter = FileMeter(file.size, self.transfers)
         if is_checked(place.path(snapshot, file.name), file, snapshot.label):
             meter.finish()
-            self._note(self.result.kept, file)
+            self.result.kept.append(file.name)
             return
         try:
             if self._first_hub_is_down.is_set():
@@ -209,7 +207,7 @@ class _Download:
             fetch_checked(snapshot, file, place, meter, self.warn)
         except (NetworkError, BadFile) as error:
             self._from_other_hub(file, meter, error)
-        self._note(self.result.fetched, file)
+        self.result.fetched.append(file.name)
 
     def _from_other_hub(self, file: RemoteFile, meter: FileMeter, error: Dsv4Error) -> None:
         if self.fallback is None:
@@ -221,20 +219,7 @@ class _Download:
         self.fallback.twin(file)
         # Checked against the first hub's listing, whatever the other one says.
         fetch_checked(self.fallback.snapshot(), file, self.plan.place, meter, self.warn)
-        self._note(self.result.from_fallback, file)
-
-    def look(self) -> None:
-        """Call the counter from the thread that started the download: it raises Interrupted on a signal."""
-        with self._lock:
-            self.counter.advance(0)
-
-    def abort(self) -> None:
-        """End what is under way."""
-        self.plan.snapshot.hub.abort()
-
-    def _note(self, names: list[str], file: RemoteFile) -> None:
-        with self._lock:
-            names.append(file.name)
+        self.result.from_fallback.append(file.name)
 
 
 def _recorded(source: HubSource, token: str | None, folder: Path) -> Snapshot | None:
@@ -274,12 +259,12 @@ def _only_one(folder: Path) -> Iterator[None]:
     """A staging folder that belongs to this process alone; removed at the end if everything moved out of it."""
     staging = folder / STAGING
     staging.mkdir(parents=True, exist_ok=True)
-    with (staging / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"{printable(str(folder))}: another dsv4 download is writing there"
-            raise MachineError(text, "Wait for it, or choose another folder.") from None
+    try:
+        lock = filelock.FileLock(staging / "lock", blocking=False).acquire()
+    except filelock.Timeout:
+        text = f"{printable(str(folder))}: another dsv4 download is writing there"
+        raise MachineError(text, "Wait for it, or choose another folder.") from None
+    with lock:
         remove_partials(folder)
         yield
         shutil.rmtree(staging, ignore_errors=True)
@@ -312,33 +297,14 @@ def _raise_bad_files(futures: list[Future[None]]) -> None:
         raise BadFile(f"{len(faults)} files are not what the hub lists:\n  {text}", faults[0].hint)
 
 
-def _first_fault(futures: set[Future[None]], look: Callable[[], None]) -> BaseException | None:
-    """The first error that ends the run: of the network, the machine or the program. A bad file does not."""
-    pending = futures
-    while pending:
-        look()
-        done, pending = wait(pending, SECONDS_BETWEEN_CALLS, return_when=FIRST_EXCEPTION)
-        for future in done:
-            error = future.exception()
-            if error is not None and not isinstance(error, BadFile):
-                return error
-    return None
-
-
-def _run_all(download: _Download, workers: int) -> None:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="download")
+def _run_all(download: _Download, progress: Progress) -> None:
+    """Obtain every file. The first error ends the run, except that bad files are named together at the end."""
     # Large files first: the last one to finish decides how long it takes.
     ordered = sorted(download.plan.files, key=lambda f: -f.size)
-    futures = [pool.submit(download.obtain, file) for file in ordered]
-    try:
-        fault = _first_fault(set(futures), download.look)
-    finally:
-        download.stop.set()
-        if not all(future.done() for future in futures):
-            download.abort()
-        pool.shutdown(wait=True, cancel_futures=True)
-    if fault is not None:
-        raise fault
+    futures = [download.transfers.start(download.obtain, file) for file in ordered]
+    for future in download.transfers.completed(futures, progress):
+        if not isinstance(future.exception(), BadFile):
+            future.result()
     _raise_bad_files(futures)
 
 
@@ -347,23 +313,24 @@ def download(
     *,
     workers: int,
     fallback: Fallback | None = None,
-    counter: Counter,
+    progress: Progress,
     warn: Callable[[str], None],
 ) -> DownloadResult:
-    """Carry out a plan. `counter` advances by bytes, `warn` gets words.
+    """Carry out a plan. `progress` is called with bytes in the calling thread, `warn` with a line of text.
 
     Raises BadFile naming every file that is bad on both attempts, NetworkError, MachineError, OSError; what was
     finished stays, and the same call goes on from there.
     """
     check_folder(plan)
     check_space(plan)
-    running = _Download(plan, fallback, counter, warn)
     snapshot, place = plan.snapshot, plan.place
+    with ExitStack() as stack:
+        if place.folder is not None:
+            stack.enter_context(_only_one(place.folder))
+            _write_record(plan)  # before the files: if the hub goes away, it says what they must be
+        transfers = stack.enter_context(closing(Transfers(workers, snapshot.hub.abort)))
+        running = _Download(plan, fallback, transfers, warn)
+        _run_all(running, progress)
     if place.folder is None:
-        _run_all(running, workers)
         snapshot.hub.remember(snapshot.source.repository, snapshot.source.revision, snapshot.commit, place.cache)
-        return running.result
-    with _only_one(place.folder):
-        _write_record(plan)  # before the files: if the hub goes away, it says what they must be
-        _run_all(running, workers)
     return running.result

@@ -6,53 +6,12 @@ In a library's own cache the library decides the names; there a file that turns 
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from .client import STAGING, BadFile, RemoteFile, Snapshot, check_file
-
-
-class Stopped(BaseException):
-    """Ends a transfer from within when the run is over; no library may take it for something to retry."""
-
-
-class Counter(Protocol):
-    """What counts bytes for the user: a progress bar."""
-
-    def advance(self, count: int) -> None:
-        """`count` more bytes are done."""
-        ...
-
-
-class FileMeter:
-    """Bytes of one file, added to a shared counter; never more in sum than the file has."""
-
-    def __init__(self, size: int, counter: Counter, lock: threading.Lock, stop: threading.Event) -> None:
-        self._size, self._counter, self._lock, self._stop = size, counter, lock, stop
-        self._done = 0
-
-    def update(self, count: int) -> None:
-        """See hub_files.Meter. Raises Stopped when the run is over."""
-        if self._stop.is_set():
-            raise Stopped
-        self._set(self._done + count)
-
-    def restart(self) -> None:
-        """The file starts again."""
-        self._set(0)
-
-    def finish(self) -> None:
-        """The file is there, however it came."""
-        self._set(self._size)
-
-    def _set(self, done: int) -> None:
-        done = min(max(done, 0), self._size)
-        with self._lock:
-            self._counter.advance(done - self._done)
-        self._done = done
+from .transfers import FileMeter
 
 
 @dataclass(frozen=True)

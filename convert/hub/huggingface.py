@@ -1,6 +1,6 @@
 """Hugging Face through `huggingface_hub`: its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, proxies and retries.
 
-What it does not do and `hub_files.check_file` adds: it compares sizes but no hashes. It also starts a file again
+What it does not do and `client.check_file` adds: it compares sizes but no hashes. It also starts a file again
 instead of resuming it, so what a second run saves are whole files.
 """
 
@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
+from dsv4.progress import Progress
 
-from .client import BadFile, Busy, Meter, NetworkError, NoRepository, RemoteFile
+from .client import BadFile, Busy, NetworkError, NoRepository, RemoteFile
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."
@@ -96,15 +97,15 @@ def _raise(error: Exception, repository: str) -> NoReturn:
     raise explained from error
 
 
-def _bar_for(meter: Meter) -> "type[tqdm[NoReturn]]":
+def _bar_for(progress: Progress) -> "type[tqdm[NoReturn]]":
     class Bar(tqdm):  # type: ignore[type-arg]
-        """A bar that is never drawn; the library's bytes go to the meter."""
+        """A bar that is never drawn; the library's bytes go to the progress."""
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
 
         def update(self, n: float | None = 1) -> bool | None:
-            meter.update(int(n or 0))
+            progress(int(n or 0))
             return None
 
         # Xet storage reports twice, what it received and what it wrote. With these two it asks for one bar only.
@@ -124,7 +125,7 @@ def _cached_file(folder: Path, path: Path) -> RemoteFile:
 
 
 class HuggingFace:
-    """See hub_files.Hub."""
+    """See client.Hub."""
 
     prefix: HubName = "hf"
     title = "Hugging Face"
@@ -181,9 +182,9 @@ class HuggingFace:
             if isinstance(e, hf_api.RepoFile)
         ]
 
-    def read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+    def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         """See Hub. A server that ignores Range sends the file from its start: we stop where we have enough."""
-        url = huggingface_hub.hf_hub_url(repository, name, revision=commit)
+        url = huggingface_hub.hf_hub_url(repository, file.name, revision=commit)
         headers = build_hf_headers(token=self._token)
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         return self._call(repository, lambda: self._read(url, headers, offset, length))
@@ -208,7 +209,7 @@ class HuggingFace:
         repository: str,
         commit: str,
         file: RemoteFile,
-        meter: Meter,
+        progress: Progress,
         again: bool,
         folder: Path | None = None,
         cache: Path | None = None,
@@ -218,22 +219,22 @@ class HuggingFace:
             repository,
             lambda: huggingface_hub.hf_hub_download(
                 repository, file.name, revision=commit, local_dir=folder, cache_dir=cache, token=self._token,
-                force_download=again, tqdm_class=_bar_for(meter),
+                force_download=again, tqdm_class=_bar_for(progress),
             ),
         )  # fmt: skip
         return Path(path)
 
     def fetch_to_folder(
-        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool
     ) -> Path:
         """See Hub."""
-        return self._download(repository, commit, file, meter, again, folder=folder)
+        return self._download(repository, commit, file, progress, again, folder=folder)
 
     def fetch_to_cache(
-        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, progress: Progress, again: bool
     ) -> Path:
         """See Hub."""
-        return self._download(repository, commit, file, meter, again, cache=cache)
+        return self._download(repository, commit, file, progress, again, cache=cache)
 
     def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
         """See Hub."""

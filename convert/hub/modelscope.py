@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
+from dsv4.progress import Progress
 
-from .client import BadFile, Busy, Meter, NetworkError, NoRepository, RemoteFile, with_patience
+from .client import BadFile, Busy, NetworkError, NoRepository, RemoteFile, with_patience
 
 _LOGIN = "Log in with `modelscope login`, set MODELSCOPE_API_TOKEN, or give --token."
 _DEFAULT_BRANCH = "master"
@@ -63,10 +64,10 @@ def _raise(error: Exception, repository: str) -> NoReturn:
     raise explained from error
 
 
-def _callback_for(meter: Meter) -> type[Any]:
+def _callback_for(progress: Progress) -> type[Any]:
     class Callback(client_download.ProgressCallback):
         def update(self, size: int) -> None:
-            meter.update(size)
+            progress(size)
 
     return Callback
 
@@ -77,7 +78,7 @@ def _remote_file(entry: dict[str, Any]) -> RemoteFile:
 
 
 class ModelScope:
-    """See hub_files.Hub."""
+    """See client.Hub."""
 
     prefix: HubName = "ms"
     title = "ModelScope"
@@ -133,10 +134,10 @@ class ModelScope:
         """See Hub."""
         return [_remote_file(e) for e in self._entries(repository, commit)]
 
-    def read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+    def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         """See Hub. A server that ignores Range sends the file from its start: we stop where we have enough."""
         return with_patience(
-            lambda: self._call(repository, lambda: self._read(repository, commit, name, offset, length))
+            lambda: self._call(repository, lambda: self._read(repository, commit, file.name, offset, length))
         )
 
     def _read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
@@ -154,13 +155,15 @@ class ModelScope:
             raise InputError(f"{where}: ends after {len(received)} bytes", "The file is shorter than listed.")
         return data
 
-    def _fetch(self, repository: str, commit: str, file: RemoteFile, meter: Meter, again: bool, **where: Any) -> Path:
+    def _fetch(
+        self, repository: str, commit: str, file: RemoteFile, progress: Progress, again: bool, **where: Any
+    ) -> Path:
         try:
             path = self._call(
                 repository,
                 lambda: self._api.downloader.download_file(
                     repository, "model", file.name, revision=commit, force=again, expected_sha256=file.sha256,
-                    file_size=file.size, progress_callbacks=[_callback_for(meter)], **where,
+                    file_size=file.size, progress_callbacks=[_callback_for(progress)], **where,
                 ),
             )  # fmt: skip
         except NoRepository:
@@ -169,16 +172,16 @@ class ModelScope:
         return Path(path)
 
     def fetch_to_folder(
-        self, repository: str, commit: str, file: RemoteFile, folder: Path, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool
     ) -> Path:
         """See Hub."""
-        return self._fetch(repository, commit, file, meter, again, local_dir=folder)
+        return self._fetch(repository, commit, file, progress, again, local_dir=folder)
 
     def fetch_to_cache(
-        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, meter: Meter, again: bool
+        self, repository: str, commit: str, file: RemoteFile, cache: Path | None, progress: Progress, again: bool
     ) -> Path:
         """See Hub."""
-        return self._fetch(repository, commit, file, meter, again, cache_dir=cache)
+        return self._fetch(repository, commit, file, progress, again, cache_dir=cache)
 
     def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
         """See Hub."""
@@ -200,7 +203,7 @@ class ModelScope:
         """See Hub. This cache has no place for it."""
 
     def abort(self) -> None:
-        """See Hub. The meter ends its transfers."""
+        """See Hub. The progress ends its transfers."""
 
     def similar(self, repository: str) -> list[str]:
         """See Hub."""

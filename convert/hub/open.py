@@ -1,11 +1,35 @@
 """Opening a repository on a hub: the client for the hub, and a snapshot of one commit with its listing."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsv4.convert.checkpoint import reader
 from dsv4.convert.checkpoint.source import HubName, HubSource
 from dsv4.errors import printable
+from dsv4.progress import Progress, ignore
 
 from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
+
+DEFAULT_SCRATCH = 2
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How a command reads a repository. `scratch`: shards on disk at once. `keep`: leave them in the library's cache.
+
+    warn, detail: called with a line for the user. headers: called with the number of shards whose first bytes have
+    arrived, and of all. progress: called while something is waited for; what it raises ends the work.
+    """
+
+    token: str | None = None
+    cache: Path | None = None
+    scratch: int = DEFAULT_SCRATCH
+    keep: bool = False
+    warn: Callable[[str], None] = field(default=lambda line: None)
+    detail: Callable[[str], None] = field(default=lambda line: None)
+    headers: reader.Progress = reader.no_progress
+    progress: Progress = ignore
 
 
 def open_hub(name: HubName, token: str | None = None) -> Hub:

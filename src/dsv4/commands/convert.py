@@ -313,7 +313,8 @@ def convert(
     if (part or finish) and (ranks or (part and finish)):
         raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
     from dsv4.convert.checkpoint.reader import Checkpoint
-    from dsv4.convert.hub.storage import HubOptions, open_storage
+    from dsv4.convert.hub.open import HubOptions
+    from dsv4.convert.hub.storage import open_storage
     from dsv4.convert.plan.partition import Part, parse_part
     from dsv4.convert.plan.plan import make_plan
     from dsv4.convert.write.atomic_file import SCRATCH_NAME

@@ -1,6 +1,7 @@
 """`dsv4 download`: fetch a checkpoint from a hub, and check every byte of it."""
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,11 +9,12 @@ import typer
 
 from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
-from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, example, named
+from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, command, example, named
 from dsv4.text import human_bytes
 
 if TYPE_CHECKING:
-    from dsv4.convert.hub.download import DownloadPlan
+    from dsv4.convert.checkpoint.source import HubSource
+    from dsv4.convert.hub.download import DownloadPlan, DownloadResult, Fallback
 
 EPILOG = example(
     "dsv4 download deepseek-ai/DeepSeek-V4-Flash flash",
@@ -21,19 +23,63 @@ EPILOG = example(
 )
 
 
-def _target(folder: Path | None, local_dir: Path | None, cache_dir: Path | None) -> Path | None:
-    if folder is not None and local_dir is not None and folder != local_dir:
-        raise UsageError(f"FOLDER ({folder}) and --local-dir ({local_dir}) are two names for one thing", "Give one.")
-    target = folder or local_dir
-    if target is not None and target.exists() and not target.is_dir():
-        raise UsageError(f"{target} is not a folder")
-    if target is not None and cache_dir is not None:
-        raise UsageError("--cache-dir has no effect on files that go into a folder", "Give one of them.")
-    return target
+@dataclass(frozen=True, kw_only=True)
+class DownloadOptions:
+    """The command line of `dsv4 download`."""
+
+    source: Annotated[
+        str,
+        typer.Argument(
+            parser=named, metavar="SOURCE", help="org/name, hf:org/name or ms:org/name, with @revision if you like."
+        ),
+    ]
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=as_folder, metavar="FOLDER", help="Where to put the files. Default: the library's cache."
+        ),
+    ] = None
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only files that match; may be repeated.")
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="No files that match; may be repeated.")
+    ] = None
+    revision: Revision = None
+    cache_dir: CacheDir = None
+    local_dir: Annotated[
+        Path | None, typer.Option("--local-dir", parser=as_folder, metavar="FOLDER", help="Same as FOLDER.")
+    ] = None
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="If this hub fails, take the missing files from the other: same hashes.")
+    ] = False
+    token: Token = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False
+    max_workers: Annotated[int, typer.Option("--max-workers", metavar="N", min=1, help="Files fetched at once.")] = 8
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def __post_init__(self) -> None:
+        folder, local_dir, target = self.folder, self.local_dir, self.target
+        if folder is not None and local_dir is not None and folder != local_dir:
+            raise UsageError(
+                f"FOLDER ({folder}) and --local-dir ({local_dir}) are two names for one thing", "Give one."
+            )
+        if target is not None and target.exists() and not target.is_dir():
+            raise UsageError(f"{target} is not a folder")
+        if target is not None and self.cache_dir is not None:
+            raise UsageError("--cache-dir has no effect on files that go into a folder", "Give one of them.")
+        if self.fallback and target is None:
+            raise UsageError("--fallback mixes files of two hubs, which no hub's cache can hold", "Name a FOLDER.")
+
+    @property
+    def target(self) -> Path | None:
+        """The folder for the files; None for the library's cache."""
+        return self.folder or self.local_dir
 
 
-def _show_plan(plan: "DownloadPlan", dry_run: bool) -> None:
-    out = output.current()
+def _show_plan(out: output.Output, plan: "DownloadPlan", dry_run: bool) -> None:
     present = len(plan.files) - len(plan.missing)
     say = out.text if dry_run else out.say
     say(f"{plan.snapshot.source} at commit {plan.snapshot.commit}")
@@ -42,40 +88,43 @@ def _show_plan(plan: "DownloadPlan", dry_run: bool) -> None:
     say(f"  {human_bytes(plan.free)} free on that disk")
 
 
-def download(
-    source: Annotated[
-        str,
-        typer.Argument(
-            parser=named, metavar="SOURCE", help="org/name, hf:org/name or ms:org/name, with @revision if you like."
-        ),
-    ],
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            parser=as_folder, metavar="FOLDER", help="Where to put the files. Default: the library's cache."
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only files that match; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="No files that match; may be repeated.")
-    ] = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = None,
-    local_dir: Annotated[
-        Path | None, typer.Option("--local-dir", parser=as_folder, metavar="FOLDER", help="Same as FOLDER.")
-    ] = None,
-    fallback: Annotated[
-        bool, typer.Option("--fallback", help="If this hub fails, take the missing files from the other: same hashes.")
-    ] = False,
-    token: Token = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
-    max_workers: Annotated[int, typer.Option("--max-workers", metavar="N", min=1, help="Files fetched at once.")] = 8,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+def _source(options: DownloadOptions) -> "HubSource":
+    """The repository. Raises UsageError for a folder."""
+    from dsv4.convert.checkpoint.source import parse_source
+
+    where = parse_source(options.source, options.revision)
+    if isinstance(where, Path):
+        text = f"{options.source} is a local folder: there is nothing to download"
+        raise UsageError(text, "Write org/name or hf:org/name.")
+    return where
+
+
+def _fetch(
+    options: DownloadOptions, out: output.Output, plan: "DownloadPlan", other: "Fallback | None"
+) -> "DownloadResult":
+    from dsv4.convert.hub.download import download
+
+    signals.begin_work()
+    try:
+        with out.progress(plan.bytes, "download") as bar:
+            return download(plan, workers=options.max_workers, fallback=other, progress=bar.advance, warn=out.warn)
+    except Interrupted as error:
+        error.hint = "Run the same command again to continue: finished files are kept."
+        raise
+
+
+def _show_result(out: output.Output, plan: "DownloadPlan", result: "DownloadResult", other: "Fallback | None") -> None:
+    out.say(f"{len(result.fetched)} files fetched, {len(result.kept)} kept; every size and hash is as the hub lists.")
+    if result.from_fallback and other is not None:
+        out.say(f"{len(result.from_fallback)} of them came from {other.source}.")
+    out.text(str(plan.root))
+    out.hint(f"convert it: dsv4 convert {shlex.quote(str(plan.root))} OUTPUT")
+    names = {"fetched": result.fetched, "kept": result.kept, "from_fallback": result.from_fallback}
+    out.result(plan.as_json() | {what: sorted(some) for what, some in names.items()})
+
+
+@command
+def download(options: DownloadOptions) -> None:
     """Fetch a checkpoint from Hugging Face or ModelScope and check every byte of it.
 
     SOURCE is org/name or hf:org/name (Hugging Face) or ms:org/name (ModelScope), with @revision if you like. Files go
@@ -85,35 +134,15 @@ def download(
     shard's header is read; a bad file is fetched once more. Run the same command again after an interruption: finished
     files are checked and kept.
     """
-    out = output.configure(json, quiet, verbose)
-    target = _target(folder, local_dir, cache_dir)
-    if fallback and target is None:
-        raise UsageError("--fallback mixes files of two hubs, which no hub's cache can hold", "Name a FOLDER.")
-    from dsv4.convert.checkpoint.source import parse_source
-    from dsv4.convert.hub import download as hub_download
+    out = output.configure(options.json, options.quiet, options.verbose)
+    from dsv4.convert.hub.download import open_with_fallback, plan_download
     from dsv4.convert.hub.fetch import Place
 
-    where = parse_source(source, revision)
-    if isinstance(where, Path):
-        raise UsageError(f"{source} is a local folder: there is nothing to download", "Write org/name or hf:org/name.")
-    place = Place(target, cache_dir)
-    snapshot, other = hub_download.open_with_fallback(where, token, place, fallback, out.warn)
-    plan = hub_download.plan_download(snapshot, place, include or (), exclude or ())
-    _show_plan(plan, dry_run)
-    if dry_run:
+    place = Place(options.target, options.cache_dir)
+    snapshot, other = open_with_fallback(_source(options), options.token, place, options.fallback, out.warn)
+    plan = plan_download(snapshot, place, options.include or (), options.exclude or ())
+    _show_plan(out, plan, options.dry_run)
+    if options.dry_run:
         out.result({"dry_run": True, **plan.as_json()})
         return
-    signals.begin_work()
-    try:
-        with out.progress(plan.bytes, "download") as bar:
-            result = hub_download.download(plan, workers=max_workers, fallback=other, counter=bar, warn=out.warn)
-    except Interrupted as error:
-        error.hint = "Run the same command again to continue: finished files are kept."
-        raise
-    out.say(f"{len(result.fetched)} files fetched, {len(result.kept)} kept; every size and hash is as the hub lists.")
-    if result.from_fallback and other is not None:
-        out.say(f"{len(result.from_fallback)} of them came from {other.source}.")
-    out.text(str(plan.root))
-    out.hint(f"convert it: dsv4 convert {shlex.quote(str(plan.root))} OUTPUT")
-    out.result({**plan.as_json(), "fetched": sorted(result.fetched), "kept": sorted(result.kept),
-                "from_fallback": sorted(result.from_fallback)})  # fmt: skip
+    _show_result(out, plan, _fetch(options, out, plan, other), other)

@@ -17,7 +17,7 @@ from dsv4.text import aligned, human_bytes, human_count
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, Progress, TensorInfo
-    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.inspect.inspection import Inspection
     from dsv4.convert.inspect.tensor_view import TensorView
 
@@ -242,7 +242,7 @@ def inspect(
         raise UsageError(f"'{printable(pattern)}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
     if tensors and tensor is not None:
         raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
-    from dsv4.convert.hub.storage import HubOptions
+    from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.inspect.inspection import inspect_checkpoint
 
     with ExitStack() as stack:

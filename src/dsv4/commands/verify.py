@@ -225,14 +225,15 @@ def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int,
         with closing(LocalFiles(where)) as folder:
             yield folder
         return
+    from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.hub.proof import HubFiles
-    from dsv4.convert.hub.storage import HubOptions, open_hub_storage
+    from dsv4.convert.hub.storage import open_hub_storage
 
     if converted is not None and not converted.is_dir():
         raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
     hub = HubOptions(
         options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=progress,
-        wait=signals.look,
+        progress=signals.look,
     )  # fmt: skip
     with TemporaryDirectory(prefix=".dsv4-verify-", dir=converted or Path.cwd()) as scratch:
         with closing(open_hub_storage(where, Path(scratch) / "shards", hub)) as storage:

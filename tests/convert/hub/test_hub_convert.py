@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hub_servers import HubServer, Request, hub_environment, run_dsv4
+from hub_servers import STALL_SECONDS, HubServer, Request, hub_environment, run_dsv4
 from ranks import run_ranks
 from raw_safetensors import scatter
 
-from dsv4.convert.hub.storage import HubOptions, HubStorage
+from dsv4.convert.hub.client import RemoteFile
+from dsv4.convert.hub.open import HubOptions
+from dsv4.convert.hub.storage import HubStorage
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write.run import convert
 
@@ -67,11 +69,11 @@ def shards_on_disk(output: Path) -> set[str]:
 
 
 def test_headers_are_told_as_they_arrive(source: Path, tmp_path: Path) -> None:
-    def read(repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
-        return (source / name).read_bytes()[offset : offset + length]
+    def read(repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
+        return (source / file.name).read_bytes()[offset : offset + length]
 
-    files = {path.name: SimpleNamespace(size=path.stat().st_size) for path in source.glob("*.safetensors")}
-    hub = SimpleNamespace(cached=lambda *_: None, read=read)
+    files = {path.name: RemoteFile(path.name, path.stat().st_size) for path in source.glob("*.safetensors")}
+    hub = SimpleNamespace(cached=lambda *_: None, read=read, abort=lambda: None)
     where = SimpleNamespace(repository=REPOSITORY, hub="hf")
     snapshot: Any = SimpleNamespace(label="a hub", files=files, hub=hub, source=where, commit="0")
     told: list[tuple[int, int]] = []
@@ -177,9 +179,8 @@ def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.Com
     while not ready.exists() and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    _, words = running.communicate(timeout=STALL_SECONDS / 2)  # the server says nothing all the while
     server.heal()
-    _, words = running.communicate(timeout=60)
     return subprocess.CompletedProcess(command, running.returncode, "", words)
 
 
