@@ -87,9 +87,9 @@ def _thinking_mode(request: dict[str, Any], where: str) -> ThinkingMode | None:
         raise InputError(
             f"{where}: thinking is {printable(repr(thinking)[:60])}", 'Expected {"type": "enabled"} or "disabled".'
         )
-    if effort == "none":
-        return "chat"
-    return THINKING_TYPES[kind] if kind else None if effort is None else "thinking"
+    if kind:
+        return THINKING_TYPES[kind]
+    return None if effort is None else "chat" if effort == "none" else "thinking"
 
 
 def _reasoning_effort(request: dict[str, Any], where: str) -> Effort | None:
