@@ -7,7 +7,7 @@ syntax tree. A checkpoint without that folder is judged by config.json and by it
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ ASK = f"Say which edition it is: --edition {' or '.join(PROTOCOLS)}."
 
 
 @dataclass(frozen=True)
-class Edition:
+class PromptEdition:
     """The edition of a checkpoint and what it was told from. `warnings` are lines for the user."""
 
     name: str
@@ -89,32 +89,36 @@ def _same(found: object, released: object) -> bool:
 
 
 def _changes(literals: Mapping[str, object], protocol: Protocol) -> tuple[str, ...]:
-    """A warning for each value that the encoder assigns otherwise than the release's."""
+    """A warning for each value that the encoder assigns otherwise than the release's, or does not assign.
+
+    What is assigned but no literal cannot be compared.
+    """
+    unknown = {name for name, value in literals.items() if value is None}
     return tuple(
         f"{protocol.signs.encoder} has another {name} than the release: "
         f"the prompt is the one of edition {protocol.edition}, not the one of this file"
         for name, value in protocol.signs.literals.items()
-        if not _same(literals.get(name), value)
+        if name not in unknown and not _same(literals.get(name), value)
     )
 
 
-def _from_encoder(folder: Path, encoder: str) -> Edition:
+def _from_encoder(folder: Path, encoder: str) -> PromptEdition:
     """The edition whose encoder lies in the folder. Raises InputError if it is none of them."""
     protocols = [protocol for protocol in NEWEST_FIRST if protocol.signs.encoder == encoder]
     literals = _encoder_literals(folder / encoder)
     for protocol in protocols:
         if protocol.signs.recognises(literals):
-            return Edition(protocol.edition, f"told from {encoder}", _changes(literals, protocol))
+            return PromptEdition(protocol.edition, f"told from {encoder}", _changes(literals, protocol))
     known = " or ".join(protocol.edition for protocol in protocols)
     raise InputError(f"{printable(str(folder / encoder))} is not the encoder of edition {known}", ASK)
 
 
-def _assumed(edition: str, reason: str) -> Edition:
+def _assumed(edition: str, reason: str) -> PromptEdition:
     reason = f"assumed: there is no encoding folder, and {reason}"
-    return Edition(edition, reason, (f"edition {edition} is {reason}; --edition says another",))
+    return PromptEdition(edition, reason, (f"edition {edition} is {reason}; --edition says another",))
 
 
-def _from_config(folder: Path, config: Mapping[str, Any]) -> Edition:
+def _from_config(folder: Path, config: Mapping[str, Any]) -> PromptEdition:
     """What config.json and the folder's name suggest, which is an assumption."""
     if UNDECIDED not in config:
         return _assumed("preview", f"config.json has no {UNDECIDED}")
@@ -126,15 +130,22 @@ def _from_config(folder: Path, config: Mapping[str, Any]) -> Edition:
     return _assumed(edition, f"config.json has {UNDECIDED}; the name {printable(name)} has to decide")
 
 
-def edition_of(folder: str | Path) -> Edition:
+def prompt_edition_of(folder: str | Path) -> PromptEdition:
     """The edition of the checkpoint in `folder`.
 
     Raises InputError if the encoder in it is of no known edition, or if it or config.json cannot be read.
     """
     folder = Path(folder)
     config = _config(folder)
-    named = next((p for p in PROTOCOLS.values() if p.signs.is_config(config)), None)
+    named = next((p for p in PROTOCOLS.values() if p.signs.is_config is not None and p.signs.is_config(config)), None)
     encoders = [encoder for encoder in ENCODERS if (folder / encoder).is_file()]
     if named is not None and named.signs.encoder not in encoders:
-        return Edition(named.edition, "told from config.json")
-    return _from_encoder(folder, encoders[0]) if encoders else _from_config(folder, config)
+        others = tuple(f"{encoder} is of another edition than config.json" for encoder in encoders)
+        return PromptEdition(named.edition, "told from config.json", others)
+    if not encoders:
+        return _from_config(folder, config)
+    found = _from_encoder(folder, encoders[0])
+    if config and named is None and PROTOCOLS[found.name].signs.is_config is not None:
+        warning = f"{encoders[0]} is of another edition than config.json"
+        return replace(found, warnings=(*found.warnings, warning))
+    return found

@@ -109,7 +109,7 @@ def _tool_calls(turn: Turn, protocol: Protocol) -> str:
 
 def _answer(turn: Turn, index: int, how: Conversation) -> str:
     """An assistant message: reasoning, content, tool calls, and the end token unless it is to be continued."""
-    is_prefix = bool(turn.message.get("prefix"))
+    is_prefix = bool(turn.message.get("prefix")) and index == len(how.turns) - 1
     answer = _text(turn, turn.message.get("content")) + _tool_calls(turn, how.protocol)
     thought = ""
     after_task = index > 0 and how.turns[index - 1].task is not None

@@ -108,13 +108,13 @@ class Signs:
     """What tells that a checkpoint speaks an edition's protocol.
 
     `encoder` is the file of the release that builds prompts, `literals` what it assigns at its top level, by name.
-    `recognises` looks at those of a file of that name; `is_config` at config.json, where that alone is certain.
+    `recognises` looks at those of a file of that name, `is_config` at config.json, if that alone is certain.
     """
 
     encoder: str
     literals: Mapping[str, object]
     recognises: Callable[[Mapping[str, object]], bool]
-    is_config: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    is_config: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dsv4.errors import UsageError
 from dsv4.output import Output
 
 if TYPE_CHECKING:
-    from dsv4.model.chat.detection import Edition
+    from dsv4.model.chat.detection import PromptEdition
     from dsv4.model.chat.messages import MessageList, Request
     from dsv4.model.chat.protocol import Effort, ThinkingMode
 
@@ -75,29 +75,34 @@ class Style:
     thinking_mode: "ThinkingMode"
     reasoning_effort: "Effort | None" = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The same for `--json`, with the effort that counts; null in chat mode, where none does."""
+    @property
+    def effort_that_counts(self) -> "Effort | None":
+        """The effort, or the edition's default; None in chat mode, where none counts."""
         from dsv4.model.chat.editions import protocol_of
 
-        effort = protocol_of(self.edition).efforts.resolve(self.reasoning_effort)
-        shown = effort if self.thinking_mode == "thinking" else None
-        return {"edition": self.edition, "thinking_mode": self.thinking_mode, "reasoning_effort": shown}
+        efforts = protocol_of(self.edition).efforts
+        return efforts.resolve(self.reasoning_effort) if self.thinking_mode == "thinking" else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for `--json`."""
+        effort = self.effort_that_counts
+        return {"edition": self.edition, "thinking_mode": self.thinking_mode, "reasoning_effort": effort}
 
 
-def choose_edition(asked: Asked, folder: str | None, out: Output) -> "Edition":
+def choose_edition(asked: Asked, folder: str | None, out: Output) -> "PromptEdition":
     """The edition of the prompts: as asked for, as the checkpoint in `folder` tells, or preview where there is none.
 
     Says what was chosen with -v, and always what was only assumed.
     """
-    from dsv4.model.chat.detection import Edition, edition_of
+    from dsv4.model.chat.detection import PromptEdition, prompt_edition_of
     from dsv4.model.chat.editions import protocol_of
 
     if asked.edition is not None:
-        edition = Edition(protocol_of(asked.edition).edition, "as --edition says")
+        edition = PromptEdition(protocol_of(asked.edition).edition, "as --edition says")
     elif folder is not None:
-        edition = edition_of(folder)
+        edition = prompt_edition_of(folder)
     else:
-        edition = Edition("preview", "no checkpoint is named")
+        edition = PromptEdition("preview", "no checkpoint is named")
     for line in edition.warnings:
         out.warn(line)
     out.detail(f"prompts of edition {edition.name} ({edition.reason})")
@@ -152,6 +157,8 @@ def write_prompt(
     text = encode_messages(
         request.messages, *how, style.reasoning_effort, context, add_default_bos_token=bos, edition=style.edition
     )
+    effort = style.effort_that_counts
+    out.detail(f"{style.thinking_mode} mode" + ("" if effort is None else f", effort {effort}"))
     noted = notes(request)
     warned = warnings(request.messages, *how, context, edition=style.edition)
     for line in noted:

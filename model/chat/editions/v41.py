@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4.convert.checkpoint.inventory import edition_of
 from dsv4.model.chat.protocol import DSML, Efforts, Protocol, Signs
 
 EFFORT = "Reasoning Effort: {number} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
@@ -35,7 +36,7 @@ V41 = Protocol(
         encoder="encoding/encoding.py",
         literals={"DEFAULT_REASONING_EFFORT": DEFAULT, "REASONING_EFFORT_MAPPINGS": LEVELS},
         recognises=lambda literals: True,  # the name of the file tells
-        is_config=lambda config: config.get("model_type") == "deepseek_v41" or "engram_layer_ids" in config,
+        is_config=lambda config: edition_of(config).name == "V4.1" or "engram_layer_ids" in config,
     ),
     efforts=Efforts(
         texts={level: EFFORT.format(number=number) for level, number in LEVELS.items()},

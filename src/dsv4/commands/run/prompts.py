@@ -13,7 +13,7 @@ from dsv4.prompting import Asked, Style, Written, choose_edition, choose_style, 
 from .options import RunOptions
 
 if TYPE_CHECKING:
-    from dsv4.model.chat.detection import Edition
+    from dsv4.model.chat.detection import PromptEdition
     from dsv4.model.chat.messages import Request
     from dsv4.model.chat.tokenizer import TextTokenizer
 
@@ -30,7 +30,7 @@ class Dialogue:
     asked: Asked
     system: str | None
     tools: str | None
-    edition: "Edition | None"
+    edition: "PromptEdition | None"
 
     @classmethod
     def of(cls, options: RunOptions, out: Output) -> Self:
