@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dsv4.convert.checkpoint.inventory import check_config
 from dsv4.errors import InputError, printable
 
 # What the forward pass takes for granted. A config that says otherwise describes another architecture.
@@ -88,6 +89,7 @@ class Config:
             rope_scaling=_rope_scaling(config.get("rope_scaling")),
             weight_block_size=_block_size(config),
         )
+        check_config(config)
         _check(result)
         return result
 

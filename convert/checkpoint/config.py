@@ -1,6 +1,7 @@
 """What config.json says, key by key. No other module of dsv4 looks into the file of a release for itself.
 
-config.json is untrusted input. Two kinds of readers want two kinds of answers:
+A config comes in the release's keys (spellings.py) and is untrusted input. Two kinds of readers want two kinds of
+answers:
 
     describing   `config_count`, `config_string`, `weight_block`, … give None for a key that is absent or mistyped
     computing    `required_number`, `required_weight_block`, … raise InputError, which names the key
@@ -71,15 +72,9 @@ def config_value(config: Config, path: str) -> Any:
     return value
 
 
-def text_config(config: Config) -> Config:
-    """The part that describes the language model: V4.1 nests it, V4 does not."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
-
-
 def config_count(config: Config, key: str) -> int | None:
-    """A non-negative whole number of the language model's config; None if it is absent or something else."""
-    value = text_config(config).get(key)
+    """A non-negative whole number; None if the key is absent or something else."""
+    value = config.get(key)
     return value if type(value) is int and 0 <= value < LARGEST_COUNT else None
 
 
@@ -97,7 +92,7 @@ def architecture_name(config: Config) -> str | None:
 
 def compress_ratios(config: Config) -> tuple[int, ...] | None:
     """`compress_ratios` if it is a list of counts."""
-    value = text_config(config).get("compress_ratios")
+    value = config.get("compress_ratios")
     if not isinstance(value, list) or not all(type(ratio) is int and 0 <= ratio < LARGEST_COUNT for ratio in value):
         return None
     return tuple(value)

@@ -1,6 +1,6 @@
 """The editions of DeepSeek-V4, one row each: how a config is recognised, and what its checkpoint consists of.
 
-A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like tensors_v4.py.
+A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like edition_v4.py.
 """
 
 import re
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from dsv4.errors import InputError
+
 from .config import Config, config_count, config_string
-from .tensors_v4 import Shape, dspark_stage, mtp_stage, v4_tensors
+from .edition_v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
+from .spellings import contradictions
 
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
 # Draft stages, vision, and the router biases of the vision edition.
@@ -24,7 +27,8 @@ class Edition:
     has not. blocks: FP8 weights whose block is not the config's `weight_block_size`: a pattern of the whole name, and
     (rows, columns). tensors: from the config and the number of draft stages, every weight that must be there with its
     shape in elements, or InputError for what the config lacks; None where nobody has written them down.
-    optional: names that a checkpoint of the edition may have or not, beside them.
+    optional: names that a checkpoint of the edition may have or not, beside them. missing_keys: what the config must
+    say and does not.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Edition:
     blocks: tuple[tuple[re.Pattern[str], tuple[int, int]], ...] = ()
     tensors: Callable[[Config, int], dict[str, Shape]] | None = None
     optional: re.Pattern[str] = re.compile("")
+    missing_keys: Callable[[Config], list[str]] = lambda config: []
 
     def describes(self, config: Config) -> bool:
         """Whether a config is of this edition."""
@@ -52,8 +57,15 @@ EDITIONS = (
         "dspark_block_size",
         tensors=partial(v4_tensors, stage_tensors=dspark_stage),
         optional=V4_OPTIONAL,
+        missing_keys=missing_keys,
     ),
-    Edition("V4", V4_TYPES, tensors=partial(v4_tensors, stage_tensors=mtp_stage), optional=V4_OPTIONAL),
+    Edition(
+        "V4",
+        V4_TYPES,
+        tensors=partial(v4_tensors, stage_tensors=mtp_stage),
+        optional=V4_OPTIONAL,
+        missing_keys=missing_keys,
+    ),
 )
 # Where the config says nothing that is known, a name that is known still means what it means.
 UNKNOWN = Edition("unknown", blocks=tuple(row for edition in EDITIONS for row in edition.blocks))
@@ -67,6 +79,15 @@ def edition_of(config: Config) -> Edition:
 def describes_v4(config: Config) -> bool:
     """Whether a config is of V4, in any of its editions: their layers are alike."""
     return config_string(config, "model_type") in V4_TYPES
+
+
+def check_config(config: Config) -> None:
+    """Raises InputError, naming the key, for what the edition needs and the config lacks or says in two ways."""
+    missing = edition_of(config).missing_keys(config)
+    if missing:
+        raise InputError(f"config.json: {missing[0]} is missing", COPY_CONFIG)
+    for fault in contradictions(config):
+        raise InputError(f"config.json: {fault}", COPY_CONFIG)
 
 
 def block_by_name(weight: str, config: Config) -> tuple[int, int] | None:

@@ -6,11 +6,10 @@ nothing of the layout: the number of readers may be another one than N. All N fi
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dsv4.errors import InputError, printable
 
-from .config import INFERENCE_KEYS, OPTIONAL_KEYS
+from .config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
 from .reader import (
@@ -26,16 +25,6 @@ from .reader import (
     read_file,
 )
 from .storage import Storage
-
-# What the reference engine does not read from its config, because it is the same in every release.
-CONSTANTS: dict[str, Any] = {
-    "model_type": "deepseek_v4",
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "eos_token_id": 1,
-    "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-}
 
 
 def _slices(name: str, found: list[TensorInfo], count: int, label: str) -> list[TensorInfo]:
@@ -109,27 +98,19 @@ def assemble(ranks: list[dict[str, TensorInfo]], label: str) -> dict[str, Tensor
     return {name: _whole(name, infos, label) for name, infos in slices.items()}
 
 
-def release_config(config: dict[str, Any], label: str) -> dict[str, Any]:
-    """config.json in the release's terms, from the reference engine's. Raises InputError for a key that is missing."""
+def check_engine_config(config: Config, label: str) -> None:
+    """Raises InputError if a config beside rank files lacks a key that the reference engine needs."""
     if "hidden_size" in config:
-        return config
-    made: dict[str, Any] = {**CONSTANTS, "rope_scaling": {"type": "yarn"}, "quantization_config": {}}
-    for key, path in INFERENCE_KEYS:
-        if key in config:
-            outer, _, inner = path.rpartition(".")
-            (made[outer] if outer else made)[inner] = config[key]
-        elif key not in OPTIONAL_KEYS:
-            raise InputError(f"{label}/{CONFIG_NAME}: {key} is missing", "Copy inference/config.json of the release.")
-    scaling = made["rope_scaling"]
-    try:
-        made["max_position_embeddings"] = int(scaling["original_max_position_embeddings"] * scaling["factor"])
-    except (TypeError, ValueError):
-        raise InputError(f"{label}/{CONFIG_NAME}: original_seq_len and rope_factor must be numbers") from None
-    return made
+        return
+    missing = [key for key, _ in INFERENCE_KEYS if key not in config and key not in OPTIONAL_KEYS]
+    if missing:
+        text = f"{label}/{CONFIG_NAME}: {missing[0]} is missing"
+        raise InputError(text, "Copy inference/config.json of the release.")
 
 
 def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress) -> Checkpoint:
-    config = release_config(read_config(storage, sizes), storage.label)
+    config = read_config(storage, sizes)
+    check_engine_config(config, storage.label)
     ranks = read_ranks(storage, sizes, names, progress)
     tensors = assemble([found for _, found in ranks], storage.label)
     return Checkpoint(storage, config, sizes, {shard.name: shard for shard, _ in ranks}, tensors)

@@ -9,6 +9,7 @@ engine would load such a folder and compute nonsense.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dsv4.errors import InputError, printable
 from dsv4.text import some_of
 
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
+from .spellings import release_view
 from .storage import Folder, Storage, check_component
 
 if TYPE_CHECKING:
@@ -216,10 +218,15 @@ class Checkpoint:
     """An opened, validated checkpoint. Get one with `Checkpoint.open`, or in any layout with `open_checkpoint`."""
 
     storage: Storage
-    config: dict[str, Any]
+    config_json: dict[str, Any]  # as the file has it
     files: dict[str, int]  # every file and its size
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json in the release's keys, whoever wrote it."""
+        return release_view(self.config_json)
 
     @classmethod
     def open(cls, source: Path | str | Storage, progress: Progress = no_progress) -> "Checkpoint":

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv4.convert.checkpoint.config import config_string, expert_dtype, quantization, weight_block
+from dsv4.convert.checkpoint.edition_v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.inventory import Edition, describes_v4, edition_of
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
 from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, layout_bytes, read_json
+from dsv4.convert.checkpoint.spellings import contradictions, respelled
 from dsv4.convert.checkpoint.weights import DAMAGED, Format, Weight, routed_expert_formats
 from dsv4.errors import InputError, printable
 
@@ -93,10 +95,16 @@ def structure_findings(config: dict[str, Any], weights: Mapping[str, Weight]) ->
         shown = printable(str(config.get("model_type"))[:40])
         yield Finding("note", f"model_type {shown}: names and shapes are not checked against the config")
         return
+    missing = edition.missing_keys(config)
+    if missing:
+        yield Finding("problem", f"config.json lacks {', '.join(missing)}", COPY_CONFIG)
+    for fault in contradictions(config):
+        yield Finding("problem", f"config.json: {fault}", COPY_CONFIG)
     try:
         expected = edition.tensors(config, count_draft_stages(weights))
     except InputError as error:
-        yield Finding("problem", str(error), error.hint)
+        if not missing:
+            yield Finding("problem", str(error), error.hint)
         return
     yield from _names_and_shapes(expected, weights, edition)
 
@@ -115,6 +123,13 @@ def _names_and_shapes(
     strangers = (n for n in weights if n not in expected and not is_scale(n) and not edition.optional.fullmatch(n))
     unknown = "not a tensor of the architecture that the config describes"
     yield from _grouped(((name, unknown) for name in strangers), "note")
+
+
+def _spelling(config_json: dict[str, Any]) -> Iterator[Finding]:
+    found = ", ".join(f"{key} for {release}" for key, release in respelled(config_json))
+    if found:
+        hint = "dsv4 reads both. An engine that knows the release's keys only drops these without a word."
+        yield Finding("note", f"config.json is in the words of another tool: {found}", hint)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -139,6 +154,7 @@ def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> l
     if foreign is not None:  # names, dtypes, shapes and scales are those of another tool
         return [Finding("problem", f"the checkpoint is {foreign}", HINT), *_files(checkpoint)]
     found = [
+        *_spelling(checkpoint.config_json),
         *_quantization(config, weights),
         *_expert_dtype(config, weights),
         *structure_findings(config, weights),

@@ -57,8 +57,8 @@ def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> 
     """Content of the output's config.json; the source's own bytes if nothing in it changes."""
     if plan.settings.layout == "mp":
         return _engine_config(checkpoint, plan)
-    edited = recipe_of(plan.settings.to).edit_config(checkpoint.config, plan.settings, some_kept)
-    if edited == checkpoint.config:
+    edited = recipe_of(plan.settings.to).edit_config(checkpoint.config_json, plan.settings, some_kept)
+    if edited == checkpoint.config_json:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)
 

@@ -10,7 +10,7 @@ import torch
 from exact_values import convert
 from raw_safetensors import Raw, read_file, write_file
 
-from dsv4.convert.checkpoint.rank_files import open_checkpoint, release_config
+from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model.config import Config
@@ -81,8 +81,9 @@ def test_the_config_in_the_releases_terms(source: Path, folder: Path) -> None:
 def test_a_config_without_a_key(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["o_groups"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="o_groups is missing"):
-        release_config(config, "here")
+        open_checkpoint(folder)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json is missing"):
         open_checkpoint(folder)

@@ -70,7 +70,7 @@ def test_flash_is_what_the_release_says(flash_facts: dict) -> None:
 
 
 def test_pro_is_what_the_release_says(small: Path) -> None:
-    pro = replace(Checkpoint.open(small), config=config(PRO), tensors=released_tensors(PRO))
+    pro = replace(Checkpoint.open(small), config_json=config(PRO), tensors=released_tensors(PRO))
     facts = as_json(inspect_checkpoint(pro))
     assert (facts["tensors"], facts["bytes"]) == PRO_PUBLISHED
     assert round(facts["parameters"]["total"] / 1e12, 1) == 1.6
@@ -247,7 +247,7 @@ def changed(name: str, **fields: object) -> Callable[[Checkpoint], Checkpoint]:
 
 
 def configured(**keys: object) -> Callable[[Checkpoint], Checkpoint]:
-    return lambda c: replace(c, config={k: v for k, v in (c.config | keys).items() if v is not ...})
+    return lambda c: replace(c, config_json={k: v for k, v in (c.config_json | keys).items() if v is not ...})
 
 
 QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [32, 32]}
@@ -312,11 +312,12 @@ def test_bad_input(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("value", [None, True, -1, 0, 2**70, 1.5, "text", [], {}, [[1]], {"a": 1}])
 def test_no_config_makes_it_crash(small: Path, value: object) -> None:
     checkpoint = Checkpoint.open(small)
-    for key in (*checkpoint.config, "text_config"):  # V4.1 nests its keys there
-        facts = as_json(inspect_checkpoint(replace(checkpoint, config=checkpoint.config | {key: value})))
+    other = ("text_config", "rope_parameters", "layer_types", "mlp_layer_types", "compress_rates", "dtype")
+    for key in (*checkpoint.config_json, *other):
+        facts = as_json(inspect_checkpoint(replace(checkpoint, config_json=checkpoint.config_json | {key: value})))
         json.dumps(facts, allow_nan=False)
     inner = checkpoint.config["quantization_config"] | {"weight_block_size": value, "quant_method": value}
-    inspect_checkpoint(replace(checkpoint, config=checkpoint.config | {"quantization_config": inner}))
+    inspect_checkpoint(replace(checkpoint, config_json=checkpoint.config_json | {"quantization_config": inner}))
 
 
 def test_infinities_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of DeepSeek-V4 as formulas over its config: Flash and Pro, their Base and DSpark editions.
+"""DeepSeek-V4, Flash and Pro, their Base and DSpark editions: what a config must say, and which tensors follow from it.
 
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
@@ -8,12 +8,29 @@ from dataclasses import dataclass
 
 from dsv4.errors import InputError
 
-from .config import Config, compress_ratios, config_count, text_config
+from .config import Config, compress_ratios, config_count, config_value
+from .spellings import YARN_KEYS
 
 MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
 COPY_CONFIG = "Copy config.json from the release."
+# What no engine can know or guess. The keys of `rope_scaling` are needed as soon as a layer compresses.
+KEYS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "index_n_heads", "index_head_dim",
+    "index_topk", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "num_hash_layers",
+    "routed_scaling_factor", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "rope_theta",
+    "compress_rope_theta", "max_position_embeddings",
+)  # fmt: skip
+SCALING_KEYS = tuple(f"rope_scaling.{key}" for key in YARN_KEYS)
 
 Shape = tuple[int, ...]
+
+
+def missing_keys(config: Config) -> list[str]:
+    """Keys that a V4 checkpoint cannot be computed without and that the config does not say."""
+    ratios = compress_ratios(config)
+    keys = KEYS if ratios is not None and not any(ratios) else (*KEYS, *SCALING_KEYS)
+    return [key for key in keys if config_value(config, key) is None]
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ def dspark_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iter
 
     Raises InputError naming a key of the config that is missing.
     """
-    rank, targets = config_count(config, "dspark_markov_rank"), text_config(config).get("dspark_target_layer_ids")
+    rank, targets = config_count(config, "dspark_markov_rank"), config.get("dspark_target_layer_ids")
     if rank is None or not isinstance(targets, list):
         key = "dspark_markov_rank" if rank is None else "dspark_target_layer_ids"
         raise InputError(f"config.json lacks {key}", COPY_CONFIG)
