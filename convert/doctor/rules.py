@@ -89,7 +89,7 @@ class RuleContext:
 
     def _rank_files(self, ranks: int | None) -> Advice:
         def settings(count: int) -> Settings:
-            return resolve("same", "mp", count)
+            return resolve("same", layout="mp", model_parallel=count)
 
         advice = self._advice(f"--to same --layout mp --model-parallel {ranks or 'N'}", settings(1))
         refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else None

@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 from dsv4.errors import UsageError
 
-from .engines import TARGETS, Layout, ScaleDtype, TargetName, WoA
+from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, WoA
 
 To = Literal["fp8", "bf16", "fp4", "same"]
 OnInexact = Literal["error", "keep", "round"]
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+DEFAULT_TARGET: TargetName = "base"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What stands behind a value of `--to`. recipe: the module of the folder recipes/ that does it."""
+    """A value of `--to`. recipe: the module of the folder recipes/ that does it."""
 
     recipe: str
 
@@ -32,11 +33,12 @@ CONVERSIONS: dict[To, Conversion] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides the bytes of the output. Two runs with equal settings and source write equal files.
 
-    scale_dtype, wo_a: None leaves them as the source has them.
+    model_parallel: number of rank files, 1 for a Hugging Face folder. scale_dtype, wo_a: None leaves them as the source
+    has them. max_shard_bytes: largest output shard; 0 for rank files, which have no limit.
     """
 
     to: To
@@ -69,7 +71,7 @@ def _check(to: To, layout: Layout, model_parallel: int | None, target: TargetNam
         raise UsageError("--layout mp needs --model-parallel N", "N is the number of ranks the engine will run on.")
     if layout == "hf" and model_parallel is not None:
         raise UsageError("--model-parallel goes with --layout mp")
-    if layout == "mp" and target not in (None, "reference"):
+    if layout == "mp" and target is not None and (target not in ENGINES or ENGINES[target].layout != "mp"):
         raise UsageError(f"--layout mp is the reference engine's; it does not go with --target {target}")
     if layout == "mp" and to in ("bf16", "fp4"):
         raise UsageError(
@@ -77,8 +79,24 @@ def _check(to: To, layout: Layout, model_parallel: int | None, target: TargetNam
         )
 
 
+def _formats(
+    to: To, target: TargetName | None, scale_dtype: ScaleDtype | None, wo_a: WoA | None
+) -> tuple[ScaleDtype | None, WoA | None]:
+    """Dtypes of the block scales and of wo_a; None leaves them as the source has them."""
+    if to == "bf16":
+        if scale_dtype or wo_a == "fp8":
+            raise UsageError("--to bf16 leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
+        return None, "bf16"
+    if to == "same" and target is None:
+        return scale_dtype, wo_a
+    wanted = TARGETS[target or DEFAULT_TARGET]
+    usual: ScaleDtype = "e8m0" if to == "fp4" and target is None else wanted.scale_dtype
+    return scale_dtype or usual, wo_a or wanted.wo_a
+
+
 def resolve(
     to: To = "fp8",
+    *,
     layout: Layout = "hf",
     model_parallel: int | None = None,
     target: TargetName | None = None,
@@ -89,21 +107,23 @@ def resolve(
 ) -> Settings:
     """The options of one run, completed by the target's. Raises UsageError for options that exclude each other.
 
-    `same` leaves scales and wo_a alone unless a target or an option names them; `fp4` is the instruct releases'
-    layout, whose scales are E8M0; the mp layout is fixed by the reference engine.
+    `same` leaves scales and wo_a alone unless a target or an option names them; `fp4` is the layout of the instruct
+    releases, whose scales are E8M0; the reference engine fixes the mp layout.
     """
     _check(to, layout, model_parallel, target)
     if layout == "mp":
         if scale_dtype or wo_a:
             raise UsageError("--layout mp fixes the scale dtype and wo_a", "Leave out --scale-dtype and --wo-a.")
-        return Settings(to, layout, model_parallel or 1, "reference", None, "bf16", on_inexact, 0)
-    name: TargetName = target or "base"
-    if to == "bf16":
-        if scale_dtype or wo_a == "fp8":
-            raise UsageError("--to bf16 leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
-        return Settings(to, layout, 1, name, None, "bf16", on_inexact, max_shard_bytes)
-    if target is None and to == "same":
-        return Settings(to, layout, 1, name, scale_dtype, wo_a, on_inexact, max_shard_bytes)
-    default_scale: ScaleDtype = "e8m0" if to == "fp4" and target is None else TARGETS[name].scale_dtype
-    wanted = TARGETS[name].wo_a
-    return Settings(to, layout, 1, name, scale_dtype or default_scale, wo_a or wanted, on_inexact, max_shard_bytes)
+        target, wo_a, max_shard_bytes = "reference", "bf16", 0
+    else:
+        scale_dtype, wo_a = _formats(to, target, scale_dtype, wo_a)
+    return Settings(
+        to=to,
+        layout=layout,
+        model_parallel=model_parallel or 1,
+        target=target or DEFAULT_TARGET,
+        scale_dtype=scale_dtype,
+        wo_a=wo_a,
+        on_inexact=on_inexact,
+        max_shard_bytes=max_shard_bytes,
+    )

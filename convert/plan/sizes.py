@@ -1,7 +1,7 @@
-"""How large a checkpoint would be after each conversion, without planning one in full.
+"""How large a checkpoint would be after each conversion, without a plan of every tensor.
 
-Weights of one kind (same format, shape, scale and role) become tensors of one size, so the planner is asked once per
-kind instead of once per tensor: V4-Pro has 71424 expert matrices of two kinds.
+Weights of one kind (same format, shape, scale and role) become tensors of one size, so one weight of each kind is
+planned and counted: V4-Pro has 71424 expert matrices of two kinds.
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from .engines import ENGINES, TargetName
 from .plan import outputs_of
 from .settings import Settings, To, resolve
 
-# Command line options of a conversion, and the arguments of `resolve` that they stand for.
-CONVERSIONS: dict[str, tuple[To, TargetName | None]] = {
+# Options of `dsv4 convert` -> the arguments of `resolve` that they stand for.
+OPTIONS: dict[str, tuple[To, TargetName | None]] = {
     "--to fp8": ("fp8", None),
     **{f"--to fp8 --target {name}": ("fp8", name) for name, engine in ENGINES.items() if engine.layout == "hf"},
     "--to bf16": ("bf16", None),
@@ -36,19 +36,19 @@ def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoi
 
 
 def sizes_after_conversion(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of all tensors after each conversion, by the options of `dsv4 convert`. Nothing about exactness is said.
+    """Bytes of all tensors after each conversion, by the options of `dsv4 convert`. Exactness is not checked.
 
-    Raises InputError when the checkpoint cannot be converted.
+    Raises InputError for a checkpoint that cannot be converted.
     """
     refuse_foreign(checkpoint.config, checkpoint.tensors)
     every = classify(checkpoint)
     counts = Counter(map(_kind, every))
     one_of = {_kind(weight): weight for weight in every}
-    upcast = any(weight.is_routed_expert and weight.format is Format.FP8 for weight in every)
+    fp8_experts = any(weight.is_routed_expert and weight.format is Format.FP8 for weight in every)
     return {
         options: _tensor_bytes(
             [one_of[kind] for kind in counts], list(counts.values()), checkpoint, resolve(to, target=target)
         )
-        for options, (to, target) in CONVERSIONS.items()
-        if to != "fp4" or upcast
+        for options, (to, target) in OPTIONS.items()
+        if to != "fp4" or fp8_experts
     }

@@ -345,7 +345,16 @@ def convert(
     Raises UsageError for options that do not fit, InputError for a bad source or a block without an exact form,
     MachineError for disk, permission or a lock.
     """
-    settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, max_shard_size)
+    settings = resolve(
+        to,
+        layout=layout,
+        model_parallel=model_parallel,
+        target=target,
+        scale_dtype=scale_dtype,
+        wo_a=wo_a,
+        on_inexact=on_inexact,
+        max_shard_bytes=max_shard_size,
+    )
     checkpoint = Checkpoint.open(source)
     try:
         resources = decide_resources(max_workers, max_memory)

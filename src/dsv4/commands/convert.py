@@ -320,7 +320,16 @@ def convert(
     from dsv4.convert.write.atomic_file import SCRATCH_NAME
     from dsv4.convert.write.resources import decide_resources
 
-    settings = resolve(to, layout, model_parallel, target, scale_dtype, wo_a, on_inexact, parse_size(max_shard_size))
+    settings = resolve(
+        to,
+        layout=layout,
+        model_parallel=model_parallel,
+        target=target,
+        scale_dtype=scale_dtype,
+        wo_a=wo_a,
+        on_inexact=on_inexact,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
     max_workers = max_workers or (ranks.workers if ranks else None)
     resources = decide_resources(max_workers, parse_size(max_memory) if max_memory else None)
     share = Part(ranks.index, ranks.count) if ranks else parse_part(part) if part else None

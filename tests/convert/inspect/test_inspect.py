@@ -22,7 +22,7 @@ from dsv4.convert.inspect.findings import Finding, check_checkpoint
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import resolve
-from dsv4.convert.plan.sizes import CONVERSIONS, sizes_after_conversion
+from dsv4.convert.plan.sizes import OPTIONS, sizes_after_conversion
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config
 
@@ -112,7 +112,7 @@ def test_sizes_after_conversion(flash_facts: dict, small: Path, tmp_path: Path) 
         checkpoint = Checkpoint.open(folder)
         sizes = sizes_after_conversion(checkpoint)
         assert len(sizes) == conversions
-        for options, (to, target) in CONVERSIONS.items():
+        for options, (to, target) in OPTIONS.items():
             if options in sizes:
                 plan = make_plan(checkpoint, resolve(to, target=target))
                 assert sizes[options] == sum(shard.data_bytes for shard in plan.shards)
