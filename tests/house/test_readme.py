@@ -1,4 +1,4 @@
-"""The README is true of the program: commands parse, the transcript is what the demo prints, tables are facts."""
+"""README and docs are true of the program: commands parse, the demo prints its transcript, tables are facts."""
 
 import re
 import subprocess
@@ -6,26 +6,34 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_lines import blocks, dsv4_commands, parse
+from command_lines import blocks, dsv4_commands, inline_commands, parse
 
 from dsv4 import cli, errors, output
 from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-TRANSCRIPT = next(block for block in blocks(README, "text") if "$ dsv4" in block)
+TOPS = {"quant", "convert", "model", "src", "tests", "benchmarks", "docs", "examples", ".ci"}
+PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+README, ARCHITECTURE = page("README.md"), page("docs/architecture.md")
+TRANSCRIPT = next(block for block in blocks(page("docs/demo.md"), "text") if "$ dsv4" in block)
 COMMANDS = [
     command
-    for page in dict.fromkeys(PAGES)
+    for path in PAGES
     for language in ("text", "sh")
-    for block in blocks(page.read_text(encoding="utf-8"), language)
+    for block in blocks(path.read_text(encoding="utf-8"), language)
     for command in dsv4_commands(block)
 ]
+INLINE = [command for path in PAGES for command in inline_commands(path.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("arguments", [*COMMANDS, *INLINE], ids=" ".join)
 def test_commands_parse(arguments: list[str]) -> None:
     parse(arguments)
 
@@ -60,49 +68,61 @@ def test_the_transcript_is_what_the_demo_prints(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("page", dict.fromkeys(PAGES), ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
-    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    broken = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not broken
 
 
+def test_the_readme_is_about_a_screen_long() -> None:
+    """What it is, for whom and what to type, before the table of contents."""
+    before, _, contents = README.partition("## Read on")
+    assert before.count("\n") <= 60 and contents
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link}
+    assert {path for path in PAGES if path.name != "README.md"} <= linked
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    """Files of the project by their path from the top, and tests by their name."""
+    names = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|test_\w+\.py)`", path.read_text(encoding="utf-8"))
+    ours = [name for name in names if name.split("/")[0] in TOPS or name.startswith("test_")]
+    missing = [name for name in ours if not (ROOT / name).exists() and not list((ROOT / "tests").rglob(name))]
+    assert not missing
+
+
 def test_exit_codes() -> None:
-    section = README.split("## Exit codes\n")[1].split("\n## ")[0]
-    listed = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for code in row.split(",")}
+    rows = re.findall(r"^\| ([\d, ]+) \|", page("docs/exit_codes.md"), re.MULTILINE)
+    listed = {int(code) for row in rows for code in row.split(",")}
     assert listed == {v for k, v in vars(errors).items() if k.startswith("EXIT_")} | {output.ClosedPipe.exit_code}
 
 
 def test_targets() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)`(?: \(default\))? \| (\w+) \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)`(?: \(default\))? \| (\w+) \|", page("docs/convert.md"), re.MULTILINE))
     scale = {"f32": "float32", "e8m0": "E8M0"}
     assert rows == {name: scale[target.scale_dtype] for name, target in TARGETS.items()}
 
 
-def test_the_tree_is_the_tree() -> None:
-    """Every name is that of a file, every file is named, and every line says what its files are."""
-    tree = next(block for block in blocks(README, "text") if block.startswith("quant/"))
-    folder, named = ROOT, set()
-    for line in tree.splitlines():
-        names, words = re.split(r"  +", line.strip(), maxsplit=1)
-        assert words
-        if not line.startswith(" "):
-            folder = ROOT / names
-            assert folder.is_dir()
-            continue
-        for name in names.split():
-            assert (folder / name).is_dir() or (folder / f"{name}.py").is_file(), name
-            named.add(folder / name)
-    tops = [ROOT / top for top in ("quant", "convert", "model", "src/dsv4")]
-    there = {path.with_suffix("") for top in tops for path in top.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert {path for path in there if not path.name.startswith("__") and not path.is_symlink()} == named
+def test_every_room_is_in_the_architecture() -> None:
+    """Rooms inside rooms, such as `convert/proof/values/`, are the business of the room that they are in."""
+    tops = ("quant", "convert", "model", "src/dsv4")
+    rooms = {
+        f"{top}/{path.name}/" for top in tops for path in (ROOT / top).iterdir() if (path / "__init__.py").is_file()
+    }
+    links = {"src/dsv4/quant/", "src/dsv4/convert/", "src/dsv4/model/"}
+    named = set(re.findall(r"`([\w/]+/)`", ARCHITECTURE))
+    assert rooms - links <= named and {f"{top}/" for top in tops} <= named
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=["conversion", "numbers"])
+@pytest.mark.parametrize("code", blocks(page("docs/python.md"), "python"), ids=["conversion", "numbers"])
 def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "DeepSeek-V4-Flash")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "docs/python.md", "exec"), {})
 
 
 def test_the_first_two_blocks_are_what_ci_runs() -> None:

@@ -21,6 +21,13 @@ def dsv4_commands(text: str) -> list[list[str]]:
     return found
 
 
+def inline_commands(markdown: str) -> list[list[str]]:
+    """Command lines within the text, such as `dsv4 verify A B`; not a command's name alone or with an option only."""
+    text = re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL).replace(" ENGINE", " vllm")
+    found = [shlex.split(line)[1:] for line in re.findall(r"`(dsv4 [^`…]+)`", text)]
+    return [words for words in found if len(words) > 1 and not words[1].startswith("-")]
+
+
 def parse(arguments: list[str]) -> None:
     """Parse a command line as `dsv4` would. Raises what Typer raises for an unknown command, option or value."""
     commands = typer.main.get_command(cli.app).commands
