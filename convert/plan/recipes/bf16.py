@@ -16,7 +16,7 @@ from dsv4.quant import to_bf16
 from dsv4.quant.block_scales import decode_scale
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale, source_rows, typed_scale
+from .rows import damaged_scale, read_codes, read_rows, read_scale, source_rows, tiles, typed_scale
 
 
 class ToBf16(Recipe):
@@ -57,16 +57,18 @@ class ToBf16(Recipe):
         assert weight.scale is not None and weight.block is not None
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
         raw = read_codes(checkpoint, piece)
-        codes, counts, parts, block = torch.from_numpy(raw), Counts(), [], weight.block
-        for a, b in cache_blocks(len(raw), 2 * piece.tensor.shape[1], block.rows):
-            over = slice(a // block.rows, -(-b // block.rows))
+        codes, counts = torch.from_numpy(raw), Counts()
+        values = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.int16)
+        for tile in tiles(values.shape, weight.block):
+            over = scale[tile.scale_rows, tile.scale_columns].contiguous()
             if weight.format is Format.FP4:
-                form = to_bf16.from_fp4(codes[a:b], scale[over])
+                packed = codes[tile.rows, tile.columns.start // 2 : tile.columns.stop // 2].contiguous()
+                form = to_bf16.from_fp4(packed, over)
             else:
-                form = to_bf16.from_fp8(codes[a:b], scale[over], block)
-            parts.append(form.values.view(torch.int16))
+                form = to_bf16.from_fp8(codes[tile.rows, tile.columns].contiguous(), over, weight.block)
+            values[tile.rows, tile.columns] = form.values.view(torch.int16)
             counts.changed += form.changed
-        return PieceResult(torch.cat(parts).numpy(), raw, counts)
+        return PieceResult(values.numpy(), raw, counts)
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """No quantization; but weights that were kept are still described by the source's config."""

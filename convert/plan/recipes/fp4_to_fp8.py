@@ -20,9 +20,8 @@ from dsv4.quant.block_scales import Block, scale_shape
 from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale
+from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale, tiles
 
-ELEMENTS_AT_ONCE = 2**22  # looking at codes takes about ten bytes an element
 MAX_NAMED = 20  # blocks of a tensor that a message lists; the manifest counts them all
 
 
@@ -106,8 +105,7 @@ class Fp4ToFp8(Recipe):
             chosen = scales.scale_bytes[over]
             counts.negative_zeros += self._cast(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
             if scales.inexact[over].any():
-                exact = fp4_to_fp8.exact_values(packed[a:b], group_bytes[a:b], chosen, block)
-                counts.changed += int(torch.count_nonzero(exact != e4m3.decode(data[a:b])))
+                counts.changed += _count_changed(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
         return PieceResult(data.numpy(), raw, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
@@ -139,17 +137,41 @@ def _scale(piece: Piece, scales: BlockScales) -> PieceResult:
     return PieceResult((chosen if piece.tensor.dtype == "F8_E8M0" else e8m0.decode(chosen)).numpy())
 
 
+def _count_changed(
+    packed: torch.Tensor, group_bytes: torch.Tensor, chosen: torch.Tensor, block: Block, data: torch.Tensor
+) -> int:
+    """Elements whose value is not the source's. Arguments as for `fp4_to_fp8.cast`, and the codes that it gave."""
+    changed = 0
+    for tile in tiles(data.shape, block):
+        left, right = tile.columns.start, tile.columns.stop
+        exact = fp4_to_fp8.exact_values(
+            packed[tile.rows, left // 2 : right // 2].contiguous(),
+            group_bytes[tile.rows, left // e2m1.GROUP_SIZE : -(-right // e2m1.GROUP_SIZE)].contiguous(),
+            chosen[tile.scale_rows, tile.scale_columns].contiguous(),
+            block,
+        )
+        changed += int(torch.count_nonzero(exact != e4m3.decode(data[tile.rows, tile.columns])))
+    return changed
+
+
 def _choose_by_codes(checkpoint: Checkpoint, piece: Piece, groups: torch.Tensor) -> BlockScales:
-    """Block scales where group scales prove nothing, a few rows of blocks at a time."""
+    """Block scales where group scales prove nothing, a tile at a time."""
     tensor, block = piece.tensor, _block_of(piece.tensor)
-    step = max(1, ELEMENTS_AT_ONCE // (block.rows * tensor.shape[1])) * block.rows
-    parts = []
-    for start in range(piece.start, piece.stop, step):
-        stop = min(start + step, piece.stop)
-        packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, start, stop))
-        over = groups[start - piece.start : stop - piece.start]
-        parts.append(fp4_to_fp8.choose_block_scales(packed, over, block))
-    return BlockScales(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(BlockScales)))
+    packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, piece.start, piece.stop))
+    shape = scale_shape((len(groups), tensor.shape[1]), block)
+    scales = BlockScales(
+        *(torch.empty(shape, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.bool, torch.bool))
+    )
+    for tile in tiles((len(groups), tensor.shape[1]), block):
+        left, right = tile.columns.start, tile.columns.stop
+        found = fp4_to_fp8.choose_block_scales(
+            packed[tile.rows, left // 2 : right // 2].contiguous(),
+            groups[tile.rows, left // e2m1.GROUP_SIZE : -(-right // e2m1.GROUP_SIZE)].contiguous(),
+            block,
+        )
+        for f in fields(BlockScales):
+            getattr(scales, f.name)[tile.scale_rows, tile.scale_columns] = getattr(found, f.name)
+    return scales
 
 
 def _block_change(checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan, at: tuple[int, int]) -> str:

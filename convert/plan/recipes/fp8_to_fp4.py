@@ -16,9 +16,10 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError, printable
 from dsv4.quant import fp8_to_fp4
 from dsv4.quant.block_scales import FP4_BLOCK, scale_shape
+from dsv4.quant.e2m1 import GROUP_SIZE
 
 from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import cache_blocks, read_codes, read_scale, typed_scale
+from .rows import read_codes, read_scale, tiles, typed_scale
 
 
 class Fp8ToFp4(Recipe):
@@ -56,15 +57,18 @@ class Fp8ToFp4(Recipe):
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
         raw = read_codes(checkpoint, piece)
         codes, counts = torch.from_numpy(raw), Counts()
-        packed, scales, block = [], [], weight.block
-        for a, b in cache_blocks(len(raw), raw.shape[1], block.rows):
-            over = slice(a // block.rows, -(-b // block.rows))
-            form = fp8_to_fp4.cast(codes[a:b], scale[over], block)
-            packed.append(form.packed)
-            scales.append(form.scale_bytes)
+        rows, columns = codes.shape
+        packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
+        groups = torch.empty(scale_shape((rows, columns), FP4_BLOCK), dtype=torch.uint8)
+        for tile in tiles(codes.shape, weight.block):
+            some = codes[tile.rows, tile.columns].contiguous()
+            over = scale[tile.scale_rows, tile.scale_columns].contiguous()
+            form = fp8_to_fp4.cast(some, over, weight.block)
+            packed[tile.rows, tile.columns.start // 2 : tile.columns.stop // 2] = form.packed
+            groups[tile.rows, tile.columns.start // GROUP_SIZE : -(-tile.columns.stop // GROUP_SIZE)] = form.scale_bytes
             if not form.exact.all():
-                counts.add(Counts(**fp8_to_fp4.error(form, codes[a:b], scale[over], block)._asdict()))
-        return raw, torch.cat(packed), torch.cat(scales), counts
+                counts.add(Counts(**fp8_to_fp4.error(form, some, over, weight.block)._asdict()))
+        return raw, packed, groups, counts
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Cast, and keep the scales."""

@@ -1,6 +1,7 @@
 """Reading rows of source tensors for the recipes, and refusing what a source should not hold."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.errors import InputError, printable
 from dsv4.quant import e4m3, e8m0
+from dsv4.quant.block_scales import Block
 
 from .recipe import PIECE_BYTES, Array, Piece
 
-CACHE_BYTES = 2**21  # output bytes computed at once: intermediate tensors stay in cache, calls are few
+CACHE_BYTES = 2**21  # output bytes that the compiled cast computes at once: they stay in cache, calls are few
+TILE_ELEMENTS = 2**19  # elements that torch computes at once; intermediate tensors take up to 60 bytes for each
 
 
 def read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
@@ -47,6 +50,32 @@ def cache_blocks(rows: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
     step = max(unit, CACHE_BYTES // max(width, 1) // unit * unit)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+class Tile(NamedTuple):
+    """Some rows and columns of a matrix, in elements, and the same of the tensor of its block scales."""
+
+    rows: slice
+    columns: slice
+    scale_rows: slice
+    scale_columns: slice
+
+
+def tiles(shape: tuple[int, ...], block: Block) -> Iterator[Tile]:
+    """Cut a matrix into tiles of whole blocks with about TILE_ELEMENTS, full rows where they fit. At least a block."""
+    rows, columns = shape
+    wide = max(1, TILE_ELEMENTS // block.rows // block.columns) * block.columns
+    wide = min(wide, -(-columns // block.columns) * block.columns)
+    high = max(1, TILE_ELEMENTS // wide // block.rows) * block.rows
+    for top in range(0, rows, high):
+        for left in range(0, columns, wide):
+            bottom, right = min(top + high, rows), min(left + wide, columns)
+            yield Tile(
+                slice(top, bottom),
+                slice(left, right),
+                slice(top // block.rows, -(-bottom // block.rows)),
+                slice(left // block.columns, -(-right // block.columns)),
+            )
 
 
 def check_scale(raw: Array, info: TensorInfo) -> None:
