@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# DeepSeek-V4-Flash on one machine: download, convert for vLLM, prove, compare, check before serving.
+# DeepSeek-V4-Flash on one machine: download, convert for vLLM, verify, compare, check before serving.
 #
 #     examples/flash_one_machine.sh [--dry-run]
 #
-# Disk: 160 GB for the source and 293 GB for the result; flash_streamed.sh does without the first. Memory: 1 GB, but for
-# the comparison, which takes what is free and reads the rest from disk as needed.
+# Disk: 160 GB for the source and 293 GB for the result; flash_streamed.sh needs no copy of the source. Memory: 1 GB,
+# except for the comparison, which takes what is free and reads the rest from disk when it is needed.
 # Variables: SOURCE (a folder instead of the hub: nothing is downloaded), OUTPUT, PROMPT.
 set -euo pipefail
 source "$(dirname "$0")/step.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSeek-V4-Flash from the hub, shard by shard: the source is never on disk as a whole, and still proven against.
+# DeepSeek-V4-Flash from the hub, shard by shard: the source is never on disk as a whole, and the result is verified.
 #
 #     examples/flash_streamed.sh [--dry-run]
 #

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Serve a converted folder with vLLM or SGLang: first ask whether it will do, then start the engine.
+# Serve a converted folder with vLLM or SGLang: check it with dsv4 doctor, then start the engine.
 #
 #     examples/serve.sh vllm|sglang FOLDER RANKS [--dry-run]
 #
 # The engines are not part of dsv4 and are not started by its tests.
 set -euo pipefail
 source "$(dirname "$0")/step.sh"
-engine=${arguments[0]:?vllm or sglang}
-folder=${arguments[1]:?the folder that dsv4 convert --target wrote}
-ranks=${arguments[2]:?over how many devices}
+needs 3 'examples/serve.sh vllm|sglang FOLDER RANKS [--dry-run]'
+engine=${arguments[0]} folder=${arguments[1]} ranks=${arguments[2]}
 
 step dsv4 doctor "$folder" --for "$engine" --tensor-parallel "$ranks"
 if [[ $engine == vllm ]]; then

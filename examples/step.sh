@@ -1,5 +1,6 @@
-# Sourced by the other scripts: `step COMMAND…` shows a command and runs it. With --dry-run it is only shown, except
-# that `dsv4 convert` and `dsv4 download` run with their own --dry-run: they read headers and write nothing.
+# Sourced by the other scripts. `step COMMAND…` prints a command and runs it; with --dry-run it only prints it, but
+# `dsv4 convert` and `dsv4 download` run with their own --dry-run, which reads headers and writes nothing.
+# `needs COUNT USAGE` stops with USAGE unless COUNT arguments were given.
 dry_run=
 arguments=()
 for argument in "$@"; do
@@ -14,5 +15,12 @@ step() {
         "$@"
     elif [[ $1 == dsv4 && ( $2 == convert || $2 == download ) ]]; then
         "$@" --dry-run
+    fi
+}
+
+needs() {
+    if [[ ${#arguments[@]} -ne $1 ]]; then
+        printf 'usage: %s\n' "$2" >&2
+        exit 2
     fi
 }

@@ -48,6 +48,12 @@ def test_every_script_is_here() -> None:
     assert all(os.access(EXAMPLES / script, os.X_OK) for script in CALLS)
 
 
+@pytest.mark.parametrize("script", [script for script, calls in CALLS.items() if calls[0]])
+def test_without_arguments_a_script_says_what_it_needs(script: str) -> None:
+    done = subprocess.run(["bash", str(EXAMPLES / script)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"usage: examples/{script} ") and not done.stdout
+
+
 @pytest.mark.parametrize(("script", "arguments"), [(s, a) for s, calls in CALLS.items() for a in calls])
 def test_dry_run(script: str, arguments: list[str], source: Path, tmp_path: Path) -> None:
     printed = run(script, [*arguments, "--dry-run"], source, tmp_path)
