@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The C kernels: no warning from any compiler that is installed, and their tests once under ASan and UBSan.
+# The C kernels: no warning from any compiler that is installed, the same bits in every form, ASan and UBSan.
 #
 #     .ci/kernels.sh [PYTHON]
 set -euo pipefail
@@ -16,6 +16,14 @@ for compiler in gcc clang; do
         done
         echo "no warning: $compiler -march=$march"
     done
+done
+
+# The same bits in every form; the suite itself runs the best form of this machine.
+forms=plain
+grep -qw avx2 /proc/cpuinfo 2>/dev/null && forms="avx2 plain"
+for form in $forms; do
+    echo "kernels in the form $form"
+    DSV4_KERNELS=$form "$python" -m pytest -q tests/model/kernels tests/model/test_model_transformers.py
 done
 
 # The library is built with other flags, and so under another name. Leaks are Python's business.

@@ -1,5 +1,7 @@
 """From a folder to a model: open, check, decide what fits into memory, read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +55,17 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
     return config, stages
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Loading makes thousands of small torch calls; beside a busy process each would wait for a thread's turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def load(
     folder: str | Path | Checkpoint,
     device: str = "cpu",
@@ -72,5 +85,6 @@ def load(
     config, stages = check_loadable(checkpoint, group)
     place = find_device(device)
     store = WeightStore(checkpoint, config, stages, place, max_memory, group)
-    store.load(progress)
+    with _one_thread():
+        store.load(progress)
     return Transformer(config, stages, store, Numerics(simulation, select_kernels(place), group))

@@ -3,8 +3,10 @@
 It gives the same bits as the reference forms, because both follow the order of summation of deterministic.py; the tests
 compare them. Weights stay packed in memory and are decoded in registers, so a token moves half a byte per FP4 weight
 and one byte per FP8 weight.
-The library is built on first use into the user's cache folder, under a name that is a hash of source, flags and CPU.
-Where that is impossible `library` is None, and `table.py` selects the reference forms instead of the functions here.
+The library is built on first use into the user's cache folder, under a name that is a hash of source, flags and CPU:
+with vector code for AVX-512 or AVX2 where the processor has it, else in plain C, all with the same bits. DSV4_KERNELS
+asks for one form (`FORMS`). Where no library can be built `library` is None, and `table.py` selects the reference forms
+instead of the functions here.
 """
 
 import ctypes
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4.errors import UsageError, printable
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
 
 from . import reference
@@ -30,7 +33,10 @@ COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
 # than the machine's registers are passed between inlined functions only, so by no ABI.
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
-OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+VARIABLE = "DSV4_KERNELS"
+# Values of the variable, and the flags that have the compiler build that form. `native`: the best of this processor.
+FORMS = {"native": ("-march=native",), "avx2": ("-march=haswell",), "plain": ()}
+NAMES = ("plain C", "AVX2", "AVX-512", "AVX-512 with BF16")  # by what dsv4_form returns
 FORMATS = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 WORK_PER_ELEMENT = 4  # of the small operations, in products
@@ -82,6 +88,7 @@ _SIZES = {
     "dsv4_row_scratch": "ll",
     "dsv4_most_streams": "",
     "dsv4_has_dot": "",
+    "dsv4_form": "",
 }
 
 
@@ -91,7 +98,7 @@ def sources() -> list[Path]:
 
 
 def _cpu() -> str:
-    """What -march=native depends on: a cache folder may be shared by several machines."""
+    """Model and flags of the processor, which -march=native depends on: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -110,11 +117,28 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "dsv4"
 
 
-def _compile(compiler: str, target: Path) -> bool:
+def wanted_form() -> str:
+    """The form that DSV4_KERNELS asks for. Raises UsageError for one that is unknown or that this processor lacks."""
+    form = os.environ.get(VARIABLE) or "native"
+    if form not in FORMS:
+        raise UsageError(f"{VARIABLE} is '{printable(form)}'", f"It is one of {', '.join(FORMS)}, or not set.")
+    if form == "avx2" and "avx2" not in _cpu().split():
+        raise UsageError(f"{VARIABLE} is 'avx2', which this processor does not have", f"Unset {VARIABLE}.")
+    return form
+
+
+def _flags(form: str) -> list[tuple[str, ...]]:
+    """Sets of flags to try in turn: not every compiler knows this processor or has OpenMP."""
+    march = FORMS[form]
+    tried = [(*march, "-fopenmp"), march]
+    return tried if form != "native" else [*tried, ("-fopenmp",), ()]
+
+
+def _compile(compiler: str, form: str, target: Path) -> bool:
     """Build the library as `target` with the best flags that this compiler takes; false if none works."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        for extra in OPTIONAL_FLAGS:
+        for extra in _flags(form):
             command = [compiler, *FLAGS, *extra, *map(str, sources()), "-o", str(built), "-lm"]
             if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                 os.replace(built, target)
@@ -133,22 +157,33 @@ def _open(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, built if need be; None where that is impossible."""
-    compiled_by = compiler()
+    """The compiled library, built if need be; None where that is impossible. Raises UsageError, see `wanted_form`."""
+    form, compiled_by = wanted_form(), compiler()
     if compiled_by is None:
         return None
     texts = (path.read_text() for path in sorted([*FOLDER.glob("*.h"), *sources()]))
-    identity = "\0".join((*texts, compiled_by, *FLAGS, platform.machine(), _cpu()))
+    identity = "\0".join((*texts, compiled_by, form, *FLAGS, platform.machine(), _cpu()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
-        if target.exists() or _compile(compiled_by, target):
+        if target.exists() or _compile(compiled_by, form, target):
             return _open(target)
     except OSError:
         pass  # a read-only home, or a compiler that builds for another machine
     return None
+
+
+def form_name() -> str:
+    """The form of the kernels that runs on the CPU, in words."""
+    loaded = library()
+    return "torch, without a compiler" if loaded is None else NAMES[loaded.dsv4_form()]
+
+
+def is_slow() -> bool:
+    """Whether the kernels on the CPU use no vector code: decoding is then many times slower."""
+    return form_name() not in NAMES[1:]
 
 
 def _loaded() -> ctypes.CDLL:

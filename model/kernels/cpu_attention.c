@@ -10,8 +10,8 @@ static void load_paired(const void *pool, int is_bf16, int64_t row, int64_t c, f
     const uint8_t *p = (const uint8_t *)pool + row * c * (is_bf16 ? 2 : 4);
     for (int64_t k = 0; k < c; k += 32, p += is_bf16 ? 64 : 128) {
         struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
-        store(out + k, v.odd);
-        store(out + k + 16, v.even);
+        store_sixteen(out + k, v.odd);
+        store_sixteen(out + k + 16, v.even);
     }
 }
 

@@ -12,13 +12,21 @@ enum arithmetic {
     BF16_DOT,      /* bfloat16 in natural order, by vdpbf16ps */
 };
 
+/* The next four rows begin so many bytes ahead. They are fetched while these are multiplied: rows of one to four KB are
+ * over before the processor's own prefetcher has found them. Of BF16 it finds enough. */
+INLINE int64_t bytes_ahead(const struct matrix *w, int format) { return 4 * (w->columns / 32 * bytes_of_32(format)); }
+
+INLINE int begins_line(int format, int64_t k) {
+    return format == FLOAT8_E4M3FN ? k % 64 == 0 : format == FLOAT4_E2M1FN && k % 128 == 0;
+}
+
 /* One row of paired x with `ot` rows of a stored weight; `ot` (at most 4), format and exact are constants. */
 INLINE void gemv(int ot, const struct matrix *w, int format, int exact, const float *x, int64_t row, float *y) {
-    lanes sum[4];
+    sixteen sum[4];
     const uint8_t *p[4];
-    int64_t step = step_columns(w), scales[4];
+    int64_t step = step_columns(w), scales[4], ahead = bytes_ahead(w, format);
     for (int o = 0; o < ot; o++) {
-        sum[o] = splat(0.f);
+        sum[o] = zeros();
         p[o] = row_of(w, format, row + o);
         scales[o] = scale_row(w, row + o);
     }
@@ -27,11 +35,13 @@ INLINE void gemv(int ot, const struct matrix *w, int format, int exact, const fl
         float scale[4];
         for (int o = 0; o < ot; o++) scale[o] = scale_at(w, scales[o]++);
         for (const float *value = x + start; value < x + stop; value += 32) {
-            lanes odd = load(value), even = load(value + 16);
+            sixteen odd = load_sixteen(value), even = load_sixteen(value + 16);
+            if (begins_line(format, value - x))
+                for (int o = 0; o < ot; o++) __builtin_prefetch(p[o] + ahead);
             for (int o = 0; o < ot; o++) {
                 struct pair weight = decode(p[o], format, scale[o]);
-                sum[o] = multiply_add(odd, weight.odd, sum[o], exact);
-                sum[o] = multiply_add(even, weight.even, sum[o], exact);
+                sum[o] = add_product(odd, weight.odd, sum[o], exact);
+                sum[o] = add_product(even, weight.even, sum[o], exact);
                 p[o] += bytes_of_32(format);
             }
         }
@@ -42,15 +52,15 @@ INLINE void gemv(int ot, const struct matrix *w, int format, int exact, const fl
 /* Products of `mt` rows of paired x with `ot` rows of paired weights; mt, ot and exact are constants. */
 INLINE void float_tile(int exact, int mt, int ot, const float *w, int64_t w_stride, int64_t columns, const float *x,
                        int64_t x_stride, float *y, int64_t y_stride) {
-    lanes sum[6][4];
+    sixteen sum[6][4];
     for (int m = 0; m < mt; m++)
-        for (int o = 0; o < ot; o++) sum[m][o] = splat(0.f);
+        for (int o = 0; o < ot; o++) sum[m][o] = zeros();
     for (int64_t k = 0; k < columns; k += 16) {
-        lanes weight[4];
-        for (int o = 0; o < ot; o++) weight[o] = load(w + o * w_stride + k);
+        sixteen weight[4];
+        for (int o = 0; o < ot; o++) weight[o] = load_sixteen(w + o * w_stride + k);
         for (int m = 0; m < mt; m++) {
-            lanes value = load(x + m * x_stride + k);
-            for (int o = 0; o < ot; o++) sum[m][o] = multiply_add(value, weight[o], sum[m][o], exact);
+            sixteen value = load_sixteen(x + m * x_stride + k);
+            for (int o = 0; o < ot; o++) sum[m][o] = add_product(value, weight[o], sum[m][o], exact);
         }
     }
     for (int m = 0; m < mt; m++) horizontal_sums(sum[m], ot, y + m * y_stride);
@@ -159,17 +169,14 @@ static int dot_is_in_order(void) {
 }
 
 /* FP4 by a table of bfloat16: a byte b becomes the two indices b and b >> 4, of which the lookup uses five bits. The
- * table repeats after sixteen entries. Its values are exact, and so are they times the scale. */
-INLINE __m512i bf16_of_e2m1(const uint8_t *p, __m512i table) {
+ * table repeats after sixteen entries. `shift` is the exponent of the scale at its place; zeros stay zeros. */
+INLINE __m512i bf16_of_e2m1(const uint8_t *p, __m512i shift) {
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, (short)0x8000, (short)0xbf00, (short)0xbf80,
+        (short)0xbfc0, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0));
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
-}
-
-INLINE __m512i table_of_e2m1(float scale) {
-    static const float values[16] = {0.f,  .5f,  1.f,  1.5f,  2.f,  3.f,  4.f,  6.f,
-                                     -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
-    __m256i bf16 = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)(load(values) * scale), 16));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(bf16), bf16, 1);
+    __m512i bf16 = _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+    return _mm512_mask_add_epi16(bf16, _mm512_test_epi16_mask(bf16, _mm512_set1_epi16(0x7fff)), bf16, shift);
 }
 
 /* FP8 by shifting: exponent and mantissa to their places in a bfloat16, the bias from 7 to 127; the seven subnormals
@@ -200,8 +207,8 @@ static void decode_as_bf16(const uint8_t *p, int format, float scale, int64_t co
         __m512i shift = shift_of_scale(scale);
         for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e4m3(p + k, shift));
     } else {
-        __m512i table = table_of_e2m1(scale);
-        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e2m1(p + k / 2, table));
+        __m512i shift = shift_of_scale(scale);
+        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e2m1(p + k / 2, shift));
     }
 }
 
@@ -209,7 +216,7 @@ static void decode_as_bf16(const uint8_t *p, int format, float scale, int64_t co
 INLINE void dot_gemv(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
     __m512 sum[4];
     const uint8_t *p[4];
-    int64_t step = step_columns(w), scales[4];
+    int64_t step = step_columns(w), scales[4], ahead = bytes_ahead(w, format);
     for (int o = 0; o < 4; o++) {
         sum[o] = _mm512_setzero_ps();
         p[o] = row_of(w, format, row + o);
@@ -217,16 +224,15 @@ INLINE void dot_gemv(const struct matrix *w, int format, const uint16_t *x, int6
     }
     for (int64_t start = 0; start < w->columns; start += step) {
         int64_t stop = least(start + step, w->columns);
-        __m512i table[4];
-        for (int o = 0; o < 4 && format != BFLOAT16; o++) {
-            float scale = scale_at(w, scales[o]++);
-            table[o] = format == FLOAT4_E2M1FN ? table_of_e2m1(scale) : shift_of_scale(scale);
-        }
+        __m512i shift[4];
+        for (int o = 0; o < 4 && format != BFLOAT16; o++) shift[o] = shift_of_scale(scale_at(w, scales[o]++));
         for (const uint16_t *value = x + start; value < x + stop; value += 32) {
             __m512bh one = (__m512bh)_mm512_loadu_si512(value);
+            if (begins_line(format, value - x))
+                for (int o = 0; o < 4; o++) __builtin_prefetch(p[o] + ahead);
             for (int o = 0; o < 4; o++) {
-                __m512i weight = format == FLOAT4_E2M1FN   ? bf16_of_e2m1(p[o], table[o])
-                                 : format == FLOAT8_E4M3FN ? bf16_of_e4m3(p[o], table[o])
+                __m512i weight = format == FLOAT4_E2M1FN   ? bf16_of_e2m1(p[o], shift[o])
+                                 : format == FLOAT8_E4M3FN ? bf16_of_e4m3(p[o], shift[o])
                                                            : _mm512_loadu_si512(p[o]);
                 sum[o] = _mm512_dpbf16_ps(sum[o], one, (__m512bh)weight);
                 p[o] += bytes_of_32(format);
@@ -253,6 +259,19 @@ int32_t dsv4_has_dot(void) {
 #endif
 }
 
+/* The vector code that was compiled: 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16. */
+int64_t dsv4_form(void) {
+#if defined(HAVE_DOT)
+    return 3;
+#elif defined(HAVE_AVX512)
+    return 2;
+#elif defined(HAVE_AVX2)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 void dsv4_decode_rows(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out) {
     int64_t step = step_columns(w);
     for (int64_t o = 0; o < count; o++) {
@@ -273,8 +292,8 @@ void dsv4_decode_rows(const struct matrix *w, int64_t row, int64_t count, int as
             float *to = (float *)out + o * padded(w->columns) + start;
             for (int64_t k = start; k < stop; k += 32, to += 32, p += bytes_of_32(w->format)) {
                 struct pair v = decode(p, w->format, scale);
-                store(to, v.odd);
-                store(to + 16, v.even);
+                store_sixteen(to, v.odd);
+                store_sixteen(to + 16, v.even);
             }
         }
     }
@@ -333,8 +352,8 @@ static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride,
         if (bf16 && m_count > 1) continue; /* the float32 pairs are not used */
         for (int64_t k = 0; k < columns; k += 32, p += is_bf16 ? 64 : 128) {
             struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
-            store(pairs + m * padded(columns) + k, v.odd);
-            store(pairs + m * padded(columns) + k + 16, v.even);
+            store_sixteen(pairs + m * padded(columns) + k, v.odd);
+            store_sixteen(pairs + m * padded(columns) + k + 16, v.even);
         }
     }
 }

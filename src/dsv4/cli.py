@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from dsv4 import __version__, endings, signals
+from dsv4 import __version__, endings, machine, signals
 from dsv4.commands import convert, demo, doctor, download, encode, env, inspect, verify
 from dsv4.commands.run import command as run_command
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
@@ -96,6 +96,7 @@ def _leave(code: int) -> NoReturn:
 def main() -> None:
     """Entry point of `dsv4.__main__`."""
     signals.prepare()
+    machine.limit_spinning()
     _open_closed_streams()
     code = run(sys.argv[1:])
     signals.end_work()

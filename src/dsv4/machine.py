@@ -21,6 +21,17 @@ CONTROL_GROUPS = (
 NO_LIMIT = 2**60  # version 1 writes a huge number where there is no limit
 
 
+# Rounds that a thread of libgomp spins before it sleeps. By default 300,000: beside a busy process the spinning threads
+# keep the core from the one that they wait for, and decoding takes up to 40 times as long.
+SPIN_ROUNDS = "1000"
+
+
+def limit_spinning() -> None:
+    """Have OpenMP's threads sleep early, unless the user decided. Before torch is imported: libgomp reads it then."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows

@@ -92,3 +92,19 @@ def test_the_command_line_starts_on_other_systems(system: str, arguments: list[s
     code = ELSEWHERE.format(lacking=(*LACKING[system], arguments))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "rounds"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_of_openmp_sleep_early_unless_the_user_decided(
+    given: dict[str, str], rounds: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    machine.limit_spinning()
+    assert os.environ.get("GOMP_SPINCOUNT") == rounds
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)

@@ -23,8 +23,9 @@ PACKAGES = (
 )  # fmt: skip
 # Variables that change what dsv4 or its libraries do.
 SHOWN_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "DSV4_DEBUG", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "NO_COLOR",
-    "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TERM", "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES", "DSV4_DEBUG", "DSV4_KERNELS", "GOMP_SPINCOUNT", "HF_HOME", "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "NO_COLOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
+    "PYTORCH_CUDA_ALLOC_CONF", "TERM", "XDG_CACHE_HOME",
 )  # fmt: skip
 HIDDEN_VARIABLES = (
     "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT",
@@ -106,6 +107,7 @@ def facts() -> dict[str, Any]:
         },
         "cuda": torch.version.cuda,
         "compiler": cpu.compiler(),
+        "kernels": cpu.form_name(),
         "compiled_cast": fp4_to_fp8_compiled.is_compiled(),
         "devices": _accelerators(),
         "folders": {what: _disk(path) for what, path in _folders().items()},
@@ -127,6 +129,7 @@ def _system(found: dict[str, Any]) -> list[list[str]]:
         ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
         ["cuda", found["cuda"] or "torch was built without it"],
         ["C compiler", found["compiler"] or "none: dsv4 run takes its slow plain form"],
+        ["kernels of run", found["kernels"]],
         ["compiled cast", "yes" if found["compiled_cast"] else "no: dsv4 convert is a bit slower"],
     ]
 

@@ -3,11 +3,13 @@
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dsv4.errors import UsageError
 from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
@@ -303,3 +305,43 @@ def test_compiled_code_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> N
 def test_where_there_is_a_compiler_the_compiled_row_was_tested() -> None:
     """Without one, CPU is the reference row, and the comparisons above say nothing."""
     assert (CPU is table.CPU) == any(map(shutil.which, cpu.COMPILERS))
+
+
+@pytest.fixture(params=[form for form in cpu.FORMS if form != "native"])
+def form(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each form of the library, built and in the place of this machine's best one."""
+    name: str = request.param
+    compiler = cpu.compiler()
+    if compiler is None or (name == "avx2" and "avx2" not in cpu._cpu().split()):
+        pytest.skip(f"no compiler, or a processor without {name}")
+    assert cpu._compile(compiler, name, tmp_path / "kernels.so")
+    loaded = cpu._open(tmp_path / "kernels.so")
+    monkeypatch.setattr(cpu, "library", lambda: loaded)
+    monkeypatch.setattr(cpu, "has_dot", lambda: bool(loaded.dsv4_has_dot()))
+    return name
+
+
+def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
+    assert cpu.form_name() == {"avx2": "AVX2", "plain": "plain C"}[form]
+    assert cpu.is_slow() == (form == "plain")
+    for dtype in (torch.bfloat16, torch.float32):
+        test_linear(133, 224, dtype)
+        test_sparse_attention(9, dtype)
+        test_index_scores(12, 3, dtype)
+    for count in (1, 2):
+        test_every_code_by_every_way_of_decoding(count)
+
+
+def test_a_form_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    assert cpu.wanted_form() == "native"
+    monkeypatch.setenv(cpu.VARIABLE, "plain")
+    assert cpu.wanted_form() == "plain"
+    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    with pytest.raises(UsageError, match="DSV4_KERNELS is 'sse9'") as raised:
+        cpu.wanted_form()
+    assert "native, avx2, plain" in raised.value.hint
+    monkeypatch.setenv(cpu.VARIABLE, "avx2")
+    monkeypatch.setattr(cpu, "_cpu", lambda: "flags : fpu sse2")
+    with pytest.raises(UsageError, match="this processor does not have"):
+        cpu.wanted_form()

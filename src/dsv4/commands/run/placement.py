@@ -119,6 +119,15 @@ def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks |
     return Placement(own, simulation, weights, other, group_of(device, ranks))
 
 
+def _say_kernels(out: Output) -> None:
+    """Which form of the kernels runs; a warning if it is a slow one."""
+    from dsv4.model.kernels import cpu
+
+    out.detail(f"kernels: {cpu.form_name()}")
+    if cpu.is_slow():
+        out.warn(f"the kernels run as {cpu.form_name()}, without vector code: many times slower, same results")
+
+
 def load_model(source: Source, placement: Placement, out: Output) -> "Transformer":
     """The model, with a progress bar while its weights are read. Raises MachineError if memory does not suffice."""
     from dsv4.model import load
@@ -142,4 +151,6 @@ def load_model(source: Source, placement: Placement, out: Output) -> "Transforme
                 f"Allow at least {human_bytes(needed)} (--max-memory), or free some memory.",
             ) from None
     out.detail(f"weights in memory: {human_bytes(model.store.resident_bytes)}")
+    if kind_of(placement.device) == "cpu":
+        _say_kernels(out)
     return model
