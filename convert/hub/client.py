@@ -21,7 +21,8 @@ from dsv4.progress import Progress
 STAGING = ".dsv4-incoming"  # inside the target folder; a file moves out of it when it has been checked
 RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are
 _CHUNK_BYTES = 4 << 20
-_BAD = "It was fetched twice. Try again later, or use --fallback to take it from the other hub."
+_BAD = "It was fetched twice. Try again later."
+AGAIN = "Run the same command again later: finished files are kept."
 _ATTEMPTS = 3
 
 Result = TypeVar("Result")
@@ -114,6 +115,12 @@ class Hub(Protocol):
     def similar(self, repository: str) -> list[str]:
         """Repositories with names like this one, best first; empty if the hub cannot say."""
         ...
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, on one line. Some speak Chinese; then the error's name has to do."""
+    line = next(iter(str(error).splitlines()), "")
+    return printable(line) if line and line.isascii() else type(error).__name__
 
 
 def with_patience(action: Callable[[], Result]) -> Result:

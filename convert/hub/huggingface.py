@@ -9,8 +9,9 @@ import difflib
 import logging
 import re
 from collections.abc import Callable
+from json import JSONDecodeError
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import huggingface_hub
 from huggingface_hub import errors, file_download, hf_api
@@ -26,75 +27,129 @@ from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 from dsv4.progress import Progress
 
-from .client import BadFile, Busy, NetworkError, NoRepository, RemoteFile
+from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
+from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."
+_NOT_CACHED = "HF_HUB_OFFLINE is set and the cache does not have it"
 _OFFLINE = "Unset HF_HUB_OFFLINE, or fetch it first where there is a network."
 _HEX = re.compile(r"[0-9a-f]+")
 
 Result = TypeVar("Result")
 
 
-def _status(error: errors.HfHubHTTPError) -> int:
-    return error.response.status_code
+def _gated(error: errors.GatedRepoError, label: str) -> Dsv4Error:
+    page = f"{huggingface_hub.constants.ENDPOINT}/{label.partition(':')[2]}"
+    text = f"{label} is gated: the hub answers {error.response.status_code}"
+    return NetworkError(text, f"Ask for access at {page}. {_LOGIN}")
 
 
-def _explain_http(error: errors.HfHubHTTPError, repository: str) -> Dsv4Error:
-    status = _status(error)
-    if isinstance(error, errors.GatedRepoError):
-        page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
-        return NetworkError(
-            f"hf:{repository} is gated: the hub answers {status}", f"Ask for access at {page}. {_LOGIN}"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return NoRepository(f"hf:{repository}: no such repository, or it is private", f"If it is private: {_LOGIN}")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"hf:{repository}: no such branch, tag or commit", "Look at its branches on the hub.")
-    if isinstance(error, errors.EntryNotFoundError):
-        url = printable(str(error.response.url))
-        return BadFile(f"hf:{repository}: a listed file is not there: {url}", "Try again later, or with --fallback.")
+def _no_entry(error: errors.EntryNotFoundError, label: str) -> Dsv4Error:
+    url = printable(str(error.response.url)) if isinstance(error, errors.HfHubHTTPError) else "in the cache"
+    return BadFile(f"{label}: a listed file is not there: {url}", "Try again later.")
+
+
+def _http_status(error: errors.HfHubHTTPError, label: str) -> Dsv4Error:
+    status = error.response.status_code
     if status in (401, 403):
-        return NetworkError(f"hf:{repository}: the hub refuses access ({status})", _LOGIN)
+        return NetworkError(f"{label}: the hub refuses access ({status})", _LOGIN)
     if status in _TRANSIENT:
         why = "too many requests" if status == 429 else "the hub has a problem"
-        hint = "Run the same command again later: finished files are kept. --fallback tries the other hub."
-        return Busy(f"hf:{repository}: the hub answers {status} ({why})", hint)
-    return MachineError(f"hf:{repository}: the hub answers {status}", printable(str(error).splitlines()[0]))
+        return Busy(f"{label}: the hub answers {status} ({why})", AGAIN)
+    return MachineError(f"{label}: the hub answers {status}", first_line(error))
 
 
-def explain(error: BaseException, repository: str) -> Dsv4Error | None:
+def _no_connection(error: Exception, label: str) -> Dsv4Error:
+    hint = "Check the network, HF_ENDPOINT and proxies, and run the same command again."
+    text = f"{label}: {huggingface_hub.constants.ENDPOINT} does not answer: {first_line(error)}"
+    return NetworkError(text, hint)
+
+
+def _transfer_failed(error: Exception, label: str) -> Dsv4Error:
+    hint = "Run the same command again, or set HF_HUB_DISABLE_XET=1."
+    return NetworkError(f"{label}: the transfer failed: {first_line(error)}", hint)
+
+
+def _has_wrong_size(error: BaseException) -> bool:
+    """The library compares sizes, and has no type for this error."""
+    return isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error)
+
+
+def _module(error: BaseException) -> str:
+    return type(error).__module__
+
+
+def _offline(error: Exception, label: str) -> Dsv4Error:
+    return MachineError(f"{label}: {_NOT_CACHED}", _OFFLINE)
+
+
+def _no_repository(error: Exception, label: str) -> Dsv4Error:
+    return NoRepository(f"{label}: no such repository, or it is private", f"If it is private: {_LOGIN}")
+
+
+def _no_revision(error: Exception, label: str) -> Dsv4Error:
+    return InputError(f"{label}: no such branch, tag or commit", "Look at its branches on the hub.")
+
+
+def _not_complete(error: Exception, label: str) -> Dsv4Error:
+    return MachineError(f"{label}: not complete in the local cache", "Run `dsv4 download` with a network.")
+
+
+def _wrong_size(error: Exception, label: str) -> Dsv4Error:
+    return BadFile(f"{label}: {first_line(error)}")
+
+
+def _no_metadata(error: Exception, label: str) -> Dsv4Error:
+    return not_a_hub(label, "a file")
+
+
+def _another_form(error: Exception, label: str) -> Dsv4Error:
+    """The library took an answer apart that is not what it expects."""
+    return not_a_hub(label, "a listing")
+
+
+Meaning = Callable[[Any, str], Dsv4Error]
+
+# Exceptions of the library, and what they mean; the first row that fits counts.
+_TYPES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Meaning], ...] = (
+    (errors.OfflineModeIsEnabled, _offline),
+    (errors.GatedRepoError, _gated),
+    (errors.RepositoryNotFoundError, _no_repository),
+    (errors.RevisionNotFoundError, _no_revision),
+    (errors.LocalEntryNotFoundError, _not_complete),
+    (errors.EntryNotFoundError, _no_entry),
+    (errors.HfHubHTTPError, _http_status),
+    (errors.FileMetadataError, _no_metadata),
+    ((KeyError, TypeError, AttributeError, ValueError), _another_form),
+)
+# The same for those that have no type of their own, or one of another library.
+_OTHERS: tuple[tuple[Callable[[BaseException], bool], Meaning], ...] = (
+    (lambda error: _module(error).partition(".")[0].startswith("httpx"), _no_connection),  # the library's HTTP client
+    (lambda error: _module(error) == "hf_xet", _transfer_failed),
+    (lambda error: isinstance(error, RuntimeError | ConnectionError | TimeoutError), _transfer_failed),
+    (_has_wrong_size, _wrong_size),
+)
+
+
+def _wrapped(error: BaseException) -> BaseException | None:
+    """The error behind "cannot find it in the cache either": what matters is why the hub failed."""
+    wraps = isinstance(error, errors.LocalEntryNotFoundError | ValueError)
+    own = isinstance(error, errors.HfHubHTTPError | JSONDecodeError)
+    return error.__cause__ or error.__context__ if wraps and not own else None
+
+
+def explain(error: BaseException, label: str) -> Dsv4Error | None:
     """What a library exception means to a user; None for a fault of the machine or of dsv4, which passes through."""
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return MachineError(f"hf:{repository}: HF_HUB_OFFLINE is set and the cache does not have it", _OFFLINE)
-    if isinstance(error, errors.HfHubHTTPError):
-        return _explain_http(error, repository)
-    cause = error.__cause__ or error.__context__
-    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and cause is not None:
-        return explain(cause, repository)  # "cannot find it in the cache either": what matters is why the hub failed
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return MachineError(f"hf:{repository}: not complete in the local cache", "Run `dsv4 download` with a network.")
-    if isinstance(error, errors.FileMetadataError):
-        return NetworkError(f"hf:{repository}: the answer does not come from a hub", "Check HF_ENDPOINT and the proxy.")
-    if type(error).__module__.partition(".")[0].startswith("httpx"):  # the library's HTTP client, by whatever name
-        text = printable(str(error) or type(error).__name__)
-        hint = "Check the network, HF_ENDPOINT and proxies, and run the same command again, or try --fallback."
-        return NetworkError(f"hf:{repository}: {huggingface_hub.constants.ENDPOINT} does not answer: {text}", hint)
-    if type(error).__module__ == "hf_xet" or isinstance(error, RuntimeError | ConnectionError | TimeoutError):
-        # What the transfer library for Xet storage raises has no type of its own.
-        text = printable((str(error).splitlines() or [type(error).__name__])[0])
-        hint = "Run the same command again, set HF_HUB_DISABLE_XET=1, or try --fallback."
-        return NetworkError(f"hf:{repository}: the transfer failed: {text}", hint)
-    if isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error):
-        return BadFile(f"hf:{repository}: {printable(str(error).splitlines()[0])}")
-    return None
-
-
-def _raise(error: Exception, repository: str) -> NoReturn:
-    explained = explain(error, repository)
-    if explained is None:
-        raise error
-    raise explained from error
+    if isinstance(error, Dsv4Error):
+        return error
+    behind = _wrapped(error)
+    if behind is not None and (explained := explain(behind, label)) is not None:
+        return explained
+    for types, meaning in _TYPES:
+        if isinstance(error, types):
+            return meaning(error, label)
+    return next((meaning(error, label) for fits, meaning in _OTHERS if fits(error)), None)
 
 
 def _bar_for(progress: Progress) -> "type[tqdm[NoReturn]]":
@@ -124,6 +179,31 @@ def _cached_file(folder: Path, path: Path) -> RemoteFile:
     return RemoteFile(name, path.stat().st_size, **({kind: blob} if kind else {}))
 
 
+def _note_answer(response: Any) -> None:
+    """Called by the library's HTTP client for every answer, before its body is read."""
+
+    def body() -> str:
+        if "text/html" in response.headers.get("content-type", ""):
+            response.read()
+        return str(response.text) if hasattr(response, "_content") else ""
+
+    length = response.headers.get("content-length", "")
+    note(
+        Answer(
+            str(response.url), response.status_code, response.headers.get("content-type", ""),
+            int(length) if length.isdecimal() else None, body,
+        )
+    )  # fmt: skip
+
+
+def _watch_answers() -> None:
+    """See the answers that the library gets. It makes a new client after some errors."""
+    forget()
+    hooks = huggingface_hub.get_session().event_hooks["response"]
+    if _note_answer not in hooks:
+        hooks.append(_note_answer)
+
+
 class HuggingFace:
     """See client.Hub."""
 
@@ -139,10 +219,17 @@ class HuggingFace:
         )  # its retries are reported by us if they do not help
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
+        """What the library does, with its errors as ours."""
+        _watch_answers()
         try:
             return action()
+        except Page as page:
+            raise page.error from None
         except Exception as error:
-            _raise(error, repository)
+            explained = explain(error, f"hf:{repository}")
+            if explained is None:
+                raise
+            raise explained from error
 
     def offline(self) -> bool:
         """See Hub."""
@@ -154,9 +241,8 @@ class HuggingFace:
             folder = huggingface_hub.snapshot_download(
                 repository, revision=revision, cache_dir=cache, local_files_only=True
             )
-        except errors.LocalEntryNotFoundError:
-            text = f"hf:{repository}: HF_HUB_OFFLINE is set and the cache does not have it"
-            raise MachineError(text, _OFFLINE) from None
+        except errors.LocalEntryNotFoundError as error:
+            raise _offline(error, f"hf:{repository}") from None
         return Path(folder).name, [
             _cached_file(Path(folder), p) for p in sorted(Path(folder).rglob("*")) if p.is_file()
         ]
@@ -166,7 +252,7 @@ class HuggingFace:
         wanted = revision or huggingface_hub.constants.DEFAULT_REVISION
         commit = self._call(repository, lambda: self._api.model_info(repository, revision=wanted).sha)
         if not commit or not file_download.REGEX_COMMIT_HASH.fullmatch(commit):
-            raise NetworkError(f"hf:{repository}: the hub names no commit for '{wanted}'", "Check HF_ENDPOINT.")
+            raise not_a_hub(f"hf:{repository}", f"the commit of '{wanted}'")
         return commit
 
     def files(self, repository: str, commit: str) -> list[RemoteFile]:
@@ -178,7 +264,7 @@ class HuggingFace:
             RemoteFile(e.path, e.lfs.size, sha256=e.lfs.sha256)
             if e.lfs is not None
             else RemoteFile(e.path, e.size, git_sha1=e.blob_id)
-            for e in listed
+            for e in check_listed(listed, f"hf:{repository}@{commit}")
             if isinstance(e, hf_api.RepoFile)
         ]
 
@@ -187,22 +273,14 @@ class HuggingFace:
         url = huggingface_hub.hf_hub_url(repository, file.name, revision=commit)
         headers = build_hf_headers(token=self._token)
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-        return self._call(repository, lambda: self._read(url, headers, offset, length))
+        return self._call(repository, lambda: self._read(url, headers, file, offset, length))
 
-    def _read(self, url: str, headers: dict[str, str], offset: int, length: int) -> bytes:
+    def _read(self, url: str, headers: dict[str, str], file: RemoteFile, offset: int, length: int) -> bytes:
         timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
         with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else offset
-            received = bytearray()
-            for chunk in response.iter_bytes(1 << 16):
-                received += chunk
-                if len(received) >= skip + length:
-                    break
-        data = bytes(received[skip : skip + length])
-        if len(data) < length:
-            raise InputError(f"{printable(url)}: ends after {len(received)} bytes", "The file is shorter than listed.")
-        return data
+            return cut(response.iter_bytes(1 << 16), skip, length, file, url)
 
     def _download(
         self,
@@ -215,13 +293,14 @@ class HuggingFace:
         cache: Path | None = None,
     ) -> Path:
         """Into a folder, or else into a cache."""
-        path = self._call(
-            repository,
-            lambda: huggingface_hub.hf_hub_download(
-                repository, file.name, revision=commit, local_dir=folder, cache_dir=cache, token=self._token,
-                force_download=again, tqdm_class=_bar_for(progress),
-            ),
-        )  # fmt: skip
+        with file_expected(f"hf:{repository}", file):
+            path = self._call(
+                repository,
+                lambda: huggingface_hub.hf_hub_download(
+                    repository, file.name, revision=commit, local_dir=folder, cache_dir=cache, token=self._token,
+                    force_download=again, tqdm_class=_bar_for(progress),
+                ),
+            )  # fmt: skip
         return Path(path)
 
     def fetch_to_folder(

@@ -13,7 +13,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import modelscope_hub
 import requests
@@ -25,43 +25,66 @@ from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 from dsv4.progress import Progress
 
-from .client import BadFile, Busy, NetworkError, NoRepository, RemoteFile, with_patience
+from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
+from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line, with_patience
 
 _LOGIN = "Log in with `modelscope login`, set MODELSCOPE_API_TOKEN, or give --token."
 _DEFAULT_BRANCH = "master"
+PAGE_BYTES = 2**14  # of a page that is no answer of a hub: enough to find its title
 
 Result = TypeVar("Result")
 
 
-def explain(error: BaseException, repository: str) -> Dsv4Error | None:
+def _status(error: errors.HubError, label: str) -> Dsv4Error:
+    return MachineError(f"{label}: the hub answers {getattr(error, 'status_code', None)}: {first_line(error)}")
+
+
+def _refused(error: errors.APIError, label: str) -> Dsv4Error:
+    hint = f"Ask for access on its page at the hub. {_LOGIN}"
+    return NetworkError(f"{label}: the hub refuses access ({error.status_code})", hint)
+
+
+def _no_repository(error: Exception, label: str) -> Dsv4Error:
+    return NoRepository(f"{label}: no such repository, revision or file", f"If it is private: {_LOGIN}")
+
+
+def _too_many(error: Exception, label: str) -> Dsv4Error:
+    return Busy(f"{label}: the hub answers 429 (too many requests)", AGAIN)
+
+
+def _server_error(error: errors.APIError, label: str) -> Dsv4Error:
+    return Busy(f"{label}: the hub answers {error.status_code or 'with an error'}: {first_line(error)}", AGAIN)
+
+
+def _no_answer(error: Exception, label: str) -> Dsv4Error:
+    return NetworkError(f"{label}: the hub does not answer: {first_line(error)}", AGAIN)
+
+
+def _another_form(error: Exception, label: str) -> Dsv4Error:
+    """The library took an answer apart that is not what it expects."""
+    return not_a_hub(label, "a listing")
+
+
+# Exceptions of the library, and what they mean; the first row that fits counts.
+_MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[Any, str], Dsv4Error]], ...] = (
+    (errors.NotExistError, _no_repository),
+    ((errors.PermissionDeniedError, errors.AuthenticationError), _refused),
+    (errors.FileIntegrityError, lambda error, label: BadFile(f"{label}: {first_line(error)}")),
+    (errors.RateLimitError, _too_many),
+    (errors.ServerError, _server_error),
+    (requests.JSONDecodeError, _another_form),
+    ((errors.NetworkError, requests.RequestException), _no_answer),
+    (errors.APIError, _status),
+    (errors.HubError, lambda error, label: NetworkError(f"{label}: {first_line(error)}", AGAIN)),
+    ((KeyError, TypeError, AttributeError, ValueError), _another_form),
+)
+
+
+def explain(error: BaseException, label: str) -> Dsv4Error | None:
     """What a library exception means to a user; None for a fault of the machine or of dsv4, which passes through."""
-    first_line = printable((str(error).splitlines() or [type(error).__name__])[0])
-    if isinstance(error, errors.NotExistError):
-        return NoRepository(f"ms:{repository}: no such repository, revision or file", f"If it is private: {_LOGIN}")
-    if isinstance(error, errors.PermissionDeniedError | errors.AuthenticationError):
-        hint = f"Ask for access on its page at the hub. {_LOGIN}"
-        return NetworkError(f"ms:{repository}: the hub refuses access ({error.status_code})", hint)
-    if isinstance(error, errors.FileIntegrityError):
-        return BadFile(f"ms:{repository}: {first_line}")
-    again = "Run the same command again: finished files are kept. --fallback tries the other hub."
-    if isinstance(error, errors.RateLimitError):
-        return Busy(f"ms:{repository}: the hub answers 429 (too many requests)", again)
-    if isinstance(error, errors.ServerError):
-        return Busy(f"ms:{repository}: the hub answers {error.status_code or 'with an error'}: {first_line}", again)
-    if isinstance(error, errors.NetworkError | requests.RequestException):
-        return NetworkError(f"ms:{repository}: the hub does not answer: {first_line}", again)
-    if isinstance(error, errors.APIError):
-        return MachineError(f"ms:{repository}: the hub answers {error.status_code}: {first_line}")
-    if isinstance(error, errors.HubError):
-        return NetworkError(f"ms:{repository}: {first_line}", again)
-    return None
-
-
-def _raise(error: Exception, repository: str) -> NoReturn:
-    explained = explain(error, repository)
-    if explained is None:
-        raise error
-    raise explained from error
+    if isinstance(error, Dsv4Error):
+        return error
+    return next((meaning(error, label) for types, meaning in _MEANINGS if isinstance(error, types)), None)
 
 
 def _callback_for(progress: Progress) -> type[Any]:
@@ -70,6 +93,25 @@ def _callback_for(progress: Progress) -> type[Any]:
             progress(size)
 
     return Callback
+
+
+def _note_answer(response: requests.Response, *_: Any, **__: Any) -> None:
+    """Called by the client's HTTP library for every answer, before its body is read."""
+    kind, length = response.headers.get("Content-Type", ""), response.headers.get("Content-Length", "")
+
+    def body() -> str:
+        if response._content is not False:
+            return response.text
+        return response.raw.read(PAGE_BYTES, decode_content=True).decode(errors="replace") if "html" in kind else ""
+
+    note(Answer(response.url, response.status_code, kind, int(length) if length.isdecimal() else None, body))
+
+
+def _watched(api: modelscope_hub.HubApi) -> modelscope_hub.HubApi:
+    """The same client, whose answers we see."""
+    for session in (api.legacy._session, api.legacy._read_session, api.openapi._session):
+        session.hooks["response"].append(_note_answer)
+    return api
 
 
 def _remote_file(entry: dict[str, Any]) -> RemoteFile:
@@ -84,20 +126,32 @@ class ModelScope:
     title = "ModelScope"
 
     def __init__(self, token: str | None) -> None:
-        self._api = modelscope_hub.HubApi(token=token)
+        self._api = _watched(modelscope_hub.HubApi(token=token))
         # The client draws a bar of its own for every file, also where nobody looks; ours counts all of them.
         vars(client_download)["tqdm"] = functools.partial(tqdm, disable=True)
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
+        """What the library does, with its errors as ours."""
+        forget()
         try:
             return action()
+        except Page as page:
+            raise page.error from None
         except Exception as error:
-            _raise(error, repository)
+            explained = explain(error, f"ms:{repository}")
+            if explained is None:
+                raise
+            raise explained from error
 
     def _entries(self, repository: str, revision: str) -> list[dict[str, Any]]:
-        listed = self._call(repository, lambda: self._api.legacy.list_repo_files(repository, "model", revision))
-        return [e for e in listed if (e.get("Type") or "blob") != "tree"]
+        """What the hub says of each file of a revision."""
+
+        def listed() -> list[dict[str, Any]]:
+            entries = self._api.legacy.list_repo_files(repository, "model", revision)
+            return [entry for entry in entries if (entry.get("Type") or "blob") != "tree"]
+
+        return check_listed(self._call(repository, listed), f"ms:{repository}@{revision}")
 
     def offline(self) -> bool:
         """See Hub. This library has no such switch."""
@@ -112,8 +166,6 @@ class ModelScope:
         self._endpoint_for(repository)
         wanted = revision or _DEFAULT_BRANCH
         entries = self._entries(repository, wanted)
-        if not entries:
-            raise InputError(f"ms:{repository}@{wanted}: lists no files", "Look at its branches on the hub.")
         newest = max(entries, key=lambda e: int(e.get("CommittedDate") or 0))
         commit = str(newest.get("Revision") or "")
         if len(commit) != 40 or commit == wanted:
@@ -128,48 +180,40 @@ class ModelScope:
         # modelscope.cn and modelscope.ai are two sites; MODELSCOPE_ENDPOINT decides where it is set.
         endpoint = self._call(repository, lambda: self._api.resolve_endpoint_for_read(repository))
         if endpoint != self._api.legacy.endpoint:
-            self._api = modelscope_hub.HubApi(endpoint=endpoint, token=self._api.legacy.token)
+            self._api = _watched(modelscope_hub.HubApi(endpoint=endpoint, token=self._api.legacy.token))
 
     def files(self, repository: str, commit: str) -> list[RemoteFile]:
         """See Hub."""
-        return [_remote_file(e) for e in self._entries(repository, commit)]
+        entries = self._entries(repository, commit)
+        return self._call(repository, lambda: [_remote_file(entry) for entry in entries])
 
     def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         """See Hub. A server that ignores Range sends the file from its start: we stop where we have enough."""
         return with_patience(
-            lambda: self._call(repository, lambda: self._read(repository, commit, file.name, offset, length))
+            lambda: self._call(repository, lambda: self._read(repository, commit, file, offset, length))
         )
 
-    def _read(self, repository: str, commit: str, name: str, offset: int, length: int) -> bytes:
+    def _read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-        with self._api.legacy.download_stream(repository, "model", name, commit, headers=headers) as response:
+        with self._api.legacy.download_stream(repository, "model", file.name, commit, headers=headers) as response:
             skip = 0 if response.status_code == 206 else offset
-            received = bytearray()
-            for chunk in response.iter_content(1 << 16):
-                received += chunk
-                if len(received) >= skip + length:
-                    break
-        data = bytes(received[skip : skip + length])
-        if len(data) < length:
-            where = f"ms:{repository}/{printable(name)}"
-            raise InputError(f"{where}: ends after {len(received)} bytes", "The file is shorter than listed.")
-        return data
+            return cut(response.iter_content(1 << 16), skip, length, file, f"ms:{repository}/{file.name}")
 
     def _fetch(
         self, repository: str, commit: str, file: RemoteFile, progress: Progress, again: bool, **where: Any
     ) -> Path:
-        try:
-            path = self._call(
-                repository,
-                lambda: self._api.downloader.download_file(
-                    repository, "model", file.name, revision=commit, force=again, expected_sha256=file.sha256,
-                    file_size=file.size, progress_callbacks=[_callback_for(progress)], **where,
-                ),
+        def fetched() -> Any:
+            return self._api.downloader.download_file(
+                repository, "model", file.name, revision=commit, force=again, expected_sha256=file.sha256,
+                file_size=file.size, progress_callbacks=[_callback_for(progress)], **where,
             )  # fmt: skip
+
+        try:
+            with file_expected(f"ms:{repository}", file):
+                return Path(self._call(repository, fetched))
         except NoRepository:
             name = f"ms:{repository}/{printable(file.name)}"
-            raise BadFile(f"{name}: a listed file is not there", "Try again later, or with --fallback.") from None
-        return Path(path)
+            raise BadFile(f"{name}: a listed file is not there", "Try again later.") from None
 
     def fetch_to_folder(
         self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool

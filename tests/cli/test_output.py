@@ -105,6 +105,19 @@ def test_a_terminal_that_cannot_show_a_character(monkeypatch: pytest.MonkeyPatch
     assert raw.getvalue() == b"2\\xd73 \\u2713\n"
 
 
+def test_an_answer_cannot_draw_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = "a\x1b[31mred\x07\u202eevil\n\tb\r"
+    for mode in ("human", "quiet"):
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        Output(mode).data(answer)
+        assert sys.stdout.getvalue() == "a\\x1b[31mred\\x07\\u202eevil\n\tb\\r\n"
+        monkeypatch.undo()
+    Output().data(answer)  # a file gets it as it is
+    assert capsys.readouterr().out == answer + "\n"
+
+
 def test_progress_in_a_file_is_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

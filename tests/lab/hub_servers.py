@@ -51,6 +51,7 @@ class Repository:
     commits: dict[str, Path] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    last_changed: str = ""  # the commit that ModelScope's listing names for every file; "" for the one that is listed
     extra_listed: dict[str, int] = field(default_factory=dict)
 
     def folder(self, revision: str) -> tuple[str, Path] | None:
@@ -93,6 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(host, self.command, self.path, dict(self.headers))
         self.hub.requests.append(request)
         self.hub.watch(request)
+        instead = self.hub.portal(request)
+        if instead is not None:
+            return self._send(200, instead, Content_Type="text/html" if instead[:1] == b"<" else "application/json")
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         path = unquote(parts.path)
@@ -299,6 +303,7 @@ class HubServer:
         self.xet = False  # announce large files as kept in Xet storage, which answers 404 to everything
         self.healed = threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
+        self.portal: Callable[[Request], bytes | None] = lambda request: None  # what somebody else answers instead
         self._strikes: list[list[Any]] = []
         self._moves: list[tuple[str, str, str]] = []
         self._servers = []
@@ -387,7 +392,8 @@ class HubServer:
             entries.append(
                 {
                     "Name": path.name, "Path": path.relative_to(folder).as_posix(), "Type": kind, "Size": len(data),
-                    "Sha256": "" if path.is_dir() else hashlib.sha256(data).hexdigest(), "Revision": commit,
+                    "Sha256": "" if path.is_dir() else hashlib.sha256(data).hexdigest(),
+                    "Revision": repository.last_changed or commit,
                     "CommittedDate": 1750000000, "IsLFS": is_large(path), "Mode": "33188",
                 }
             )  # fmt: skip

@@ -1,6 +1,8 @@
 """`dsv4 download`: fetch a checkpoint from a hub, and check every byte of it."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -123,6 +125,19 @@ def _show_result(out: output.Output, plan: "DownloadPlan", result: "DownloadResu
     out.result(plan.as_json() | {what: sorted(some) for what, some in names.items()})
 
 
+@contextmanager
+def _suggesting_the_other_hub(options: DownloadOptions) -> Iterator[None]:
+    """The hint of an error of the hub names --fallback, unless it was given."""
+    from dsv4.convert.hub.client import BadFile, NetworkError
+
+    try:
+        yield
+    except (BadFile, NetworkError) as error:
+        if not options.fallback:
+            error.hint = f"{error.hint} --fallback takes the files that are missing from the other hub.".strip()
+        raise
+
+
 @command
 def download(options: DownloadOptions) -> None:
     """Fetch a checkpoint from Hugging Face or ModelScope and check every byte of it.
@@ -138,11 +153,12 @@ def download(options: DownloadOptions) -> None:
     from dsv4.convert.hub.download import open_with_fallback, plan_download
     from dsv4.convert.hub.fetch import Place
 
-    place = Place(options.target, options.cache_dir)
-    snapshot, other = open_with_fallback(_source(options), options.token, place, options.fallback, out.warn)
-    plan = plan_download(snapshot, place, options.include or (), options.exclude or ())
-    _show_plan(out, plan, options.dry_run)
-    if options.dry_run:
-        out.result({"dry_run": True, **plan.as_json()})
-        return
-    _show_result(out, plan, _fetch(options, out, plan, other), other)
+    place, source = Place(options.target, options.cache_dir), _source(options)
+    with _suggesting_the_other_hub(options):
+        snapshot, other = open_with_fallback(source, options.token, place, options.fallback, out.warn)
+        plan = plan_download(snapshot, place, options.include or (), options.exclude or ())
+        _show_plan(out, plan, options.dry_run)
+        if options.dry_run:
+            out.result({"dry_run": True, **plan.as_json()})
+            return
+        _show_result(out, plan, _fetch(options, out, plan, other), other)

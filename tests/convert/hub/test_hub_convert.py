@@ -171,6 +171,26 @@ def test_keep_source(server: HubServer, tmp_path: Path, source: Path, expected: 
     assert all((snapshot / name).exists() for name in SHARDS)
 
 
+@pytest.mark.parametrize("options", [[], ["--keep-source"]])
+def test_a_damaged_shard_in_the_cache_is_fetched_again(
+    server: HubServer, tmp_path: Path, expected: dict[str, bytes], source: Path, options: list[str]
+) -> None:
+    """Its header is whole, so that only its hash says so."""
+    assert run_dsv4(server, tmp_path, "download", REPOSITORY).returncode == 0
+    cached = next((tmp_path / "hf" / "hub").rglob(f"snapshots/*/{SHARDS[2]}"))
+    blob = cached.resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    server.requests.clear()
+    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == expected
+    assert server.whole_shards() == [SHARDS[2]]
+    assert not options or cached.read_bytes() == (source / SHARDS[2]).read_bytes()
+
+
 def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.CompletedProcess[str]:
     """Convert, and press Ctrl-C as soon as a file exists."""
     command = [sys.executable, "-m", "dsv4", "convert", REPOSITORY, "out"]

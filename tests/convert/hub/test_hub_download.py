@@ -6,8 +6,10 @@ second run that completes without fetching again what was finished.
 
 import json
 import logging
+import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from hub_servers import STALL_SECONDS, HubServer, hub_environment, run_dsv4
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from dsv4.convert.checkpoint.header import build_header
+from dsv4.convert.hub import fetch
 from dsv4.convert.hub.huggingface import _bar_for
 
 REPOSITORY = "acme/Tiny-V4"
@@ -314,6 +317,20 @@ def test_folder_of_another_repository(server: HubServer, tmp_path: Path, source:
     assert contents(tmp_path / "out") == contents(source)
 
 
+def test_a_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power loss a name without its bytes would be taken for a finished file by its size."""
+    done: list[object] = []
+    staged, final = tmp_path / "staging" / "file", tmp_path / "folder" / "file"
+    staged.parent.mkdir()
+    staged.write_bytes(b"bytes")
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    inode = staged.stat().st_ino
+    assert fetch._publish(staged, final) == final
+    assert done == [inode, "replace", final.parent.stat().st_ino]
+
+
 def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
     server.strike("stall", SHARDS[0])
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out", "-q"]
@@ -353,6 +370,35 @@ def test_fallback_from_a_gated_repository(server: HubServer, tmp_path: Path, sou
     assert done.returncode == 0, done.stderr
     assert "Going on with" in done.stderr
     assert contents(tmp_path / "out") == contents(source)
+
+
+def test_the_first_hub_s_token_stays_with_it(server: HubServer, tmp_path: Path, source: Path) -> None:
+    """Whether the first hub fails for a file or cannot even list."""
+    token = "hf_ForTheFirstHubOnly"
+    with HubServer() as other:
+        other.publish(REPOSITORY, source)
+        for fault, name in ((SHARDS[1], "out"), ("revision", "other")):
+            server.strike("500", fault, times=99)
+            arguments = ("download", REPOSITORY, name, "--fallback", "--token", token)
+            done = run_dsv4(server, tmp_path, *arguments, modelscope=other)
+            assert done.returncode == 0, done.stderr
+    asked = [(request.path, *request.headers.items()) for request in other.requests]
+    assert asked and token not in str(asked)
+    assert token in str([request.headers for request in server.requests])
+
+
+def test_fallback_is_checked_against_the_first_listing(server: HubServer, tmp_path: Path, source: Path) -> None:
+    """Of small files the first hub lists git's SHA-1 only, the other SHA-256 only: only the bytes can be compared."""
+    changed = Path(shutil.copytree(source, tmp_path / "changed"))
+    (changed / "config.json").write_bytes((source / "config.json").read_bytes().replace(b"0", b"1"))
+    with HubServer() as other:
+        other.publish(REPOSITORY, changed)
+        server.strike("500", "config.json", times=99)
+        done = run_dsv4(server, tmp_path, "download", REPOSITORY, "out", "--fallback", modelscope=other)
+    assert done.returncode == 3
+    assert "config.json: the bytes are not those that the hub lists: git SHA-1" in done.stderr
+    assert "config.json" not in contents(tmp_path / "out")
+    assert_second_run_completes(server, tmp_path, source)
 
 
 def test_fallback_with_other_bytes_is_refused(server: HubServer, tmp_path: Path, source: Path) -> None:
