@@ -14,6 +14,8 @@ from typing import Any
 
 from dsv4.errors import InputError, printable
 
+from .file_kinds import refuse_other_kinds
+
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1
@@ -66,6 +68,8 @@ def strict_json(raw: bytes | str, what: str, hint: str = "Download the file agai
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
+        if isinstance(raw, bytes):
+            refuse_other_kinds(raw, what)
         reason = printable(str(error) or type(error).__name__)
         raise InputError(f"{what}: not valid JSON: {reason}", hint) from None
 

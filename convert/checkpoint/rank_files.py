@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dsv4.errors import InputError, printable
 
-from .config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
+from .config import Config
+from .index import ignored_files
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
 from .reader import (
@@ -17,13 +18,13 @@ from .reader import (
     INDEX_NAME,
     Checkpoint,
     Progress,
-    Shard,
     TensorInfo,
     no_progress,
     open_source,
     read_config,
-    read_file,
+    read_files,
 )
+from .spellings import missing_engine_keys
 from .storage import Storage
 
 
@@ -77,17 +78,6 @@ def rank_file_names(sizes: dict[str, int], label: str) -> list[str]:
     return names
 
 
-def read_ranks(
-    storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress = no_progress
-) -> list[tuple[Shard, dict[str, TensorInfo]]]:
-    """The headers of the rank files, each rank's for itself. Raises InputError."""
-    ranks = []
-    for name in names:
-        ranks.append(read_file(storage, name, sizes[name]))
-        progress(len(ranks), len(names))
-    return ranks
-
-
 def assemble(ranks: list[dict[str, TensorInfo]], label: str) -> dict[str, TensorInfo]:
     """The whole tensors that the ranks' tensors are slices or copies of. Raises InputError if they do not fit."""
     found: dict[str, list[TensorInfo]] = {}
@@ -102,8 +92,7 @@ def check_engine_config(config: Config, label: str) -> None:
     """Raises InputError if a config beside rank files lacks a key that the reference engine needs."""
     if "hidden_size" in config:
         return
-    missing = [key for key, _ in INFERENCE_KEYS if key not in config and key not in OPTIONAL_KEYS]
-    if missing:
+    if missing := missing_engine_keys(config):
         text = f"{label}/{CONFIG_NAME}: {missing[0]} is missing"
         raise InputError(text, "Copy inference/config.json of the release.")
 
@@ -111,9 +100,10 @@ def check_engine_config(config: Config, label: str) -> None:
 def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress) -> Checkpoint:
     config = read_config(storage, sizes)
     check_engine_config(config, storage.label)
-    ranks = read_ranks(storage, sizes, names, progress)
-    tensors = assemble([found for _, found in ranks], storage.label)
-    return Checkpoint(storage, config, sizes, {shard.name: shard for shard, _ in ranks}, tensors)
+    storage.choose_shards(names)
+    shards, found = read_files(storage, names, sizes, progress)
+    tensors = assemble(list(found.values()), storage.label)
+    return Checkpoint(storage, config, sizes, shards, tensors, ignored_files(names, sizes))
 
 
 def open_checkpoint(source: Path | str | Storage, progress: Progress = no_progress) -> Checkpoint:

@@ -1,22 +1,22 @@
 """The read side of a checkpoint: config, index and every header, validated once before any work.
 
 `Checkpoint.open` reads headers only, a few MB even for the 865 GB of V4-Pro. Bytes of tensors are read on demand, by
-rows, so that the caller decides about memory. The index and the shards must agree in both directions: a shard that
-is missing, a tensor that only one of them knows, or two shards that hold the same tensor are errors, because an
-engine would load such a folder and compute nonsense.
+rows, so that the caller decides about memory. Where index and shards do not agree, the index decides (index.py).
 """
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import InputError, printable
-from dsv4.text import some_of
 
+from .file_kinds import PREFIX_BYTES, refuse_other_kinds
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
+from .index import check_needed, ignored_files, select, shards_of, weight_map_of
+from .names import rank_file
 from .spellings import release_view
 from .storage import Folder, Storage, check_component
 
@@ -111,64 +111,27 @@ def read_config(storage: Storage, sizes: dict[str, int]) -> dict[str, Any]:
 def read_header(storage: Storage, name: str, size: int) -> tuple[Header, str]:
     """Validated header of one file and the SHA-256 of its bytes. Raises InputError."""
     where = f"{storage.label}/{printable(name)}"
-    prefix = storage.read(name, 0, min(size, LENGTH_BYTES))
+    start = storage.read(name, 0, min(size, PREFIX_BYTES))
+    refuse_other_kinds(start, where)
+    prefix = start[:LENGTH_BYTES]
     raw = storage.read(name, LENGTH_BYTES, header_length(prefix, size, where))
     return parse_header(raw, size, where), hashlib.sha256(prefix + raw).hexdigest()
 
 
-def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{where}: weight_map must map tensor names to shard names")
-    for shard in set(weight_map.values()):
-        check_component(shard, where)
-        if not shard.endswith(".safetensors"):
-            raise InputError(f"{where}: '{printable(shard)}' is not a .safetensors file")
-    check_twins(sorted(set(weight_map.values())), where)
-    check_twins(list(weight_map), where)
-    return weight_map
-
-
-def _some(names: list[str]) -> str:
-    return some_of(list(map(printable, names)), 3)
-
-
-def _shard_names(storage: Storage, sizes: dict[str, int]) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the shards, and the index's map from tensor to shard if there is an index."""
+def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, str] | None:
+    """The index's map from tensor to shard; None for a checkpoint of one file. Raises InputError."""
     if INDEX_NAME in sizes:
         index = read_json(storage, INDEX_NAME, sizes[INDEX_NAME], MAX_INDEX_BYTES)
-        weight_map = _weight_map(index, f"{storage.label}/{INDEX_NAME}")
-        shards = sorted(set(weight_map.values()))
-        missing = [s for s in shards if s not in sizes]
-        if missing:
-            text = f"{storage.label}: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}"
-            raise InputError(text, "Finish the download first.")
-        strangers = [f for f in sizes if "/" not in f and f.endswith(".safetensors") and f not in shards]
-        if strangers:
-            raise InputError(
-                f"{storage.label}: the index does not name {_some(strangers)}",
-                "Remove it, or download the index again.",
-            )
-        return shards, weight_map
+        return weight_map_of(index, f"{storage.label}/{INDEX_NAME}")
     if SINGLE_NAME in sizes:
-        return [SINGLE_NAME], None
+        return None
     found = sum(f.endswith(".safetensors") for f in sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
         "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run` and `dsv4 doctor`."
-        if "model0-mp" in "".join(sizes)
+        if any(map(rank_file, sizes))
         else "Name the folder of a complete checkpoint.",
     )
-
-
-def _check_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], label: str) -> None:
-    where = f"{label}/{INDEX_NAME}"
-    absent = [n for n, shard in weight_map.items() if n not in tensors or tensors[n].shard != shard]
-    if absent:
-        raise InputError(f"{where}: names {len(absent)} tensors that are not in their shard: {_some(absent)}")
-    unknown = [n for n in tensors if n not in weight_map]
-    if unknown:
-        raise InputError(f"{where}: does not name {len(unknown)} tensors of the shards: {_some(unknown)}")
 
 
 def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, TensorInfo]]:
@@ -183,21 +146,15 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
     return Shard(name, size, digest, tuple(header.entries)), tensors
 
 
-def _collect(
+def read_files(
     storage: Storage, names: list[str], sizes: dict[str, int], progress: Progress
-) -> tuple[dict[str, Shard], dict[str, TensorInfo]]:
+) -> tuple[dict[str, Shard], dict[str, dict[str, TensorInfo]]]:
+    """Several safetensors files: what each is, and where the tensors of each are. Raises InputError."""
     shards: dict[str, Shard] = {}
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, dict[str, TensorInfo]] = {}
     for number, name in enumerate(names, 1):
-        shards[name], found = read_file(storage, name, sizes[name])
-        for tensor, info in found.items():
-            if tensor in tensors:
-                raise InputError(
-                    f"{storage.label}: '{printable(tensor)}' is in two shards: {tensors[tensor].shard} and {name}"
-                )
-            tensors[tensor] = info
+        shards[name], tensors[name] = read_file(storage, name, sizes[name])
         progress(number, len(names))
-    check_twins(list(tensors), storage.label)
     return shards, tensors
 
 
@@ -222,6 +179,7 @@ class Checkpoint:
     files: dict[str, int]  # every file and its size
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
+    notes: list[str] = field(default_factory=list)  # what was ignored, a line each
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -236,12 +194,19 @@ class Checkpoint:
     @classmethod
     def _read(cls, storage: Storage, progress: Progress) -> "Checkpoint":
         sizes = storage.sizes()
-        names, weight_map = _shard_names(storage, sizes)
-        config = read_config(storage, sizes)
-        shards, tensors = _collect(storage, names, sizes, progress)
-        if weight_map is not None:
-            _check_index(weight_map, tensors, storage.label)
-        return cls(storage, config, sizes, shards, tensors)
+        weight_map = _read_index(storage, sizes)
+        names = [SINGLE_NAME] if weight_map is None else shards_of(weight_map, sizes, storage.label)
+        notes = ignored_files(names, sizes)
+        checkpoint = cls(storage, read_config(storage, sizes), sizes, {}, {}, notes)
+        storage.choose_shards(names)
+        shards, found = read_files(storage, names, sizes, progress)
+        if weight_map is None:
+            return replace(checkpoint, shards=shards, tensors=found[SINGLE_NAME])
+        where = f"{storage.label}/{INDEX_NAME}"
+        selection = select(weight_map, found, where)
+        check_needed(selection, checkpoint.config, where)
+        check_twins(list(selection.tensors), storage.label)
+        return replace(checkpoint, shards=shards, tensors=selection.tensors, notes=[*notes, *selection.notes])
 
     def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:
         """Fill `buffer` (bytes) from byte `start` of a tensor's data. Raises KeyError for an unknown name."""

@@ -15,7 +15,7 @@ A key that the file itself has is never replaced. Where both spellings are there
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .config import INFERENCE_KEYS, Config
+from .config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
 
 # What the reference engine does not read from its config, because it is the same in every release.
 ENGINE_CONSTANTS: dict[str, Any] = {
@@ -122,6 +122,11 @@ def _derived(config: Config) -> Iterator[Derived]:
 def is_engine_config(config: Config) -> bool:
     """Whether it is the reference engine's own config."""
     return "hidden_size" not in config and "dim" in config
+
+
+def missing_engine_keys(config: Config) -> list[str]:
+    """Keys of the reference engine's config that it needs and a config lacks."""
+    return [key for key, _ in INFERENCE_KEYS if key not in config and key not in OPTIONAL_KEYS]
 
 
 def _from_engine_config(config: Config) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Storage(Protocol):
         """When a file last changed, ns since 1970; 0 if it cannot change."""
         ...
 
+    def choose_shards(self, names: Collection[str]) -> None:
+        """Name the shards of the checkpoint, before any is read: others are not fetched. For remote sources."""
+        ...
+
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """Make the shards in `now` readable, begin with `upcoming`, and let go of all others: for remote sources."""
         ...
@@ -129,6 +133,9 @@ class Folder:
     def changed_ns(self, name: str) -> int:
         """See Storage. The inode's change time: unlike the modification time, it cannot be set back."""
         return os.fstat(self._descriptor(name)).st_ctime_ns
+
+    def choose_shards(self, names: Collection[str]) -> None:
+        """See Storage."""
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """See Storage. A local file is always there."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.checkpoint.config import INFERENCE_KEYS, weight_block
+from dsv4.convert.checkpoint.config import weight_block
+from dsv4.convert.checkpoint.file_kinds import lfs_pointers
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.names import (
     block_of,
@@ -16,7 +17,7 @@ from dsv4.convert.checkpoint.names import (
     is_routed_expert,
     rank_file,
 )
-from dsv4.convert.checkpoint.rank_files import rank_file_names, read_ranks
+from dsv4.convert.checkpoint.rank_files import check_engine_config, rank_file_names
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -25,16 +26,15 @@ from dsv4.convert.checkpoint.reader import (
     Progress,
     TensorInfo,
     no_progress,
+    read_files,
     read_json,
 )
+from dsv4.convert.checkpoint.spellings import release_view
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed_expert_formats
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import Layout, Stored
 from dsv4.errors import InputError, printable
-
-# Key of config.json in a release -> the reference engine's name for it.
-REFERENCE_KEYS = {release: reference for reference, release in INFERENCE_KEYS}
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Facts:
     stored in. expert_scales: dtypes of the experts' block scales. quantized: whether any weight is FP4 or FP8.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
     ranks: number of rank files. problems: what is wrong with names, shapes and scales.
+    notes: what was ignored on opening. pointers: files that are git-LFS pointers.
     foreign: the quantization of another tool, if it has one; names, shapes and scales are not checked then.
     unreadable: why the folder cannot be read, and all the rest is empty; None if it can.
     """
@@ -63,13 +64,14 @@ class Facts:
     mtp: bool = False
     ranks: int = 0
     problems: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pointers: list[str] = field(default_factory=list)
     foreign: ForeignQuantization | None = None
     unreadable: InputError | None = None
 
     def dimension(self, key: str) -> int | None:
         """A positive count of the config, by its name in the release; None if it is absent or something else."""
-        name = REFERENCE_KEYS.get(key, key) if self.layout == "mp" else key
-        value = self.config.get(name)
+        value = self.config.get(key)
         return value if type(value) is int and value > 0 else None
 
     @property
@@ -108,6 +110,7 @@ def _facts_of_folder(storage: Folder, headers: Progress) -> Facts:
         facts.unreadable = error
         return facts
     facts.checkpoint, facts.config, facts.files = checkpoint, checkpoint.config, set(checkpoint.files)
+    facts.notes, facts.pointers = checkpoint.notes, lfs_pointers(storage, checkpoint.files)
     facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
     if facts.foreign is not None:
         return facts
@@ -141,12 +144,15 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
 
 
 def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
-    facts = Facts(storage.label, "mp", files=set(sizes))
+    facts = Facts(storage.label, "mp", files=set(sizes), pointers=lfs_pointers(storage, sizes))
     try:
         names = rank_file_names(sizes, storage.label)
         if CONFIG_NAME in sizes:
-            facts.config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
-        per_rank = [tensors for _, tensors in read_ranks(storage, sizes, names, headers)]
+            config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
+            check_engine_config(config, storage.label)
+            facts.config = release_view(config)
+        _, found = read_files(storage, names, sizes, headers)
+        per_rank = list(found.values())
     except InputError as error:
         facts.unreadable = error
         return facts

@@ -23,6 +23,7 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
+from dsv4.convert.checkpoint.file_kinds import PULL
 from dsv4.convert.checkpoint.foreign import HINT
 from dsv4.convert.checkpoint.reader import Checkpoint, Progress, no_progress
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
@@ -250,14 +251,21 @@ def _partial_blocks(p: RuleContext) -> Iterator[Check]:
         yield Check("block edges", "wrong", found, *p.decode)
 
 
+def _ignored(p: RuleContext) -> Iterator[Check]:
+    for note in p.facts.notes:
+        yield Check("shards", "note", note)
+
+
 def _side_files(p: RuleContext) -> Iterator[Check]:
+    for name in p.facts.pointers:
+        yield Check("side files", "refuses", f"{printable(name)} is a git-LFS pointer, not the file", PULL)
     absent = [name for name in p.engine.needs if name not in p.facts.files]
     missed = [name for name in p.engine.wants if name not in p.facts.files]
     if absent:
         yield Check("side files", "refuses", f"missing: {', '.join(absent)}", "Copy them from the release.")
     if missed:
         yield Check("side files", "note", f"missing: {', '.join(missed)}", "Copy them from the release.")
-    if not absent and not missed:
+    if not (absent or missed or p.facts.pointers):
         yield Check("side files", "ok", "all there")
 
 
@@ -312,7 +320,7 @@ Rule = Callable[[RuleContext], Iterator[Check]]
 
 RULES: tuple[Rule, ...] = (
     _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _partial_blocks,
-    _side_files, _tensor_parallel, _caveats,
+    _ignored, _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
 

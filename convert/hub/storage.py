@@ -32,6 +32,7 @@ class HubStorage:
         self._ranges = Ranges(snapshot, options)
         self._shards = Shards(snapshot, scratch, options, self._compare_head)
         self._lock = threading.Lock()
+        self._names: list[str] | None = None  # of the shards; None until they are chosen
 
     def sizes(self) -> dict[str, int]:
         """Files of the commit as the hub lists them; hidden ones left out, as in a folder."""
@@ -47,8 +48,17 @@ class HubStorage:
         """See Storage. A commit does not change."""
         return 0
 
+    def choose_shards(self, names: Collection[str]) -> None:
+        """See Storage."""
+        self._names = list(names)
+
+    @property
+    def _shard_names(self) -> list[str]:
+        every = (name for name in self.sizes() if name.endswith(".safetensors") and "/" not in name)
+        return list(every) if self._names is None else self._names
+
     def _fetch_heads(self) -> None:
-        self._ranges.fetch_heads([n for n in self.sizes() if n.endswith(".safetensors") and "/" not in n])
+        self._ranges.fetch_heads(self._shard_names)
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a file that is not on disk. The first question about a shard fetches the headers of all."""
@@ -102,7 +112,7 @@ class HubStorage:
 
     @property
     def _shard_sizes(self) -> list[int]:
-        return sorted((s for n, s in self.sizes().items() if n.endswith(".safetensors")), reverse=True)
+        return sorted((self._snapshot.files[name].size for name in self._shard_names), reverse=True)
 
     def disk_bytes(self) -> int:
         """See Storage."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dsv4.convert.checkpoint.config import config_string, expert_dtype, quantization, weight_block
 from dsv4.convert.checkpoint.edition_v4 import COPY_CONFIG
+from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.inventory import Edition, describes_v4, edition_of
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
@@ -133,6 +134,10 @@ def _spelling(config_json: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
+    for note in checkpoint.notes:
+        yield Finding("note", note)
+    for name in lfs_pointers(checkpoint.storage, checkpoint.files):
+        yield Finding("problem", f"{printable(name)} is a git-LFS pointer, not the file", PULL)
     absent = [name for name in SIDE_FILES if name not in checkpoint.files]
     if absent:
         hint = "Copy them from the release: engines need them for text."

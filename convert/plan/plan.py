@@ -222,4 +222,4 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     layout = _hf_shards if settings.layout == "hf" else _mp_shards
     shards = layout(weights, settings, checkpoint.config)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
-    return Plan(settings, tuple(shards), source_bytes, tuple(_notes(weights, settings)))
+    return Plan(settings, tuple(shards), source_bytes, (*checkpoint.notes, *_notes(weights, settings)))

@@ -8,11 +8,13 @@ import json
 import re
 from typing import Any
 
+from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import count_draft_stages
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
+from dsv4.errors import InputError, printable
 
 from .config_edit import dump, make_inference_config
 from .plan import Plan
@@ -64,7 +66,13 @@ def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> 
 
 
 def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Make the config files once before the work, not only after it. Raises InputError for what they lack."""
+    """Make the config files once before the work, not only after it.
+
+    Raises InputError for what they lack, and for a file to copy that is a git-LFS pointer.
+    """
+    copied = {name: checkpoint.files[name] for name in copied_files(checkpoint, plan)}
+    for name in lfs_pointers(checkpoint.storage, copied):
+        raise InputError(f"{checkpoint.storage.label}/{printable(name)} is a git-LFS pointer, not the file", PULL)
     config_file(checkpoint, plan)
     if INFERENCE_CONFIG in checkpoint.files:
         read_side_file(checkpoint, INFERENCE_CONFIG, plan)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from dsv4.convert.checkpoint.file_kinds import refuse_other_kinds
 from dsv4.errors import InputError, printable
 
 
@@ -24,6 +25,7 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
+            refuse_other_kinds(path.read_bytes(), printable(str(path)))
             raise InputError(f"{printable(str(path))} is not a tokenizer: {printable(str(error))}") from None
 
     def encode(self, text: str) -> list[int]:

@@ -73,8 +73,10 @@ def v41(folder: Path) -> Path:
     edit_tensors(folder, new)
     old = read_json(folder / "config.json")
     quantization = {key: value for key, value in old.pop("quantization_config").items() if key != "fmt"}
+    old["model_type"] = "deepseek_v41_text"
     config = {
         "architectures": ["DeepseekV41ForCausalLM"],
+        "model_type": "deepseek_v41",
         "dtype": old.pop("torch_dtype"),
         "quantization_config": quantization | {"weight_block_size": list(V41_BLOCK), "expert_dtype": "fp4"},
         "text_config": {key: value for key, value in old.items() if key not in ("architectures", "expert_dtype")},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile import CONTENT, SCALE_NAN, STRUCTURE, TENSOR_NAMES, Case, good_checkpoint
+from hostile import CONTENT, LEFT_OUT, SCALE_NAN, STRUCTURE, TENSOR_NAMES, Case, good_checkpoint
 
 from dsv4.cli import run
 
@@ -102,6 +102,20 @@ def test_every_command_refuses(
     assert code in ((0, 1, 3) if lenient else (1, 3)), (code, out, err)
     assert out + err
     assert not (tmp_path / "out").exists()
+    assert snapshot(bad.parent) == before
+
+
+@pytest.mark.parametrize("case", LEFT_OUT, ids=lambda case: case.name)
+@pytest.mark.parametrize("command", ["convert", "inspect", "doctor", "run"])
+def test_what_the_index_leaves_out_is_named(
+    command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = spoil(case, bad)
+    code = run(COMMANDS[command](bad, good, tmp_path / "out"))
+    out, err = capsys.readouterr()
+    check_terminal(out + err)
+    assert code == (1 if command == "doctor" else 0), err  # 1: vLLM does not load FP4 experts
+    assert re.search(case.words, re.sub(r"\s+", " ", out + err)), out + err
     assert snapshot(bad.parent) == before
 
 

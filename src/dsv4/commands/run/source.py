@@ -67,4 +67,6 @@ def open_source(folder: str, out: Output) -> Source:
 
     with opening(out) as headers:
         checkpoint = open_checkpoint(folder, headers)
+    for note in checkpoint.notes:
+        out.warn(note)
     return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)

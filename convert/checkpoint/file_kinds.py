@@ -1,0 +1,38 @@
+"""What a file is that is not what its name says: told by its first bytes, so that a message can say it."""
+
+from collections.abc import Mapping
+
+from dsv4.errors import InputError
+
+from .storage import Storage
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+MAX_POINTER_BYTES = 1024  # by git-LFS's own specification
+PULL = "Fetch the files themselves: git lfs pull"
+AGAIN = "Download the file again."
+
+# First bytes (of text in lower case): what the file is, what to do.
+KINDS = (
+    (POINTER, "a git-LFS pointer, not the file it stands for", PULL),
+    (b"<!doctype html", "a web page, such as a proxy or a login sends", AGAIN),
+    (b"<html", "a web page, such as a proxy or a login sends", AGAIN),
+    (b"gguf", "a GGUF file", "dsv4 reads safetensors: take the release."),
+    (b"pk\x03\x04", "a zip archive, such as torch.save writes", "dsv4 reads safetensors: take the release."),
+)
+PREFIX_BYTES = 64  # more than the longest, and some white space before it
+
+
+def refuse_other_kinds(start: bytes, where: str) -> None:
+    """Raises InputError if the first bytes of a file, which `where` names, are those of another kind of file."""
+    found = start[:PREFIX_BYTES].lstrip().lower()
+    for prefix, kind, hint in KINDS:
+        if found.startswith(prefix):
+            raise InputError(f"{where}: {kind}", hint)
+
+
+def lfs_pointers(storage: Storage, files: Mapping[str, int]) -> list[str]:
+    """Which files are git-LFS pointers. Files on a hub are not looked at: a hub resolves pointers itself."""
+    if storage.identity():
+        return []
+    small = (name for name, size in files.items() if len(POINTER) <= size <= MAX_POINTER_BYTES)
+    return [name for name in small if storage.read(name, 0, len(POINTER)) == POINTER]
