@@ -16,7 +16,8 @@ import atheris
 with atheris.instrument_imports(include=["dsv4"]):
     from dsv4.convert.checkpoint.header import build_header, header_length, parse_header
     from dsv4.convert.checkpoint.reader import Checkpoint
-    from dsv4.convert.proof.files import LocalFiles, read_index, read_shard
+    from dsv4.convert.proof.files import LocalFiles, read_shard
+    from dsv4.convert.proof.index import read_index
     from dsv4.errors import InputError
 
 from safetensors import SafetensorError, safe_open

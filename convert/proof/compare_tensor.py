@@ -18,7 +18,7 @@ from dsv4.convert.proof.values.inverse import rebuild
 
 from .files import DTYPE_BITS, Entry, Files
 from .layout import Tensor
-from .plan import ComparedTensor, Weight, coarse_block, row_bytes
+from .plan import E8M0_DTYPES, ComparedTensor, Weight, coarse_block, row_bytes
 from .tally import (
     FIRST_DIFFERENCES,
     Tally,
@@ -220,7 +220,7 @@ class PieceComparison:
         step = row_bytes(scale)
         data = self.reader.rows(side, "scale", scale, step, top, bottom)
         self.tally.copies_differ |= self.reader.copies_differ(side, scale, top * step, data)
-        scales = e8m0_scales(data) if scale.dtype == "F8_E8M0" else float_scales(data.view("<u4"))
+        scales = e8m0_scales(data) if scale.dtype in E8M0_DTYPES else float_scales(data.view("<u4"))
         count_scales(self.tally, side, scales)
         return scales
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv4.errors import printable
 
-from .files import INDEX_NAME, Files, Severity, parse_json, read_bytes
+from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
 from .layout import Checkpoint
 from .plan import Weight, understand
 
@@ -56,6 +56,14 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
 MAX_CONFIG_BYTES = 10_000_000
 
 
+def check_pointers(checkpoint: Checkpoint) -> None:
+    """Name side files that are Git LFS pointers: what a loader needs of them cannot be read."""
+    for name, size in _side_files(checkpoint.files).items():
+        if is_lfs_pointer(checkpoint.files, name, size):
+            severity: Severity = "unreadable" if _NEEDED.fullmatch(name) else "note"
+            checkpoint.problem("side file", f"{printable(name)}: {LFS_POINTER}", severity)
+
+
 def read_config(
     checkpoint: Checkpoint, name: str = "config.json", limit: int = MAX_CONFIG_BYTES
 ) -> dict[str, Any] | None:
@@ -68,6 +76,9 @@ def read_config(
         return None
     if size > limit:
         checkpoint.problem("config", f"{name} has {size} bytes, at most {limit} are believable", "unreadable")
+        return None
+    if is_lfs_pointer(checkpoint.files, name, size):
+        checkpoint.problem("config", f"{name}: {LFS_POINTER}", "unreadable")
         return None
     try:
         value = parse_json(read_bytes(checkpoint.files, name, 0, size))

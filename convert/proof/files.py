@@ -26,6 +26,10 @@ from dsv4.text import natural_order
 Severity = Literal["note", "difference", "unreadable"]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+INDEX_NAME = "model.safetensors.index.json"
+LFS_POINTER = "it is a Git LFS pointer, not the file: run `git lfs pull` in the folder, or download the file"
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+_MAX_LFS_BYTES = 1024  # by its specification
 MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1: the library multiplies dimensions in 64 bits
 
 # Bits of one element in a safetensors header. F4 is two E2M1 codes a byte, with a shape in elements.
@@ -168,6 +172,13 @@ def read_bytes(files: Files, name: str, offset: int, size: int) -> bytes:
     return bytes(buffer)
 
 
+def is_lfs_pointer(files: Files, name: str, size: int) -> bool:
+    """Whether a file holds the text that `git clone` without LFS leaves in place of a large file."""
+    if not len(_LFS_START) <= size < _MAX_LFS_BYTES:
+        return False
+    return read_bytes(files, name, 0, len(_LFS_START)) == _LFS_START
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
@@ -252,6 +263,8 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
     """Read the header of one safetensors file. Faults of the format are in the result, never raised."""
     shard = Shard(name)
     try:
+        if is_lfs_pointer(files, name, size):
+            raise ValueError(LFS_POINTER)
         length = _header_length(files, name, size)
         text = read_bytes(files, name, 8, length)
         shard.header_sha256 = hashlib.sha256(text).hexdigest()
@@ -268,39 +281,6 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
         _read_entry(shard, tensor, value, 8 + length, size)
     _check_order(shard, 8 + length, size)
     return shard
-
-
-@dataclass
-class Index:
-    """`model.safetensors.index.json`: which shard holds which tensor. `reason`: why the index cannot be used, or ""."""
-
-    weight_map: dict[str, str] = field(default_factory=dict)
-    total_size: int | None = None
-    unknown: list[str] = field(default_factory=list)  # keys that an index does not have
-    reason: str = ""
-
-
-INDEX_NAME = "model.safetensors.index.json"
-
-
-def read_index(files: Files, size: int) -> Index:
-    """Read the index of a folder and check its form. The caller compares it with the shards."""
-    if size > MAX_HEADER_BYTES:
-        return Index(reason=f"{size} bytes, at most {MAX_HEADER_BYTES} are believable")
-    try:
-        value = parse_json(read_bytes(files, INDEX_NAME, 0, size))
-    except ValueError as error:
-        return Index(reason=f"not JSON: {printable(str(error))}")
-    weights = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
-        return Index(reason="it has no weight_map from names to files")
-    metadata = value.get("metadata", {})
-    if not isinstance(metadata, dict):
-        return Index(reason="its metadata is not an object")
-    total, unknown = metadata.get("total_size"), sorted(value.keys() - {"metadata", "weight_map"})
-    if metadata and not _is_count(total):  # no metadata at all is what some tools write
-        unknown.append("metadata without a total_size")
-    return Index(weights, total if _is_count(total) else None, unknown)
 
 
 def shard_names(files: Files) -> Iterator[str]:

@@ -16,12 +16,13 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsv4.errors import InputError, printable
 from dsv4.text import some_of
 
-from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_index, read_shard, shard_names
+from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shard, shard_names
+from .index import Ignored, Index, follow, read_index
 
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _PARTS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
@@ -72,10 +73,13 @@ class Checkpoint:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    ignored: Ignored = field(default_factory=Ignored)
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
-        """Record a fault."""
-        self.problems.append(Problem(area, self.where, text, severity))
+        """Record a fault, once."""
+        problem = Problem(area, self.where, text, severity)
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def canonical(name: str) -> str:
@@ -96,8 +100,17 @@ def _read_shards(
 ) -> dict[str, Shard]:
     shards = {}
     for name in names:
-        shards[name] = shard = read_shard(checkpoint.files, name, sizes[name])
+        shards[name] = read_shard(checkpoint.files, name, sizes[name])
         on_header()
+    checkpoint.shards = names
+    described = "\n".join(f"{name} {sizes[name]} {shard.header_sha256}" for name, shard in shards.items())
+    checkpoint.headers_sha256 = hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()
+    return shards
+
+
+def _report_shards(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
+    """Record the faults of the shards' headers."""
+    for name, shard in shards.items():
         shown = printable(name)
         if shard.broken:
             checkpoint.problem("shard", f"{shown} cannot be read: {shard.broken}", "unreadable")
@@ -106,48 +119,63 @@ def _read_shards(
         for tensor, reason in shard.unreadable.items():
             checkpoint.problem("shard", f"{shown}: {printable(tensor)}: {reason}", "unreadable")
             checkpoint.unreadable[canonical(tensor)] = f"{shown}: {reason}"
-    checkpoint.shards = names
-    described = "\n".join(f"{name} {sizes[name]} {shard.header_sha256}" for name, shard in shards.items())
-    checkpoint.headers_sha256 = hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()
-    return shards
 
 
-def _check_weight_map(checkpoint: Checkpoint, weights: dict[str, str], shards: dict[str, Shard]) -> None:
-    """The index must name exactly the tensors of the shards, each in the shard that holds it."""
-    held = {tensor: name for name, shard in shards.items() for tensor in (*shard.entries, *shard.unreadable)}
-    for name in sorted(set(weights.values()) - shards.keys()):
+def _open_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: int) -> Index | None:
+    """The index; None, with a problem, if it cannot be used, and if there is none."""
+    if INDEX_NAME not in sizes:
+        if shards > 1:
+            checkpoint.problem("index", f"there are {shards} shards and no {INDEX_NAME}", "note")
+        return None
+    index = read_index(checkpoint.files, sizes[INDEX_NAME])
+    if not index.reason:
+        return index
+    checkpoint.problem("index", f"{INDEX_NAME} cannot be used: {index.reason}", "unreadable")
+    return None
+
+
+def _follow_index(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]) -> None:
+    """Keep what the index chooses, and record what it promises and the shards do not hold."""
+    ignored, moved = follow(index, shards)
+    checkpoint.ignored = replace(ignored, files=checkpoint.ignored.files)
+    for name in sorted(index.shards - shards.keys()):
         checkpoint.problem("index", f"names the shard {printable(name)}, which is not there", "unreadable")
-    for tensor, shard_name in weights.items():
+    for tensor, shard_name in index.weight_map.items():
         shard = shards.get(shard_name)
         if shard is None or shard.broken:
             reason = "is not there" if shard is None else "cannot be read"
             checkpoint.unreadable[canonical(tensor)] = f"{printable(shard_name)} {reason}"
-    readable = {tensor for tensor, name in weights.items() if name in shards and not shards[name].broken}
-    if absent := [tensor for tensor in readable if tensor not in held]:
-        checkpoint.problem("index", f"lists {len(absent)} tensors that no shard holds: {_some(absent)}")
-    if unlisted := [tensor for tensor in held if tensor not in weights]:
-        checkpoint.problem("index", f"lacks {len(unlisted)} tensors that the shards hold: {_some(unlisted)}")
-    if moved := [tensor for tensor in readable if tensor in held and held[tensor] != weights[tensor]]:
+    if moved := [name for name in moved if canonical(name) not in checkpoint.unreadable]:
         checkpoint.problem("index", f"places {len(moved)} tensors in another shard than holds them: {_some(moved)}")
 
 
-def _check_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: dict[str, Shard]) -> None:
-    if INDEX_NAME not in sizes:
-        if len(shards) > 1:
-            checkpoint.problem("index", f"there are {len(shards)} shards and no {INDEX_NAME}", "note")
-        return
-    index = read_index(checkpoint.files, sizes[INDEX_NAME])
-    if index.reason:
-        checkpoint.problem("index", f"{INDEX_NAME} cannot be used: {index.reason}", "unreadable")
-        return
-    _check_weight_map(checkpoint, index.weight_map, shards)
-    if index.unknown:
-        checkpoint.problem("index", f"has what no index has: {_some(index.unknown)}")
+def _note_metadata(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]) -> None:
+    """No loader reads the index's other keys and its total size."""
+    for text in index.notes:
+        checkpoint.problem("index", text, "note")
     total = sum(entry.size for shard in shards.values() for entry in shard.entries.values())
     if index.total_size is None:
         checkpoint.problem("index", "has no total_size", "note")
     elif index.total_size != total and not checkpoint.unreadable:
-        checkpoint.problem("index", f"total_size says {index.total_size} bytes, the tensors have {total}")
+        said = printable(str(index.total_size))
+        checkpoint.problem("index", f"total_size says {said} bytes, the tensors have {total}", "note")
+
+
+def _open_whole(checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], on_header: Callable[[], None]) -> None:
+    """A Hugging Face folder: the shards that its index names, or all."""
+    index = _open_index(checkpoint, sizes, len(names))
+    if index is None:
+        shards = _read_shards(checkpoint, sizes, names, on_header)
+        _report_shards(checkpoint, shards)
+    else:
+        checkpoint.ignored.files = [name for name in names if name not in index.shards]
+        for _ in checkpoint.ignored.files:
+            on_header()
+        shards = _read_shards(checkpoint, sizes, [name for name in names if name in index.shards], on_header)
+        _follow_index(checkpoint, index, shards)
+        _report_shards(checkpoint, shards)
+        _note_metadata(checkpoint, index, shards)
+    _collect_whole(checkpoint, shards)
 
 
 def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
@@ -254,6 +282,7 @@ def _open_ranks(
     checkpoint.layout, checkpoint.ranks = "mp", counts.pop()
     present = {rank: name for rank, _, name in found}
     shards = _read_shards(checkpoint, sizes, [name for _, _, name in found], on_header)
+    _report_shards(checkpoint, shards)
     for rank in range(checkpoint.ranks):
         if rank not in present:
             text = f"model{rank}-mp{checkpoint.ranks}.safetensors is not there"
@@ -264,7 +293,7 @@ def _open_ranks(
 def open_checkpoint(files: Files, where: str, on_header: Callable[[], None] = lambda: None) -> Checkpoint:
     """Read all headers, and the index, of a checkpoint. `where` is "source" or "output".
 
-    `on_header` is called after each header. Raises InputError if there is no safetensors file at all, or if the folder
+    `on_header` is called for each shard. Raises InputError if there is no safetensors file at all, or if the folder
     holds files of several conversions.
     """
     checkpoint = Checkpoint(where, files)
@@ -275,9 +304,7 @@ def open_checkpoint(files: Files, where: str, on_header: Callable[[], None] = la
     if INDEX_NAME not in sizes and (found := _ranks(names)):
         _open_ranks(checkpoint, sizes, found, on_header)
     else:
-        shards = _read_shards(checkpoint, sizes, names, on_header)
-        _check_index(checkpoint, sizes, shards)
-        _collect_whole(checkpoint, shards)
+        _open_whole(checkpoint, sizes, names, on_header)
     for name in checkpoint.unreadable:
         checkpoint.tensors.pop(name, None)
     return checkpoint

@@ -19,14 +19,17 @@ from dsv4.convert.proof.values.formats import E2M1, E4M3, Format
 from dsv4.errors import UsageError, printable
 
 from .files import DTYPE_BITS
-from .layout import Checkpoint, Tensor
+from .layout import Checkpoint, Tensor, canonical
 
 Kind = Literal["bytes", "values", "scan", "different", "missing", "extra", "unreadable"]
 
 # (rows, columns) per scale. 1x32 on FP8 is the engram embedding of the V4.1 release.
 _FP4_BLOCKS = ((1, 32),)
 _FP8_BLOCKS = ((128, 128), (32, 32), (1, 32))
-_SCALE_DTYPES = ("F8_E8M0", "F32")
+# U8: E8M0 codes, as some writers store them. The scale's shape says so: it has to fit a block size.
+E8M0_DTYPES = ("F8_E8M0", "U8")
+_SCALE_DTYPES = (*E8M0_DTYPES, "F32")
+_QUANTIZED_DTYPES = ("I8", "U8", "F4", "F8_E4M3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,21 @@ def _pair_scale(source: Checkpoint, output: Checkpoint, name: str) -> str:
     """The scale that is compared together with a weight: only if both sides hold the weight."""
     both = _has(source, name) and _has(output, name)
     return (_scale_of(source, name) or _scale_of(output, name)) if both else ""
+
+
+def absent_and_needed(checkpoint: Checkpoint, alone: bool) -> list[str]:
+    """Tensors that the index lists, no shard holds, and the checkpoint needs: scales of quantized weights.
+
+    A scale beside a weight that is not quantized is not needed. Whether any other tensor is, the other side of the
+    comparison decides; a checkpoint that is verified alone needs it.
+    """
+    found = []
+    for name in map(canonical, checkpoint.ignored.absent):
+        is_scale = name.endswith(".scale")
+        weight = checkpoint.tensors.get(name.removesuffix("scale") + "weight") if is_scale else None
+        if weight.dtype in _QUANTIZED_DTYPES if weight is not None else alone:
+            found.append(name)
+    return found
 
 
 def _pair(name: str, source: Checkpoint, output: Checkpoint) -> ComparedTensor:

@@ -170,6 +170,7 @@ class Verification:
     hashed: bool = False  # a manifest's hashes were compared
     selection: str = ""  # what was compared, in words; "" for everything
     unchecked: list[str] = field(default_factory=list, repr=False)  # names that were not selected
+    ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False)  # side -> kind -> names
     identity: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)  # side -> what -> SHA-256
     read_bytes: int = 0
     seconds: float = 0.0
@@ -282,6 +283,7 @@ class Verification:
             "source": self.source,
             "output": self.output,
             "identity": self.identity,
+            "ignored": self.ignored,
             "selection": self.selection,
             "strict": self.strict,
             "counts": self.counts,

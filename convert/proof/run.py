@@ -15,14 +15,14 @@ import torch
 
 from dsv4.errors import Interrupted, UsageError, printable
 from dsv4.machine import usable_cores
-from dsv4.text import human_bytes
+from dsv4.text import human_bytes, some_of
 
 from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, largest_band, plan_pieces
-from .config import check_config, compare_configs, compare_side_files, declares_powers_of_two, identity
+from .config import check_config, check_pointers, compare_configs, compare_side_files, declares_powers_of_two, identity
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, hash_files, read_manifest
-from .plan import ComparedTensor, Selection, plan_pair, plan_scan, select
+from .plan import ComparedTensor, Selection, absent_and_needed, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
 from .schedule import ALONE, Share, in_order
 from .tally import Statistics, Tally
@@ -33,6 +33,7 @@ BYTES_PER_BAND_BYTE = 28
 LEAST_THREAD_BYTES = 12 << 20
 TABLES_BYTES = 16 << 20
 MIN_BAND_BYTES = 1 << 16
+NAMES_SHOWN = 5
 
 Progress = Callable[[str, int, int], None]  # (step, done, total); the steps are "headers" and then "bytes"
 
@@ -142,12 +143,17 @@ def _compare_pieces(
 
 
 def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
-    """Compare configs and side files with each other, and configs with the headers."""
+    """Compare configs and side files with each other, and configs and indexes with the headers."""
     if source is not None:
         compare_configs(source, output)
         compare_side_files(source, output)
-        check_config(source)
-    check_config(output)
+    for side in (source, output):
+        if side is not None:
+            check_config(side)
+            check_pointers(side)
+            if absent := absent_and_needed(side, alone=source is None):
+                names = some_of([printable(name) for name in absent], NAMES_SHOWN)
+                side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")
 
 
 def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
@@ -224,6 +230,7 @@ def _conclude(
         [problem for side in sides for problem in side.problems] + code_problems(results),
         findings.statistics,
         hashed=manifest is not None,
+        ignored={side.where: ignored for side in sides if (ignored := side.ignored.to_json())},
         identity={side.where: identity(side) for side in sides},
         read_bytes=findings.read,
     )

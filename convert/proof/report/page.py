@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4.convert.proof.index import ignored_lines
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Format, decode
 from dsv4.text import human_bytes
 
@@ -193,6 +194,7 @@ def render(found: dict[str, Any]) -> str:
         word=word,
         rest=f":{rest}",
         problems=[_sentence(problem) for problem in wrong],
+        ignored=ignored_lines(found["ignored"]),
         notes=[_sentence(problem) for problem in found["problems"] if problem["severity"] == "note"],
         in_banner=IN_BANNER,
         listed=LISTED,

@@ -133,7 +133,11 @@ def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
 
 
 def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
+    from dsv4.convert.proof.index import ignored_lines
+
     _tell_differences(out, found["differences"])
+    for line in ignored_lines(found["ignored"]):
+        out.text(line)
     for problem in found["problems"]:
         if problem["severity"] != "note" or out.verbose:
             out.text(f"{problem['where']} {problem['area']}: {problem['text']}")

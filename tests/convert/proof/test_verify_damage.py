@@ -237,8 +237,9 @@ def test_a_dropped_tensor_that_the_index_lists(output: Output) -> None:
     write_file(folder / SHARDS[0], output.shards[SHARDS[0]])
     result = verify(output.source, folder)
     assert (result.exit_code, named(result, "-")) == (1, {"embed.weight"})
-    assert "index: lists 1 tensors that no shard holds: embed.weight" in texts(result)
-    assert "index: total_size says" in texts(result)
+    assert result.ignored == {"output": {"absent": ["embed.weight"]}} and texts(result) == ""
+    alone = verify(folder)
+    assert alone.exit_code == 1 and "index: lists 1 tensors that no shard holds: embed.weight" in texts(alone)
 
 
 def test_an_extra_tensor(output: Output) -> None:
@@ -248,8 +249,11 @@ def test_an_extra_tensor(output: Output) -> None:
 
 
 def test_the_same_tensor_in_two_shards(output: Output) -> None:
+    """Without an index, nobody says which of them counts."""
     output.shards[SHARDS[1]]["embed.weight"] = output.shards[SHARDS[0]]["embed.weight"]
-    result = output.verify()
+    folder = output.write()
+    (folder / "model.safetensors.index.json").unlink()
+    result = verify(output.source, folder)
     assert (result.exit_code, named(result, "!")) == (3, {"embed.weight"})
     assert "are the same tensor twice" in texts(result)
 
@@ -506,10 +510,7 @@ def test_side_files(output: Output, name: str, gone: bool) -> None:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (lambda i: i["weight_map"].pop("embed.weight"), "lacks 1 tensors that the shards hold: embed.weight"),
-        (lambda i: i["weight_map"].update({"x": SHARDS[0]}), "lists 1 tensors that no shard holds: x"),
         (lambda i: i["weight_map"].update({"embed.weight": SHARDS[1]}), "places 1 tensors in another shard"),
-        (lambda i: i["metadata"].update(total_size=1), "total_size says 1 bytes"),
         (lambda i: i["weight_map"].update({"x": "../x.safetensors"}), "names the shard ../x.safetensors"),
     ],
 )
@@ -522,9 +523,21 @@ def test_index(output: Output, edit: Callable[[dict[str, Any]], object], complai
     assert result.exit_code in (1, 3) and f"index: {complaint}" in texts(result)
 
 
+def is_harmless(path: Path, before: bytes, after: bytes, found: Verification) -> bool:
+    """Whether only the index's metadata or an unknown key of it changed, and `verify` has a note about it."""
+    if path.name != "model.safetensors.index.json":
+        return False
+    noted = any(problem.area == "index" for problem in found.problems)
+    return noted and json.loads(before)["weight_map"] == json.loads(after)["weight_map"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to_fp8", [False, True])
 def test_any_byte_of_any_file(source: Path, to_fp8: bool) -> None:
-    """One bit at every 11th byte of headers, index, config and side files, at every 997th byte of the data."""
+    """One bit at every 11th byte of headers, index, config and side files, at every 997th byte of the data.
+
+    Parts of the index that no loader reads may change: there the harm is noted only.
+    """
     folder = Output(source, to_fp8).write()
     assert verify(source, folder, strict=True, max_workers=1).exit_code == 0
     unnoticed = []
@@ -535,7 +548,8 @@ def test_any_byte_of_any_file(source: Path, to_fp8: bool) -> None:
             harmed = bytearray(data)
             harmed[position] ^= 1 << (position % 8)
             path.write_bytes(harmed)
-            if verify(source, folder, strict=True, max_workers=1).exit_code == 0:
+            found = verify(source, folder, strict=True, max_workers=1)
+            if found.exit_code == 0 and not is_harmless(path, data, bytes(harmed), found):
                 unnoticed.append((path.name, position, bytes(harmed[max(position - 20, 0) : position + 20])))
         path.write_bytes(data)
     assert unnoticed == []
