@@ -119,7 +119,7 @@ class WeightStore:
         self._recent_limit = left
 
     def load(self, progress: Progress | None = None) -> None:
-        """Read what stays in memory. `progress` is told bytes done and bytes in all."""
+        """Read what stays in memory. `progress` is called with bytes read and bytes to read."""
         total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
         for name in self._vector_names:

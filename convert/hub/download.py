@@ -103,7 +103,7 @@ class DownloadPlan:
 def plan_download(
     snapshot: Snapshot, place: Place, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> DownloadPlan:
-    """Look at what is there and what is missing. Writes nothing."""
+    """Decide which files are already in place and which are missing. Writes nothing."""
     files = choose(snapshot.files, include, exclude)
 
     def absent(file: RemoteFile) -> bool:

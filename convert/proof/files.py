@@ -6,7 +6,7 @@ repository whose shards have to be fetched first.
 
 A header that breaks a rule of the format does not stop the reading: the fault is recorded as a `Problem`, the tensors
 that cannot be trusted are listed as unreadable, and all others are still compared. If a download lacks its last
-300 MB, its owner wants to know which tensors these were.
+300 MB, the report names the tensors in them.
 """
 
 import hashlib

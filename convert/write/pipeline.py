@@ -49,9 +49,9 @@ class _Block:
 
 
 class Outflow:
-    """What is `put` is hashed and written behind the caller's back; `finish` waits for it, `stop` gives it up.
+    """Hash and write in two background threads what is `put`. `finish` waits for them, `stop` discards what is left.
 
-    hasher, writer: one thread each, so that blocks are taken in order. advance: told of bytes of data when they are
+    hasher, writer: one thread each, so that blocks are taken in order. advance: called with the number of bytes of data
     written; the header does not count.
     """
 

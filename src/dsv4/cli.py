@@ -21,7 +21,7 @@ from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 app = typer.Typer(
     name="dsv4",
     help="Convert DeepSeek-V4 checkpoints without changing a value, prove it, and run them.",
-    epilog="Exit codes: 0 done or identical, 1 different, 2 wrong usage, 3 bad input, 4 the machine said no.",
+    epilog="Exit codes: 0 done or identical, 1 different, 2 wrong usage, 3 bad input, 4 system error.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     rich_markup_mode=None,

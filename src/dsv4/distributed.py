@@ -103,5 +103,5 @@ def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
         signals.token.check()
         raise
     finally:
-        with suppress(RuntimeError):  # whatever ended the work is what is told
+        with suppress(RuntimeError):  # the error that ended the work is the one to report
             dist.destroy_process_group()

@@ -1,10 +1,10 @@
 """Everything a user can cause to go wrong, as one small family of exceptions.
 
-Each class carries the exit code that scripts see, so the place that finds a problem also decides what the
-shell is told. Imports only how text is written: every other module may import this one.
+Each class carries the exit code that scripts see, so the place that finds a problem also decides the
+exit code. Imports only how text is written: every other module may import this one.
 
 Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an error); 2 wrong usage;
-3 the input is not what it claims; 4 the machine said no; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
+3 invalid or corrupt input; 4 system error; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
 """
 
 from dsv4.text import printable as printable

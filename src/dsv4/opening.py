@@ -13,7 +13,7 @@ from dsv4.output import Output
 
 @contextmanager
 def opening(out: Output) -> Iterator[Callable[[int, int], None]]:
-    """While a checkpoint is opened and planned. Yields what is told how many headers are read, and of how many.
+    """A bar while a checkpoint is opened and planned. Yields a callback (headers read, headers to read).
 
     Python looks for reference cycles whenever many objects were made, and looks at all there are: half of the time
     would go there, and tables of tensors have no cycles.

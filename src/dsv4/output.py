@@ -155,7 +155,7 @@ class Output:
     def data(self, text: str = "", end: str = "\n") -> None:
         """Data for stdout that is the whole point of the command, such as an answer: -q does not silence it.
 
-        On a terminal, control characters are escaped: nobody vouches for what a model writes.
+        On a terminal, control characters are escaped: what a model writes is untrusted.
         """
         if sys.stdout.isatty():
             text = "".join(c if c in "\n\t" or c.isprintable() else printable(c) for c in text)

@@ -56,7 +56,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def printable(text: str) -> str:
     """`text` with control characters, surrogates and bidirectional marks escaped.
 
-    Names come from files that nobody vouches for; printed raw they could move the cursor or recolour the terminal.
+    Names are untrusted input: printed raw they could move the cursor or recolour the terminal.
     """
     if text.isprintable():
         return text  # nearly always, and asked for once per tensor

@@ -1,5 +1,6 @@
-"""What a stranger reads: help that fits 80 columns, options worded once, hints and examples that are real commands."""
+"""What a stranger reads: help that fits 80 columns, options worded once, real commands as hints, plain English."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,25 @@ from dsv4.convert.synthetic.checkpoint import make_checkpoint
 COMMANDS = typer.main.get_command(cli.app).commands
 # The same word for another thing on purpose: files, threads; …
 DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed"}
+
+ROOT = Path(__file__).resolve().parents[2]
+PROSE = [
+    path
+    for top in ("quant", "convert", "model", "src/dsv4", "docs", "examples", "benchmarks", ".ci")
+    for path in sorted((ROOT / top).rglob("*"))
+    if path.suffix in (".py", ".c", ".h", ".j2", ".md", ".sh") and not path.is_symlink()
+] + [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
+# Phrases that CONTRIBUTING's rule of words replaces; none has a use of its own.
+BANNED = re.compile(
+    r"\b(is|are|be|been) told\b|\bhears?\b|\bdress\b|not a yes|what is there\b|behind (the caller's|its|their) backs?\b"
+    r"|\bgives? it up\b|\bvouches\b|\bwants to know\b|\bby the by\b"
+)
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_phrase_that_has_to_be_read_twice(path: Path) -> None:
+    text = " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
+    assert [text[max(0, m.start() - 40) : m.end() + 40] for m in BANNED.finditer(text)] == []
 
 
 @pytest.fixture(scope="module")
