@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
+from dsv4.convert.checkpoint.edition_v4 import Shape, mtp_stage, v4_tensors
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config as config_json
 from dsv4.model import load
 from dsv4.model.config import OVERLAP_RATIO, Config
 from dsv4.model.parallel import TensorParallelGroup
-from dsv4.model.weights import Shape, tensor_shapes
 
 FLASH = Geometry(
     vocab_size=129280, hidden_size=4096, compress_ratios=(0, 0, *(4, 128) * 20, 4, 0), num_hash_layers=3,
@@ -140,10 +140,10 @@ def stored_bytes(name: str, shape: Shape) -> float:
     return elements * (8 if name.endswith("tid2eid") else 4 if "hc_" in name or "bias" in name else 2)
 
 
-def rank_bytes(config: Config, count: int) -> tuple[float, float]:
+def rank_bytes(config: Config, shapes: dict[str, Shape], count: int) -> tuple[float, float]:
     """What one of `count` ranks holds, and reads for one token on average."""
     group, held, read = TensorParallelGroup(0, count), 0.0, 0.0
-    for name, shape in tensor_shapes(config, 1).items():
+    for name, shape in shapes.items():
         if group.holds(name, config):
             size = stored_bytes(name, shape) / (count if group.rows(name, shape) else 1)
             held += size
@@ -163,7 +163,7 @@ def busiest(config: Config, count: int) -> float:
     return total / DRAWS
 
 
-def tell_run(name: str, config: Config) -> None:
+def tell_run(name: str, config: Config, shapes: dict[str, Shape]) -> None:
     """What each rank of a run holds, reads and sends per token."""
     found = exchanges(config)
     print(f"\nrun {name}: {len(found)} exchanges per token, one after the other")
@@ -172,14 +172,13 @@ def tell_run(name: str, config: Config) -> None:
         if config.o_groups % count:
             print(f"{count:5}   no: {config.o_groups} groups of heads cannot be shared")
             continue
-        held, read = rank_bytes(config, count)
+        held, read = rank_bytes(config, shapes, count)
         experts, sent = f"{busiest(config, count):.1f} of {config.num_experts_per_tok}", sent_bytes(found, count) / 1e3
         print(f"{count:5} {held / 1e9:8.1f} GB {read / 1e9:13.2f} GB {experts:>24} {sent:21.0f} kB")
 
 
-def tell_convert(name: str, config: Config) -> None:
+def tell_convert(name: str, shapes: dict[str, Shape]) -> None:
     """The largest part's share of a conversion to FP8."""
-    shapes = tensor_shapes(config, 1)
     source = sum(stored_bytes(name, shape) for name, shape in shapes.items())
     experts = sum(stored_bytes(name, shape) for name, shape in shapes.items() if ".ffn.experts." in name)
     output = source + experts * (FP8 / FP4 - 1)
@@ -199,9 +198,10 @@ def model(folder: Path) -> None:
     if sorted(exchanges(small)) != sorted(count_exchanges(folder, 2)):
         sys.exit("the model's exchanges are not those of the engine")
     for name, geometry in (("Flash", FLASH), ("Pro", PRO)):
-        config = Config.from_json(config_json(geometry))
-        tell_convert(name, config)
-        tell_run(name, config)
+        values = config_json(geometry)
+        shapes = v4_tensors(values, 1, mtp_stage)
+        tell_convert(name, shapes)
+        tell_run(name, Config.from_json(values), shapes)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dsv4.convert.checkpoint.config import quantization, required_number, required_weight_block
 from dsv4.convert.checkpoint.inventory import check_config
 from dsv4.errors import InputError, printable
 
@@ -71,7 +72,6 @@ class Config:
     compress_rope_theta: float
     max_position_embeddings: int
     rope_scaling: RopeScaling | None
-    weight_block_size: tuple[int, int]
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -81,33 +81,22 @@ class Config:
                 raise InputError(
                     f"config.json: {key} is {printable(repr(config[key]))}, this engine runs {key} = {value!r}"
                 )
-        special = {"compress_ratios", "rope_scaling", "weight_block_size"}
-        values = {f.name: _number(config, f.name, f.type is int) for f in fields(cls) if f.name not in special}
+        special = {"compress_ratios", "rope_scaling"}
+        values = {f.name: required_number(config, f.name, f.type is int) for f in fields(cls) if f.name not in special}
         result = cls(
             **values,
             compress_ratios=_ratios(config),
             rope_scaling=_rope_scaling(config.get("rope_scaling")),
-            weight_block_size=_block_size(config),
         )
         check_config(config)
+        if "weight_block_size" in quantization(config):
+            required_weight_block(config)
         _check(result)
         return result
 
     def ratio(self, layer: int) -> int:
         """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
         return self.compress_ratios[layer]
-
-
-def _number(config: Mapping[str, Any], key: str, integer: bool) -> Any:
-    if key not in config:
-        raise InputError(f"config.json: {key} is missing")
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-        kind = "an integer" if integer else "a number"
-        raise InputError(f"config.json: {key} must be {kind}, it is {printable(repr(value))}")
-    if value < 0 or (value == 0 and key != "num_hash_layers"):
-        raise InputError(f"config.json: {key} must be positive, it is {value}")
-    return value
 
 
 def _ratios(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -124,19 +113,11 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
     if kind != "yarn":
         raise InputError(f"config.json: rope_scaling must be of type 'yarn', it is {printable(repr(kind))}")
     return RopeScaling(
-        factor=_number(scaling, "factor", False),
-        beta_fast=_number(scaling, "beta_fast", False),
-        beta_slow=_number(scaling, "beta_slow", False),
-        original_max_position_embeddings=_number(scaling, "original_max_position_embeddings", True),
+        factor=required_number(scaling, "factor", False),
+        beta_fast=required_number(scaling, "beta_fast", False),
+        beta_slow=required_number(scaling, "beta_slow", False),
+        original_max_position_embeddings=required_number(scaling, "original_max_position_embeddings", True),
     )
-
-
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    quantization = config.get("quantization_config") or {}
-    size = quantization.get("weight_block_size", [128, 128]) if isinstance(quantization, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise InputError("config.json: quantization_config.weight_block_size must be two positive integers")
-    return size[0], size[1]
 
 
 def _check(config: Config) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import MachineError, printable
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.numerics import Numerics
@@ -17,7 +19,7 @@ from .config import Config
 from .parallel import SINGLE, TensorParallelGroup, check_divisible
 from .transformer import Transformer
 from .weight_store import Progress, WeightStore
-from .weights import check, mtp_stages
+from .weights import mtp_stages, required_weights
 
 
 def devices() -> list[str]:
@@ -41,8 +43,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) -> tuple[Config, int]:
-    """The config and the number of MTP blocks of a checkpoint, from its headers alone.
+class Loadable(NamedTuple):
+    """What the headers of a checkpoint say: its config, its number of MTP blocks, and every weight by name."""
+
+    config: Config
+    stages: int
+    weights: dict[str, Weight]
+
+
+def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) -> Loadable:
+    """Check a checkpoint by its headers alone.
 
     Raises InputError for a quantization that is not read and for tensors that do not fit the config, UsageError for
     ranks that cannot share them equally.
@@ -50,9 +60,9 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
     refuse_foreign(checkpoint.config, checkpoint.tensors)
     config = Config.from_json(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
-    check(config, checkpoint.tensors, stages)
+    weights = required_weights(checkpoint, config, stages)
     check_divisible(config, group)
-    return config, stages
+    return Loadable(config, stages, weights)
 
 
 @contextmanager
@@ -82,9 +92,9 @@ def load(
     make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    config, stages = check_loadable(checkpoint, group)
+    config, stages, weights = check_loadable(checkpoint, group)
     place = find_device(device)
-    store = WeightStore(checkpoint, config, stages, place, max_memory, group)
+    store = WeightStore(checkpoint, config, weights, place, max_memory, group)
     with _one_thread():
         store.load(progress)
     return Transformer(config, stages, store, Numerics(simulation, select_kernels(place), group))

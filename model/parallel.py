@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dsv4.convert.checkpoint.names import expert_of
 from dsv4.errors import UsageError, lost_rank
 
 from .config import Config
@@ -32,7 +33,6 @@ SPLIT_ROWS = re.compile(
     r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.weight$|\.attn\.attn_sink$|\.indexer\.wq_b\.weight$"
     r"|\.shared_experts\.w[123]\.weight$"
 )
-EXPERT = re.compile(r"\.ffn\.experts\.(\d+)\.")
 
 
 @contextmanager
@@ -68,8 +68,8 @@ class TensorParallelGroup:
 
     def holds(self, name: str, config: Config) -> bool:
         """Whether this rank needs a tensor at all: it is no routed expert, or one of its own."""
-        match = EXPERT.search(name)
-        return match is None or int(match[1]) in self.experts(config)
+        expert = expert_of(name)
+        return expert is None or expert.number in self.experts(config)
 
     def experts(self, config: Config) -> range:
         """The routed experts of this rank."""

@@ -18,24 +18,23 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4.convert.checkpoint.names import is_expert_matrix
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import InputError, MachineError
 
 from .config import Config
 from .parallel import SINGLE, TensorParallelGroup
-from .weights import Matrix, read_matrix, read_vector, scale_name, tensor_shapes
+from .weights import EMBEDDING, Matrix, read_matrix, read_vector
 
-EXPERT = re.compile(r"\.experts\.\d+\.w[123]\.weight$")
 MATRIX = re.compile(r"\.weight$|hc_(attn|ffn|head)_fn$")
-EMBEDDING = "embed.weight"
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
 
-def stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+def stored_bytes(weight: Weight) -> int:
     """Bytes of a weight and its scale in the files, which is what it occupies in memory."""
-    scale = checkpoint.tensors.get(scale_name(name))
-    return checkpoint.tensors[name].nbytes + (scale.nbytes if scale is not None and name.endswith(".weight") else 0)
+    return weight.info.nbytes + (weight.scale.nbytes if weight.scale is not None else 0)
 
 
 def is_matrix(shape: tuple[int, ...], name: str) -> bool:
@@ -69,19 +68,19 @@ class WeightStore:
         self,
         checkpoint: Checkpoint,
         config: Config,
-        stages: int,
+        weights: dict[str, Weight],
         device: torch.device,
         max_memory: int | None,
         group: TensorParallelGroup = SINGLE,
     ) -> None:
         self.checkpoint, self.config, self.device, self.group = checkpoint, config, device, group
-        shapes = {n: shape for n, shape in tensor_shapes(config, stages).items() if group.holds(n, config)}
-        self._rows = {name: group.rows(name, shape) for name, shape in shapes.items()}
-        matrices = [name for name, shape in shapes.items() if is_matrix(shape, name)]
-        self._vector_names = [name for name, shape in shapes.items() if not is_matrix(shape, name)]
-        self._experts = {name for name in matrices if EXPERT.search(name)}
+        self._weights = held = {name: weight for name, weight in weights.items() if group.holds(name, config)}
+        self._rows = {name: group.rows(name, weight.logical_shape) for name, weight in held.items()}
+        matrices = [name for name, weight in held.items() if is_matrix(weight.logical_shape, name)]
+        self._vector_names = [name for name, weight in held.items() if not is_matrix(weight.logical_shape, name)]
+        self._experts = {name for name in matrices if is_expert_matrix(name)}
         # Bytes in the files, scale included.
-        self.sizes = {n: stored_bytes(checkpoint, n) // (group.count if self._rows[n] else 1) for n in shapes}
+        self.sizes = {n: stored_bytes(held[n]) // (group.count if self._rows[n] else 1) for n in held}
         self._pinned: dict[str, Matrix] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._recent: OrderedDict[str, Matrix] = OrderedDict()
@@ -123,7 +122,7 @@ class WeightStore:
         total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
         for name in self._vector_names:
-            self._vectors[name] = read_vector(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
+            self._vectors[name] = self._read_vector(name)
             done += self.sizes[name]
         for name in self._pinned_names:
             self._pinned[name] = self._read(name)
@@ -131,9 +130,12 @@ class WeightStore:
             if progress is not None:
                 progress(done, total)
 
+    def _read_vector(self, name: str) -> torch.Tensor:
+        return read_vector(self.checkpoint, self.config, self._weights[name], self._rows[name]).to(self.device)
+
     def _read(self, name: str) -> Matrix:
         try:
-            return read_matrix(self.checkpoint, self.config, name, self._rows[name]).to(self.device)
+            return read_matrix(self.checkpoint, self._weights[name], self._rows[name]).to(self.device)
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None
 

@@ -5,30 +5,31 @@ decode rows of it to float32. Every format decodes to the exact value before any
 or BF16 conversion compute with the same numbers. Whether a layer quantizes its INPUT is a property of the layer's
 name, never of the stored format: it is part of the model, and a BF16 conversion must not lose it.
 
-Names are the release's. `tensor_shapes` lists them all from the config, `check` compares the list with the headers.
+Which tensors there must be, how each is stored and which scale belongs to it, `dsv4.convert.checkpoint` knows.
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
+from dsv4.convert.checkpoint.edition_v4 import Shape, mtp_stage, v4_tensors
+from dsv4.convert.checkpoint.names import block_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
 from dsv4.errors import InputError
-from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, dequantize_fp4, dequantize_fp8, scale_shape
+from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, dequantize_fp4, dequantize_fp8
 from dsv4.quant.e4m3 import is_nan
 
-from .config import OVERLAP_RATIO, Config
+from .config import Config
 
 FLOAT4_E2M1FN, FLOAT8_E4M3FN, BFLOAT16, FLOAT32 = "float4_e2m1fn", "float8_e4m3fn", "bfloat16", "float32"
-FORMATS = {"I8": FLOAT4_E2M1FN, "F4": FLOAT4_E2M1FN, "F8_E4M3": FLOAT8_E4M3FN, "BF16": BFLOAT16, "F32": FLOAT32}
-QUANTIZED = (FLOAT4_E2M1FN, FLOAT8_E4M3FN)
+QUANTIZED_FORMATS = {Format.FP4: FLOAT4_E2M1FN, Format.FP8: FLOAT8_E4M3FN}
+PLAIN_FORMATS = {"BF16": BFLOAT16, "F32": FLOAT32}
+EMBEDDING = "embed.weight"
 MODERATE_EXPONENT = 60
 ROWS_PER_LOOK = 1024
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,179 +68,55 @@ class Matrix:
         return replace(self, values=self.values.to(device), scale=scale)
 
 
-def _hyper_shapes(config: Config, prefix: str) -> dict[str, Shape]:
-    mixes, flat = (2 + config.hc_mult) * config.hc_mult, config.hc_mult * config.hidden_size
-    return {
-        f"{prefix}hc_{part}_{name}": shape
-        for part in ("attn", "ffn")
-        for name, shape in (("fn", (mixes, flat)), ("base", (mixes,)), ("scale", (3,)))
-    }
-
-
-def _compressor_shapes(config: Config, prefix: str, ratio: int, head_dim: int) -> dict[str, Shape]:
-    width = head_dim * (2 if ratio == OVERLAP_RATIO else 1)
-    return {
-        f"{prefix}ape": (ratio, width),
-        f"{prefix}wkv.weight": (width, config.hidden_size),
-        f"{prefix}wgate.weight": (width, config.hidden_size),
-        f"{prefix}norm.weight": (head_dim,),
-    }
-
-
-def _attention_shapes(config: Config, prefix: str, ratio: int) -> dict[str, Shape]:
-    wide = config.num_attention_heads * config.head_dim
-    low = config.o_groups * config.o_lora_rank
-    shapes: dict[str, Shape] = {
-        f"{prefix}wq_a.weight": (config.q_lora_rank, config.hidden_size),
-        f"{prefix}q_norm.weight": (config.q_lora_rank,),
-        f"{prefix}wq_b.weight": (wide, config.q_lora_rank),
-        f"{prefix}wkv.weight": (config.head_dim, config.hidden_size),
-        f"{prefix}kv_norm.weight": (config.head_dim,),
-        f"{prefix}wo_a.weight": (low, wide // config.o_groups),
-        f"{prefix}wo_b.weight": (config.hidden_size, low),
-        f"{prefix}attn_sink": (config.num_attention_heads,),
-    }
-    if ratio:
-        shapes |= _compressor_shapes(config, f"{prefix}compressor.", ratio, config.head_dim)
-    if ratio == OVERLAP_RATIO:
-        heads, dim = config.index_n_heads, config.index_head_dim
-        shapes[f"{prefix}indexer.wq_b.weight"] = (heads * dim, config.q_lora_rank)
-        shapes[f"{prefix}indexer.weights_proj.weight"] = (heads, config.hidden_size)
-        shapes |= _compressor_shapes(config, f"{prefix}indexer.compressor.", ratio, dim)
-    return shapes
-
-
-def expert_shapes(config: Config, prefix: str) -> dict[str, Shape]:
-    """The three matrices of one expert."""
-    wide, hidden = config.moe_intermediate_size, config.hidden_size
-    return {
-        f"{prefix}w1.weight": (wide, hidden),
-        f"{prefix}w2.weight": (hidden, wide),
-        f"{prefix}w3.weight": (wide, hidden),
-    }
-
-
-def block_shapes(config: Config, prefix: str, layer: int) -> dict[str, Shape]:
-    """Every tensor of one layer (or of the block inside an MTP stage), scales left out."""
-    shapes: dict[str, Shape] = {
-        f"{prefix}attn_norm.weight": (config.hidden_size,),
-        f"{prefix}ffn_norm.weight": (config.hidden_size,),
-        f"{prefix}ffn.gate.weight": (config.n_routed_experts, config.hidden_size),
-    }
-    shapes |= _hyper_shapes(config, prefix)
-    shapes |= _attention_shapes(config, f"{prefix}attn.", config.ratio(layer))
-    if layer < config.num_hash_layers:
-        shapes[f"{prefix}ffn.gate.tid2eid"] = (config.vocab_size, config.num_experts_per_tok)
-    else:
-        shapes[f"{prefix}ffn.gate.bias"] = (config.n_routed_experts,)
-    shapes |= expert_shapes(config, f"{prefix}ffn.shared_experts.")
-    for expert in range(config.n_routed_experts):
-        shapes |= expert_shapes(config, f"{prefix}ffn.experts.{expert}.")
-    return shapes
-
-
-def head_shapes(config: Config, prefix: str) -> dict[str, Shape]:
-    """The end of a stack: the collapse of the streams and the last norm."""
-    return {
-        f"{prefix}norm.weight": (config.hidden_size,),
-        f"{prefix}hc_head_fn": (config.hc_mult, config.hc_mult * config.hidden_size),
-        f"{prefix}hc_head_base": (config.hc_mult,),
-        f"{prefix}hc_head_scale": (1,),
-    }
-
-
-def mtp_shapes(config: Config, stage: int) -> dict[str, Shape]:
-    """Every tensor of one MTP stage of the Flash and Pro releases."""
-    prefix, hidden = f"mtp.{stage}.", config.hidden_size
-    shapes = block_shapes(config, prefix, config.num_hidden_layers + stage) | head_shapes(config, prefix)
-    shapes |= {f"{prefix}{name}.weight": (hidden, hidden) for name in ("e_proj", "h_proj")}
-    return shapes | {f"{prefix}{name}.weight": (hidden,) for name in ("enorm", "hnorm")}
-
-
-def tensor_shapes(config: Config, stages: int) -> dict[str, Shape]:
-    """Every tensor of the main stack and of `stages` MTP blocks, scales left out."""
-    shapes: dict[str, Shape] = {
-        "embed.weight": (config.vocab_size, config.hidden_size),
-        "head.weight": (config.vocab_size, config.hidden_size),
-    }
-    shapes |= head_shapes(config, "")
-    for layer in range(config.num_hidden_layers):
-        shapes |= block_shapes(config, f"layers.{layer}.", layer)
-    for stage in range(stages):
-        shapes |= mtp_shapes(config, stage)
-    return shapes
-
-
-def mtp_stages(names: Mapping[str, object]) -> int:
+def mtp_stages(names: Iterable[str]) -> int:
     """How many MTP blocks of the Flash and Pro kind there are: those with an e_proj.
 
     The three stages of the DSpark releases are wired differently; they are left out, the main model runs without.
     """
-    found = {int(m.group(1)) for m in (re.fullmatch(r"mtp\.(\d+)\.e_proj\.weight", name) for name in names) if m}
-    return len(found)
+    blocks = map(block_of, names)
+    return sum(b is not None and b.stack == "mtp" and b.inner == "e_proj.weight" for b in blocks)
 
 
-def scale_name(weight: str) -> str:
-    """Name of the block scale that belongs to a weight."""
-    return f"{weight.removesuffix('.weight')}.scale"
+def required_weights(checkpoint: Checkpoint, config: Config, stages: int) -> dict[str, Weight]:
+    """Every tensor of the main stack and of `stages` MTP blocks by name, scales left out, as it is stored.
 
-
-def logical_shape(info: TensorInfo) -> Shape:
-    """Shape in elements: a byte of a packed FP4 tensor holds two."""
-    return (*info.shape[:-1], info.shape[-1] * 2) if info.dtype == "I8" and info.shape else info.shape
-
-
-def check(config: Config, tensors: Mapping[str, TensorInfo], stages: int) -> None:
-    """Compare the headers with what the config asks for. Raises InputError naming the first tensor that is wrong."""
+    Raises InputError naming the first tensor that is missing, or that is not what config.json asks for.
+    """
     if len(config.compress_ratios) < config.num_hidden_layers + stages:
         raise InputError(f"config.json: compress_ratios has no entry for {stages} MTP block(s)")
-    shapes = tensor_shapes(config, stages)
-    missing = [name for name in shapes if name not in tensors]
+    shapes = v4_tensors(checkpoint.config, stages, mtp_stage)
+    missing = [name for name in shapes if name not in checkpoint.tensors]
     if missing:
         raise InputError(
             f"'{missing[0]}' is missing ({len(missing)} of the {len(shapes)} tensors that config.json asks for are)",
             "The checkpoint is incomplete, or the config belongs to another one.",
         )
+    found = find_weights(checkpoint.tensors, checkpoint.config)
+    weights = {name: found[name] for name in shapes}
     for name, shape in shapes.items():
-        check_tensor(config, tensors, name, shape)
+        _check(weights[name], shape)
+    return weights
 
 
-def check_tensor(config: Config, tensors: Mapping[str, TensorInfo], name: str, shape: Shape) -> None:
-    """One weight and its scale: dtype known, shapes as the config says. Raises InputError."""
-    info = tensors[name]
-    if logical_shape(info) != shape:
+def _check(weight: Weight, shape: Shape) -> None:
+    info = weight.info
+    if weight.logical_shape != shape:
         raise InputError(
-            f"'{name}' is {info.dtype} {list(info.shape)}, config.json asks for {list(shape)}",
+            f"'{info.name}' is {info.dtype} {list(info.shape)}, config.json asks for {list(shape)}",
             "The config belongs to another checkpoint.",
         )
-    if name.endswith("tid2eid"):
+    if weight.fault is not None:
+        raise InputError(str(weight.fault), weight.fault.hint)
+    if info.name.endswith("tid2eid"):
         if info.dtype not in ("I64", "I32"):
-            raise InputError(f"'{name}' is {info.dtype}, a table of expert ids must be I64")
-        return
-    if info.dtype not in FORMATS:
-        raise InputError(f"'{name}' is {info.dtype}, which this engine has no decoder for")
-    if FORMATS[info.dtype] in QUANTIZED:
-        _check_scale(config, tensors, info, shape)
+            raise InputError(f"'{info.name}' is {info.dtype}, a table of expert ids must be I64")
+    elif format_of(weight) is None or (info.name == EMBEDDING and weight.format is not Format.PLAIN):
+        raise InputError(f"'{info.name}' is {info.dtype}, which this engine has no decoder for")
 
 
-def _check_scale(config: Config, tensors: Mapping[str, TensorInfo], info: TensorInfo, shape: Shape) -> None:
-    scale = tensors.get(scale_name(info.name))
-    if scale is None:
-        raise InputError(
-            f"'{info.name}' is {info.dtype}, but its block scale '{scale_name(info.name)}' is missing",
-            "The conversion that wrote it did not finish, or dropped it.",
-        )
-    expected = scale_shape(shape, block_of(config, FORMATS[info.dtype]))
-    if scale.dtype not in ("F8_E8M0", "F32") or scale.shape != expected:
-        raise InputError(
-            f"'{scale.name}' is {scale.dtype} {list(scale.shape)}, "
-            f"a block scale F8_E8M0 or F32 {list(expected)} is expected"
-        )
-
-
-def block_of(config: Config, stored: str) -> Block:
-    """Geometry of the block scales of a stored format."""
-    return FP4_BLOCK if stored == FLOAT4_E2M1FN else Block(*config.weight_block_size)
+def format_of(weight: Weight) -> str | None:
+    """The format of a weight, as `Matrix.format` names it; None for one that this engine does not decode."""
+    return QUANTIZED_FORMATS.get(weight.format) or PLAIN_FORMATS.get(weight.info.dtype)
 
 
 def _check_scale_values(scale: torch.Tensor, name: str) -> None:
@@ -266,11 +143,13 @@ def _has_tiny_values(values: torch.Tensor) -> bool:
     return False
 
 
-def _read_scale(checkpoint: Checkpoint, name: str, block: Block, rows: tuple[int, int]) -> tuple[torch.Tensor, Block]:
+def _read_scale(
+    checkpoint: Checkpoint, info: TensorInfo, block: Block, rows: tuple[int, int]
+) -> tuple[torch.Tensor, Block]:
     """Block scales of rows [start, stop). Rows that begin inside a block get lower blocks, so that they begin one."""
     start, stop = rows
-    scale = checkpoint.read_tensor(name, start // block.rows, -(-stop // block.rows))
-    _check_scale_values(scale, name)
+    scale = checkpoint.read_rows(info, start // block.rows, -(-stop // block.rows))
+    _check_scale_values(scale, info.name)
     height = math.gcd(start, block.rows)
     if height == block.rows:
         return scale, block
@@ -279,31 +158,34 @@ def _read_scale(checkpoint: Checkpoint, name: str, block: Block, rows: tuple[int
     return as_bytes[used].view(scale.dtype), block._replace(rows=height)
 
 
-def read_matrix(checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None) -> Matrix:
+def read_matrix(checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None) -> Matrix:
     """A weight as stored, or rows [start, stop) of it, from the files. Raises InputError for a NaN or a bad scale."""
-    info = checkpoint.tensors[name]
-    stored, columns = FORMATS[info.dtype], logical_shape(info)[1]
-    start, stop = (0, info.shape[0]) if rows is None else rows
-    shape = stop - start, columns
-    values = checkpoint.read_tensor(name, start, stop)
-    if stored not in QUANTIZED:
+    name, stored = weight.name, format_of(weight)
+    assert stored is not None, "required_weights lets no other through"
+    start, stop = (0, weight.info.shape[0]) if rows is None else rows
+    shape = stop - start, weight.logical_shape[1]
+    values = checkpoint.read_rows(weight.info, start, stop)
+    if weight.format is Format.PLAIN:
         exact = stored == BFLOAT16 and not _has_tiny_values(values)
         return Matrix(name, stored, shape, values, exact_products=exact)
-    if stored == FLOAT8_E4M3FN and is_nan(values).any():
+    if weight.format is Format.FP8 and is_nan(values).any():
         raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
-    scale, block = _read_scale(checkpoint, scale_name(name), block_of(config, stored), (start, stop))
+    assert weight.scale is not None and weight.block is not None, "a quantized weight without fault has both"
+    scale, block = _read_scale(checkpoint, weight.scale, weight.block, (start, stop))
     return Matrix(name, stored, shape, values, scale, block, _are_moderate_powers_of_two(decode_scale(scale)))
 
 
-def read_vector(checkpoint: Checkpoint, config: Config, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+def read_vector(
+    checkpoint: Checkpoint, config: Config, weight: Weight, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
     """A norm, bias, sink or other small tensor (or rows of it) as float32, or a table of expert ids as int64.
 
     Raises InputError if a table names an expert that does not exist.
     """
-    tensor = checkpoint.read_tensor(name, *(rows or (0, None)))
+    tensor = checkpoint.read_rows(weight.info, *(rows or (0, None)))
     if tensor.is_floating_point():
         return tensor.to(torch.float32)
     wrong = tensor[(tensor < 0) | (tensor >= config.n_routed_experts)]
     if len(wrong):
-        raise InputError(f"'{name}' names expert {int(wrong[0])}, there are {config.n_routed_experts}")
+        raise InputError(f"'{weight.name}' names expert {int(wrong[0])}, there are {config.n_routed_experts}")
     return tensor.to(torch.int64)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from dsv4.errors import UsageError, printable
-from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, QUANTIZED, Matrix
+from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, Matrix
 
 from . import reference
 from . import reference_small as small
@@ -231,7 +231,7 @@ def _row_scratch(columns: int, threads: int) -> torch.Tensor:
 def _whole_steps(matrix: Matrix) -> bool:
     """Whether rows, and blocks of rows, are whole steps of a dot product, as the C code takes for granted."""
     step = ELEMENTS_PER_STEP
-    return matrix.shape[1] % step == 0 and (matrix.format not in QUANTIZED or matrix.block.columns % step == 0)
+    return matrix.shape[1] % step == 0 and (matrix.scale is None or matrix.block.columns % step == 0)
 
 
 @functools.cache

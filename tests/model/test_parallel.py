@@ -18,7 +18,7 @@ from dsv4.model import loading
 from dsv4.model.config import Config
 from dsv4.model.parallel import TensorParallelGroup, check_divisible
 from dsv4.model.weight_store import is_matrix
-from dsv4.model.weights import read_matrix, read_vector, tensor_shapes
+from dsv4.model.weights import read_matrix, read_vector
 
 # Four groups of heads, a quarter of hidden_size that ends inside a block of 128 rows, a hash layer, both compressors,
 # an MTP block. Four ranks have ten heads each, no multiple of the four that a kernel computes at once.
@@ -149,9 +149,10 @@ class TestSlices:
     @pytest.mark.parametrize("count", [2, 4])
     def test_put_together_they_are_the_whole(self, count: int, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
-        config = Config.from_json(checkpoint.config)
+        config, _, weights = loading.check_loadable(checkpoint)
         groups, split = [TensorParallelGroup(i, count) for i in range(count)], 0
-        for name, shape in tensor_shapes(config, 1).items():
+        for name, weight in weights.items():
+            shape = weight.logical_shape
             holders = [group for group in groups if group.holds(name, config)]
             assert len(holders) == (1 if ".experts." in name else count)
             rows = [group.rows(name, shape) for group in holders]
@@ -159,14 +160,14 @@ class TestSlices:
                 continue
             split += 1
             if is_matrix(shape, name):
-                parts = [read_matrix(checkpoint, config, name, r) for r in rows]
-                whole = read_matrix(checkpoint, config, name)
+                parts = [read_matrix(checkpoint, weight, r) for r in rows]
+                whole = read_matrix(checkpoint, weight)
                 found = torch.cat([part.decode() for part in parts]), whole.decode()
                 assert sum(part.values.nbytes for part in parts) == whole.values.nbytes
             else:
                 found = (
-                    torch.cat([read_vector(checkpoint, config, name, r) for r in rows]),
-                    read_vector(checkpoint, config, name),
+                    torch.cat([read_vector(checkpoint, config, weight, r) for r in rows]),
+                    read_vector(checkpoint, config, weight),
                 )
             assert torch.equal(*(value.view(torch.int32) for value in found)), name
         assert split > 20
