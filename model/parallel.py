@@ -17,15 +17,13 @@ be of one kind for that. With one rank nothing here does anything.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dsv4.convert.checkpoint.names import expert_of
-from dsv4.errors import UsageError, lost_rank
+from dsv4.errors import UsageError, peer_failures
 
 from .config import Config
 
@@ -33,14 +31,6 @@ SPLIT_ROWS = re.compile(
     r"^(embed|head)\.weight$|\.attn\.(wq_b|wo_a|wo_b)\.weight$|\.attn\.attn_sink$|\.indexer\.wq_b\.weight$"
     r"|\.shared_experts\.w[123]\.weight$"
 )
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise lost_rank(error) from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class TensorParallelGroup:
             return x
         mine = self._reachable(x)
         slices = [torch.empty_like(mine) for _ in range(self.count)]
-        with _explained():
+        with peer_failures():
             dist.all_gather([_as_bytes(each) for each in slices], _as_bytes(mine))
         return torch.cat(slices, dim=-1).to(x.device)
 
@@ -93,7 +83,7 @@ class TensorParallelGroup:
         if self.count == 1:
             return x
         mine = self._reachable(x)
-        with _explained():
+        with peer_failures():
             dist.all_reduce(mine.view(torch.int32))
         return mine.to(x.device)
 

@@ -1,8 +1,8 @@
-"""The processes that `torchrun` started for one command: who am I, and meet the others.
+"""The processes that `torchrun` started for one command: which of them this is, and how they exchange values.
 
-Plain gloo over PyTorch's own launcher, nothing of ours to configure. Ranks exchange only small objects at the few
-points where all must have arrived; the work itself needs no messages. A rank that fails exits with its message, which
-names it; torchrun stops the others, and those that were waiting for it say that they did not fail by themselves.
+They use torch.distributed, whose settings are torchrun's. Ranks exchange small objects at the few points that all must
+have reached; only tensor parallelism exchanges more (model/parallel.py). A rank that fails exits with a message that
+names it. torchrun then stops the others, and those that were waiting say that another rank is gone.
 """
 
 import os
@@ -13,22 +13,13 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from dsv4 import signals
-from dsv4.errors import LostRank, UsageError, lost_rank
+from dsv4.errors import LostRank, UsageError, peer_failures
 from dsv4.machine import usable_cores
 
 # Objects and CPU tensors go through gloo, tensors on GPUs through nccl.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 Value = TypeVar("Value")
 LONGEST_WAIT = timedelta(days=7)  # a rank may be done hours before the last one
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Messages between ranks that fail become LostRank: another rank is gone, or cannot be reached."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise lost_rank(error) from None
 
 
 @dataclass(frozen=True)
@@ -51,25 +42,26 @@ class Ranks:
         return max(1, usable_cores() // self.local_count)
 
     def first(self, make: Callable[[], Value]) -> Value:
-        """What the first rank makes, for all: the others do not call `make`."""
+        """The value that the first rank makes, in all ranks; the others do not call `make`."""
         value: Value = self.gather(make() if self.is_first else None)[0]
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """Wait for every rank, and get what each has brought, in the order of ranks."""
+        """Wait for every rank; the values of all, in the order of ranks."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.count
-        with explained():
+        with peer_failures():
             dist.all_gather_object(values, value)
         return values
 
-    def leave(self) -> None:
-        """Wait until all are done, at the very end: the first to end with another code than 0 stops the others."""
+    def barrier(self) -> None:
+        """Wait for every rank; at the very end too, because torchrun kills the others as soon as one exits with a code
+        that is not 0."""
         self.gather(None)
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+def torchrun_rank(environment: Mapping[str, str] = os.environ) -> Ranks | None:
     """The rank that torchrun's environment names; None where no launcher started this process."""
     names, known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR"), ("RANK", "WORLD_SIZE")
     if not any(name in environment for name in names) or not any(name in environment for name in known):
@@ -84,7 +76,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 @contextmanager
-def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
+def process_group(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
     """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet.
 
     device: the kind of device on which the tensors are that ranks exchange. The launcher sends a signal to all ranks;
@@ -95,7 +87,7 @@ def joined(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
     signals.begin_work()
     signals.token.second_leaves = False  # the launcher passes on what the terminal sent already: two for one Ctrl-C
     backend = BACKENDS.get(device, "gloo")
-    with explained():
+    with peer_failures():
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)
     try:
         yield

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from dsv4 import output
-from dsv4.distributed import launched
+from dsv4.distributed import torchrun_rank
 from dsv4.errors import (
     EXIT_DONE,
     EXIT_USAGE,
@@ -79,7 +79,7 @@ def run(program: Callable[..., object], arguments: Sequence[str]) -> int:
     """
     ranks = None
     with contextlib.suppress(UsageError):  # the command itself says what is wrong with the launcher's variables
-        ranks = launched()
+        ranks = torchrun_rank()
     output.configure(json_mode=_wants_json(arguments), ranks=ranks)
     try:
         program(args=arguments)

@@ -7,6 +7,9 @@ Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an
 3 invalid or corrupt input; 4 system error; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dsv4.text import printable as printable
 
 EXIT_DONE = 0
@@ -60,7 +63,7 @@ class Interrupted(Dsv4Error):
     exit_code = EXIT_INTERRUPTED
 
 
-def lost_rank(error: RuntimeError) -> LostRank:
+def _lost_rank(error: RuntimeError) -> LostRank:
     """What torch.distributed says when a message between ranks failed, less its advice to programmers."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
     reason = reason.removeprefix(reason[: reason.find("] ") + 2] if reason.startswith("[") else "").split(". ")[0]
@@ -68,3 +71,12 @@ def lost_rank(error: RuntimeError) -> LostRank:
         f"another rank ended or cannot be reached ({printable(reason[:200])})",
         "Its own message, or the launcher's table, says why. What was finished is kept.",
     )
+
+
+@contextmanager
+def peer_failures() -> Iterator[None]:
+    """While ranks exchange messages: what torch.distributed raises when that fails becomes LostRank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _lost_rank(error) from None

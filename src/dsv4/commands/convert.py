@@ -224,13 +224,13 @@ class _Job:
         """
         from dsv4.convert.plan.partition import Part
         from dsv4.convert.write.run import clear_output
-        from dsv4.distributed import joined
+        from dsv4.distributed import process_group
 
-        with joined(ranks):
+        with process_group(ranks):
             if overwrite:
                 if ranks.is_first:
                     clear_output(self.checkpoint, self.plan, self.output_folder)
-                ranks.gather(None)
+                ranks.barrier()
             result = self.run(share, finish=False, overwrite=False)
             written, seconds = zip(*ranks.gather((result.shards_written, result.seconds)), strict=True)
             whole: list[str] = []
@@ -241,7 +241,7 @@ class _Job:
                 result = self.run(None, finish=True, overwrite=False, confirmed=confirmed)
                 result.shards_written, result.seconds = sum(written), max(seconds) + result.seconds
                 result.shards_reused = len(self.plan.shards) - sum(written)
-            ranks.gather(None)
+            ranks.barrier()
         return result
 
 
@@ -306,9 +306,9 @@ def convert(
     Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
     from its headers, and only --scratch of its shards are on disk at once.
     """
-    from dsv4.distributed import launched
+    from dsv4.distributed import torchrun_rank
 
-    ranks = launched()
+    ranks = torchrun_rank()
     out = output.configure(json_mode, quiet, verbose, ranks)
     if (part or finish) and (ranks or (part and finish)):
         raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")

@@ -306,20 +306,20 @@ def verify(options: VerifyOptions) -> None:
     With one checkpoint only: are its structure, config, codes and hashes sound? A source on a hub is streamed, with
     --scratch of its shards on disk at once.
     """
-    from dsv4.distributed import joined, launched
+    from dsv4.distributed import process_group, torchrun_rank
 
-    ranks = launched()
+    ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
     if options.report is not None and out.mode != "silent":
         check_writable(options.report)
     if options.converted is not None and options.converted.resolve() == Path(options.source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     try:
-        with joined(ranks) if ranks else nullcontext():
+        with process_group(ranks) if ranks else nullcontext():
             result = _compare(options, out, ranks)
             _print_and_report(out, result, options)
             if ranks:
-                ranks.leave()
+                ranks.barrier()
     except Interrupted as error:
         error.hint = "Nothing was changed. The same command starts from the beginning."
         raise

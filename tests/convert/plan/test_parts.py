@@ -23,7 +23,7 @@ from dsv4.convert.plan.settings import resolve
 from dsv4.convert.write import output_folder
 from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import check_part, run_conversion
-from dsv4.distributed import Ranks, launched
+from dsv4.distributed import Ranks, torchrun_rank
 from dsv4.errors import InputError, UsageError
 
 SHARDS = ("--max-shard-size", "300kB")
@@ -84,14 +84,14 @@ class TestNames:
 
     def test_of_the_launcher(self) -> None:
         for environment in ({}, {"MASTER_ADDR": "a"}, {"RANK": "0", "WORLD_SIZE": "1"}):
-            assert launched(environment) is None
-        assert launched({"MASTER_ADDR": "a", "RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
+            assert torchrun_rank(environment) is None
+        assert torchrun_rank({"MASTER_ADDR": "a", "RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
         cores = len(os.sched_getaffinity(0))
         assert Ranks(0, 9).workers == cores and Ranks(0, 9, 0, cores + 1).workers == 1
         wrong = ({"MASTER_ADDR": "a", "RANK": "1"}, {"TORCHELASTIC_RUN_ID": "x", "RANK": "a", "WORLD_SIZE": "4"})
         for environment in wrong:
             with pytest.raises(UsageError, match="WORLD_SIZE"):
-                launched(environment)
+                torchrun_rank(environment)
 
 
 class TestParts:

@@ -167,17 +167,17 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
 @command
 def run(options: RunOptions) -> None:
     """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
-    from dsv4.distributed import joined, launched
+    from dsv4.distributed import process_group, torchrun_rank
 
-    ranks = launched()
+    ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
     _check_ranks(options, ranks)
     signals.begin_work()
     try:
-        with joined(ranks, options.device) if ranks else nullcontext():
+        with process_group(ranks, options.device) if ranks else nullcontext():
             code = _execute(options, ranks, out)
             if ranks:
-                ranks.leave()
+                ranks.barrier()
     except Interrupted as error:
         error.hint = ""  # nothing is kept and there is nothing to continue
         raise
