@@ -32,6 +32,7 @@ _NEEDED_BY_ENGINE = re.compile(r"tokenizer(_config)?\.json")  # what the referen
 _NOT_SIDE_FILES = {INDEX_NAME, "config.json", "dsv4.json"}
 _EXPERT_WEIGHT = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\..*\.weight")
 _CHUNK = 1 << 20
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None] = lambda count: None) -> str:
@@ -52,8 +53,6 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
     found = {name: file_hash(checkpoint.files, name, sizes[name]) for name in _NOT_SIDE_FILES if name in sizes}
     return {"headers": checkpoint.headers_sha256} | dict(sorted(found.items()))
 
-
-MAX_CONFIG_BYTES = 10_000_000
 
 
 def check_pointers(checkpoint: Checkpoint) -> None:
@@ -99,21 +98,24 @@ def _side_files(files: Files) -> dict[str, int]:
     }
 
 
+def _same_file(source: Files, output: Files, name: str) -> bool:
+    sizes = source.sizes()[name], output.sizes()[name]
+    return sizes[0] == sizes[1] and file_hash(source, name, sizes[0]) == file_hash(output, name, sizes[1])
+
+
 def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
     """Compare tokenizer, generation config and encoding by hash. Other files that differ are only noted."""
     needed = _NEEDED_BY_ENGINE if output.layout == "mp" or source.layout == "mp" else _NEEDED
-    mine, theirs = _side_files(source.files), _side_files(output.files)
-    for name in sorted(mine.keys() | theirs.keys()):
-        matters, shown = needed.fullmatch(name), printable(name)
-        severity: Severity = "difference" if matters else "note"
-        if name not in theirs:
+    expected, found = _side_files(source.files), _side_files(output.files)
+    for name in sorted(expected.keys() | found.keys()):
+        is_needed, shown = needed.fullmatch(name), printable(name)
+        severity: Severity = "difference" if is_needed else "note"
+        if name not in found:
             output.problem("side file", f"{shown} is missing", severity)
-        elif name not in mine:
-            if matters:
+        elif name not in expected:
+            if is_needed:
                 output.problem("side file", f"{shown} is not in the source", "note")
-        elif mine[name] != theirs[name] or file_hash(source.files, name, mine[name]) != file_hash(
-            output.files, name, theirs[name]
-        ):
+        elif not _same_file(source.files, output.files, name):
             output.problem("side file", f"{shown} differs from the source's", severity)
 
 
@@ -127,16 +129,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
-    ours, found = _flat(mine), _flat(theirs)
+def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
     # Whether a quantization_config is needed depends on the tensors: `check_config` decides.
-    unquantized = not ("quantization_config" in theirs and "quantization_config" in mine)
-    for key in sorted(ours.keys() | found.keys()):
-        if key in _STORAGE_KEYS or (key in ours and key in found and ours[key] == found[key]):
+    unquantized = not ("quantization_config" in found and "quantization_config" in expected)
+    expected, found = _flat(expected), _flat(found)
+    for key in sorted(expected.keys() | found.keys()):
+        if key in _STORAGE_KEYS or (key in expected and key in found and expected[key] == found[key]):
             continue
         if unquantized and key.startswith("quantization_config."):
             continue
-        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (ours, found))
+        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (expected, found))
         severity: Severity = "note" if key == "transformers_version" else "difference"
         output.problem("config", f"{printable(key)} is {now}, in the source's {name} it is {was}", severity)
 
@@ -144,10 +146,10 @@ def _compare_keys(output: Checkpoint, mine: dict[str, Any], theirs: dict[str, An
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
     """Every key that describes the model must be equal on both sides."""
     name = "inference/config.json" if output.layout == "mp" and source.layout != "mp" else "config.json"
-    mine, theirs = read_config(source, name), read_config(output)
-    if mine is not None and theirs is not None:
-        _compare_keys(output, mine, theirs, name)
-    elif mine is not None and output.layout != "mp":
+    expected, found = read_config(source, name), read_config(output)
+    if expected is not None and found is not None:
+        _compare_keys(output, expected, found, name)
+    elif expected is not None and output.layout != "mp":
         output.problem("config", "config.json is missing")
 
 

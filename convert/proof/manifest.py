@@ -24,18 +24,18 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was recorded, and which files this process hashes (`mine`). All empty if the file cannot be understood."""
+    """What was recorded, and which files this process hashes (`own_files`). All empty if the file cannot be understood."""
 
     shards: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
-    mine: dict[str, int] = field(default_factory=dict)  # name -> size
+    own_files: dict[str, int] = field(default_factory=dict)  # name -> size
     understood: bool = True
 
     @property
     def bytes_to_hash(self) -> int:
         """Bytes of the files that this process hashes."""
-        return sum(self.mine.values())
+        return sum(self.own_files.values())
 
 
 def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | None:
@@ -53,13 +53,13 @@ def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | No
     shards, files, tensors = parts
     said = {**shards, **files}
     names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
-    mine = share.of(names, [sizes[name] for name in names])
-    return Manifest(shards, files, tensors, {name: sizes[name] for name in mine})
+    own = share.of(names, [sizes[name] for name in names])
+    return Manifest(shards, files, tensors, {name: sizes[name] for name in own})
 
 
 def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, str]:
     """SHA-256 of the files that this process hashes."""
-    return {name: file_hash(checkpoint.files, name, size, advance) for name, size in manifest.mine.items()}
+    return {name: file_hash(checkpoint.files, name, size, advance) for name, size in manifest.own_files.items()}
 
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:

@@ -39,13 +39,13 @@ class Share:
     def of(self, items: Sequence[Item], sizes: Sequence[int]) -> list[Item]:
         """The items of this process: neighbours, cut where the sum of the sizes passes equal parts."""
         total, before = sum(sizes), 0
-        mine = []
+        own = []
         for item, size in zip(items, sizes, strict=True):
             middle = 2 * before + size  # twice the item's middle, to stay an integer
             if min(middle * self.count // max(2 * total, 1), self.count - 1) == self.index:
-                mine.append(item)
+                own.append(item)
             before += size
-        return mine
+        return own
 
 
 ALONE = Share()

@@ -85,7 +85,7 @@ def _describe(difference: dict[str, Any], verbose: bool) -> list[str]:
     return lines
 
 
-def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> None:
+def _print_differences(out: output.Output, differences: list[dict[str, Any]]) -> None:
     names = {difference["name"] for difference in differences}
     # A scale differs because its weight does: one line for both.
     differences = [d for d in differences if d["name"].removesuffix("scale") + "weight" not in names]
@@ -97,7 +97,7 @@ def _tell_differences(out: output.Output, differences: list[dict[str, Any]]) -> 
         out.text(f"  and {len(differences) - len(listed)} more (-v lists all, --json has the details)")
 
 
-def _tell_blocks(out: output.Output, found: dict[str, Any]) -> None:
+def _print_blocks(out: output.Output, found: dict[str, Any]) -> None:
     if blocks := found["statistics"].get("fp8_blocks"):
         out.text(
             f"FP8 blocks from FP4: {blocks['count']:,}, largest scale span 2^{max(map(int, blocks['spans']))} of "
@@ -107,7 +107,7 @@ def _tell_blocks(out: output.Output, found: dict[str, Any]) -> None:
             out.text(f"{moved:,} of them with another scale than the reference converter's")
 
 
-def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
+def _print_signs(out: output.Output, found: dict[str, Any]) -> None:
     for key, words in (
         ("negative_zeros_became_positive", "negative zeros became positive"),
         ("positive_zeros_became_negative", "positive zeros became negative"),
@@ -116,7 +116,7 @@ def _tell_signs(out: output.Output, found: dict[str, Any]) -> None:
             out.text(f"{found[key]:,} {words} (equal in value; --strict makes this a difference)")
 
 
-def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
+def _print_inverse(out: output.Output, found: dict[str, Any]) -> None:
     inverse = found.get("inverse")
     if inverse is None:
         return
@@ -132,10 +132,10 @@ def _tell_inverse(out: output.Output, found: dict[str, Any]) -> None:
             out.text(f"  {why} in {len(names)} tensors: {some_of(list(map(printable, names)), SHOWN)}")
 
 
-def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
+def _print_findings(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
     from dsv4.convert.proof.index import ignored_lines
 
-    _tell_differences(out, found["differences"])
+    _print_differences(out, found["differences"])
     for line in ignored_lines(found["ignored"]):
         out.text(line)
     for problem in found["problems"]:
@@ -144,9 +144,9 @@ def _tell(out: output.Output, result: "Verification", found: dict[str, Any]) -> 
     rows = [[s, f"{found['counts'][s]:,}", w] for s, w in found["statuses"].items() if found["counts"][s]]
     for line in aligned(rows, right=[1]) if rows and result.source is not None else []:
         out.text(line)
-    _tell_blocks(out, found)
-    _tell_signs(out, found)
-    _tell_inverse(out, found)
+    _print_blocks(out, found)
+    _print_signs(out, found)
+    _print_inverse(out, found)
     out.text(result.verdict)
     rate = result.read_bytes / max(result.seconds, 1e-9)
     what = f"{human_bytes(result.read_bytes)} of {result.what_was_read} read"
@@ -290,7 +290,7 @@ def _print_and_report(out: output.Output, result: "Verification", options: Verif
 
     found = result.to_json() | {"made_by": made_by(as_typed("dsv4 verify", options))}
     out.result(found)
-    _tell(out, result, found)
+    _print_findings(out, result, found)
     if options.report is not None and out.mode != "silent":
         _write_report(options.report, found, out)
     if not result.exit_code:
