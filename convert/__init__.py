@@ -5,8 +5,7 @@
     convert("DeepSeek-V4-Flash", "Flash-FP8", target="vllm")    # a Result; the command's options and defaults
     verify("DeepSeek-V4-Flash", "Flash-FP8").exit_code == 0     # a Verification; .verdict is its sentence
 
-Files, bottom-up: safetensors_format, storage and checkpoint read; roles, settings and plan decide; tensor_pieces,
-shard_writer and files write; conversion does it all. The verify_* modules share nothing with them.
+Rooms, bottom-up: `checkpoint` reads; `plan` decides; `write` writes; `hub` fetches. `proof` shares nothing with them.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -54,7 +54,6 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
     return {"headers": checkpoint.headers_sha256} | dict(sorted(found.items()))
 
 
-
 def check_pointers(checkpoint: Checkpoint) -> None:
     """Name side files that are Git LFS pointers: what a loader needs of them cannot be read."""
     for name, size in _side_files(checkpoint.files).items():

@@ -122,10 +122,14 @@ def test_no_import_cycle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
+MOST_FILES = 12
+STILL_LARGER = {"checkpoint": 16, "dsv4": 14}  # rooms that are yet to be divided: these numbers only go down
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for _, path in MODULES}), ids=lambda path: path.name)
 def test_rooms_are_small(folder: Path) -> None:
     files = [path for path in folder.iterdir() if path.suffix in (".py", ".c", ".h") and path.stem != "__init__"]
-    assert len(files) <= 20, [path.name for path in files]
+    assert len(files) <= STILL_LARGER.get(folder.name, MOST_FILES), [path.name for path in files]
 
 
 def test_every_module_says_what_it_is_for() -> None:
