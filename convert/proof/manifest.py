@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was recorded, and which files this process hashes (`own_files`). All empty if the file cannot be understood."""
+    """What was recorded, and which files this process hashes: `own_files`. Empty if it cannot be understood."""
 
     shards: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
