@@ -61,14 +61,14 @@ class CompressorState:
         self.entries = GrowingRows(head_dim, dtype, device)
 
     def trim(self, length: int) -> None:
-        """Forget raw tokens that no block from `length` on will need."""
+        """Drop the raw tokens that no block from `length` on needs."""
         first = max(0, (length // self.ratio - self.overlap) * self.ratio)
         if first > self.raw_start:
             self.raw = self.raw[first - self.raw_start :].clone()
             self.raw_start = first
 
     def truncate(self, length: int) -> None:
-        """Take back everything from position `length` on."""
+        """Remove everything from position `length` on."""
         self.raw = self.raw[: max(0, length - self.raw_start)]
         self.entries.length = min(self.entries.length, length // self.ratio)
 
@@ -89,7 +89,7 @@ class LayerCache:
         return [state for state in (self.compressor, self.indexer) if state is not None]
 
     def trim(self, length: int, window: int) -> None:
-        """Forget what no token from position `length` on will look at."""
+        """Drop the entries that no token from position `length` on needs."""
         first = max(0, length - window + 1)
         if first > self.window_start:
             self.window = self.window[first - self.window_start :].clone()
@@ -98,7 +98,7 @@ class LayerCache:
             state.trim(length)
 
     def truncate(self, length: int) -> None:
-        """Take back everything from position `length` on."""
+        """Remove everything from position `length` on."""
         self.window = self.window[: max(0, length - self.window_start)]
         for state in self.states():
             state.truncate(length)
@@ -136,7 +136,7 @@ class Cache:
         return sum(layer.nbytes for sequence in self.sequences for layer in sequence.layers)
 
     def advance(self, row: int, count: int) -> None:
-        """Note that `count` tokens were added to a sequence, and forget what can no longer be needed."""
+        """Advance a sequence by `count` tokens, and drop the entries that no later token needs."""
         sequence = self.sequences[row]
         sequence.length += count
         sequence.floor = sequence.length - min(count, MAX_UNDO)
@@ -144,7 +144,7 @@ class Cache:
             layer.trim(sequence.floor, self.config.sliding_window)
 
     def truncate(self, row: int, length: int) -> None:
-        """Take a sequence back to `length` tokens. Raises UsageError beyond the last MAX_UNDO of the latest call."""
+        """Shorten a sequence to `length` tokens. Raises UsageError beyond the last MAX_UNDO of the latest call."""
         sequence = self.sequences[row]
         if not sequence.floor <= length <= sequence.length:
             raise UsageError(f"cannot go from {sequence.length} back to {length} tokens, at most to {sequence.floor}")

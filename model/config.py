@@ -14,7 +14,7 @@ from dsv4.convert.checkpoint.config import quantization, required_number, requir
 from dsv4.convert.checkpoint.inventory import check_config
 from dsv4.errors import InputError, printable
 
-# What the forward pass takes for granted. A config that says otherwise describes another architecture.
+# The values that the forward pass implements. A config with others describes another architecture.
 FIXED: dict[str, Any] = {
     "attention_bias": False,
     "hidden_act": "silu",
@@ -121,7 +121,7 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
 
 
 def _check(config: Config) -> None:
-    """What must divide or be at most what. Raises InputError."""
+    """Raise InputError for dimensions that do not divide or that exceed one another."""
     problems = [
         (len(config.compress_ratios) < config.num_hidden_layers, "compress_ratios has fewer entries than layers"),
         (config.num_attention_heads % config.o_groups, "o_groups does not divide num_attention_heads"),

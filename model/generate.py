@@ -64,7 +64,7 @@ class Answer:
 
 @dataclass
 class Session:
-    """What is computed already: `tokens` are in the cache, a longer prompt that starts with them goes on from there."""
+    """Tokens that are computed, and their cache. A longer prompt that starts with `tokens` continues from there."""
 
     cache: Cache
     tokens: list[int]
@@ -219,13 +219,12 @@ def generate(
     on_progress: Callable[[float], None] | None = None,
     trace: PositionedTrace | None = None,
 ) -> tuple[list[Answer], Statistics, Session | None]:
-    """Answer every prompt (lists of token ids, none empty) and say what it took.
+    """Answer every prompt (lists of token ids, none empty); answers, statistics, and the session after a single prompt.
 
     `first_row` is the place of the first prompt among all that share a seed: prompt i draws the same tokens whatever
-    the batches are. `session` is what an earlier call returned; it is used up. The third result is the session to go on
-    with after a single prompt without `mtp`. `on_progress` is called with the number of prompt tokens computed, a share
-    of them after every layer, and with 0 after every module of a decoding step; `trace`, for a single prompt, with what
-    the main model's modules put out.
+    the batches are. `session` is what an earlier call returned, and cannot be used again; there is none with `mtp`.
+    `on_progress` is called with the number of prompt tokens computed, a share of them after every layer, and with 0
+    after every module of a decoding step; `trace`, for a single prompt, with the outputs of the main model's modules.
     """
     rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
     generator = Generator(model, rows, limits, mtp, on_token, trace)

@@ -1,4 +1,4 @@
-"""Tensor and expert parallel: which rows of which weights a rank holds, and the exchanges that make results whole.
+"""Tensor and expert parallel: which rows of which weights a rank holds, and how ranks exchange their results.
 
 Every split is one of OUTPUT rows: a rank computes some rows of a product, with the whole input, and the ranks collect
 all rows (`all_gather`). No sum is ever cut in two, so every number is computed as in a single process, in the same
@@ -13,7 +13,7 @@ adds up partial sums of it and of the experts, which is less to send and changes
 
 The rest (norms, gates, low-rank and key projections, compressors, hyper-connections) is small and computed by all, so
 that every rank knows which experts are chosen. On CPUs these numbers are the same bits everywhere; GPUs of one run must
-be of one kind for that. With one rank nothing here does anything.
+be of one kind for that. A single rank exchanges nothing.
 """
 
 import re
@@ -37,7 +37,7 @@ SPLIT_ROWS = re.compile(
 class TensorParallelGroup:
     """This process is rank `index` of `count` that run one model together.
 
-    by_way_of_cpu: what ranks exchange lies on a device that gloo and nccl do not reach, and is copied there and back.
+    by_way_of_cpu: gloo and nccl cannot send from this device; tensors are copied to the CPU, exchanged, copied back.
     """
 
     index: int = 0
@@ -57,7 +57,7 @@ class TensorParallelGroup:
         return self.bounds(shape[0]) if self.count > 1 and SPLIT_ROWS.search(name) else None
 
     def holds(self, name: str, config: Config) -> bool:
-        """Whether this rank needs a tensor at all: it is no routed expert, or one of its own."""
+        """Whether this rank needs a tensor at all: all but the routed experts of other ranks."""
         expert = expert_of(name)
         return expert is None or expert.number in self.experts(config)
 
@@ -96,7 +96,7 @@ def _as_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_divisible(config: Config, group: TensorParallelGroup) -> None:
-    """Raises UsageError naming the first dimension that the ranks cannot share equally, and what would do."""
+    """Raise UsageError naming the first dimension that the ranks cannot share equally, and numbers that can."""
     lengths = {
         "o_groups": config.o_groups,
         "n_routed_experts": config.n_routed_experts,

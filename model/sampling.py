@@ -38,7 +38,7 @@ def probabilities(logits: torch.Tensor, temperature: float) -> np.ndarray:
 
 
 class Sampler:
-    """Draws the tokens of one sequence. `row` tells sequences of one batch apart."""
+    """Draws the tokens of one sequence. Each `row` of a batch has random numbers of its own."""
 
     def __init__(self, sampling: Sampling, row: int = 0) -> None:
         self._sampling = sampling

@@ -77,7 +77,7 @@ def _no_trace(name: str, output: torch.Tensor) -> None:
 
 
 class Call:
-    """The tokens of one call, laid out flat, the caches they belong to, and the trace that their modules report to."""
+    """The tokens of one call as one flat list, the caches they belong to, and the trace of their modules."""
 
     def __init__(
         self, cache: Cache, starts: list[int], counts: list[int], device: torch.device, trace: Trace | None = None
@@ -101,7 +101,7 @@ class Call:
         return [self.cache.sequences[s.sequence].layers[layer] for s in self.segments]
 
     def finish(self) -> None:
-        """Note in the cache that the tokens were added."""
+        """Advance the caches by the tokens of the call."""
         for segment in self.segments:
             self.cache.advance(segment.sequence, segment.count)
 

@@ -51,7 +51,7 @@ class MemoryNeed:
 
 
 class TooLittleMemory(MachineError):
-    """The largest weight does not fit beside what must always stay in memory. `least`: bytes of weights that do."""
+    """The weights that must always stay in memory, and the largest other one, do not fit. `least`: bytes of these."""
 
     def __init__(self, message: str, least: int) -> None:
         super().__init__(message, f"Allow at least {least} bytes.")

@@ -1,11 +1,11 @@
-"""From tensor names to matrices: what a checkpoint must hold, and how each stored format decodes.
+"""Weights: the tensors that a checkpoint must have, and how each stored format decodes to float32.
 
 A `Matrix` keeps a weight as it is on disk (packed FP4, FP8 with E8M0 or float32 scales, BF16, float32) and knows how to
 decode rows of it to float32. Every format decodes to the exact value before any product, so a checkpoint and its FP8
 or BF16 conversion compute with the same numbers. Whether a layer quantizes its INPUT is a property of the layer's
 name, never of the stored format: it is part of the model, and a BF16 conversion must not lose it.
 
-Which tensors there must be, how each is stored and which scale belongs to it, `dsv4.convert.checkpoint` knows.
+`dsv4.convert.checkpoint` says which tensors there must be, how each is stored, and which scale belongs to it.
 """
 
 import math
@@ -146,7 +146,7 @@ def _has_tiny_values(values: torch.Tensor) -> bool:
 def _read_scale(
     checkpoint: Checkpoint, info: TensorInfo, block: Block, rows: tuple[int, int]
 ) -> tuple[torch.Tensor, Block]:
-    """Block scales of rows [start, stop). Rows that begin inside a block get lower blocks, so that they begin one."""
+    """Block scales of rows [start, stop). If `start` is inside a block, lower blocks are returned."""
     start, stop = rows
     scale = checkpoint.read_rows(info, start // block.rows, -(-stop // block.rows))
     _check_scale_values(scale, info.name)

@@ -49,7 +49,7 @@ def window_rows(position: int, count: int, first: int, window: int) -> torch.Ten
 def finished_blocks(position: int, count: int, blocks: int, ratio: int) -> torch.Tensor:
     """The compressed keys that queries `position` ... see without an indexer: int32 [count, blocks].
 
-    Block b at place b if its last token is the query or before it, else -1.
+    Column b is b if the last token of block b is the query or before it, else -1.
     """
     finished = (torch.arange(position, position + count) + 1) // ratio
     block = torch.arange(blocks, dtype=torch.int32)

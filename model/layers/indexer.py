@@ -34,7 +34,7 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class Indexer:
-    """Scores and choice for one layer."""
+    """The indexer of one layer: scores every block, chooses the best."""
 
     def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
         self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics

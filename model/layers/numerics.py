@@ -25,7 +25,7 @@ class Numerics:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and keys."""
+        """The dtype of activations and keys."""
         return torch.bfloat16 if self.simulation else torch.float32
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ class Numerics:
         return self.kernels.simulate_fp8(x, FP8_GROUP) if self.simulation else x
 
     def product(self, quantized: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """A quantized layer on what `quantize` made of its input: [T, in] -> [T, out] in `dtype`."""
+        """A quantized layer on input that `quantize` returned: [T, in] -> [T, out] in `dtype`."""
         return self.kernels.linear(quantized, matrix, dtype=self.dtype)
 
     def quantized_linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:

@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "o_lora_rank": 16,
     "sliding_window": 8,
     "compress_ratios": [0, 4, 128],
-    "index_n_heads": 16,  # with few heads every ReLU can be 0, and a tie is nobody's mistake
+    "index_n_heads": 16,  # with few heads every ReLU can be 0, and a tie has no right answer
     "index_head_dim": 16,
     "index_topk": 3,
     "n_routed_experts": 6,

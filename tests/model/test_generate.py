@@ -44,10 +44,10 @@ def test_greedy_is_the_plain_loop(mtp: bool) -> None:
 @pytest.mark.parametrize("mtp", [False, True])
 def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, mtp: bool) -> None:
     monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
-    heard: list[float] = []
-    found = tokens_of(FakeModel(), PROMPTS, Limits(5), GREEDY, mtp=mtp, on_progress=heard.append)
+    progress: list[float] = []
+    found = tokens_of(FakeModel(), PROMPTS, Limits(5), GREEDY, mtp=mtp, on_progress=progress.append)
     assert found == [plain_loop(prompt, 5) for prompt in PROMPTS]
-    assert sum(heard) == sum(map(len, PROMPTS))
+    assert sum(progress) == sum(map(len, PROMPTS))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,15 +84,15 @@ def test_drafts_save_calls() -> None:
 
 
 def test_the_caller_can_stop_a_row() -> None:
-    heard: list[tuple[int, int]] = []
+    tokens: list[tuple[int, int]] = []
 
     def on_token(row: int, token: int) -> bool:
-        heard.append((row, token))
-        return row == 1 and len([r for r, _ in heard if r == 1]) == 3
+        tokens.append((row, token))
+        return row == 1 and len([r for r, _ in tokens if r == 1]) == 3
 
     answers, _, _ = generate(FakeModel(), PROMPTS, Limits(6), GREEDY, mtp=True, on_token=on_token)
     assert [(len(answer.tokens), answer.finish) for answer in answers] == [(6, "length"), (3, "stop"), (6, "length")]
-    assert sorted(heard) == sorted((row, token) for row, answer in enumerate(answers) for token in answer.tokens)
+    assert sorted(tokens) == sorted((row, token) for row, answer in enumerate(answers) for token in answer.tokens)
 
 
 @pytest.mark.parametrize("mtp", [False, True])
@@ -106,10 +106,10 @@ def test_a_session_goes_on_where_it_stands() -> None:
     answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
     assert session is not None and session.tokens == [1, 2, 3, *answers[0].tokens[:-1]]
     longer = [1, 2, 3, *answers[0].tokens, 7, 8]
-    heard: list[float] = []
-    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, session=session, on_progress=heard.append)
+    progress: list[float] = []
+    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, session=session, on_progress=progress.append)
     assert answers[0].tokens == plain_loop(longer, 4)
-    assert sum(heard) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
+    assert sum(progress) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
 
 
 def test_a_session_that_holds_all_of_the_prompt_is_computed_again() -> None:

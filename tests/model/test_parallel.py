@@ -71,7 +71,7 @@ class TestSameBits:
 
     @pytest.mark.parametrize("count", [1, 2, 4])
     def test_of_rank_files(self, count: int, rank_files: Path, expected: dict[str, Path], tmp_path: Path) -> None:
-        """Of two ranks, run by one, two and four: nobody needs to know how the files are cut."""
+        """Files of two ranks, run by one, two and four: the bits do not depend on how the files are cut."""
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137"]
         ended = run_ranks(count, tmp_path, "run", rank_files, *options)
         assert ended.codes == [0] * count, ended.err

@@ -168,7 +168,7 @@ def attention_case(queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]
     compressed = torch.randn(40, 64, generator=GENERATOR).to(dtype)
     index = torch.randint(-1, 170, (queries, 150), generator=GENERATOR).to(torch.int32)
     index[:, 0] = 3
-    index[0, 64:128] = -1  # a whole block of keys that nobody sees
+    index[0, 64:128] = -1  # a whole block of keys is masked
     return q, window, compressed, index, torch.randn(6, generator=GENERATOR)
 
 
