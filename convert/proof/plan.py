@@ -260,6 +260,20 @@ def plan_scan(checkpoint: Checkpoint) -> list[ComparedTensor]:
 # Which tensors are compared: all, or those that --tensor, --shard and --sample select.
 
 
+def parse_sample(sample: str | float | None) -> float | None:
+    """The fraction of the tensors to draw: `5%` or `0.05` -> 0.05. Raises UsageError unless it is in (0, 1]."""
+    if sample is None:
+        return None
+    text = str(sample)
+    try:
+        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise UsageError(f"'{printable(text)}' is not a share", "Write a percentage, such as --sample 5%.")
+    return fraction
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which tensors to compare: a glob of names, one output shard (counted from 1), a fraction drawn by `seed`."""
@@ -303,7 +317,7 @@ def select(
     """(what is compared, names of the others). Raises UsageError if nothing is selected."""
     shard = None
     if selection.shard is not None:
-        if selection.shard > len(output.shards):
+        if not 1 <= selection.shard <= len(output.shards):
             raise UsageError(f"--shard {selection.shard}: the output has {len(output.shards)} shards")
         shard = output.shards[selection.shard - 1]
     taken = [compared for compared in everything if selection.takes(compared, shard)]

@@ -22,7 +22,7 @@ from .config import check_config, check_pointers, compare_configs, compare_side_
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, hash_files, read_manifest
-from .plan import ComparedTensor, Selection, absent_and_needed, plan_pair, plan_scan, select
+from .plan import ComparedTensor, Selection, absent_and_needed, parse_sample, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
 from .schedule import ALONE, Share, in_order
 from .tally import Statistics, Tally
@@ -277,7 +277,7 @@ def verify(
     *,
     tensor: str | None = None,
     shard: int | None = None,
-    sample: float | None = None,
+    sample: str | float | None = None,
     seed: int = 0,
     strict: bool = False,
     inverse: bool = False,
@@ -286,15 +286,15 @@ def verify(
 ) -> Verification:
     """Compare two checkpoints: does the folder `output` hold the same model as `source`? Or check one alone.
 
-    tensor: a glob of tensor names; shard: one shard of `output`, counted from 1; sample: a fraction of the tensors (0
-    to 1), drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the source's FP4 codes
-    from the output's values. max_memory: bytes that the whole process may use, with at most `max_workers`
-    threads.
+    tensor: a glob of tensor names. shard: one shard of `output`, counted from 1. sample: the fraction of the tensors to
+    compare, "5%" or 0.05, drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the
+    source's FP4 codes from the output's values. max_memory: bytes that the whole process may use. max_workers: threads;
+    default: the cores that this process may use.
 
     Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected; every other fault of the
     files is in the result.
     """
-    selection = Selection(tensor, shard, sample, seed)
+    selection = Selection(tensor, shard, parse_sample(sample), seed)
     settings = Settings(
         selection=selection, strict=strict, inverse=inverse, max_workers=max_workers, max_memory=max_memory
     )

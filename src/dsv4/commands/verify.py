@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output, signals
-from dsv4.errors import InputError, Interrupted, UsageError, printable
+from dsv4.errors import InputError, Interrupted, printable
 from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
@@ -49,19 +49,6 @@ EPILOG = example(
 )
 SHOWN = 20  # differing tensors listed without -v
 BLOCKS_SHOWN = 8
-
-
-def _fraction(text: str | None) -> float | None:
-    """`5%` or `0.05` -> 0.05."""
-    if text is None:
-        return None
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
-    return share
 
 
 def _describe(difference: dict[str, Any], verbose: bool) -> list[str]:
@@ -206,11 +193,11 @@ class VerifyOptions:
 
 
 def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
-    from dsv4.convert.proof.plan import Selection
+    from dsv4.convert.proof.plan import Selection, parse_sample
     from dsv4.convert.proof.run import Settings
 
     return Settings(
-        selection=Selection(options.tensor, options.shard, _fraction(options.sample), options.seed),
+        selection=Selection(options.tensor, options.shard, parse_sample(options.sample), options.seed),
         strict=options.strict,
         inverse=options.inverse,
         max_workers=options.max_workers or (ranks.workers if ranks else None),

@@ -25,7 +25,7 @@ from dsv4.convert.proof.result import Verification
 from dsv4.convert.proof.run import Progress, Settings, verify, verify_files
 from dsv4.convert.proof.tally import Tally
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.errors import Interrupted
+from dsv4.errors import Interrupted, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,15 @@ def test_a_sample_says_so(pair: tuple[Path, Path], capsys: pytest.CaptureFixture
     other = json.loads(command(capsys, *pair, "--sample", "20%", "--seed", "1", "--json")[1])
     assert other["tensors"].keys() != found["tensors"].keys()
     assert any("." in row for row in found["experts"].values())  # not checked
+
+
+def test_python_takes_what_the_command_takes(pair: tuple[Path, Path]) -> None:
+    names = [{r.name for r in verify(*pair, sample=sample).results} for sample in ("20%", 0.2, "0.2")]
+    assert names[0] == names[1] == names[2]
+    for wrong in ({"sample": "nine"}, {"sample": 0}, {"sample": "120%"}, {"shard": 0}, {"shard": 99}, {"tensor": "x"}):
+        with pytest.raises(UsageError):
+            verify(*pair, **wrong)  # type: ignore[arg-type]
+    assert len(repr(verify(*pair))) < 1000  # in a notebook
 
 
 def test_a_shard(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
