@@ -14,11 +14,12 @@ from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import MachineError, printable
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.numerics import Numerics
+from dsv4.progress import Reached
 
 from .config import Config
 from .parallel import SINGLE, TensorParallelGroup, check_divisible
 from .transformer import Transformer
-from .weight_store import Progress, WeightStore
+from .weight_store import WeightStore
 from .weights import mtp_stages, required_weights
 
 
@@ -81,7 +82,7 @@ def load(
     device: str = "cpu",
     simulation: bool = True,
     max_memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Reached | None = None,
     group: TensorParallelGroup = SINGLE,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.

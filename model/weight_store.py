@@ -13,7 +13,6 @@ is needed. Pinning a prefix of the cycle saves exactly the part that fits. Where
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +21,13 @@ from dsv4.convert.checkpoint.names import is_expert_matrix
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import InputError, MachineError
+from dsv4.progress import Reached
 
 from .config import Config
 from .parallel import SINGLE, TensorParallelGroup
 from .weights import EMBEDDING, Matrix, read_matrix, read_vector
 
 MATRIX = re.compile(r"\.weight$|hc_(attn|ffn|head)_fn$")
-
-Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
 
 def stored_bytes(weight: Weight) -> int:
@@ -117,7 +115,7 @@ class WeightStore:
                 left -= sizes[name]
         self._recent_limit = left
 
-    def load(self, progress: Progress | None = None) -> None:
+    def load(self, progress: Reached | None = None) -> None:
         """Read what stays in memory. `progress` is called with bytes read and bytes to read."""
         total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0

@@ -8,22 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv4.errors import InputError, printable
+from dsv4.progress import Reached, ignore
 
 from .config import Config
 from .index import ignored_files
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
-from .reader import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    Checkpoint,
-    Progress,
-    TensorInfo,
-    no_progress,
-    open_source,
-    read_config,
-    read_files,
-)
+from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorInfo, open_source, read_config, read_files
 from .spellings import missing_engine_keys
 from .storage import Storage
 
@@ -97,7 +88,7 @@ def check_engine_config(config: Config, label: str) -> None:
         raise InputError(text, "Copy inference/config.json of the release.")
 
 
-def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Progress) -> Checkpoint:
+def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Reached) -> Checkpoint:
     config = read_config(storage, sizes)
     check_engine_config(config, storage.label)
     storage.choose_shards(names)
@@ -106,7 +97,7 @@ def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progr
     return Checkpoint(storage, config, sizes, shards, tensors, ignored_files(names, sizes))
 
 
-def open_checkpoint(source: Path | str | Storage, progress: Progress = no_progress) -> Checkpoint:
+def open_checkpoint(source: Path | str | Storage, progress: Reached = ignore) -> Checkpoint:
     """Open a folder (or any Storage) in either layout: Hugging Face, or rank files. Raises InputError."""
 
     def build(storage: Storage) -> Checkpoint:

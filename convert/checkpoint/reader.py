@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import InputError, printable
+from dsv4.progress import Reached, ignore
 
 from .file_kinds import PREFIX_BYTES, refuse_other_kinds
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
@@ -28,12 +29,6 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
-
-Progress = Callable[[int, int], None]  # called with the number of headers read, and of headers to read
-
-
-def no_progress(done: int, total: int) -> None:
-    """A `Progress` that does nothing."""
 
 
 def row_count(shape: tuple[int, ...], nbytes: int) -> int:
@@ -147,7 +142,7 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
 
 
 def read_files(
-    storage: Storage, names: list[str], sizes: dict[str, int], progress: Progress
+    storage: Storage, names: list[str], sizes: dict[str, int], progress: Reached
 ) -> tuple[dict[str, Shard], dict[str, dict[str, TensorInfo]]]:
     """Several safetensors files: what each is, and where the tensors of each are. Raises InputError."""
     shards: dict[str, Shard] = {}
@@ -187,12 +182,12 @@ class Checkpoint:
         return release_view(self.config_json)
 
     @classmethod
-    def open(cls, source: Path | str | Storage, progress: Progress = no_progress) -> "Checkpoint":
+    def open(cls, source: Path | str | Storage, progress: Reached = ignore) -> "Checkpoint":
         """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
         return open_source(source, lambda storage: cls._read(storage, progress))
 
     @classmethod
-    def _read(cls, storage: Storage, progress: Progress) -> "Checkpoint":
+    def _read(cls, storage: Storage, progress: Reached) -> "Checkpoint":
         sizes = storage.sizes()
         weight_map = _read_index(storage, sizes)
         names = [SINGLE_NAME] if weight_map is None else shards_of(weight_map, sizes, storage.label)

@@ -23,9 +23,7 @@ from dsv4.convert.checkpoint.reader import (
     INDEX_NAME,
     MAX_CONFIG_BYTES,
     Checkpoint,
-    Progress,
     TensorInfo,
-    no_progress,
     read_files,
     read_json,
 )
@@ -35,6 +33,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import Layout, Stored
 from dsv4.errors import InputError, printable
+from dsv4.progress import Reached, ignore
 
 
 @dataclass
@@ -102,7 +101,7 @@ def _add_weights(facts: Facts, weights: dict[str, Weight]) -> None:
                 facts.partial_blocks.append(name)
 
 
-def _facts_of_folder(storage: Folder, headers: Progress) -> Facts:
+def _facts_of_folder(storage: Folder, headers: Reached) -> Facts:
     facts = Facts(storage.label, "hf")
     try:
         checkpoint = Checkpoint.open(storage, headers)
@@ -143,7 +142,7 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
         facts.problems.append(Finding("problem", text))
 
 
-def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Progress) -> Facts:
+def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reached) -> Facts:
     facts = Facts(storage.label, "mp", files=set(sizes), pointers=lfs_pointers(storage, sizes))
     try:
         names = rank_file_names(sizes, storage.label)
@@ -165,7 +164,7 @@ def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Progre
     return facts
 
 
-def gather(folder: Path, headers: Progress = no_progress) -> Facts:
+def gather(folder: Path, headers: Reached = ignore) -> Facts:
     """Facts about a folder, from its headers. Raises InputError if it is no folder or holds no safetensors file."""
     with Folder(folder) as storage:
         sizes = storage.sizes()

@@ -25,11 +25,12 @@ from dsv4.convert.checkpoint.config import (
 )
 from dsv4.convert.checkpoint.file_kinds import PULL
 from dsv4.convert.checkpoint.foreign import HINT
-from dsv4.convert.checkpoint.reader import Checkpoint, Progress, no_progress
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.errors import InputError, UsageError, printable
+from dsv4.progress import Reached, ignore
 
 from .facts import Facts, gather
 
@@ -370,7 +371,7 @@ def _start(p: RuleContext) -> str:
 
 
 def diagnose(
-    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Progress = no_progress
+    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Reached = ignore
 ) -> Diagnosis:
     """Apply every rule. `headers` is called with the number of shards whose headers were read, and of all.
 

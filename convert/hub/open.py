@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.convert.checkpoint import reader
 from dsv4.convert.checkpoint.source import HubName, HubSource
 from dsv4.errors import printable
-from dsv4.progress import Progress, ignore
+from dsv4.progress import Progress, Reached, ignore
 
 from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
 
@@ -28,7 +27,7 @@ class HubOptions:
     keep: bool = False
     warn: Callable[[str], None] = field(default=lambda line: None)
     detail: Callable[[str], None] = field(default=lambda line: None)
-    headers: reader.Progress = reader.no_progress
+    headers: Reached = ignore
     progress: Progress = ignore
 
 

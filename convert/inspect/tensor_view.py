@@ -6,7 +6,7 @@ many values lie in each power of two, [2**e, 2**(e+1)), which is the histogram t
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsv4.convert.checkpoint.names import is_scale, scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, find_weights
 from dsv4.errors import InputError, printable
+from dsv4.progress import Progress, ignore
 from dsv4.quant import e2m1
 from dsv4.quant.block_scales import Block, dequantize_fp4, dequantize_fp8
 
@@ -141,11 +142,7 @@ def _add_values(view: TensorView, values: torch.Tensor) -> None:
     _add_exponents(numbers[shown], view.exponent_counts)
 
 
-def no_progress(count: int) -> None:
-    """A callback that does nothing."""
-
-
-def view_tensor(checkpoint: Checkpoint, name: str, progress: Callable[[int], None] = no_progress) -> TensorView:
+def view_tensor(checkpoint: Checkpoint, name: str, progress: Progress = ignore) -> TensorView:
     """Read one tensor and its scale.
 
     progress: called with the number of bytes read since the last call. Raises InputError for an unknown name, and for

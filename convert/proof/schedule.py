@@ -12,19 +12,19 @@ them. If a process is missing there is no verdict.
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
+
+from dsv4.progress import Progress, bounded_map
 
 from .files import RemoteFiles
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-POLL_SECONDS = 0.2
 PIECES_AHEAD = 2  # per thread: one that is computed, one that is waiting
 
 
@@ -51,39 +51,12 @@ class Share:
 ALONE = Share()
 
 
-def bounded_map(
-    pool: Executor,
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    window: int,
-    still_waiting: Callable[[], None],
-) -> Iterator[tuple[Item, Result]]:
-    """(item, result) in the order of the items, at most `window` of them submitted and not yet taken.
-
-    `still_waiting` is called every POLL_SECONDS while a result takes longer.
-    """
-    pending: deque[tuple[Item, Future[Result]]] = deque()
-
-    def first() -> tuple[Item, Result]:
-        item, future = pending.popleft()
-        while not wait([future], POLL_SECONDS).done:
-            still_waiting()
-        return item, future.result()
-
-    for item in items:
-        pending.append((item, pool.submit(function, item)))
-        if len(pending) == window:
-            yield first()
-    while pending:
-        yield first()
-
-
 def in_order(
     items: Sequence[Item],
     function: Callable[[Item], Result],
     workers: int,
     stopped: threading.Event,
-    still_waiting: Callable[[], None],
+    progress: Progress,
     remote: Sequence[RemoteFiles],
     shards_of: Callable[[Item], tuple[frozenset[str], ...]],
 ) -> Generator[tuple[Item, Result], None, None]:
@@ -101,7 +74,7 @@ def in_order(
                 upcoming = runs[position + 1][0] if position + 1 < len(runs) else shards
                 for number, files in enumerate(remote):
                     files.prepare(shards[number], upcoming[number])
-                yield from bounded_map(pool, function, some, PIECES_AHEAD * workers, still_waiting)
+                yield from bounded_map(pool, function, some, PIECES_AHEAD * workers, progress)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ config.json. A loader that looks for the index or the config never meets half a 
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -30,6 +30,7 @@ from dsv4.convert.plan.side_files import (
 )
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 from dsv4.machine import free_bytes
+from dsv4.progress import Progress, ignore
 
 from .atomic_file import (
     check_separate,
@@ -48,8 +49,6 @@ from .resources import Resources, decide_resources, keep_freed_memory
 from .shard import Workers, write_shard
 
 SPARE_DISK_BYTES = 64 * 2**20  # manifest, index, side files and the file system's own blocks
-
-Advance = Callable[[int], None]
 
 
 @dataclass
@@ -126,7 +125,7 @@ class _Run:
         """Shards of this run that are not finished."""
         return [shard for shard in self.shards if shard.file not in self.finished]
 
-    def resume(self, job: dict[str, Any], advance: Advance) -> None:
+    def resume(self, job: dict[str, Any], advance: Progress) -> None:
         """Take over what interrupted runs, or other parts, of the same job finished. Reads it all to be sure."""
         past = read_journal(self.output)
         if past is None:
@@ -149,7 +148,7 @@ class _Run:
                 "Run the parts that write them again (the same --part commands), then --finish.",
             )
 
-    def write(self, shard: OutputShard, journal: Journal, advance: Advance) -> None:
+    def write(self, shard: OutputShard, journal: Journal, advance: Progress) -> None:
         """Write one shard, make it final and record it."""
         file, finished = write_shard(self.checkpoint, shard, self.plan.settings, self.output, self.workers, advance)
         with file:
@@ -163,7 +162,7 @@ class _Run:
         entries = {n: e for s in self.finished.values() for n, e in s.tensors.items()}
         return sorted(n for n, e in entries.items() if n.endswith(".weight") and e["dtype"] != planned.get(n))
 
-    def publish(self, job: dict[str, Any], copied: list[str], advance: Advance) -> dict[str, int]:
+    def publish(self, job: dict[str, Any], copied: list[str], advance: Progress) -> dict[str, int]:
         """Write everything beside the shards, config.json last. Returns the manifest's summary."""
         shards = [self.finished[s.file] for s in self.plan.shards]
         files = {name: read_side_file(self.checkpoint, name, self.plan) for name in copied}
@@ -185,7 +184,7 @@ def _unfinished_bytes(run: _Run) -> int:
     return sum(path.stat().st_size for path in leftovers(run.output, [shard.file for shard in run.shards]))
 
 
-def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
+def _convert_shards(run: _Run, journal: Journal, advance: Progress) -> int:
     """Write what is not finished yet. Returns how many shards were written."""
     pending = run.pending
     storage = run.checkpoint.storage
@@ -203,7 +202,7 @@ def _convert_shards(run: _Run, journal: Journal, advance: Advance) -> int:
     return len(pending)
 
 
-def _work(run: _Run, result: Result, advance: Advance) -> None:
+def _work(run: _Run, result: Result, advance: Progress) -> None:
     job = describe_job(run.checkpoint, run.plan.settings)
     copied = copied_files(run.checkpoint, run.plan)
     run.resume(job, advance)
@@ -263,7 +262,7 @@ def check_part(
     output: Path,
     resources: Resources,
     part: Part,
-    advance: Advance = lambda count: None,
+    advance: Progress = ignore,
 ) -> list[str]:
     """Read what a part has written again. Names of its shards that are whole, and made from what the source is now."""
     past = read_journal(output)
@@ -279,14 +278,14 @@ def run_conversion(
     output: Path,
     resources: Resources,
     overwrite: bool = False,
-    advance: Advance = lambda count: None,
+    advance: Progress = ignore,
     part: Part | None = None,
     finish: bool = False,
     confirmed: Collection[str] = (),
 ) -> Result:
     """Convert an opened checkpoint into `output` as planned, or continue doing so, or find it done.
 
-    advance: told of data bytes as they are written, or found whole from a former run; they add up to the data of
+    advance: counts data bytes as they are written, or found whole from a former run; they add up to the data of
     the plan (or of the part).
     part: write only this part's shards; a run without `part` (with `finish`, one that writes no shards) publishes.
     confirmed: finished shards that another process has just read again (see `check_part`).
@@ -335,12 +334,13 @@ def convert(
     max_workers: int | None = None,
     max_memory: int | None = None,
     overwrite: bool = False,
-    progress: Advance = lambda count: None,
+    progress: Progress = ignore,
 ) -> Result:
     """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors.
 
     source, output: folders; the output is new, empty or an unfinished conversion of the same kind, which is continued.
-    max_shard_size, max_memory: bytes. progress: called with the number of bytes just written.
+    max_shard_size, max_memory: bytes. progress: called with the number of bytes just written, or 0; what it raises ends
+    the conversion.
     Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `to_json()`.
     Raises UsageError for options that do not fit, InputError for a bad source or a block without an exact form,
     MachineError for disk, permission or a lock.

@@ -7,9 +7,8 @@ enough.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import OutputShard
 from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, split
 from dsv4.convert.plan.settings import Settings
-from dsv4.progress import Progress, result_of
+from dsv4.progress import Progress, bounded_map
 
 from .atomic_file import AtomicFile
 from .journal import FinishedShard
@@ -41,19 +40,8 @@ class Workers:
 
     def map_in_order(self, function: Callable[[T], R], items: Iterable[T], progress: Progress) -> Iterator[R]:
         """Results of `function` in the order of `items`, at most `window` of them unclaimed. Calls `progress(0)`."""
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(self.pool.submit(function, item))
-                if len(waiting) >= self.window:
-                    progress(0)
-                    yield result_of(waiting.popleft(), progress)
-            while waiting:
-                progress(0)
-                yield result_of(waiting.popleft(), progress)
-        finally:
-            for future in waiting:
-                future.cancel()
+        for _, result in bounded_map(self.pool, function, items, self.window, progress):
+            yield result
 
 
 @dataclass

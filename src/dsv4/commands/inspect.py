@@ -13,10 +13,11 @@ from dsv4 import output
 from dsv4.errors import UsageError, printable
 from dsv4.opening import opening
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
+from dsv4.progress import Reached
 from dsv4.text import aligned, human_bytes, human_count
 
 if TYPE_CHECKING:
-    from dsv4.convert.checkpoint.reader import Checkpoint, Progress, TensorInfo
+    from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
     from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.inspect.inspection import Inspection
     from dsv4.convert.inspect.tensor_view import TensorView
@@ -203,7 +204,7 @@ def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     _histogram(out, "Magnitudes from", {f"2**{e}": n for e, n in sorted(view.exponent_counts.items())})
 
 
-def _open(source: str, revision: str | None, options: "HubOptions", progress: "Progress") -> "Checkpoint":
+def _open(source: str, revision: str | None, options: "HubOptions", progress: "Reached") -> "Checkpoint":
     from dsv4.convert.checkpoint.reader import Checkpoint, open_file
     from dsv4.convert.hub.storage import open_storage
     from dsv4.convert.write.atomic_file import SCRATCH_NAME

@@ -209,8 +209,8 @@ from dsv4 import __main__, signals
 {before}
 from dsv4 import cli
 run = cli.run
-def and_then():
-    code = run()
+def and_then(arguments):
+    code = run(arguments)
     {between}
     return code
 cli.run = and_then
