@@ -14,8 +14,6 @@ from typing import Any, Protocol, Self
 
 from dsv4.errors import InputError, printable
 
-from .source import download_hint
-
 _SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
 
 
@@ -75,7 +73,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             kind = "is not a folder" if path.exists() else "does not exist"
-            hint = "Name the folder that holds config.json and the shards." + download_hint(str(path))
+            hint = "Name the folder that holds config.json and the shards."
             raise InputError(f"{printable(str(path))}: {kind}", hint)
         self.path = path
         self.label = printable(str(path))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, header_length, parse_header
-from dsv4.convert.checkpoint.source import HubName, HubSource
 from dsv4.errors import InputError, MachineError, printable
 from dsv4.progress import Progress
+
+from .source import HubName, HubSource
 
 STAGING = ".dsv4-incoming"  # inside the target folder; a file moves out of it when it has been checked
 RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are

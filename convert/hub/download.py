@@ -18,13 +18,13 @@ from typing import Any
 
 import filelock
 
-from dsv4.convert.checkpoint.source import HubSource
 from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
 from dsv4.progress import Progress
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
 from .fetch import Place, fetch_checked, is_checked, remove_partials, sync
 from .open import open_hub, open_snapshot, other_hub
+from .source import HubSource
 from .transfers import FileMeter, Transfers
 
 _SPARE_BYTES = 64 << 20  # left free for what else happens on the disk

@@ -23,12 +23,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from tqdm import tqdm
 
-from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
 from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line
+from .source import HubName
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."

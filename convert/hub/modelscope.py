@@ -21,12 +21,12 @@ from modelscope_hub import _download as client_download
 from modelscope_hub import errors
 from tqdm.auto import tqdm
 
-from dsv4.convert.checkpoint.source import HubName
 from dsv4.errors import Dsv4Error, InputError, MachineError, printable
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
 from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line, with_patience
+from .source import HubName
 
 _LOGIN = "Log in with `modelscope login`, set MODELSCOPE_API_TOKEN, or give --token."
 _DEFAULT_BRANCH = "master"

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.convert.checkpoint.source import HubName, HubSource
 from dsv4.errors import printable
 from dsv4.progress import Progress, Reached, ignore
 
 from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
+from .source import HubName, HubSource
 
 DEFAULT_SCRATCH = 2
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
-from dsv4.convert.checkpoint.source import HubSource, parse_source
 from dsv4.convert.checkpoint.storage import Folder, Storage
 from dsv4.errors import InputError, MachineError, printable
 
-from .client import Snapshot
+from .client import NoRepository, Snapshot
 from .open import HubOptions, open_snapshot
 from .ranges import Ranges
 from .shards import Shards
+from .source import HubSource, missing_folder, parse_source
 
 
 class HubStorage:
@@ -136,4 +136,13 @@ def open_hub_storage(source: HubSource, scratch: Path, options: HubOptions) -> H
 def open_storage(text: str, revision: str | None, scratch: Path, options: HubOptions) -> Storage:
     """The Storage of a SOURCE as the command line writes it: a folder, or a repository. Raises UsageError too."""
     source = parse_source(text, revision)
-    return open_hub_storage(source, scratch, options) if isinstance(source, HubSource) else Folder(source)
+    if isinstance(source, HubSource):
+        try:
+            return open_hub_storage(source, scratch, options)
+        except NoRepository as error:
+            if ":" not in text:  # org/name alone: a folder may have been meant
+                error.hint = f"There is no folder {printable(text)} either. {error.hint}"
+            raise
+    if not source.is_dir():
+        raise missing_folder(text)
+    return Folder(source)

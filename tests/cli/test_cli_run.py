@@ -613,7 +613,7 @@ def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: i
 
 
 def test_no_checkpoint(capfd: Capture, tmp_path: Path) -> None:
-    assert "is not a folder" in run(capfd, str(tmp_path / "none"), "a", code=3)[1]
+    assert "does not exist" in run(capfd, str(tmp_path / "none"), "a", code=3)[1]
     assert "model.safetensors.index.json" in run(capfd, str(tmp_path), "--tokens", "1", code=3)[1]
 
 

@@ -62,6 +62,9 @@ def doctor(
     Exit code 0 if it does, 1 if not or if no rule covers it. The verdict says what the rules were checked against.
     """
     out = output.configure(json, quiet)
+    from dsv4.convert.hub.source import require_folder
+
+    require_folder(folder)
     from dsv4.convert.doctor.rules import diagnose
 
     with opening(out) as headers:

@@ -15,8 +15,8 @@ from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_fol
 from dsv4.text import human_bytes
 
 if TYPE_CHECKING:
-    from dsv4.convert.checkpoint.source import HubSource
     from dsv4.convert.hub.download import DownloadPlan, DownloadResult, Fallback
+    from dsv4.convert.hub.source import HubSource
 
 EPILOG = example(
     "dsv4 download deepseek-ai/DeepSeek-V4-Flash flash",
@@ -92,9 +92,9 @@ def _show_plan(out: output.Output, plan: "DownloadPlan", dry_run: bool) -> None:
 
 def _source(options: DownloadOptions) -> "HubSource":
     """The repository. Raises UsageError for a folder."""
-    from dsv4.convert.checkpoint.source import parse_source
+    from dsv4.convert.hub.source import parse_source
 
-    where = parse_source(options.source, options.revision)
+    where = parse_source(options.source, options.revision, remote=True)
     if isinstance(where, Path):
         text = f"{options.source} is a local folder: there is nothing to download"
         raise UsageError(text, "Write org/name or hf:org/name.")

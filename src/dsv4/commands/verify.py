@@ -208,11 +208,13 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
 @contextmanager
 def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int, int], None]) -> Iterator["Files"]:
     """SOURCE: a folder, or a repository whose shards pass through a temporary folder beside OUTPUT's shards."""
-    from dsv4.convert.checkpoint.source import parse_source
+    from dsv4.convert.hub.source import missing_folder, parse_source
     from dsv4.convert.proof.files import LocalFiles
 
     where, converted = parse_source(options.source, options.revision), options.converted
     if isinstance(where, Path):
+        if not where.is_dir():
+            raise missing_folder(options.source)
         with closing(LocalFiles(where)) as folder:
             yield folder
         return

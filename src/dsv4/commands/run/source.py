@@ -59,14 +59,14 @@ def open_source(folder: str, out: Output) -> Source:
 
     Raises InputError for what is wrong with its headers or config.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{printable(folder)} is not a folder", "Name the folder of a checkpoint.")
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
+    from dsv4.convert.hub.source import require_folder
     from dsv4.model.config import Config
     from dsv4.model.weights import mtp_stages
 
+    path = require_folder(folder)
     with opening(out) as headers:
-        checkpoint = open_checkpoint(folder, headers)
+        checkpoint = open_checkpoint(path, headers)
     for note in checkpoint.notes:
         out.warn(note)
     return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)
