@@ -5,13 +5,13 @@ whole and checked in memory.
 """
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from dsv4.convert.checkpoint.storage import Folder, Storage
-from dsv4.errors import InputError, MachineError, printable
+from dsv4.errors import InputError, MachineError, UsageError, printable
 
 from .client import NoRepository, Snapshot
 from .open import HubOptions, open_snapshot
@@ -126,6 +126,33 @@ class HubStorage:
         """See Storage. Shards in the scratch area stay for the next run, unless `prepare` has let go of all."""
         self._ranges.close()
         self._shards.close()
+
+
+class HubFiles:
+    """What `verify` sees of a HubStorage: see proof.files.RemoteFiles. Its own code reads what the bytes mean."""
+
+    def __init__(self, storage: HubStorage) -> None:
+        self._storage = storage
+        self.label = storage.label
+
+    def sizes(self) -> dict[str, int]:
+        """Files of the commit."""
+        return self._storage.sizes()
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """From the shard on disk if it was fetched, else by a range request."""
+        self._storage.read_into(name, buffer, offset)
+
+    def check_needs(self, groups: Sequence[Collection[str]]) -> None:
+        """Raises UsageError if --scratch is too small for one of the groups."""
+        try:
+            self._storage.check_needs(groups)
+        except UsageError as error:
+            raise UsageError(str(error), "Give a larger --scratch if the disk has room for it.") from None
+
+    def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
+        """Wait for the shards in `now`, begin to fetch `upcoming`, and remove all others from the disk."""
+        self._storage.prepare(now, upcoming)
 
 
 def open_hub_storage(source: HubSource, scratch: Path, options: HubOptions) -> HubStorage:

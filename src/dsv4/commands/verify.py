@@ -219,8 +219,7 @@ def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int,
             yield folder
         return
     from dsv4.convert.hub.open import HubOptions
-    from dsv4.convert.hub.proof import HubFiles
-    from dsv4.convert.hub.storage import open_hub_storage
+    from dsv4.convert.hub.storage import HubFiles, open_hub_storage
 
     if converted is not None and not converted.is_dir():
         raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
