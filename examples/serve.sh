@@ -13,5 +13,5 @@ step dsv4 doctor "$folder" --for "$engine" --tensor-parallel "$ranks"
 if [[ $engine == vllm ]]; then
     step vllm serve "$folder" --tensor-parallel-size "$ranks"
 else
-    step env SGLANG_OPT_FP8_WO_A_GEMM=0 python -m sglang.launch_server --model-path "$folder" --tp-size "$ranks"
+    step python -m sglang.launch_server --model-path "$folder" --tp-size "$ranks"
 fi

@@ -81,7 +81,7 @@ def is_expert_matrix(name: str) -> bool:
 
 
 def is_wo_a(name: str) -> bool:
-    """Whether a tensor is the grouped output projection, which the reference engine and SGLang hold in BF16."""
+    """Whether a tensor is the grouped output projection, which the reference engine holds in BF16."""
     return _WO_A.fullmatch(name) is not None
 
 

@@ -167,7 +167,7 @@ ENGINES: dict[str, Engine] = {
     ),
     "sglang": Engine(
         evidence=Evidence("SGLang 0.5.23", "2026-11", _LOADER),
-        target=Target("e8m0", "bf16", ABSENT),
+        target=Target("e8m0", "fp8", ABSENT),
         layout="hf",
         expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32"), "bf16": ()},
         declared={},  # it looks into the header of one routed expert

@@ -232,14 +232,14 @@ def test_from_the_command_line(converted: Callable[..., Path], capsys: pytest.Ca
     capsys.readouterr()
     assert cli.run(["doctor", for_sglang, "--for", "vllm"]) == 1
     printed = capsys.readouterr().out
-    command = "  dsv4 convert RELEASE NEW --target vllm"  # wo_a was decoded for SGLang
+    command = f"  dsv4 convert {for_sglang} NEW --target vllm"
     assert command in printed.splitlines()
     assert max(len(line) for line in printed.splitlines() if line != command) <= 80
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert facts["loads"] is False
     wrong = {check["rule"] for check in facts["checks"] if check["status"] == "wrong"}
-    assert wrong == {"expert_dtype", "expert scales", "wo_a"}
+    assert wrong == {"expert_dtype", "expert scales"}
     assert cli.run(["doctor", for_sglang, "--for", "vllm", "-q"]) == 1
     assert capsys.readouterr() == ("", "")
     assert cli.run(["doctor", for_sglang, "--for", "ollama"]) == 2
@@ -325,7 +325,7 @@ def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
     assert cli.run([*words, "-q"]) == 0
 
 
-@pytest.mark.parametrize("options", [("--target", "transformers"), BF16_WO_A])
+@pytest.mark.parametrize("options", [("--target", "sglang"), ("--target", "transformers"), BF16_WO_A])
 def test_the_command_it_prints_makes_it_right(
     release: Path, converted: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -346,6 +346,7 @@ def test_the_command_names_a_folder_with_spaces(release: Path, converted: Callab
     [
         ("vllm", (), "vllm serve {} --tensor-parallel-size 1"),
         ("sglang", (), "python -m sglang.launch_server --model-path {} --tp-size 1"),
+        ("sglang", ("--target", "sglang"), "python -m sglang.launch_server --model-path {} --tp-size 1"),
         ("sglang", BF16_WO_A, "SGLANG_OPT_FP8_WO_A_GEMM=0 python -m sglang.launch_server --model-path {} --tp-size 1"),
         ("sglang", ("--to", "bf16"), "python -m sglang.launch_server --model-path {} --tp-size 1"),
         ("transformers", (), ""),

@@ -26,7 +26,7 @@ def test_a_target_fills_in_and_an_option_overrides(target: TargetName) -> None:
         ({"to": "same"}, None, None),
         ({"to": "same", "scale_dtype": "f32"}, "f32", None),
         ({"to": "same", "wo_a": "bf16"}, None, "bf16"),
-        ({"to": "same", "target": "sglang"}, "e8m0", "bf16"),
+        ({"to": "same", "target": "sglang"}, "e8m0", "fp8"),
         ({"to": "bf16"}, None, "bf16"),
         ({"to": "bf16", "target": "vllm"}, None, "bf16"),
         ({"to": "fp4"}, "e8m0", "fp8"),

@@ -37,7 +37,7 @@ E8M0, F32 = "F8_E8M0", "F32"
 ENGINES = {
     "base": (F32, "fp8", "fp8"),
     "vllm": (F32, "fp8", "fp8"),
-    "sglang": (E8M0, "bf16", None),
+    "sglang": (E8M0, "fp8", None),
     "transformers": (E8M0, "fp8", "fp8"),
     "reference": (E8M0, "fp8", None),
 }
@@ -135,19 +135,19 @@ CASES = [
     ("release", "fp8", (), F32, "fp8"),
     *[("release", "fp8", ("--target", name), scale, wo_a) for name, (scale, wo_a, _) in ENGINES.items()],
     ("release", "fp8", ("--scale-dtype", "e8m0", "--wo-a", "bf16"), E8M0, "bf16"),
-    ("release", "fp8", ("--target", "sglang", "--scale-dtype", "f32", "--wo-a", "fp8"), F32, "fp8"),
+    ("release", "fp8", ("--target", "sglang", "--scale-dtype", "f32", "--wo-a", "bf16"), F32, "bf16"),
     ("release", "bf16", (), None, "bf16"),
     ("release", "same", (), None, None),
-    ("release", "same", ("--target", "sglang"), E8M0, "bf16"),
+    ("release", "same", ("--target", "sglang", "--wo-a", "bf16"), E8M0, "bf16"),
     ("release", "same", ("--scale-dtype", "f32"), F32, None),
     ("release", "fp4", (), E8M0, "fp8"),
     ("base", "fp8", (), F32, "fp8"),
-    ("base", "fp8", ("--target", "sglang"), E8M0, "bf16"),
+    ("base", "fp8", ("--target", "sglang", "--wo-a", "bf16"), E8M0, "bf16"),
     ("base", "bf16", (), None, "bf16"),
     ("base", "same", (), None, None),
     ("base", "same", ("--scale-dtype", "e8m0"), E8M0, None),
     ("ragged", "fp8", (), F32, "fp8"),
-    ("ragged", "fp8", ("--target", "sglang"), E8M0, "bf16"),
+    ("ragged", "fp8", ("--target", "sglang", "--wo-a", "bf16"), E8M0, "bf16"),
     ("ragged", "bf16", (), None, "bf16"),
     ("scattered", "fp8", (), F32, "fp8"),
     ("early", "fp8", ("--target", "transformers"), E8M0, "fp8"),
@@ -155,7 +155,7 @@ CASES = [
     ("strangers", "bf16", (), None, "bf16"),
     ("strangers", "same", (), None, None),
     ("v41", "fp8", (), F32, "fp8"),
-    ("v41", "fp8", ("--target", "sglang"), E8M0, "bf16"),
+    ("v41", "fp8", ("--target", "sglang", "--wo-a", "bf16"), E8M0, "bf16"),
     ("v41", "bf16", (), None, "bf16"),
 ]
 
@@ -367,7 +367,7 @@ def test_caveats_of_the_engine_are_said(sources: dict[str, Path], tmp_path: Path
     said = {"sglang": "WO_A_GEMM=0", "vllm": "MegaMoE", "transformers": "mtp", "reference": "rank files"}
     for target, word in said.items():
         assert word in convert(sources["release"], tmp_path / target, "--target", target, "--wo-a", "bf16")
-    assert "SGLANG" not in convert(sources["release"], tmp_path / "fp8", "--target", "sglang", "--wo-a", "fp8")
+    assert "SGLANG" not in convert(sources["release"], tmp_path / "fp8", "--target", "sglang")
 
 
 def test_the_closing_lines(sources: dict[str, Path], tmp_path: Path) -> None:
