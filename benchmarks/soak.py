@@ -26,7 +26,7 @@ import torch
 from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
-    files.WRITE_BYTES = files.DIRECT_BYTES = shard_outflow.BLOCK_BYTES = 2**14
+    files.WRITE_BYTES = files.DIRECT_BYTES = pipeline.BLOCK_BYTES = 2**14
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
         totals = soak(options.minutes, Path(work))

@@ -1,23 +1,32 @@
-"""One conversion shared by several processes or machines: who writes which output shard.
+"""What one run does of a conversion: all of it, one part of its shards, or publishing what parts have written.
 
-Every process makes the same plan from the same headers, so nothing needs to be sent: shards are dealt out by size,
-the largest first, each to the part that has least so far. The parts write into one folder, each under a lock and a
-journal of its own, and any later run, with another number of parts or with one, takes over what all journals say.
-Publishing (manifest, index, config) is one process's job, after everything has been read again: by itself after
-`--part`, by all ranks of a torchrun.
+Several processes or machines can share a conversion. Each makes the same plan from the same headers, so nothing needs
+to be sent: shards are assigned by size, the largest first, each to the part that has least so far. The parts write
+into one folder, each under a lock and a journal of its own, and any later run, with another number of parts or with
+one, takes over what all journals say. Publishing (manifest, index, config) is one process's job, after everything has
+been read again: by `--finish` after `--part`, by the first rank of a torchrun.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv4.errors import UsageError, printable
 
-from .plan import OutputShard, Plan
+from .plan import Plan
+from .shards import OutputShard
+
+
+@dataclass(frozen=True)
+class All:
+    """Write every shard and publish. overwrite: remove a former conversion first."""
+
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` (from 0) of `count`."""
+    """Write the shards of part `index` (from 0) of `count`."""
 
     index: int
     count: int
@@ -26,6 +35,19 @@ class Part:
     def tag(self) -> str:
         """For names of files: `2-of-8`, counted from 1."""
         return f"{self.index + 1}-of-{self.count}"
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Write no shard, check all that parts wrote, and publish.
+
+    confirmed: shards that need not be read again, because another process has just done so.
+    """
+
+    confirmed: frozenset[str] = frozenset()
+
+
+Work = All | Part | Publish
 
 
 def parse_part(text: str) -> Part:
@@ -37,7 +59,7 @@ def parse_part(text: str) -> Part:
     return part
 
 
-def deal(plan: Plan, count: int) -> list[list[OutputShard]]:
+def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
     """The shards of each part, in the plan's order: balanced by size, the same whoever computes it."""
     owners: dict[str, int] = {}
     filled = [0] * count
@@ -46,3 +68,8 @@ def deal(plan: Plan, count: int) -> list[list[OutputShard]]:
         owners[shard.file] = owner
         filled[owner] += shard.size
     return [[shard for shard in plan.shards if owners[shard.file] == i] for i in range(count)]
+
+
+def shards_of(plan: Plan, work: Work) -> Sequence[OutputShard]:
+    """The shards that a run has to write, or to find written."""
+    return assign_shards(plan, work.count)[work.index] if isinstance(work, Part) else plan.shards

@@ -4,33 +4,53 @@
 works for.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dsv4.errors import UsageError
 
 from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, WoA
 
-To = Literal["fp8", "bf16", "fp4", "same"]
 OnInexact = Literal["error", "keep", "round"]
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_TARGET: TargetName = "base"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A value of `--to`. recipe: the module of the folder recipes/ that does it."""
+    """A value of `--to`.
+
+    recipe: the module of the folder recipes/ that does it. keeps_codes: codes stay as they are, and so do scales and
+    wo_a unless a target or an option names them. quantized: the output has FP8 weights and block scales.
+    scale_dtype: of the block scales where no target is named, None for that of the usual target.
+    rank_files: whether the reference engine can run the result. way_back: it undoes another conversion, and is only
+    offered for checkpoints with experts that it casts.
+    instead: options that have room for values that it has none for, for a message.
+    """
 
     recipe: str
+    keeps_codes: bool = False
+    quantized: bool = True
+    scale_dtype: ScaleDtype | None = None
+    rank_files: bool = False
+    way_back: bool = False
+    instead: str = "--on-inexact round"
 
 
-CONVERSIONS: dict[To, Conversion] = {
-    "fp8": Conversion("fp4_to_fp8"),
-    "bf16": Conversion("bf16"),
-    "fp4": Conversion("fp8_to_fp4"),
-    "same": Conversion("scales"),
+CONVERSIONS: dict[str, Conversion] = {
+    "fp8": Conversion(recipe="fp4_to_fp8", rank_files=True, instead="--to bf16 or --on-inexact round"),
+    "bf16": Conversion(recipe="bf16", quantized=False),
+    "fp4": Conversion(recipe="fp8_to_fp4", scale_dtype="e8m0", way_back=True),
+    "same": Conversion(recipe="scales", keeps_codes=True, rank_files=True),
 }
+
+# Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.
+if TYPE_CHECKING:
+    To = str
+else:
+    To = Literal[tuple(CONVERSIONS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,33 +84,48 @@ class Settings:
         }
 
 
-def _check(to: To, layout: Layout, model_parallel: int | None, target: TargetName | None) -> None:
-    if target not in (None, *TARGETS):
-        raise UsageError(f"there is no target {target!r}", f"Targets are {', '.join(TARGETS)}.")
-    if layout == "mp" and model_parallel is None:
+def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Raises UsageError, in the words of the command line, for a value that an option does not have."""
+    if value not in (names := tuple(choices)):
+        raise UsageError(f"Invalid value for '{option}': {value!r} is not one of {', '.join(map(repr, names))}.")
+
+
+def check_count(option: str, value: object) -> None:
+    """Raises UsageError, in the words of the command line, for anything but a whole number from 1 on."""
+    if type(value) is not int:
+        raise UsageError(f"Invalid value for '{option}': {value!r} is not a valid integer.")
+    if value < 1:
+        raise UsageError(f"Invalid value for '{option}': {value} should be greater than or equal to 1")
+
+
+def _check_layout(to: To, layout: Layout, model_parallel: int | None, target: TargetName | None) -> None:
+    """Raises UsageError for options that do not go with the layout."""
+    if layout == "hf":
+        if model_parallel is not None:
+            raise UsageError("--model-parallel goes with --layout mp")
+        return
+    if model_parallel is None:
         raise UsageError("--layout mp needs --model-parallel N", "N is the number of ranks the engine will run on.")
-    if layout == "hf" and model_parallel is not None:
-        raise UsageError("--model-parallel goes with --layout mp")
-    if layout == "mp" and target is not None and (target not in ENGINES or ENGINES[target].layout != "mp"):
+    check_count("--model-parallel", model_parallel)
+    if target is not None and (target not in ENGINES or ENGINES[target].layout != "mp"):
         raise UsageError(f"--layout mp is the reference engine's; it does not go with --target {target}")
-    if layout == "mp" and to in ("bf16", "fp4"):
-        raise UsageError(
-            f"--layout mp does not go with --to {to}", "The reference engine runs fp8 or the source (same)."
-        )
+    if not CONVERSIONS[to].rank_files:
+        fits = " or ".join(name for name, conversion in CONVERSIONS.items() if conversion.rank_files)
+        raise UsageError(f"--layout mp does not go with --to {to}", f"The reference engine runs --to {fits}.")
 
 
 def _formats(
     to: To, target: TargetName | None, scale_dtype: ScaleDtype | None, wo_a: WoA | None
 ) -> tuple[ScaleDtype | None, WoA | None]:
     """Dtypes of the block scales and of wo_a; None leaves them as the source has them."""
-    if to == "bf16":
+    conversion, wanted = CONVERSIONS[to], TARGETS[target or DEFAULT_TARGET]
+    if not conversion.quantized:
         if scale_dtype or wo_a == "fp8":
-            raise UsageError("--to bf16 leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
+            raise UsageError(f"--to {to} leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
         return None, "bf16"
-    if to == "same" and target is None:
+    if conversion.keeps_codes and target is None:
         return scale_dtype, wo_a
-    wanted = TARGETS[target or DEFAULT_TARGET]
-    usual: ScaleDtype = "e8m0" if to == "fp4" and target is None else wanted.scale_dtype
+    usual = wanted.scale_dtype if target is not None else conversion.scale_dtype or wanted.scale_dtype
     return scale_dtype or usual, wo_a or wanted.wo_a
 
 
@@ -105,12 +140,21 @@ def resolve(
     on_inexact: OnInexact = "error",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> Settings:
-    """The options of one run, completed by the target's. Raises UsageError for options that exclude each other.
+    """The options of one run, completed by the target's.
 
-    `same` leaves scales and wo_a alone unless a target or an option names them; `fp4` is the layout of the instruct
-    releases, whose scales are E8M0; the reference engine fixes the mp layout.
+    Raises UsageError for a value that an option does not have, and for options that exclude each other.
     """
-    _check(to, layout, model_parallel, target)
+    check_choice("--to", to, CONVERSIONS)
+    check_choice("--layout", layout, get_args(Layout))
+    check_choice("--on-inexact", on_inexact, get_args(OnInexact))
+    for option, value, choices in (
+        ("--target", target, TARGETS),
+        ("--scale-dtype", scale_dtype, get_args(ScaleDtype)),
+        ("--wo-a", wo_a, get_args(WoA)),
+    ):
+        if value is not None:
+            check_choice(option, value, choices)
+    _check_layout(to, layout, model_parallel, target)
     if layout == "mp":
         if scale_dtype or wo_a:
             raise UsageError("--layout mp fixes the scale dtype and wo_a", "Leave out --scale-dtype and --wo-a.")

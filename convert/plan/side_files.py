@@ -4,14 +4,11 @@ A loader wants the tokenizer, the generation config and the `encoding/` folder b
 licence and the model card. Which files those are is an allow-list: a downloads folder may hold anything.
 """
 
-import json
 import re
-from typing import Any
 
 from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
-from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.names import count_draft_stages
-from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
+from dsv4.convert.checkpoint.reader import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError, printable
@@ -76,16 +73,3 @@ def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
     config_file(checkpoint, plan)
     if INFERENCE_CONFIG in checkpoint.files:
         read_side_file(checkpoint, INFERENCE_CONFIG, plan)
-
-
-def index_file(tensors: dict[str, dict[str, Any]]) -> bytes:
-    """Content of model.safetensors.index.json. `tensors`: manifest entries by name."""
-    total_size = sum(tensor_bytes(entry["dtype"], tuple(entry["shape"])) for entry in tensors.values())
-    weight_map = {name: tensors[name]["shard"] for name in sorted(tensors)}
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def index_names(plan: Plan) -> list[str]:
-    """Files that are written last, in their order."""
-    return [CONFIG_NAME] if plan.settings.layout == "mp" else [INDEX_NAME, CONFIG_NAME]

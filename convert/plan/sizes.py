@@ -9,12 +9,12 @@ from collections.abc import Hashable
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.checkpoint.weights import Format, Weight
+from dsv4.convert.checkpoint.weights import Weight
+from dsv4.convert.plan.recipes.registry import outputs_of, recipe_of
 
 from .classify import classify
 from .engines import ENGINES, TargetName
-from .plan import outputs_of
-from .settings import Settings, To, resolve
+from .settings import CONVERSIONS, Settings, To, resolve
 
 # Options of `dsv4 convert` -> the arguments of `resolve` that they stand for.
 OPTIONS: dict[str, tuple[To, TargetName | None]] = {
@@ -44,11 +44,11 @@ def sizes_after_conversion(checkpoint: Checkpoint) -> dict[str, int]:
     every = classify(checkpoint)
     counts = Counter(map(_kind, every))
     one_of = {_kind(weight): weight for weight in every}
-    fp8_experts = any(weight.is_routed_expert and weight.format is Format.FP8 for weight in every)
+    experts = {weight.format for weight in every if weight.is_routed_expert}
     return {
         options: _tensor_bytes(
             [one_of[kind] for kind in counts], list(counts.values()), checkpoint, resolve(to, target=target)
         )
         for options, (to, target) in OPTIONS.items()
-        if to != "fp4" or fp8_experts
+        if not CONVERSIONS[to].way_back or recipe_of(to).cast_format in experts
     }

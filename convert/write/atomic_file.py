@@ -1,4 +1,4 @@
-"""The only module that opens files for writing, fsyncs, renames, locks and asks for free space.
+"""The only module that opens output files for writing, fsyncs and renames (lock.py takes the locks).
 
 A file appears under its final name in one step and complete: written under a temporary name in the same folder,
 length checked, fsynced, renamed, and the folder fsynced too. Whatever happens before the rename leaves at most a
@@ -11,16 +11,13 @@ nothing to wait for, so that an interrupt is served at once however large the sh
 usual.
 """
 
-import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import shutil
-import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,7 +27,6 @@ import numpy as np
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
-LOCK_NAME = PREFIX + "lock"
 SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
@@ -173,11 +169,12 @@ class AtomicFile:
         self.abort(error)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, parts: Sequence[bytes]) -> None:
     """Write a small file whole: atomically and durably."""
     create_folder(path.parent)
-    with AtomicFile(path, len(data)) as file:
-        file.write(memoryview(data))
+    with AtomicFile(path, sum(map(len, parts))) as file:
+        for part in parts:
+            file.write(memoryview(part))
         file.commit()
 
 
@@ -243,80 +240,6 @@ def remove_scratch_of_parts(folder: Path) -> None:
     """Delete what parts that were killed had fetched. Only while holding the lock alone."""
     for path in folder.glob(f"{SCRATCH_NAME}-*"):
         shutil.rmtree(path)
-
-
-def _holder(descriptor: int) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(owner['pid'])} on {printable(str(owner['host']))}"
-    return "another process"
-
-
-def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise MachineError(
-                f"{printable(str(folder))} is in use by {_holder(descriptor)}", "Wait until it is done, or stop it."
-            ) from None
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # A file system without locks: unique temporary names keep two runs apart all the same.
-
-
-def _open_lock(path: Path, shared: bool) -> int:
-    """Descriptor of the locked file. A file that its holder removed while we opened it is no lock: try again."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            _take_lock(descriptor, path.parent, shared)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _hold(path: Path, shared: bool = False) -> Iterator[None]:
-    descriptor = _open_lock(path, shared)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        try:
-            yield
-        finally:
-            if not shared:
-                path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, part: str = "") -> Iterator[None]:
-    """Hold the folder's lock: alone, or as one part of a conversion together with its other parts.
-
-    Raises MachineError naming the process and host that has it. The kernel drops a lock when its holder dies, so a
-    stale lock file is no obstacle; who has the folder alone removes those of parts that were killed.
-    """
-    path = folder / LOCK_NAME
-    if part:
-        with _hold(path, shared=True), _hold(Path(f"{path}.{part}")):
-            yield
-        return
-    with _hold(path):
-        for stale in folder.glob(f"{LOCK_NAME}.*"):
-            stale.unlink(missing_ok=True)
-        yield
-
-
-def remove_stale_lock(folder: Path) -> None:
-    """Delete the lock file of a run that was killed at its very end, unless somebody holds it or nothing can be."""
-    if (folder / LOCK_NAME).exists():
-        with contextlib.suppress(MachineError, OSError), locked(folder):
-            pass
 
 
 def check_separate(source: Path, output: Path) -> None:

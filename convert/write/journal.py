@@ -45,7 +45,7 @@ def _shard(entry: dict[str, Any]) -> FinishedShard | None:
 
 
 @dataclass(frozen=True)
-class Past:
+class JournalContents:
     """What the journals of a folder say.
 
     jobs: the job of each journal. owned: names of all files the jobs write. started_ns: when the first began.
@@ -66,7 +66,7 @@ def _journals(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_STEM}*{_ENDING}") if p.is_file())
 
 
-def _read_one(path: Path) -> Past | None:
+def _read_one(path: Path) -> JournalContents | None:
     lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn
     entries = [entry for entry in map(_parse, lines) if entry is not None]
     try:
@@ -74,19 +74,19 @@ def _read_one(path: Path) -> Past | None:
     except (IndexError, KeyError, TypeError, ValueError):
         return None
     shards = [shard for shard in map(_shard, entries[1:]) if shard is not None]
-    return Past([job], owned, started, {shard.file: shard for shard in shards})
+    return JournalContents([job], owned, started, {shard.file: shard for shard in shards})
 
 
-def read_journal(folder: Path) -> Past | None:
+def read_journal(folder: Path) -> JournalContents | None:
     """All journals of an unfinished conversion together; None if there is none that can be used."""
-    pasts = [past for past in map(_read_one, _journals(folder)) if past is not None]
-    if not pasts:
+    found = [contents for contents in map(_read_one, _journals(folder)) if contents is not None]
+    if not found:
         return None
-    return Past(
-        [job for past in pasts for job in past.jobs],
-        [name for past in pasts for name in past.owned],
-        min(past.started_ns for past in pasts),
-        {file: shard for past in pasts for file, shard in past.shards.items()},
+    return JournalContents(
+        [job for one in found for job in one.jobs],
+        [name for one in found for name in one.owned],
+        min(one.started_ns for one in found),
+        {file: shard for one in found for file, shard in one.shards.items()},
     )
 
 

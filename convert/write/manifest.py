@@ -96,12 +96,15 @@ def make_manifest(
     }
 
 
-def dump_manifest(manifest: dict[str, Any]) -> bytes:
-    """Bytes of dsv4.json: one tensor a line, so that two of them can be compared with `diff`."""
+def dump_manifest(manifest: dict[str, Any]) -> list[bytes]:
+    """dsv4.json in parts: one tensor a line, so that two of them can be compared with `diff`."""
     head = {key: value for key, value in manifest.items() if key != "tensors"}
-    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
-    lines = [f"  {json.dumps(n, ensure_ascii=False)}: {json.dumps(e)}" for n, e in manifest["tensors"].items()]
-    return (text + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
+    parts = [json.dumps(head, indent=1, ensure_ascii=False)[:-2].encode(), b',\n "tensors": {\n']
+    comma = b""
+    for name, entry in manifest["tensors"].items():
+        parts.append(comma + f"  {json.dumps(name, ensure_ascii=False)}: {json.dumps(entry)}".encode())
+        comma = b",\n"
+    return [*parts, b"\n }\n}\n"]
 
 
 def _is_manifest(value: Any) -> bool:

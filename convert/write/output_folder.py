@@ -5,65 +5,67 @@ is ever touched; in ours, only the files that journal or manifest name.
 """
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any
 
-from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, Checkpoint, read_header
+from dsv4.convert.checkpoint.reader import CONFIG_NAME, INDEX_NAME, Checkpoint
 from dsv4.convert.checkpoint.storage import Folder
-from dsv4.convert.plan.plan import OutputShard, Plan
-from dsv4.convert.plan.side_files import index_names
+from dsv4.convert.plan.container import Container
+from dsv4.convert.plan.plan import Plan
+from dsv4.convert.plan.shards import OutputShard
 from dsv4.errors import InputError, UsageError, printable
 from dsv4.progress import Progress, ignore, result_of
 
 from .atomic_file import PREFIX, fsync_folder, remove, remove_empty_folder
-from .journal import FinishedShard, Past, check_same_job, read_journal, remove_journals
+from .journal import FinishedShard, JournalContents, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, check_owned, read_manifest
 
 HASH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is in the output folder: at most one of a journal (unfinished) and a manifest (finished)."""
+class OutputState:
+    """What is in the output folder: a journal (unfinished), a manifest (finished), or neither."""
 
-    journal: Past | None = None
+    journal: JournalContents | None = None
     manifest: dict[str, Any] | None = None
 
 
-def look(folder: Path) -> Found:
-    """Find out what the output folder is. Raises UsageError if it holds files and none of them says it is ours."""
+def read_output_state(folder: Path) -> OutputState:
+    """Read what the output folder holds. Raises UsageError if it holds files and none of them says it is ours."""
     if not folder.is_dir():
-        return Found()
+        return OutputState()
     journal = read_journal(folder)
     if journal is not None:
-        return Found(journal=journal)
+        return OutputState(journal=journal)
     manifest = read_manifest(folder)
     if manifest is not None:
-        return Found(manifest=manifest)
+        return OutputState(manifest=manifest)
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(PREFIX))
     if strangers:
         raise UsageError(
             f"{printable(str(folder))} is not empty (it holds {printable(strangers[0])}) and was not written by dsv4",
             "Choose a new or empty folder. --overwrite replaces only what dsv4 wrote.",
         )
-    return Found()
+    return OutputState()
 
 
-def owned_files(found: Found) -> list[str]:
-    """Names of the files that belong to the conversion found. Raises InputError if one would lead elsewhere."""
-    if found.journal is not None:
-        return check_owned(found.journal.owned)
-    if found.manifest is not None:
-        return check_owned([*found.manifest["shards"], *found.manifest["files"], MANIFEST_NAME])
+def owned_files(state: OutputState) -> list[str]:
+    """Names of the files that belong to the conversion in the folder. Raises InputError if one would lead elsewhere."""
+    if state.journal is not None:
+        return check_owned(state.journal.owned)
+    if state.manifest is not None:
+        return check_owned([*state.manifest["shards"], *state.manifest["files"], MANIFEST_NAME])
     return []
 
 
-def check_in_the_way(folder: Path, found: Found, names: list[str]) -> None:
+def check_in_the_way(folder: Path, state: OutputState, names: list[str]) -> None:
     """Raises UsageError if a file that is not ours has a name that the conversion would write."""
-    foreign = sorted(n for n in set(names) - set(owned_files(found)) if (folder / n).exists())
+    foreign = sorted(n for n in set(names) - set(owned_files(state)) if (folder / n).exists())
     if foreign:
         raise UsageError(
             f"{printable(str(folder))}: {printable(foreign[0])} was not written by dsv4 and would be replaced",
@@ -71,18 +73,18 @@ def check_in_the_way(folder: Path, found: Found, names: list[str]) -> None:
         )
 
 
-def owned_bytes(folder: Path, found: Found) -> int:
-    """Bytes on disk of the conversion found."""
-    return sum(path.stat().st_size for path in map(folder.joinpath, owned_files(found)) if path.is_file())
+def owned_bytes(folder: Path, state: OutputState) -> int:
+    """Bytes on disk of the conversion in the folder."""
+    return sum(path.stat().st_size for path in map(folder.joinpath, owned_files(state)) if path.is_file())
 
 
-def clear(folder: Path, found: Found) -> None:
+def clear(folder: Path, state: OutputState) -> None:
     """Remove a former conversion's files, and its sub-folders unless something else is in them.
 
     Index and config go first: what is half removed must not look like a model. Manifest and journal go last, when
     everything else is durably gone: they are what makes the rest ours.
     """
-    names = owned_files(found)
+    names = owned_files(state)
     for name in sorted(set(names) - {MANIFEST_NAME}, key=lambda name: name not in (INDEX_NAME, CONFIG_NAME)):
         remove(folder / name)
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
@@ -99,7 +101,9 @@ def source_changed(checkpoint: Checkpoint, since_ns: int) -> set[str]:
     return {name for name in checkpoint.shards if checkpoint.storage.changed_ns(name) > since_ns}
 
 
-def check_finished(folder: Path, manifest: dict[str, Any], job: dict[str, Any], checkpoint: Checkpoint) -> None:
+def check_finished(
+    folder: Path, manifest: dict[str, Any], job: dict[str, Any], checkpoint: Checkpoint, container: Container
+) -> None:
     """Whether a finished output is that of this job, by sizes and headers (`verify` proves the rest).
 
     Raises UsageError if it is another job's, InputError if files are missing or the source was changed since.
@@ -113,7 +117,7 @@ def check_finished(folder: Path, manifest: dict[str, Any], job: dict[str, Any], 
             state = "is missing" if name not in sizes else f"has {sizes[name]} bytes, {entry['size']} expected"
             raise InputError(f"{printable(str(folder))}: {printable(name)} {state}", hint)
         if name in manifest["shards"]:
-            read_header(storage, name, sizes[name])
+            container.check_file(storage, name, sizes[name])
     changed = source_changed(checkpoint, (folder / MANIFEST_NAME).stat().st_mtime_ns)
     if changed:
         raise UsageError(f"the source changed after {printable(str(folder))} was made from it: {min(changed)}", hint)
@@ -135,27 +139,27 @@ def _is_intact(folder: Path, shard: FinishedShard, stop: Event) -> bool:
 
 def usable_shards(
     folder: Path,
-    past: Past,
-    shards: list[OutputShard],
+    journal: JournalContents,
+    shards: Sequence[OutputShard],
     checkpoint: Checkpoint,
     pool: Executor,
-    advance: Progress = ignore,
+    progress: Progress = ignore,
 ) -> dict[str, FinishedShard]:
     """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now.
 
-    advance: counts the data bytes of each.
+    progress: called with the data bytes of each.
     """
-    changed = source_changed(checkpoint, past.started_ns)
+    changed = source_changed(checkpoint, journal.started_ns)
     wanted = {s.file: s for s in shards}
-    trusted = [s for f, s in past.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
+    trusted = [s for f, s in journal.shards.items() if f in wanted and not changed & set(wanted[f].source_shards)]
     stop = Event()
     intact = [pool.submit(_is_intact, folder, shard, stop) for shard in trusted]
     usable = {}
     try:
         for shard, future in zip(trusted, intact, strict=True):
-            if result_of(future, advance):
+            if result_of(future, progress):
                 usable[shard.file] = shard
-                advance(wanted[shard.file].data_bytes)
+                progress(wanted[shard.file].data_bytes)
         return usable
     finally:
         stop.set()  # an interrupted run does not wait until its threads have read whole shards
@@ -163,4 +167,4 @@ def usable_shards(
 
 def files_of(plan: Plan, copied: list[str]) -> list[str]:
     """Every name the conversion will write, for the journal."""
-    return [*(s.file for s in plan.shards), *copied, MANIFEST_NAME, *index_names(plan)]
+    return [*(s.file for s in plan.shards), *copied, MANIFEST_NAME, *plan.last_files]

@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.recipes.recipe import PIECE_BYTES, Piece, PieceResult, Scan
-
-# Reading a piece, its output and the intermediate tensors of one block, for every recipe.
-PIECE_MEMORY = 6 * PIECE_BYTES
+from dsv4.convert.plan.recipes.recipe import Piece, PieceResult, Scan
 
 
 @dataclass

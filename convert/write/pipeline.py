@@ -1,18 +1,19 @@
-"""A shard's bytes on their way into its file and its hash: in order, each in a thread of its own.
+"""From pieces to a file and its hash: in order, hashed in one thread and written in another.
 
-Pieces of any length are copied together into a few blocks of pages, which is what a file can be written from past the
-page cache (see files.py). A full block is hashed and written while the next ones fill, and is used again when both are
-done with it: memory is bounded, a piece is let go of at once, and neither disk nor hash waits for the other.
+Pieces of any length are copied into a few blocks of whole pages, from which a file can be written past the page cache
+(see atomic_file.py). A full block is hashed and written while the next ones fill, and is used again when both are
+done: memory is bounded, the memory of a piece is free at once, and neither disk nor hash waits for the other.
 """
 
 import hashlib
 import mmap
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
+
+from dsv4.progress import Progress, result_of
 
 from .atomic_file import WRITE_BYTES, AtomicFile
 
@@ -48,19 +49,19 @@ class _Block:
         return data[count:]
 
 
-class Outflow:
-    """Hash and write in two background threads what is `put`. `finish` waits for them, `stop` discards what is left.
+class ShardPipeline:
+    """Hash and write a file in two background threads. `finish` waits for them, `stop` discards what is left.
 
-    hasher, writer: one thread each, so that blocks are taken in order. advance: called with the number of bytes of data
-    written; the header does not count.
+    hasher, writer: one thread each, so that blocks are taken in order. progress: called with the number of bytes
+    written, in the caller's thread; the header does not count.
     """
 
-    def __init__(self, file: AtomicFile, hasher: Executor, writer: Executor, advance: Callable[[int], None]) -> None:
-        self._file, self._hasher, self._writer, self._advance = file, hasher, writer, advance
+    def __init__(self, file: AtomicFile, hasher: Executor, writer: Executor, progress: Progress) -> None:
+        self._file, self._hasher, self._writer, self._progress = file, hasher, writer, progress
         self._sha256 = hashlib.sha256()
         self._filling, self._blocks = _Block(), 1
-        self._behind: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
-        self._uncounted = 0
+        self._submitted: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
+        self._header_left = 0
         self._stopped = False
 
     def _write(self, content: memoryview) -> None:
@@ -69,48 +70,48 @@ class Outflow:
         try:
             self._file.write(content)
         except BaseException:
-            self._stopped = True  # what is queued behind must not follow
+            self._stopped = True  # blocks that are queued must not follow
             raise
 
-    def _settle(self) -> _Block:
-        """Wait for the oldest block; it is free again."""
-        hashing, writing, block = self._behind.popleft()
-        hashing.result()
-        writing.result()
-        header = min(self._uncounted, block.used)
-        self._uncounted -= header
-        self._advance(block.used - header)
+    def _wait_oldest(self) -> _Block:
+        """Wait until the oldest block is hashed and written; it can be filled again."""
+        hashing, writing, block = self._submitted.popleft()
+        result_of(hashing, self._progress)
+        result_of(writing, self._progress)
+        header = min(self._header_left, block.used)
+        self._header_left -= header
+        self._progress(block.used - header)
         block.used = 0
         return block
 
-    def _send(self) -> None:
-        """Have the block that fills hashed and written, and go on with another."""
+    def _submit(self) -> None:
+        """Have the block that is full hashed and written, and go on with another."""
         block = self._filling
         hashing = self._hasher.submit(self._sha256.update, block.content)
-        self._behind.append((hashing, self._writer.submit(self._write, block.content), block))
+        self._submitted.append((hashing, self._writer.submit(self._write, block.content), block))
         if self._blocks < BLOCKS:
             self._filling, self._blocks = _Block(), self._blocks + 1
         else:
-            self._filling = self._settle()
+            self._filling = self._wait_oldest()
 
     def put(self, data: memoryview) -> None:
-        """The next bytes, as bytes."""
+        """The next bytes of the file."""
         while data:
             data = self._filling.fill(data)
             if self._filling.is_full:
-                self._send()
+                self._submit()
 
     def begin(self, header: bytes) -> None:
         """The bytes in front of the data."""
-        self._uncounted = len(header)
+        self._header_left = len(header)
         self.put(memoryview(header))
 
     def finish(self) -> str:
         """Wait until all is written. Returns the SHA-256 of the file."""
         if self._filling.used:
-            self._send()
-        while self._behind:
-            self._settle()
+            self._submit()
+        while self._submitted:
+            self._wait_oldest()
         return self._sha256.hexdigest()
 
     def stop(self) -> None:

@@ -5,27 +5,19 @@ before the first byte. The recipes look at the weights, a piece at a time; what 
 that are then computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.engines import Layout
-from dsv4.convert.plan.plan import OutputShard, kept_instead_of, output_order
 from dsv4.convert.plan.recipes.recipe import OutputTensor, Piece, Scan, join_scans, split
 from dsv4.convert.plan.settings import Settings
+from dsv4.convert.plan.shards import OutputShard
 from dsv4.errors import InputError, printable
+from dsv4.progress import Progress
 
-SPARED_BYTES = 64 * 2**20  # results of one shard's scan that are kept although they could be computed again
+from .resources import Workers
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Map(Protocol):
-    """`map` on threads, or on none; results come in order."""
-
-    def __call__(self, function: Callable[[T], R], items: Iterable[T]) -> Iterable[R]: ...
+Scanned = tuple[OutputTensor, Scan]
 
 
 @dataclass(frozen=True)
@@ -41,57 +33,52 @@ class ScannedShard:
 
 
 def _scan_tensors(
-    checkpoint: Checkpoint, tensors: list[OutputTensor], map_in_order: Map
-) -> Iterator[tuple[OutputTensor, Scan]]:
+    checkpoint: Checkpoint, tensors: list[OutputTensor], workers: Workers, progress: Progress
+) -> Iterator[Scanned]:
     pieces = (piece for tensor in tensors for piece in split(tensor))
-    scanned: list[Scan] = []
+    scans: list[Scan] = []
 
-    def scan(piece: Piece) -> tuple[Piece, Scan]:
-        return piece, piece.tensor.recipe.scan(checkpoint, piece)
+    def scan(piece: Piece) -> Scan:
+        return piece.tensor.recipe.scan(checkpoint, piece)
 
-    for piece, found in map_in_order(scan, pieces):
-        scanned.append(found)
+    for piece, found in workers.map(scan, pieces, progress):
+        scans.append(found)
         if piece.stop == piece.tensor.rows:
-            yield piece.tensor, join_scans(scanned)
-            scanned = []
+            yield piece.tensor, join_scans(scans)
+            scans = []
 
 
 def _refuse(
-    checkpoint: Checkpoint, shard: OutputShard, bad: list[tuple[OutputTensor, Scan]], map_in_order: Map
+    checkpoint: Checkpoint, shard: OutputShard, inexact: list[Scanned], workers: Workers, progress: Progress
 ) -> None:
-    def describe(found: tuple[OutputTensor, Scan]) -> str:
-        tensor, scan = found
+    def describe(scanned: Scanned) -> str:
+        tensor, scan = scanned
         return f"  {printable(tensor.name)}: {tensor.recipe.describe_inexact(checkpoint, tensor, scan)}"
 
-    shown = "\n".join(map_in_order(describe, bad))
+    shown = "\n".join(words for _, words in workers.map(describe, inexact, progress))
     raise InputError(
-        f"{len(bad)} tensors of {shard.file} have no exact form:\n{shown}",
+        f"{len(inexact)} tensors of {shard.file} have no exact form:\n{shown}",
         "--on-inexact keep leaves these tensors as they are; --on-inexact round rounds them and says so.",
     )
 
 
-def _with_kept(shard: OutputShard, names: set[str], layout: Layout) -> OutputShard:
-    """The shard with the weights in `names` and their scales as the source has them."""
-    others = [t for t in shard.tensors if t.weight.name not in names]
-    replaced = {t.weight.name: t for t in shard.tensors if t.weight.name in names}
-    back = [kept for tensor in replaced.values() for kept in kept_instead_of(tensor, layout)]
-    return replace(shard, tensors=tuple(sorted([*others, *back], key=output_order)))
-
-
-def scan_shard(checkpoint: Checkpoint, shard: OutputShard, settings: Settings, map_in_order: Map) -> ScannedShard:
-    """Scan a shard's casts and decide what is written. `map_in_order` runs the scans.
+def scan_shard(
+    checkpoint: Checkpoint, shard: OutputShard, settings: Settings, workers: Workers, progress: Progress
+) -> ScannedShard:
+    """Scan a shard's casts and decide what is written.
 
     Raises InputError naming every tensor of the shard without an exact form, if `on_inexact` is "error".
     """
     scans: dict[str, Scan] = {}
-    bad: list[tuple[OutputTensor, Scan]] = []
-    room = SPARED_BYTES
-    for tensor, scan in _scan_tensors(checkpoint, [t for t in shard.tensors if t.scanned], map_in_order):
+    inexact: list[Scanned] = []
+    room = workers.spared_bytes
+    for tensor, scan in _scan_tensors(checkpoint, [t for t in shard.tensors if t.scanned], workers, progress):
         room -= scan.spared_bytes
         scans[tensor.weight.name] = scan if room >= 0 else replace(scan, spared={})
         if not scan.is_exact:
-            bad.append((tensor, scans[tensor.weight.name]))
-    if bad and settings.on_inexact == "error":
-        _refuse(checkpoint, shard, bad, map_in_order)
-    kept = {tensor.weight.name for tensor, _ in bad} if settings.on_inexact == "keep" else set()
-    return ScannedShard(_with_kept(shard, kept, settings.layout) if kept else shard, scans)
+            inexact.append((tensor, scans[tensor.weight.name]))
+    if inexact and settings.on_inexact == "error":
+        _refuse(checkpoint, shard, inexact, workers, progress)
+    if inexact and settings.on_inexact == "keep":
+        shard = shard.keeping({tensor.weight.name for tensor, _ in inexact}, settings.layout)
+    return ScannedShard(shard, scans)

@@ -1,47 +1,27 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
-Workers make pieces; the calling thread takes them in file order and puts them into blocks, which two more threads hash
-and write (see shard_outflow.py). At most `window` pieces are alive at a time, which bounds memory whatever the size of
-the shard. hashlib, preadv, write, torch and the compiled cast all let go of the interpreter's lock, so threads are
-enough.
+Workers compute pieces; the calling thread takes them in file order and puts them into blocks, which two more threads
+hash and write (see pipeline.py). The pieces that are alive at a time are bounded, and with them the memory, whatever
+the size of the shard.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.plan import OutputShard
-from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, split
+from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, split
 from dsv4.convert.plan.settings import Settings
-from dsv4.progress import Progress, bounded_map
+from dsv4.convert.plan.shards import OutputShard
+from dsv4.progress import Progress
 
 from .atomic_file import AtomicFile
 from .journal import FinishedShard
 from .pieces import HashedPiece, bytes_of, compute_piece
-from .pipeline import Outflow
+from .pipeline import ShardPipeline
+from .resources import Workers
 from .scan import ScannedShard, scan_shard
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Threads that compute pieces, how far they may run ahead, and one thread each that hashes and writes shards."""
-
-    pool: Executor
-    window: int
-    hasher: Executor
-    writer: Executor
-
-    def map_in_order(self, function: Callable[[T], R], items: Iterable[T], progress: Progress) -> Iterator[R]:
-        """Results of `function` in the order of `items`, at most `window` of them unclaimed. Calls `progress(0)`."""
-        for _, result in bounded_map(self.pool, function, items, self.window, progress):
-            yield result
 
 
 @dataclass
@@ -107,9 +87,25 @@ class ManifestBuilder:
         for tensor in self._scanned.shard.tensors:
             if not tensor.nbytes:
                 self._entries[tensor.name] = self._entry(tensor, Counts(), nothing)
-            elif tensor.source_hashed_with:
-                self._entries[tensor.name]["source_sha256"] = self._entries[tensor.source_hashed_with]["source_sha256"]
+            elif tensor.made_by_scan_of:
+                self._entries[tensor.name]["source_sha256"] = self._entries[tensor.made_by_scan_of]["source_sha256"]
         return self._entries
+
+
+def _write_pieces(
+    checkpoint: Checkpoint, scanned: ScannedShard, pipeline: ShardPipeline, workers: Workers, progress: Progress
+) -> FinishedShard:
+    """Compute all pieces of a shard and put them through the pipeline; returns when they are written."""
+
+    def compute(piece: Piece) -> HashedPiece:
+        return compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor))
+
+    shard, manifest = scanned.shard, ManifestBuilder(scanned)
+    pipeline.begin(shard.header)
+    for _, hashed in workers.map(compute, (p for tensor in shard.tensors for p in split(tensor)), progress):
+        pipeline.put(bytes_of(hashed.result.data))
+        manifest.add(hashed)
+    return FinishedShard(shard.file, shard.size, pipeline.finish(), manifest.entries())
 
 
 def write_shard(
@@ -118,34 +114,22 @@ def write_shard(
     settings: Settings,
     folder: Path,
     workers: Workers,
-    advance: Progress,
+    progress: Progress,
 ) -> tuple[AtomicFile, FinishedShard]:
-    """Scan and write one shard; the file is complete but not yet committed. `advance` counts bytes of data written.
+    """Scan and write one shard; the file is complete but not yet committed. progress: called with the bytes of data.
 
     On any error nothing is left behind. The caller commits the file and then records the shard.
     """
-
-    def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        return workers.map_in_order(function, items, advance)
-
-    scanned = scan_shard(checkpoint, shard, settings, in_order)
-    final = scanned.shard
-    pieces = (piece for tensor in final.tensors for piece in split(tensor))
-    file = AtomicFile(folder / final.file, final.size)
-    outflow = Outflow(file, workers.hasher, workers.writer, advance)
+    scanned = scan_shard(checkpoint, shard, settings, workers, progress)
+    file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
+    pipeline = ShardPipeline(file, workers.hasher, workers.writer, progress)
     try:
-        outflow.begin(final.header)
-        manifest = ManifestBuilder(scanned)
-        for hashed in in_order(lambda piece: compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor)), pieces):
-            outflow.put(bytes_of(hashed.result.data))
-            manifest.add(hashed)
-        sha256 = outflow.finish()
+        return file, _write_pieces(checkpoint, scanned, pipeline, workers, progress)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(file.path)
         try:
-            outflow.stop()
+            pipeline.stop()
         finally:
             file.abort(error)
         raise
-    return file, FinishedShard(final.file, final.size, sha256, manifest.entries())

@@ -14,7 +14,8 @@ import typer
 import typer.core
 
 from dsv4 import __version__, endings, machine, signals
-from dsv4.commands import convert, demo, doctor, download, encode, env, inspect, verify
+from dsv4.commands import demo, doctor, download, encode, env, inspect, verify
+from dsv4.commands.convert import command as convert_command
 from dsv4.commands.run import command as run_command
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
@@ -57,7 +58,7 @@ for _module, _function, _help in (
     (demo, demo.demo, "See it all on a small checkpoint, made on the spot."),
     (inspect, inspect.inspect, "Show what is in a checkpoint, from its headers alone."),
     (download, download.download, "Fetch a checkpoint from a hub and check every byte."),
-    (convert, convert.convert, "Convert a checkpoint without changing a value."),
+    (convert_command, convert_command.convert, "Convert a checkpoint without changing a value."),
     (verify, verify.verify, "Prove that two checkpoints hold the same model."),
     (run_command, run_command.run, "Answer prompts, or compare the logits of two checkpoints."),
     (doctor, doctor.doctor, "Say whether an engine will load a folder, and how."),

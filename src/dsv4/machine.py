@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from dsv4.errors import UsageError
+
 MARGIN = 0.8  # of the free memory; the rest is for activations, keys and everybody else
 
 # (limit, current use) of a container's memory, in version 2 and version 1 of control groups
@@ -30,6 +32,9 @@ def limit_spinning() -> None:
     """Have OpenMP's threads sleep early, unless the user decided. Before torch is imported: libgomp reads it then."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def usable_cores() -> int:
@@ -91,3 +96,21 @@ def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write to the disk that holds, or will hold, `folder`."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
+
+
+def parse_size(size: str | int) -> int:
+    """`5GB` -> 5000000000, `512MiB` -> 536870912, `1000` -> 1000; decimal units unless they carry an `i`.
+
+    Raises UsageError for anything else, zero and negative sizes included.
+    """
+    upper = str(size).strip().upper()
+    digits = upper.rstrip("BKMGTI")
+    unit = upper[len(digits) :].strip()
+    factor = _UNITS.get(unit, _UNITS.get(unit.removesuffix("B")))
+    try:
+        count = int(float(digits) * factor) if factor else 0
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise UsageError(f"'{size}' is not a size", "Write a number and a unit, such as 5GB, 512MiB or 100000.")
+    return count

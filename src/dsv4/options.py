@@ -30,8 +30,6 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.models import OptionInfo
 
-from dsv4.errors import UsageError
-
 
 def command(work: Callable[[Any], None]) -> Callable[..., None]:
     """Turn a function of one dataclass into a function that Typer reads as a command.
@@ -116,26 +114,6 @@ Token = Annotated[
 Scratch = Annotated[
     int, typer.Option("--scratch", min=1, metavar="N", help="Shards of a hub's source that are on disk at once.")
 ]
-
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """`5GB` -> 5000000000, `512MiB` -> 536870912, `1000` -> 1000; decimal units unless they carry an `i`.
-
-    Raises UsageError for anything else, zero and negative sizes included.
-    """
-    upper = text.strip().upper()
-    digits = upper.rstrip("BKMGTI")
-    unit = upper[len(digits) :].strip()
-    factor = _UNITS.get(unit, _UNITS.get(unit.removesuffix("B")))
-    try:
-        size = int(float(digits) * factor) if factor else 0
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"'{text}' is not a size", "Write a number and a unit, such as 5GB, 512MiB or 100000.")
-    return size
 
 
 def example(*lines: str) -> str:

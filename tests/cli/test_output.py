@@ -10,8 +10,8 @@ import pytest
 
 from dsv4 import output
 from dsv4.errors import InputError, UsageError
+from dsv4.machine import parse_size
 from dsv4.opening import opening
-from dsv4.options import parse_size
 from dsv4.output import Output
 from dsv4.text import human_seconds
 

@@ -35,7 +35,7 @@ from hostile import INDEX
 from dsv4 import cli, signals
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
 
 KILLED = 137
@@ -261,7 +261,7 @@ def main() -> None:
     torch.set_num_threads(1)
     signals.prepare()
     before, shared = None, options[-1:] == ["--shared"]
-    shard_outflow.BLOCK_BYTES = 2**13  # the shards are small: many writes all the same
+    pipeline.BLOCK_BYTES = 2**13  # the shards are small: many writes all the same
     if options[-1:] == ["--direct"]:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
     options = [option for option in options if option not in ("--shared", "--direct")]

@@ -7,7 +7,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import check_scale, count_nan, read_rows, slice_columns, source_rows
+from .rows import check_scale, count_nan, read_rows, read_words, slice_columns, source_rows
 
 
 class Copy(Recipe):
@@ -24,7 +24,10 @@ class Copy(Recipe):
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """The source's bytes, or the slice of a rank."""
         tensor, info = piece.tensor, piece.tensor.source
-        data = slice_columns(read_rows(checkpoint, info, *source_rows(piece)), piece)
+        if tensor.in_words:
+            data = read_words(checkpoint, info, piece.start, piece.stop)
+        else:
+            data = slice_columns(read_rows(checkpoint, info, *source_rows(piece)), piece)
         counts = Counts()
         if tensor.is_scale and tensor.weight.format is not Format.PLAIN:
             check_scale(data, info)
@@ -43,14 +46,14 @@ RECIPE = Copy()
 def copied(weight: Weight) -> OutputTensor:
     """The weight itself."""
     info = weight.info
-    return OutputTensor(weight.name, info.dtype, info.shape, RECIPE, weight, (info,), weight.format)
+    return OutputTensor(weight.name, info.dtype, info.shape, RECIPE, weight, (info,), weight.format, bytewise=True)
 
 
 def copied_scale(weight: Weight) -> OutputTensor:
     """The scale of a weight that has one."""
     scale = weight.scale
     assert scale is not None
-    return OutputTensor(scale.name, scale.dtype, scale.shape, RECIPE, weight, (scale,), is_scale=True)
+    return OutputTensor(scale.name, scale.dtype, scale.shape, RECIPE, weight, (scale,), is_scale=True, bytewise=True)
 
 
 def kept(weight: Weight) -> list[OutputTensor]:

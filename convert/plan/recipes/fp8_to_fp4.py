@@ -46,7 +46,7 @@ class Fp8ToFp4(Recipe):
             ),
             OutputTensor(
                 weight.scale.name, "F8_E8M0", scales, self, weight, reads,
-                is_scale=True, row_unit=weight.block.rows, source_hashed_with=weight.name,
+                is_scale=True, row_unit=weight.block.rows, made_by_scan_of=weight.name,
             ),
         ]  # fmt: skip
 

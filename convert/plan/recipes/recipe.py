@@ -22,7 +22,8 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 from dsv4.quant.block_scales import Block
 
-PIECE_BYTES = 8 * 2**20  # output bytes of a piece: an expert matrix of V4-Flash is one
+PIECE_BYTES = 8 * 2**20  # of a piece, read or written: an expert matrix of V4-Flash is one
+WORD = 8  # bytes; a multiple of the size of every scale
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -34,9 +35,9 @@ class OutputTensor:
     reads: the source tensors that are needed; rows of the first correspond to rows of this one.
     format: how its elements are stored; a scale is PLAIN. is_scale: it is the scale of the weight, not its codes.
     scanned: whether its pieces are scanned before the shard is written.
-    row_unit: a piece begins at a multiple of so many rows. block: the block of an FP8 cast.
-    part: the slice of one tensor-parallel rank.
-    source_hashed_with: the output tensor whose manifest entry has the hash of the same source bytes.
+    row_unit: a piece begins at a multiple of so many rows. bytewise: unless it is a slice, it may be cut anywhere.
+    block: the block of an FP8 cast. part: the slice of one tensor-parallel rank.
+    made_by_scan_of: the output tensor whose scan makes this one, if memory allows; the hash of its source is there.
     """
 
     name: str
@@ -49,9 +50,10 @@ class OutputTensor:
     is_scale: bool = False
     scanned: bool = False
     row_unit: int = 1
+    bytewise: bool = False
     block: Block | None = None
     part: Slice | None = None
-    source_hashed_with: str = ""
+    made_by_scan_of: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -59,9 +61,21 @@ class OutputTensor:
         return tensor_bytes(self.dtype, self.shape)
 
     @property
+    def in_words(self) -> bool:
+        """Whether pieces are counted in WORD bytes and not in rows: one row of a tensor may be all of it."""
+        return self.bytewise and self.part is None
+
+    @property
     def rows(self) -> int:
         """Rows that pieces are counted in, see `row_count`."""
-        return row_count(self.shape, self.nbytes)
+        return -(-self.nbytes // WORD) if self.in_words else row_count(self.shape, self.nbytes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that are read, or written if these are more, for a row of the output."""
+        if self.in_words:
+            return WORD
+        return max(self.nbytes // self.rows, self.source.row_bytes)
 
     @property
     def source(self) -> TensorInfo:
@@ -87,9 +101,14 @@ def split(tensor: OutputTensor) -> Iterator[Piece]:
     if not tensor.nbytes:
         return
     rows, unit = tensor.rows, tensor.row_unit
-    step = max(unit, PIECE_BYTES // max(tensor.nbytes // rows, 1) // unit * unit)
+    step = max(unit, PIECE_BYTES // max(tensor.row_bytes, 1) // unit * unit)
     for start in range(0, rows, step):
         yield Piece(tensor, start, min(start + step, rows))
+
+
+def piece_memory(tensor: OutputTensor) -> int:
+    """Memory to read and compute a piece: source, output and the intermediate tensors of a tile, for every recipe."""
+    return 6 * max(PIECE_BYTES, tensor.row_unit * tensor.row_bytes if tensor.nbytes else 0)
 
 
 @dataclass

@@ -1,13 +1,28 @@
-"""The recipe behind a value of `--to`. Loaded when a plan is made: recipes need torch, command lines do not."""
+"""Which recipe a weight gets. Recipes are loaded when a plan is made: they need torch, command lines do not."""
 
 from importlib import import_module
+from typing import Any
 
-from dsv4.convert.plan.settings import CONVERSIONS, To
+from dsv4.convert.checkpoint.weights import Format, Weight
+from dsv4.convert.plan.settings import CONVERSIONS, Settings, To
 
-from .recipe import Recipe
+from . import bf16, copy, scales
+from .recipe import OutputTensor, Recipe
 
 
 def recipe_of(to: To) -> Recipe:
     """The recipe of a conversion, by the table of settings.py."""
     recipe: Recipe = import_module(f"{__package__}.{CONVERSIONS[to].recipe}").RECIPE
     return recipe
+
+
+def outputs_of(weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+    """The tensors that one source weight (and its scale) becomes, before any slicing."""
+    recipe = recipe_of(settings.to)
+    if weight.format is Format.PLAIN:
+        recipe = copy.RECIPE
+    elif settings.wo_a == "bf16" and weight.is_wo_a:
+        recipe = bf16.RECIPE
+    elif not recipe.takes(weight):
+        recipe = scales.RECIPE
+    return recipe.outputs(weight, settings, config)

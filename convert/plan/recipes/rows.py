@@ -12,7 +12,7 @@ from dsv4.errors import InputError, printable
 from dsv4.quant import e4m3, e8m0
 from dsv4.quant.block_scales import Block
 
-from .recipe import PIECE_BYTES, Array, Piece
+from .recipe import PIECE_BYTES, WORD, Array, Piece
 
 CACHE_BYTES = 2**21  # output bytes that the compiled cast computes at once: they stay in cache, calls are few
 TILE_ELEMENTS = 2**19  # elements that torch computes at once; intermediate tensors take up to 60 bytes for each
@@ -24,6 +24,13 @@ def read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -
     buffer = np.empty((stop - start, width), dtype=np.uint8)
     if buffer.size:
         checkpoint.read_into(info.name, buffer.data.cast("B"), start * width)
+    return buffer
+
+
+def read_words(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
+    """Words [start, stop) of a source tensor, of WORD bytes but for the last, as bytes."""
+    buffer = np.empty(min(stop * WORD, info.nbytes) - start * WORD, dtype=np.uint8)
+    checkpoint.read_into(info.name, buffer.data, start * WORD)
     return buffer
 
 

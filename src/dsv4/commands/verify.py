@@ -12,6 +12,7 @@ import typer
 
 from dsv4 import output, signals
 from dsv4.errors import InputError, Interrupted, printable
+from dsv4.machine import parse_size
 from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
@@ -28,7 +29,6 @@ from dsv4.options import (
     command,
     example,
     named,
-    parse_size,
 )
 from dsv4.result_file import check_writable, result_file
 from dsv4.text import aligned, human_bytes, human_seconds, some_of

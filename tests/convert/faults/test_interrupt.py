@@ -21,7 +21,7 @@ from dsv4 import signals
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.synthetic.geometry import Geometry
 from dsv4.convert.write import output_folder
-from dsv4.convert.write.journal import FinishedShard, Past
+from dsv4.convert.write.journal import FinishedShard, JournalContents
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted
 from dsv4.progress import result_of
 
@@ -193,10 +193,10 @@ def test_finished_shards_are_not_read_to_their_ends_first(
 
     monkeypatch.setattr(output_folder, "_is_intact", read)
     monkeypatch.setattr(output_folder, "source_changed", lambda *_: set())
-    past = Past([], [], 0, {"a": FinishedShard("a", 1, "", {})})
+    journal = JournalContents([], [], 0, {"a": FinishedShard("a", 1, "", {})})
     wanted: Any = [SimpleNamespace(file="a", source_shards=())]
     with pytest.raises(Interrupted), ThreadPoolExecutor(1) as pool:
-        output_folder.usable_shards(Path(), past, wanted, None, pool, look)
+        output_folder.usable_shards(Path(), journal, wanted, None, pool, look)
     assert stopped == [True]
 
 

@@ -14,7 +14,8 @@ from exact_values import convert, dsv4, tree
 from fault_lab import GEOMETRY
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.convert.write.atomic_file import LOCK_NAME, PREFIX
+from dsv4.convert.write.atomic_file import PREFIX
+from dsv4.convert.write.lock import LOCK_NAME
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
@@ -34,7 +35,7 @@ if os.getuid() == 0:
 """
 # The space is checked before anything is written; here the disk fills up behind the program's back.
 UNCHECKED = "import dsv4.convert.write.run as conversion; conversion.free_bytes = lambda folder: 2**50; "
-UNLOCKED = "import dsv4.convert.write.atomic_file as files; files._take_lock = lambda *_: None; "
+UNLOCKED = "import dsv4.convert.write.lock as lock; lock._take_lock = lambda *_: None; "
 MAIN = "from dsv4.cli import main; main()"
 
 

@@ -20,7 +20,7 @@ from hostile import INDEX
 from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
@@ -146,7 +146,7 @@ def check_promises(output: Path, whole: dict[str, str]) -> None:
 def test_promises_hold_after_power_loss_at_any_moment(
     direct: bool, record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(shard_outflow, "BLOCK_BYTES", 2**13)  # the shards are small: many writes all the same
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**13)  # the shards are small: many writes all the same
     if direct:  # as large shards are written
         monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)

@@ -1,11 +1,12 @@
 """Options and targets, resolved once: what is filled in, what is kept, what excludes what."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dsv4.convert.plan.engines import TARGETS, TargetName
-from dsv4.convert.plan.settings import resolve
+from dsv4.convert.plan.recipes.registry import recipe_of
+from dsv4.convert.plan.settings import CONVERSIONS, To, resolve
 from dsv4.errors import UsageError
 
 
@@ -61,10 +62,36 @@ def test_json_has_the_names_of_the_options() -> None:
         ({"layout": "mp", "model_parallel": 2, "scale_dtype": "e8m0"}, "--scale-dtype"),
         ({"to": "bf16", "scale_dtype": "e8m0"}, "--scale-dtype"),
         ({"to": "bf16", "wo_a": "fp8"}, "bf16"),
-        ({"target": "ollama"}, "base, vllm"),
+        ({"layout": "mp", "model_parallel": 0}, "--model-parallel"),
+        ({"layout": "mp", "model_parallel": True}, "--model-parallel"),
     ],
 )
 def test_what_excludes_what(options: dict[str, Any], word: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(**options)
     assert word in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("to", "int8"),
+        ("to", None),
+        ("layout", "xx"),
+        ("target", "ollama"),
+        ("scale_dtype", "f16"),
+        ("wo_a", "fp4"),
+        ("on_inexact", "ignore"),
+    ],
+)
+def test_a_value_that_an_option_does_not_have(option: str, value: str | None) -> None:
+    """In the words of the command line, which lists what there is."""
+    with pytest.raises(UsageError) as caught:
+        resolve(**{option: value})
+    assert f"Invalid value for '--{option.replace('_', '-')}': {value!r} is not one of '" in str(caught.value)
+
+
+def test_the_command_line_offers_what_resolve_takes() -> None:
+    assert get_args(To) == tuple(CONVERSIONS) and get_args(TargetName) == tuple(TARGETS)
+    for to in get_args(To):
+        assert recipe_of(to) is not None

@@ -14,18 +14,16 @@ import pytest
 import torch
 from checkpoint_variants import VARIANTS
 from exact_values import convert, dsv4, edit_config, is_expert, read_json, tensors_of, tree
+from jobs import job_of
 from mixed_scales import mix_scales
 
-from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.recipes import recipe, rows
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.write import api, output_folder, resources
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import output_folder, scan
 from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
-from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import run_conversion
 from dsv4.errors import Interrupted, MachineError
 from dsv4.quant import fp8_to_fp4
@@ -89,8 +87,8 @@ class TestSameBytes:
             return real(codes, scale, block)
 
         monkeypatch.setattr(fp8_to_fp4, "cast", counted)
-        for room, casts in ((scan.SPARED_BYTES, 2), (0, 3)):
-            monkeypatch.setattr(scan, "SPARED_BYTES", room)
+        for room, casts in ((resources.SPARED_BYTES, 2), (0, 3)):
+            monkeypatch.setattr(resources, "SPARED_BYTES", room)
             elements.clear()
             convert(source, tmp_path / f"{casts}", "--to", "fp4", "--on-inexact", "round")
             assert sum(elements) == casts * expected
@@ -128,10 +126,9 @@ def interrupt_after(count: int) -> Callable[[int], None]:
 
 
 def run_until(source: Path, output: Path, count: int, settings: Settings = SETTINGS) -> None:
-    checkpoint = Checkpoint.open(source)
+    job = job_of(source, settings, output)
     with pytest.raises(Interrupted):
-        plan = make_plan(checkpoint, settings)
-        run_conversion(checkpoint, plan, output, decide_resources(1), advance=interrupt_after(count))
+        run_conversion(job, progress=interrupt_after(count))
 
 
 def visible(folder: Path) -> set[str]:
@@ -154,13 +151,13 @@ class TestResume:
 
     def test_progress_counts_what_was_there_as_it_is_found(self, source: Path, tmp_path: Path) -> None:
         """Hashing the shards of a former run takes a while too: each counts as soon as it is found whole."""
-        output, checkpoint = tmp_path / "out", Checkpoint.open(source)
-        plan = make_plan(checkpoint, SETTINGS)
-        total = sum(shard.data_bytes for shard in plan.shards)
+        output = tmp_path / "out"
+        job = job_of(source, SETTINGS, output, workers=2)
+        total = sum(shard.data_bytes for shard in job.plan.shards)
         run_until(source, output, int(total * 0.7))
-        there = [shard.data_bytes for shard in plan.shards if (output / shard.file).exists()]
+        there = [shard.data_bytes for shard in job.plan.shards if (output / shard.file).exists()]
         steps: list[int] = []
-        run_conversion(checkpoint, plan, output, decide_resources(2), advance=steps.append)
+        run_conversion(job, progress=steps.append)
         assert len(there) > 1 and [step for step in steps if step][: len(there)] == there
         assert sum(steps) == total
 
@@ -169,7 +166,7 @@ class TestResume:
         source = make_checkpoint(tmp_path / "source", geometry=replace(TINY, n_routed_experts=2, hidden_size=128))
         write, order, output = conversion.write_file, [], tmp_path / "out"
 
-        def record(path: Path, data: bytes) -> None:
+        def record(path: Path, data: list[bytes]) -> None:
             order.append(path.relative_to(output).as_posix())
             write(path, data)
 
@@ -179,7 +176,7 @@ class TestResume:
         assert order[-3:] == ["dsv4.json", "model.safetensors.index.json", "config.json"]
         for stop in order:
 
-            def fail(path: Path, data: bytes, stop: str = stop) -> None:
+            def fail(path: Path, data: list[bytes], stop: str = stop) -> None:
                 if path.relative_to(output).as_posix() == stop:
                     raise Interrupted("interrupted")
                 write(path, data)
@@ -194,14 +191,14 @@ class TestResume:
 
     def test_interrupted_again_and_again(self, source: Path, whole: Path, tmp_path: Path) -> None:
         """A run that gets no further than one shard each time arrives all the same."""
-        output, rounds, checkpoint = tmp_path / "out", 0, Checkpoint.open(source)
-        plan = make_plan(checkpoint, SETTINGS)
+        output, rounds = tmp_path / "out", 0
+        job = job_of(source, SETTINGS, output, workers=2)
         while True:
             rounds += 1
             try:
                 before = len(visible(output)) if output.exists() else 0
                 limit = sum(p.stat().st_size for p in output.glob("model-*")) + 700_000 if output.exists() else 700_000
-                run_conversion(checkpoint, plan, output, decide_resources(2), advance=interrupt_after(limit))
+                run_conversion(job, progress=interrupt_after(limit))
                 break
             except Interrupted:
                 assert len(visible(output)) > before or rounds == 1
@@ -469,9 +466,9 @@ def test_what_an_interrupted_run_left_makes_room(source: Path, tmp_path: Path, m
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted):
-        conversion.convert(source, output, progress=interrupt)
+        api.convert(source, output, progress=interrupt)
     (left,) = output.iterdir()
-    needed = conversion.convert(source, tmp_path / "whole").output_bytes
+    needed = api.convert(source, tmp_path / "whole").output_bytes
     monkeypatch.setattr(conversion, "SPARE_DISK_BYTES", 0)
     monkeypatch.setattr(
         conversion, "free_bytes", lambda folder: needed - left.stat().st_size if left.exists() else needed

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 from exact_values import convert, dsv4, edit_config, tree
 from fault_lab import GEOMETRY
+from jobs import job_of
 
-from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import resolve
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write.journal import Journal, journal_name, read_journal
-from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import run_conversion
 from dsv4.errors import Interrupted
 
@@ -37,8 +35,9 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 @pytest.fixture(scope="module")
 def unfinished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Interrupted by the last bytes of the last shard: all others are written and in the journal."""
-    output, checkpoint = tmp_path_factory.mktemp("journal") / "unfinished", Checkpoint.open(source)
-    left = sum(shard.data_bytes for shard in make_plan(checkpoint, SETTINGS).shards)
+    output = tmp_path_factory.mktemp("journal") / "unfinished"
+    job = job_of(source, SETTINGS, output)
+    left = sum(shard.data_bytes for shard in job.plan.shards)
 
     def advance(count: int) -> None:
         nonlocal left
@@ -47,7 +46,7 @@ def unfinished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted):
-        run_conversion(checkpoint, make_plan(checkpoint, SETTINGS), output, decide_resources(1), advance=advance)
+        run_conversion(job, progress=advance)
     return output
 
 

@@ -15,7 +15,8 @@ import typer
 
 from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
-from dsv4.options import command, example, parse_size
+from dsv4.machine import parse_size
+from dsv4.options import command, example
 from dsv4.result_file import check_writable, result_file
 
 from .answers import BATCH, Answers, Generation, answer_prompts

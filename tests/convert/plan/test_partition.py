@@ -13,15 +13,13 @@ from checkpoint_variants import VARIANTS
 from exact_values import convert, dsv4, edit_tensors, read_json, tensors_of, tree
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import job_of
 from ranks import run_ranks, torchrun
 from raw_safetensors import Raw
 
-from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.partition import Part, deal, parse_part
-from dsv4.convert.plan.plan import make_plan
+from dsv4.convert.plan.partition import Part, Publish, assign_shards, parse_part
 from dsv4.convert.plan.settings import resolve
 from dsv4.convert.write import output_folder
-from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import check_part, run_conversion
 from dsv4.distributed import Ranks, torchrun_rank
 from dsv4.errors import InputError, UsageError
@@ -50,11 +48,11 @@ def plan_of(sizes: list[int]) -> Any:
     return SimpleNamespace(shards=[SimpleNamespace(file=f"{i:03}", size=size) for i, size in enumerate(sizes)])
 
 
-class TestDeal:
+class TestAssignment:
     @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.integers(1, 20))
     def test_every_shard_goes_to_one_part_and_the_parts_are_balanced(self, sizes: list[int], count: int) -> None:
         plan = plan_of(sizes)
-        parts = deal(plan, count)
+        parts = assign_shards(plan, count)
         assert len(parts) == count
         assert sorted((s for part in parts for s in part), key=lambda s: s.file) == plan.shards
         assert all(part == sorted(part, key=lambda s: s.file) for part in parts)
@@ -64,11 +62,11 @@ class TestDeal:
 
     @given(st.lists(st.integers(1, 5), max_size=30), st.integers(1, 8))
     def test_depends_on_nothing_but_the_plan(self, sizes: list[int], count: int) -> None:
-        names = [[[s.file for s in part] for part in deal(plan_of(sizes), count)] for _ in range(2)]
+        names = [[[s.file for s in part] for part in assign_shards(plan_of(sizes), count)] for _ in range(2)]
         assert names[0] == names[1]
 
     def test_equal_shards_are_counted_out(self) -> None:
-        assert [len(part) for part in deal(plan_of([7] * 64), 8)] == [8] * 8
+        assert [len(part) for part in assign_shards(plan_of([7] * 64), 8)] == [8] * 8
 
 
 class TestNames:
@@ -215,24 +213,23 @@ class TestFinish:
     def test_what_others_have_just_read_is_not_read_again(
         self, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        output, checkpoint, resources = tmp_path / "out", Checkpoint.open(source), decide_resources(1)
-        settings = resolve(max_shard_bytes=300_000)
-        plan = make_plan(checkpoint, settings)
+        output = tmp_path / "out"
+        job = job_of(source, resolve(max_shard_bytes=300_000), output)
         for i in (0, 1):
-            run_conversion(checkpoint, plan, output, resources, part=Part(i, 2))
-        found = [check_part(checkpoint, plan, output, resources, Part(i, 2)) for i in (0, 1)]
-        assert found == [[shard.file for shard in part] for part in deal(plan, 2)]
+            run_conversion(job, Part(i, 2))
+        found = [check_part(job, Part(i, 2)) for i in (0, 1)]
+        assert found == [[shard.file for shard in part] for part in assign_shards(job.plan, 2)]
         victim = output / found[1][-1]
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data)
-        assert check_part(checkpoint, plan, output, resources, Part(1, 2)) == found[1][:-1]
+        assert check_part(job, Part(1, 2)) == found[1][:-1]
         with pytest.raises(InputError, match=victim.name):  # what was not confirmed is read by whoever publishes
-            run_conversion(checkpoint, plan, output, resources, finish=True, confirmed=found[0] + found[1][:-1])
+            run_conversion(job, Publish(frozenset(found[0] + found[1][:-1])))
         data[-1] ^= 1
         victim.write_bytes(data)
         monkeypatch.setattr(output_folder, "file_sha256", lambda path, stop: pytest.fail("read again"))
-        run_conversion(checkpoint, plan, output, resources, finish=True, confirmed=found[0] + found[1])
+        run_conversion(job, Publish(frozenset(found[0] + found[1])))
         assert tree(output) == tree(whole)
 
     def test_a_second_time(self, source: Path, whole: Path) -> None:

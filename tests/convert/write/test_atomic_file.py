@@ -14,8 +14,8 @@ from exact_values import convert, tree
 from fault_lab import GEOMETRY
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.write import api
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.errors import Interrupted
 
@@ -127,7 +127,7 @@ def test_an_interrupt_does_not_wait_until_a_huge_file_is_deleted(
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted) as raised:
-        conversion.convert(source, output, max_shard_size=150_000, progress=interrupt)
+        api.convert(source, output, max_shard_size=150_000, progress=interrupt)
     parts = list(output.glob(".dsv4-*.part"))
     assert len(parts) == slow and ("removes the" in raised.value.hint) == slow
     convert(source, output, *options)

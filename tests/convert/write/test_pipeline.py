@@ -1,18 +1,20 @@
 """Bytes of a shard on their way to its file and its hash: all of them, in order, and no more after a failure."""
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline as shard_outflow
+from dsv4.convert.write import pipeline as pipeline_module
 from dsv4.convert.write.atomic_file import AtomicFile
-from dsv4.convert.write.pipeline import Outflow
+from dsv4.convert.write.pipeline import ShardPipeline
 
 BLOCK = 2**13
 Threads = tuple[ThreadPoolExecutor, ThreadPoolExecutor]
@@ -21,7 +23,7 @@ Threads = tuple[ThreadPoolExecutor, ThreadPoolExecutor]
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
     """A hasher and a writer, and blocks of two pages."""
-    monkeypatch.setattr(shard_outflow, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(pipeline_module, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(files, "DIRECT_BYTES", BLOCK)
     with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
         yield hasher, writer
@@ -49,14 +51,14 @@ def test_every_byte_in_order(size: int, threads: Threads, tmp_path: Path) -> Non
     random = np.random.default_rng(size)
     header, data, told = b"12345678", random.bytes(size), []
     with AtomicFile(tmp_path / "file", len(header) + size) as file:
-        outflow = Outflow(file, *threads, told.append)
-        outflow.begin(header)
+        pipeline = ShardPipeline(file, *threads, told.append)
+        pipeline.begin(header)
         rest = memoryview(data)
         while rest:
             count = int(random.integers(1, 3 * BLOCK))
-            outflow.put(rest[:count])
+            pipeline.put(rest[:count])
             rest = rest[count:]
-        sha256 = outflow.finish()
+        sha256 = pipeline.finish()
         file.commit()
     assert (tmp_path / "file").read_bytes() == header + data
     assert sha256 == hashlib.sha256(header + data).hexdigest()
@@ -65,28 +67,28 @@ def test_every_byte_in_order(size: int, threads: Threads, tmp_path: Path) -> Non
 
 def test_a_header_longer_than_a_block_is_not_progress(threads: Threads) -> None:
     told: list[int] = []
-    outflow = Outflow(Recorder(), *threads, told.append)  # type: ignore[arg-type]
-    outflow.begin(bytes(2 * BLOCK + 5))
-    outflow.put(memoryview(bytes(BLOCK)))
-    outflow.finish()
+    pipeline = ShardPipeline(Recorder(), *threads, told.append)  # type: ignore[arg-type]
+    pipeline.begin(bytes(2 * BLOCK + 5))
+    pipeline.put(memoryview(bytes(BLOCK)))
+    pipeline.finish()
     assert told == [0, 0, BLOCK - 5, 5]
 
 
 def test_nothing_is_written_after_a_failure(threads: Threads) -> None:
     file = Recorder(fails_at=2)
-    outflow = Outflow(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline = ShardPipeline(file, *threads, lambda count: None)  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No space"):
-        outflow.put(memoryview(bytes(20 * BLOCK)))
-    outflow.stop()
+        pipeline.put(memoryview(bytes(20 * BLOCK)))
+    pipeline.stop()
     assert len(file.written) == 2
 
 
 def test_stop_waits_for_the_write_under_way_and_for_no_other(threads: Threads) -> None:
     file = Recorder()
-    outflow = Outflow(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline = ShardPipeline(file, *threads, lambda count: None)  # type: ignore[arg-type]
     file.may_go_on.clear()
-    outflow.put(memoryview(bytes(3 * BLOCK)))
-    stopping = threading.Thread(target=outflow.stop)
+    pipeline.put(memoryview(bytes(3 * BLOCK)))
+    stopping = threading.Thread(target=pipeline.stop)
     stopping.start()
     stopping.join(0.2)
     assert stopping.is_alive()
@@ -96,15 +98,14 @@ def test_stop_waits_for_the_write_under_way_and_for_no_other(threads: Threads) -
 
 
 def test_blocks_are_used_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    made, real = [], mmap.mmap
 
-    class Counted(shard_outflow._Block):
-        def __init__(self) -> None:
-            made.append(self)
-            super().__init__()
+    def counted(*arguments: Any) -> mmap.mmap:
+        made.append(arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(shard_outflow, "_Block", Counted)
-    outflow = Outflow(Recorder(), *threads, lambda count: None)  # type: ignore[arg-type]
-    outflow.put(memoryview(bytes(50 * BLOCK)))
-    outflow.finish()
-    assert len(made) == shard_outflow.BLOCKS
+    monkeypatch.setattr(pipeline_module.mmap, "mmap", counted)
+    pipeline = ShardPipeline(Recorder(), *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline.put(memoryview(bytes(50 * BLOCK)))
+    pipeline.finish()
+    assert len(made) == pipeline_module.BLOCKS

@@ -1,0 +1,145 @@
+"""Output shards: which tensors go into which file, for each layout.
+
+`hf`: one folder of shards. They are filled up to a limit in the order of the source, so that a source that arrives
+shard by shard is consumed in order. `mp`: one file for each rank of the reference engine, with its share of the
+experts, its slices of what is tensor parallel, and a copy of everything else.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dsv4.convert.checkpoint.names import rank_file_name
+from dsv4.convert.checkpoint.rank_layout import check_blocks, count_experts, mp_name, mp_slice, rank_of_expert, skipped
+from dsv4.convert.checkpoint.weights import Format, Weight
+from dsv4.convert.plan.recipes.copy import kept
+from dsv4.convert.plan.recipes.recipe import OutputTensor
+from dsv4.convert.plan.recipes.registry import outputs_of
+from dsv4.errors import InputError, printable
+
+from .container import Container
+from .engines import Layout
+from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
+
+# Unless larger shards than usual are asked for, one draws on at most two source shards: a source that arrives shard by
+# shard then needs room for two, whatever their sizes.
+MAX_SOURCE_SHARDS = 2
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One output file: its tensors in data order."""
+
+    file: str
+    tensors: tuple[OutputTensor, ...]
+    container: Container
+
+    @classmethod
+    def of(cls, file: str, tensors: Iterable[OutputTensor], container: Container) -> "OutputShard":
+        """A shard of these tensors, in the container's order."""
+        return cls(file, tuple(sorted(tensors, key=lambda t: container.order(t.dtype, t.name))), container)
+
+    @cached_property
+    def header(self) -> bytes:
+        """Everything before the data."""
+        return self.container.header({t.name: (t.dtype, t.shape) for t in self.tensors})
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of data."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def source_shards(self) -> tuple[str, ...]:
+        """The source shards that must be there to make this one, sorted."""
+        return tuple(sorted({info.shard for t in self.tensors for info in t.reads}))
+
+    def keeping(self, names: set[str], layout: Layout) -> "OutputShard":
+        """The shard with the weights in `names` (of the source) and their scales as the source has them."""
+        others = [t for t in self.tensors if t.weight.name not in names]
+        replaced = {t.weight.name: t for t in self.tensors if t.weight.name in names}
+        back = [tensor for output in replaced.values() for tensor in _kept_instead_of(output, layout)]
+        return OutputShard.of(self.file, [*others, *back], self.container)
+
+
+def _groups(weights: list[Weight], settings: Settings, config: dict[str, Any]) -> Iterator[list[OutputTensor]]:
+    """Tensors of each shard of the Hugging Face layout, filled up to the limit; weight and scale stay together."""
+    group: list[OutputTensor] = []
+    filled, sources = 0, set[str]()
+    merges = settings.max_shard_bytes > DEFAULT_MAX_SHARD_BYTES
+    for weight in weights:
+        outputs = outputs_of(weight, settings, config)
+        size = sum(o.nbytes for o in outputs)
+        needs = {info.shard for o in outputs for info in o.reads}
+        crowded = not merges and len(sources | needs) > MAX_SOURCE_SHARDS
+        if group and (filled + size > settings.max_shard_bytes or crowded):
+            yield group
+            group, filled, sources = [], 0, set()
+        group += outputs
+        filled += size
+        sources |= needs
+    if group:
+        yield group
+
+
+def hf_shards(
+    weights: list[Weight], settings: Settings, config: dict[str, Any], container: Container
+) -> list[OutputShard]:
+    """The shards of one folder. weights: in the order of the source."""
+    groups = list(_groups(weights, settings, config))
+    return [OutputShard.of(container.file_name(i, len(groups)), group, container) for i, group in enumerate(groups, 1)]
+
+
+def _rank_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
+    """One rank's part of a tensor, under the reference engine's name and dtype tag."""
+    part = mp_slice(output.name, output.shape, rank, ranks)
+    packed = output.format is Format.FP4
+    dtype = "F4" if packed else output.dtype
+    shape = output.weight.logical_shape if packed else output.shape
+    if part is not None:
+        if output.weight.block is not None:
+            check_blocks(output.weight.name, output.weight.logical_shape, part, output.weight.block)
+        shape = part.apply_to(shape)
+    return replace(output, name=mp_name(output.name), dtype=dtype, shape=shape, part=part)
+
+
+def _kept_instead_of(output: OutputTensor, layout: Layout) -> list[OutputTensor]:
+    """The source tensors of a weight unchanged, under the layout's names and dtype tags, cut to the same slice."""
+    if layout == "hf":
+        return kept(output.weight)
+    rank, ranks = (output.part.index, output.part.count) if output.part else (0, 1)
+    return [_rank_tensor(tensor, rank, ranks) for tensor in kept(output.weight)]
+
+
+def _check_names(outputs: list[OutputTensor]) -> None:
+    """Raises InputError if two tensors would get one name, such as `model.norm.weight` and `norm.weight`."""
+    seen: dict[str, str] = {}
+    for output in outputs:
+        twin = seen.setdefault(mp_name(output.name), output.name)
+        if twin != output.name:
+            raise InputError(
+                f"'{printable(twin)}' and '{printable(output.name)}' are one name in the reference engine's layout",
+                "Remove one of them, or use --layout hf.",
+            )
+
+
+def rank_shards(
+    weights: list[Weight], settings: Settings, config: dict[str, Any], container: Container
+) -> list[OutputShard]:
+    """One file for each rank of the reference engine."""
+    ranks = settings.model_parallel
+    outputs = [o for w in weights for o in outputs_of(w, settings, config) if not skipped(o.name)]
+    _check_names(outputs)
+    experts = count_experts([o.name for o in outputs])
+    by_rank: list[list[OutputTensor]] = [[] for _ in range(ranks)]
+    for output in outputs:
+        owner = rank_of_expert(output.name, experts, ranks)
+        for rank in range(ranks) if owner is None else (owner,):
+            by_rank[rank].append(_rank_tensor(output, rank, ranks))
+    return [OutputShard.of(rank_file_name(rank, ranks), tensors, container) for rank, tensors in enumerate(by_rank)]

@@ -1,0 +1,1 @@
+"""`dsv4 convert`: its options, the work, and what it prints."""

@@ -1,0 +1,170 @@
+"""`dsv4 convert SOURCE OUTPUT`: in one process, as one part of several, or as the ranks of a launcher."""
+
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dsv4 import output, signals
+from dsv4.machine import free_bytes, peak_memory, usable_cores
+from dsv4.opening import opening
+from dsv4.options import command, example
+
+from .options import ConvertOptions
+from .words import caveats, print_part, print_plan, print_result
+
+if TYPE_CHECKING:
+    from dsv4.convert.checkpoint.storage import Storage
+    from dsv4.convert.plan.partition import Part, Work
+    from dsv4.convert.plan.plan import Plan
+    from dsv4.convert.write.run import Job, Result
+    from dsv4.distributed import Ranks
+
+EPILOG = example(
+    "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8",
+    "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8 --target vllm --dry-run",
+    "dsv4 convert ./DeepSeek-V4-Flash ./Flash-mp8 --layout mp --model-parallel 8",
+    "dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8",
+    "torchrun --nproc-per-node 4 -m dsv4 convert ./DeepSeek-V4-Pro ./Pro-FP8",
+)
+
+
+def _check_remote(storage: "Storage", plan: "Plan") -> dict[str, Any]:
+    """What reading from a hub takes, {} for a folder. Raises UsageError if --scratch is too little for the plan."""
+    from dsv4.convert.hub.storage import HubStorage
+
+    if not isinstance(storage, HubStorage):
+        return {}
+    storage.check_needs([shard.source_shards for shard in plan.shards])
+    source = storage.identity()
+    return {
+        "source": f"{source['hub']}:{source['repository']}@{source['commit']}",
+        "scratch_bytes": storage.disk_bytes(),
+        "seconds_to_fetch": round(storage.seconds_to_fetch(), 1),
+    }
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A conversion, ready to run, with bars."""
+
+    job: "Job"
+    out: output.Output
+
+    def run(self, work: "Work") -> "Result":
+        """Carry out all or part of it in this process."""
+        from dsv4.convert.plan.partition import shards_of
+        from dsv4.convert.write.run import run_conversion
+
+        total = sum(shard.data_bytes for shard in shards_of(self.job.plan, work))
+        with self.out.progress(total, "convert") as bar:
+            result = run_conversion(self.job, work, bar.advance)
+            if result.already_done:
+                bar.vanish()
+        return result
+
+    def check(self, part: "Part") -> list[str]:
+        """Names of a part's shards that are whole, read again."""
+        from dsv4.convert.plan.partition import shards_of
+        from dsv4.convert.write.run import check_part
+
+        total = sum(shard.data_bytes for shard in shards_of(self.job.plan, part))
+        with self.out.progress(total, "check") as bar:
+            return check_part(self.job, part, bar.advance)
+
+    def run_as_rank(self, ranks: "Ranks", overwrite: bool) -> "Result":
+        """This rank's part; when all are done, each reads its neighbour's again, and the first rank publishes.
+
+        The neighbour's and not its own: what another machine reads is on the shared disk, and not only in a cache.
+        """
+        from dsv4.convert.plan.partition import Part, Publish
+        from dsv4.convert.write.run import clear_output
+        from dsv4.distributed import process_group
+
+        with process_group(ranks):
+            if overwrite:
+                if ranks.is_first:
+                    clear_output(self.job)
+                ranks.barrier()
+            result = self.run(Part(ranks.index, ranks.count))
+            written, seconds = zip(*ranks.gather((result.shards_written, result.seconds)), strict=True)
+            whole: list[str] = []
+            if not result.already_done:
+                whole = self.check(Part((ranks.index + 1) % ranks.count, ranks.count))
+            confirmed = frozenset(file for files in ranks.gather(whole) for file in files)
+            if ranks.is_first and not result.already_done:
+                result = self.run(Publish(confirmed))
+                result.shards_written, result.seconds = sum(written), max(seconds) + result.seconds
+                result.shards_reused = len(self.job.plan.shards) - sum(written)
+            ranks.barrier()
+        return result
+
+
+def _work(options: ConvertOptions, ranks: "Ranks | None") -> "Work":
+    """What this process does. Raises UsageError for options that share the work in more ways than one."""
+    from dsv4.convert.plan.partition import All, Part, Publish, parse_part
+
+    options.check_sharing(by_launcher=ranks is not None)
+    if ranks is not None:
+        return Part(ranks.index, ranks.count)
+    if options.part is not None:
+        return parse_part(options.part)
+    return Publish() if options.finish else All(options.overwrite)
+
+
+def _prepare(
+    options: ConvertOptions, work: "Work", cores: int, out: output.Output, stack: ExitStack
+) -> tuple["Job", dict[str, Any]]:
+    """The conversion that was asked for, and what reading from a hub takes. `stack` closes the source."""
+    from dsv4.convert.checkpoint.reader import Checkpoint
+    from dsv4.convert.hub.open import HubOptions
+    from dsv4.convert.hub.storage import open_storage
+    from dsv4.convert.plan.partition import Part
+    from dsv4.convert.plan.plan import make_plan
+    from dsv4.convert.write.atomic_file import SCRATCH_NAME
+    from dsv4.convert.write.resources import decide_resources
+    from dsv4.convert.write.run import Job
+
+    settings, memory = options.settings(), options.memory()
+    scratch_name = f"{SCRATCH_NAME}-{work.tag}" if isinstance(work, Part) else SCRATCH_NAME
+    with opening(out) as headers:
+        hub = HubOptions(
+            options.token, options.cache_dir, options.scratch, options.keep_source, out.warn, out.detail, headers,
+            signals.look,
+        )  # fmt: skip
+        storage = open_storage(options.source, options.revision, options.output_folder / scratch_name, hub)
+        stack.enter_context(closing(storage))
+        checkpoint = Checkpoint.open(storage, headers)
+        plan = make_plan(checkpoint, settings)
+    resources = decide_resources(plan, cores, options.max_workers, memory)
+    return Job(checkpoint, plan, options.output_folder, resources), _check_remote(storage, plan)
+
+
+@command
+def convert(options: ConvertOptions) -> None:
+    """Convert a DeepSeek-V4 checkpoint: FP4 experts to FP8 without changing a value, or to BF16, or back.
+
+    Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
+    from its headers, and only --scratch of its shards are on disk at once.
+    """
+    from dsv4.convert.plan.partition import Part
+    from dsv4.convert.write.resources import keep_freed_memory
+    from dsv4.distributed import torchrun_rank
+
+    ranks = torchrun_rank()
+    out = output.configure(options.json, options.quiet, options.verbose, ranks)
+    work = _work(options, ranks)
+    with ExitStack() as stack:
+        job, remote = _prepare(options, work, ranks.workers if ranks else usable_cores(), out, stack)
+        if options.dry_run:
+            print_plan(out, job, free_bytes(options.output_folder), remote)
+            return
+        signals.begin_work()
+        keep_freed_memory()
+        conversion = _Conversion(job, out)
+        result = conversion.run_as_rank(ranks, options.overwrite) if ranks else conversion.run(work)
+    if isinstance(work, Part) and (ranks is None or not ranks.is_first):
+        print_part(out, result, work)
+        return
+    told = caveats(job.checkpoint, job.plan.settings)
+    print_result(out, result, remote["source"] if remote else options.source, told)
+    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(told)})

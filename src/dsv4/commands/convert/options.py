@@ -1,0 +1,100 @@
+"""The command line of `dsv4 convert`: every option with its help, and which of them exclude each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.settings import OnInexact, Settings, To, resolve
+from dsv4.errors import UsageError
+from dsv4.machine import parse_size
+from dsv4.options import (
+    CacheDir,
+    Json,
+    MaxMemory,
+    MaxWorkers,
+    Quiet,
+    Revision,
+    Scratch,
+    Token,
+    Verbose,
+    as_folder,
+    named,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What one `dsv4 convert` was asked to do. Raises UsageError for options that contradict each other."""
+
+    source: Annotated[
+        str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")
+    ]
+    output_folder: Annotated[
+        Path, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder to write; new, empty or ours.")
+    ]
+    to: Annotated[
+        To,
+        typer.Option(
+            help="fp8: routed experts to FP8. bf16: all to BF16. fp4: FP8 experts to FP4. same: no numbers change."
+        ),
+    ] = "fp8"
+    layout: Annotated[
+        Layout, typer.Option(help="hf: one Hugging Face folder. mp: the reference engine's rank files.")
+    ] = "hf"
+    model_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ranks of --layout mp.")] = None
+    target: Annotated[TargetName | None, typer.Option(help="Engine to write for. Default: base.")] = None
+    scale_dtype: Annotated[
+        ScaleDtype | None, typer.Option(help="Dtype of FP8 block scales, instead of the target's.")
+    ] = None
+    wo_a: Annotated[WoA | None, typer.Option(help="Dtype of attn.wo_a, instead of the target's.")] = None
+    on_inexact: Annotated[
+        OnInexact, typer.Option(help="What to do with a block without an exact form; keep: leave its tensor as it is.")
+    ] = "error"
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what dsv4 wrote into OUTPUT before.")] = False
+    revision: Revision = None
+    cache_dir: CacheDir = None
+    scratch: Scratch = 2
+    keep_source: Annotated[bool, typer.Option("--keep-source", help="Leave a hub's shards in its library's cache.")] = (
+        False
+    )
+    token: Token = None
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Write only the I-th of N shares of the shards; then --finish.")
+    ] = None
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Check what all parts wrote, and publish index, config and manifest.")
+    ] = False
+    max_workers: MaxWorkers = None
+    max_memory: MaxMemory = None
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def settings(self) -> Settings:
+        """What decides the bytes of the output. Raises UsageError for options that exclude each other."""
+        return resolve(
+            self.to,
+            layout=self.layout,
+            model_parallel=self.model_parallel,
+            target=self.target,
+            scale_dtype=self.scale_dtype,
+            wo_a=self.wo_a,
+            on_inexact=self.on_inexact,
+            max_shard_bytes=parse_size(self.max_shard_size),
+        )
+
+    def memory(self) -> int | None:
+        """Bytes that the process may use at most; None if that was not asked for."""
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+    def check_sharing(self, by_launcher: bool) -> None:
+        """Raise UsageError if the work is shared in more ways than one, or a shared one is to replace an output."""
+        if (self.part or self.finish) and (by_launcher or (self.part and self.finish)):
+            raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
+        if self.overwrite and (self.part or self.finish):
+            raise UsageError("--overwrite does not go with parts", "Remove the former output first.")

@@ -1,0 +1,138 @@
+"""What `dsv4 convert` prints: the plan of a dry run, and how a run ended."""
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from dsv4 import output
+from dsv4.convert.checkpoint.names import draft_stages
+from dsv4.convert.plan.engines import Stored, caveats_of
+from dsv4.convert.plan.settings import CONVERSIONS, Settings
+from dsv4.errors import printable
+from dsv4.machine import peak_memory
+from dsv4.text import aligned, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from dsv4.convert.checkpoint.reader import Checkpoint
+    from dsv4.convert.plan.partition import Part
+    from dsv4.convert.write.run import Job, Result
+
+
+def _remote_rows(remote: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if not remote:
+        return []
+    time = human_seconds(remote["seconds_to_fetch"])
+    return [
+        ("fetched from", "", remote["source"]),
+        ("scratch disk", human_bytes(remote["scratch_bytes"]), "beside the output"),
+        ("time to fetch", time, "if it goes on as fast as the headers came"),
+    ]
+
+
+def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]) -> None:
+    """The plan. free: bytes on the disk of the output. remote: what reading from a hub takes, {} for a folder."""
+    plan, resources = job.plan, job.resources
+    needed = plan.output_bytes + remote.get("scratch_bytes", 0)
+    rows = [
+        ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
+        ("output", human_bytes(plan.output_bytes), f"{plan.output_bytes:,} bytes"),
+        ("shards", str(len(plan.shards)), f"{plan.tensors:,} tensors"),
+        ("free disk", human_bytes(free), "enough" if free > needed else "TOO LITTLE"),
+        ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
+        *_remote_rows(remote),
+    ]
+    for line in aligned(rows, right=[1]):
+        out.text(line)
+    for shard in plan.shards:
+        out.detail(f"{shard.file}  {human_bytes(shard.size)}  {len(shard.tensors)} tensors")
+    for note in plan.notes:
+        out.warn(note)
+    out.result(
+        {
+            "dry_run": True,
+            "source_bytes": plan.source_bytes,
+            "output_bytes": plan.output_bytes,
+            "shards": len(plan.shards),
+            "tensors": plan.tensors,
+            "peak_memory_bytes": resources.peak_memory_bytes,
+            "free_bytes": free,
+            "options": plan.settings.to_json(),
+            "files": {shard.file: shard.size for shard in plan.shards},
+            "notes": list(plan.notes),
+            **remote,
+        }
+    )
+
+
+def _verdict(summary: dict[str, int], kept: list[str]) -> str:
+    if kept:
+        return f"{len(kept)} tensors have no exact form and were kept as they are"
+    if summary["inexact_blocks"] or summary["changed_elements"]:
+        return f"NOT exact: {summary['changed_elements']:,} elements were rounded (--on-inexact round)"
+    if summary["blocks"]:
+        return f"every block exact: {summary['blocks']:,} blocks, scales span at most 2^{summary['max_span']}"
+    return "every value exact"
+
+
+def _warn_of_mixture(out: output.Output, result: "Result") -> None:
+    """What --on-inexact keep leaves behind: true to the value, and of no use to an engine."""
+    settings, count = result.plan.settings, len(result.kept_tensors)
+    if not count or CONVERSIONS[settings.to].keeps_codes:
+        return
+    out.warn(f"{count} tensors kept their format among {settings.to.upper()} ones: no config.json can describe that")
+    out.warn("engines decide once for all experts: they will refuse this output or compute something else with it")
+    out.warn("dsv4 verify will find all values equal, and the config at fault where it names a format (exit code 1)")
+    out.say(f"dsv4 run reads it as it is; for an engine convert again, with {CONVERSIONS[settings.to].instead}")
+
+
+def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
+    summary = result.summary
+    if summary["moved_blocks"]:
+        out.say(f"{summary['moved_blocks']:,} blocks needed another scale than the reference converter's")
+    if summary["nan_codes"]:
+        out.warn(f"{summary['nan_codes']:,} E4M3 NaN codes were copied: the source holds them")
+    for name in result.kept_tensors[:10]:
+        out.warn(f"kept: {printable(name)}")
+    if len(result.kept_tensors) > 10:
+        out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
+    _warn_of_mixture(out, result)
+    for note in (*result.plan.notes, *told):
+        out.warn(note)
+
+
+def print_result(out: output.Output, result: "Result", source: str, told: tuple[str, ...]) -> None:
+    """How a whole conversion ended. source: as `dsv4 verify` takes it. told: what to know before starting an engine."""
+    next_step = f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}"
+    if result.already_done:
+        out.say(f"nothing to do: {printable(str(result.output))} is complete and from this source")
+        out.hint(next_step)
+        return
+    seconds = max(result.seconds, 1e-9)
+    rate = human_bytes(result.output_bytes / seconds)
+    out.say(
+        f"{human_bytes(result.plan.source_bytes)} -> {human_bytes(result.output_bytes)} in {len(result.plan.shards)} "
+        f"shards, {human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak_memory())}"
+    )
+    if result.shards_reused:
+        out.say(f"{result.shards_reused} shards were there already and are whole")
+    out.say(_verdict(result.summary, result.kept_tensors))
+    _warn(out, result, told)
+    out.hint(next_step)
+
+
+def print_part(out: output.Output, result: "Result", part: "Part") -> None:
+    """How one part of a conversion ended."""
+    out.say(
+        f"part {part.index + 1} of {part.count}: {result.shards_written} shards written, {result.shards_reused} were "
+        f"there, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
+    )
+    out.hint("when every part is done: the same command with --finish instead of --part")
+    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "part": part.index + 1, "parts": part.count})
+
+
+def caveats(checkpoint: "Checkpoint", settings: Settings) -> tuple[str, ...]:
+    """What to know before starting the target's engine on FP8 experts."""
+    if settings.layout != "hf" or settings.to != "fp8":
+        return ()
+    mtp = bool(draft_stages(checkpoint.tensors))
+    stored = Stored(layout="hf", experts={"fp8"}, wo_a={settings.wo_a or ""}, quantized=True, mtp=mtp)
+    return tuple(caveat.text for caveat in caveats_of(settings.target, stored))

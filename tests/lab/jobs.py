@@ -1,0 +1,16 @@
+"""A conversion that a test carries out in its own process, with a progress of its own."""
+
+from pathlib import Path
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.plan.plan import make_plan
+from dsv4.convert.plan.settings import Settings
+from dsv4.convert.write.resources import decide_resources
+from dsv4.convert.write.run import Job
+
+
+def job_of(source: Path, settings: Settings, output: Path, workers: int = 1) -> Job:
+    """The job of converting a folder, with so many workers."""
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint, settings)
+    return Job(checkpoint, plan, output, decide_resources(plan, workers))
