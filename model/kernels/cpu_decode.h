@@ -198,8 +198,9 @@ INLINE struct pair decode_bf16(const uint16_t *p) {
 INLINE struct pair decode_e4m3(const uint8_t *p, float scale) {
     ilanes odd, even;
     for (int i = 0; i < 16; i++) {
-        odd[i] = ((int32_t)(p[2 * i + 1] & 0x80) << 24) | ((int32_t)(p[2 * i + 1] & 0x7f) << 20);
-        even[i] = ((int32_t)(p[2 * i] & 0x80) << 24) | ((int32_t)(p[2 * i] & 0x7f) << 20);
+        uint32_t o = p[2 * i + 1], e = p[2 * i];
+        odd[i] = (int32_t)((o & 0x80) << 24 | (o & 0x7f) << 20);
+        even[i] = (int32_t)((e & 0x80) << 24 | (e & 0x7f) << 20);
     }
     return (struct pair){(lanes)odd * 0x1p120f * scale, (lanes)even * 0x1p120f * scale};
 }
