@@ -170,6 +170,7 @@ def test_a_closed_pipe_is_silent(
     assert run(capsys, *failing(ClosedPipe("gone"))) == (141, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "{folder}"], ["inspect", "{folder}", "--json"]])
 def test_stdout_may_close(arguments: list[str], tmp_path: Path) -> None:
     folder = good_checkpoint(tmp_path / "good")
@@ -182,6 +183,7 @@ def test_stdout_may_close(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode in (1, 141)  # the help is printed by the command-line library, whose code is 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("options", [[], ["--json"]])
 @pytest.mark.parametrize(("full", "folder", "code"), [("stdout", "good", 4), ("stderr", "missing", 3)])
@@ -205,6 +207,7 @@ CLOSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "code"), CLOSED)
 def test_standard_streams_may_be_closed(line: str, code: int, tmp_path: Path) -> None:
     folder = good_checkpoint(tmp_path / "good")

@@ -252,6 +252,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @EITHER
 def test_at_any_moment_of_a_conversion(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """From its start to its end in small steps; every run continues what the ones before it left."""

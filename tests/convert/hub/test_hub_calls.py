@@ -108,6 +108,7 @@ def test_a_branch_whose_newest_commit_lists_other_files_keeps_its_name(source: P
     client("ms", BRANCHES, source, tmp_path, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["hf", "ms"])
 def test_every_call_answered_by_somebody_else(hub: str, source: Path, tmp_path: Path) -> None:
     found = json.loads(client(hub, PORTAL, source, tmp_path))
@@ -120,6 +121,7 @@ def test_every_call_answered_by_somebody_else(hub: str, source: Path, tmp_path: 
             assert SHOWN["page"] in text or "with a web page," in text, (what, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["hf", "ms"])
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_from_the_command_line(hub: str, answer: str, source: Path, tmp_path: Path) -> None:
@@ -131,6 +133,7 @@ def test_from_the_command_line(hub: str, answer: str, source: Path, tmp_path: Pa
         assert f"{server.url} answers 200 with" in done.stderr and SHOWN[answer] in done.stderr
 
 
+@pytest.mark.slow
 def test_a_portal_in_the_middle_of_a_conversion(source: Path, tmp_path: Path) -> None:
     def after_the_headers(request: Request) -> bytes | None:
         whole = request.host == "storage" and "Range" not in request.headers

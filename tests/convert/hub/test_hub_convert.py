@@ -82,6 +82,7 @@ def test_headers_are_told_as_they_arrive(source: Path, tmp_path: Path) -> None:
     assert told == [(number, 7) for number in range(1, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["hf", "ms"])
 def test_same_bytes_as_from_a_local_copy(
     server: HubServer, tmp_path: Path, expected: dict[str, bytes], hub: str
@@ -109,6 +110,7 @@ def test_same_bytes_as_from_a_local_copy(
     assert contents(tmp_path / "out") == expected  # verify left nothing behind
 
 
+@pytest.mark.slow
 def test_shared_by_ranks_and_parts(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     """Each fetches what it needs into a scratch area of its own, and nothing of that is left."""
     environment = hub_environment(server, tmp_path)
@@ -154,6 +156,7 @@ def test_scratch_too_small_is_said_before_anything_is_fetched(server: HubServer,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_keep_source(server: HubServer, tmp_path: Path, source: Path, expected: dict[str, bytes]) -> None:
     done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--keep-source")
     assert done.returncode == 0, done.stderr
@@ -171,6 +174,7 @@ def test_keep_source(server: HubServer, tmp_path: Path, source: Path, expected: 
     assert all((snapshot / name).exists() for name in SHARDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--keep-source"]])
 def test_a_damaged_shard_in_the_cache_is_fetched_again(
     server: HubServer, tmp_path: Path, expected: dict[str, bytes], source: Path, options: list[str]
@@ -204,6 +208,7 @@ def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.Com
     return subprocess.CompletedProcess(command, running.returncode, "", words)
 
 
+@pytest.mark.slow
 def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("stall", SHARDS[4], whole_only=True)
     first = tmp_path / "out" / "model-00001-of-00004.safetensors"
@@ -222,6 +227,7 @@ def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, byte
     assert not {f"{name}.safetensors" for name in on_disk} & set(server.whole_shards()) - {SHARDS[4]}
 
 
+@pytest.mark.slow
 def test_wrong_bytes(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("wrong", SHARDS[3], times=99, whole_only=True)
     done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
@@ -249,6 +255,7 @@ def test_damaged_header(server: HubServer, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("model-*"))
 
 
+@pytest.mark.slow
 def test_branch_that_moves_between_two_runs(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     old = server.repositories[REPOSITORY].branches["main"]
     server.strike("500", SHARDS[5], times=99, whole_only=True)
@@ -263,6 +270,7 @@ def test_branch_that_moves_between_two_runs(server: HubServer, tmp_path: Path, e
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_verify_finds_another_model(server: HubServer, tmp_path: Path) -> None:
     output = tmp_path / "fp8"
     convert(make_checkpoint(tmp_path / "other", seed=3), output)
@@ -273,6 +281,7 @@ def test_verify_finds_another_model(server: HubServer, tmp_path: Path) -> None:
     assert not list(output.glob(".dsv4-*"))
 
 
+@pytest.mark.slow
 def test_verify_needs_shards_together(tmp_path: Path) -> None:
     """Scales lie in another shard than their weights: without room for both, it is refused before any is fetched."""
     folder = scatter(make_checkpoint(tmp_path / "scattered"), 3)

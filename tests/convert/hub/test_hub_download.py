@@ -95,6 +95,7 @@ def test_whole_snapshot_and_nothing_twice(server: HubServer, tmp_path: Path, sou
     assert server.fetched(SHARDS[0]) == 0
 
 
+@pytest.mark.slow
 def test_dry_run_and_patterns(server: HubServer, tmp_path: Path) -> None:
     arguments = ("download", REPOSITORY, "out", "--include", "*.json", "--exclude", "inference/", "--json")
     planned = run_dsv4(server, tmp_path, *arguments, "--dry-run")
@@ -112,6 +113,7 @@ def test_dry_run_and_patterns(server: HubServer, tmp_path: Path) -> None:
     assert "matches no file" in nothing.stderr
 
 
+@pytest.mark.slow
 def test_cache_is_the_library_s_own_and_serves_offline(server: HubServer, tmp_path: Path, source: Path) -> None:
     assert run_dsv4(server, tmp_path, "download", REPOSITORY, HF_HUB_OFFLINE="1").returncode == 4
     done = run_dsv4(server, tmp_path, "download", REPOSITORY)
@@ -128,6 +130,7 @@ def test_cache_is_the_library_s_own_and_serves_offline(server: HubServer, tmp_pa
     assert server.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", HUBS)
 @pytest.mark.parametrize("ranges", [True, False], ids=["resumed", "range ignored"])
 def test_connection_cut(server: HubServer, tmp_path: Path, source: Path, hub: str, ranges: bool) -> None:
@@ -170,6 +173,7 @@ def test_wrong_byte_is_fetched_once_more(server: HubServer, tmp_path: Path, sour
         assert SHARDS[0] in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["wrong", "short"])
 def test_bad_file_twice(server: HubServer, tmp_path: Path, source: Path, fault: str) -> None:
     server.strike(fault, SHARDS[0], times=99)
@@ -232,6 +236,7 @@ def test_path_that_leaves_the_folder(server: HubServer, tmp_path: Path, hub: str
     assert not (tmp_path / "evil.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", HUBS)
 def test_revision_that_moves(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     old = server.repositories[REPOSITORY].branches["main"]
@@ -270,6 +275,7 @@ def test_no_such_repository_or_revision(server: HubServer, tmp_path: Path, hub: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_disk_full(server: HubServer, tmp_path: Path, source: Path) -> None:
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -290,6 +296,7 @@ def test_disk_full(server: HubServer, tmp_path: Path, source: Path) -> None:
     assert "are free" in planned.stderr
 
 
+@pytest.mark.slow
 def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
     server.strike("stall", SHARDS[2])
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out"]
@@ -331,6 +338,7 @@ def test_a_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     assert done == [inode, "replace", final.parent.stat().st_ino]
 
 
+@pytest.mark.slow
 def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
     server.strike("stall", SHARDS[0])
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out", "-q"]
@@ -344,6 +352,7 @@ def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
     assert first.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_fallback(server: HubServer, tmp_path: Path, source: Path) -> None:
     with HubServer() as other:
         other.publish(REPOSITORY, source)
@@ -372,6 +381,7 @@ def test_fallback_from_a_gated_repository(server: HubServer, tmp_path: Path, sou
     assert contents(tmp_path / "out") == contents(source)
 
 
+@pytest.mark.slow
 def test_the_first_hub_s_token_stays_with_it(server: HubServer, tmp_path: Path, source: Path) -> None:
     """Whether the first hub fails for a file or cannot even list."""
     token = "hf_ForTheFirstHubOnly"
@@ -387,6 +397,7 @@ def test_the_first_hub_s_token_stays_with_it(server: HubServer, tmp_path: Path, 
     assert token in str([request.headers for request in server.requests])
 
 
+@pytest.mark.slow
 def test_fallback_is_checked_against_the_first_listing(server: HubServer, tmp_path: Path, source: Path) -> None:
     """Of small files the first hub lists git's SHA-1 only, the other SHA-256 only: only the bytes can be compared."""
     changed = Path(shutil.copytree(source, tmp_path / "changed"))
@@ -401,6 +412,7 @@ def test_fallback_is_checked_against_the_first_listing(server: HubServer, tmp_pa
     assert_second_run_completes(server, tmp_path, source)
 
 
+@pytest.mark.slow
 def test_fallback_with_other_bytes_is_refused(server: HubServer, tmp_path: Path, source: Path) -> None:
     with HubServer() as other:
         other.publish(REPOSITORY, make_repository(tmp_path / "other", seed=5))
@@ -460,6 +472,7 @@ def test_no_hub_at_all(tmp_path: Path) -> None:
     assert "does not answer" in done.stderr
 
 
+@pytest.mark.slow
 def test_libraries_are_imported_only_when_used(server: HubServer, tmp_path: Path) -> None:
     code = (
         "import sys; from dsv4 import cli; code = cli.run(sys.argv[1:]);"
