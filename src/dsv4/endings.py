@@ -1,7 +1,7 @@
 """How a command ends: every error becomes a message and an exit code.
 
-The codes are those of `errors.py`. An error of the operating system says what the user can do about it; what nobody
-foresaw is a bug in dsv4, with the exit code 70.
+The codes are those of `errors.py`. An error of the operating system gets a hint about what to do; an exception that is
+none of the expected ones is a bug in dsv4, with the exit code 70.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ HINTS = {
 
 
 def explain_os_error(error: OSError) -> Dsv4Error:
-    """What the operating system refused, as an error with the right exit code and something to do about it."""
+    """An error of the operating system as one with an exit code and a hint."""
     where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
     text = f"{where}: {error.strerror}" if where else (error.strerror or str(error))
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
@@ -47,7 +47,7 @@ def explain_os_error(error: OSError) -> Dsv4Error:
 
 
 def explain(error: Exception) -> Dsv4Error:
-    """Any error as one with a message, a hint and an exit code. What nobody foresaw is a bug."""
+    """Any exception as an error with a message, a hint and an exit code; an unexpected one is a bug."""
     if isinstance(error, Dsv4Error):
         return error
     if isinstance(error, OSError):
@@ -60,12 +60,12 @@ def explain(error: Exception) -> Dsv4Error:
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    """Whether `--json` is asked for, known before the command line is understood, and also if it never will be."""
+    """Whether `--json` is given, found without parsing the command line, which may be wrong."""
     return "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
 
 
 def _report_usage(wrong: BaseException | None) -> None:
-    """What Typer found wrong with the command line, as the JSON object if one was asked for. The words are printed."""
+    """Print Typer's error as the JSON object, if one was asked for. Typer has printed it as text."""
     if wrong is not None and hasattr(wrong, "format_message"):
         context = getattr(wrong, "ctx", None)
         hint = f"Try: {context.command_path} --help" if context is not None else "Try: dsv4 --help"
@@ -78,7 +78,7 @@ def run(program: Callable[..., object], arguments: Sequence[str]) -> int:
     Nothing that a user can cause ends in a traceback.
     """
     ranks = None
-    with contextlib.suppress(UsageError):  # the command itself says what is wrong with the launcher's variables
+    with contextlib.suppress(UsageError):  # the command reports what is wrong with the launcher's variables
         ranks = torchrun_rank()
     output.configure(json_mode=_wants_json(arguments), ranks=ranks)
     try:

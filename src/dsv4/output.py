@@ -1,9 +1,9 @@
-"""The one sink: everything that dsv4 prints goes through here.
+"""Everything that dsv4 prints goes through here.
 
-Data goes to stdout, words and progress bars to stderr, so `dsv4 inspect … > file` and `dsv4 verify --json | jq`
-do what one expects. Modes, decided once per command: human, JSON (exactly one object on stdout, no bars), quiet (the
-answer and errors only), and silent (errors only), for the ranks of a shared run that leave speaking to the first.
-Colour only on a terminal, and never when NO_COLOR is set or TERM is `dumb`.
+Results go to stdout, messages and progress bars to stderr, so that `dsv4 inspect … > file` and
+`dsv4 verify --json | jq` work. The mode is decided once per command: human; JSON (exactly one object on stdout, no
+bars); quiet (the answer and errors only); silent (errors only), for all ranks of a shared run but the first. Colour is
+used only on a terminal, and not if NO_COLOR is set or TERM is `dumb`.
 """
 
 import contextlib
@@ -25,19 +25,17 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet", "silent"]
 
-SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to see that it lives, rare enough to read
+SECONDS_UNTIL_A_PASSING_BAR = 0.5
+SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to show that it goes on, rare enough to read
 
 
 class ClosedPipe(Dsv4Error):
-    """The reader of stdout went away (`dsv4 … | head`). Nothing to say to anybody; 128 + SIGPIPE, as a shell has it."""
+    """The reader of stdout closed it (`dsv4 … | head`). No message is printed; 128 + SIGPIPE, as in a shell."""
 
     exit_code = 141
 
 
-SECONDS_UNTIL_A_PASSING_BAR = 0.5
-
-
-class Progress:
+class ProgressBar:
     """A bar over `total` bytes on a terminal, a line every few seconds in a file, nothing when switched off.
 
     Use as a context manager and call `advance(n)`, from one thread at a time. `advance` raises Interrupted once a
@@ -72,13 +70,13 @@ class Progress:
             self._print_line()
 
     def reach(self, done: int, total: int) -> None:
-        """So much is done, of so much: for work that learns on the way how much there is."""
+        """Set how much is done and how much there is in all: for work that learns the total on the way."""
         self.total = total
         if self._bar is not None:
             self._bar.total = total
         self.advance(done - self.done)
         if self._bar is not None and done == total and self._bar.last_print_n:
-            self._bar.refresh()  # what comes next may take a while too: show the end, if anything was shown
+            self._bar.refresh()  # what comes next may take a while too: draw the end, if anything was drawn
 
     def clear(self) -> None:
         """Make room for words: wipe the bar out until the next advance."""
@@ -86,7 +84,7 @@ class Progress:
             self._bar.clear()
 
     def vanish(self) -> None:
-        """There was nothing to do after all: wipe the bar out at the end."""
+        """Wipe the bar out at the end, because there was nothing to do."""
         if self._bar is not None:
             self._bar.leave = False
 
@@ -187,14 +185,14 @@ class Output:
             self._write(sys.stderr, self._colour(line, "36", sys.stderr))
 
     def warn(self, line: str) -> None:
-        """Something the user should know, though the command goes on. Shown in JSON mode too, on stderr."""
+        """A warning on stderr, in JSON mode too; the command goes on."""
         if self.mode in ("human", "json"):
             self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
 
     def error(self, error: Dsv4Error) -> None:
         """The message of a failed command, on stderr; with `--json` also as the one object on stdout.
 
-        Where one of them takes nothing any more, that is no error of its own: the exit code is the same.
+        If one of them is full or closed, that is not reported: the exit code is that of the error.
         """
         text = f"{self.speaker}: {error}" if self.speaker else str(error)
         words = self._colour("error: ", "31", sys.stderr) + text + (f"\n  {error.hint}" if error.hint else "")
@@ -203,9 +201,9 @@ class Output:
         with contextlib.suppress(ClosedPipe, OSError):
             self.result({"error": text, "hint": error.hint, "exit_code": error.exit_code})
 
-    def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> Progress:
+    def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> ProgressBar:
         """A progress bar on stderr, human mode only."""
-        return Progress(total, what, sys.stderr, self.mode == "human", unit, passing)
+        return ProgressBar(total, what, sys.stderr, self.mode == "human", unit, passing)
 
 
 _current = Output()
@@ -216,7 +214,7 @@ def configure(
 ) -> Output:
     """Decide the mode for the rest of the process. `--json` wins over `-q`: the object was asked for.
 
-    Of several ranks that run one command only the first speaks, and errors say whose they are.
+    Of several ranks that run one command only the first prints, and errors name the rank.
     """
     global _current
     mode: Mode = "json" if json_mode else "quiet" if quiet else "human"

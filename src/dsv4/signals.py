@@ -77,7 +77,7 @@ def begin_work() -> None:
 
 
 def end_work() -> None:
-    """The last word is said: a signal has nothing left to interrupt."""
+    """Everything is printed: from here on signals are ignored."""
     _install(signal.SIG_IGN)
 
 

@@ -242,7 +242,7 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
     share = Share(ranks.index, ranks.count, ranks.gather) if ranks else ALONE
     with ExitStack() as stack, ExitStack() as before:
         on_header = before.enter_context(opening(out))
-        bars: list[output.Progress] = []
+        bars: list[output.ProgressBar] = []
 
         def progress(step: str, done: int, total: int) -> None:
             if step == "headers":
