@@ -23,7 +23,7 @@ from .answers import BATCH, Answers, Generation, answer_prompts
 from .compare import compare_checkpoints
 from .logits import save_logits
 from .options import RunOptions
-from .placement import TOKENS_PER_CALL, Placement, kind_of, load_model, place, working_memory
+from .placement import Placement, kind_of, load_model, place, working_memory
 from .prompts import Dialogue, Prompt, gather
 from .source import Source, open_source
 
@@ -114,7 +114,7 @@ class _Run:
         from .chat import Chat, talk
 
         generation = self.generation()
-        model = load_model(self.source, self.placement(1, TOKENS_PER_CALL), self.out)
+        model = load_model(self.source, self.placement(1, self.source.config.max_position_embeddings), self.out)
         return talk(Chat(model, self.source, tokenizer, self.dialogue, generation, self.out))
 
     def answer(self, prompts: list[Prompt]) -> int:
@@ -135,9 +135,9 @@ class _Run:
         return compare_checkpoints((self.source, other), self._for_logits(tokens), tokens, self.options, self.out)
 
     def _for_logits(self, tokens: list[int]) -> Placement:
-        """With memory for the logits of every position, of the MTP block too, and of one call beside them."""
+        """With memory for the logits of every position, of both checkpoints where two are compared."""
         checkpoints = 1 if self.options.compare is None else 2
-        return self.placement(1, len(tokens), 2 * (checkpoints * len(tokens) + TOKENS_PER_CALL))
+        return self.placement(1, len(tokens), checkpoints * len(tokens))
 
 
 def _single(prompts: list[Prompt]) -> list[int]:

@@ -4,7 +4,7 @@ All of it is decided once, when the prompts are known and before any weight is r
 process; the engine's bound is on weights alone. What is left for weights is the bound less
 
     what the process occupies already   the interpreter, torch, the headers of all shards
-    activations and logits              by the model's widths and the tokens of one call, see `working_memory`
+    activations and logits              by the model's widths and the tokens of one piece, see `working_memory`
 
 of which weights get CPU_SHARE on a CPU. On another device the bound is on that device's memory.
 """
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from dsv4.model.parallel import TensorParallelGroup
     from dsv4.model.transformer import Transformer
 
-TOKENS_PER_CALL = 512  # of one sequence, in the engine's prefill
-WIDEST_TENSORS = 12  # float32 tensors of a call's widest activation that are alive at once, as measured
+WIDEST_TENSORS = 12  # float32 tensors of a piece's widest activation that are alive at once, as measured
 CPU_SHARE = 0.75  # of what is left, for weights: freed buffers stay with the allocator, up to a third of their size
 FIRST_USE = 32 * 2**20  # threads' stacks and libraries that are loaded with the first layer
 
@@ -53,14 +52,17 @@ def kind_of(device: str) -> str:
 
 
 def working_memory(config: "Config", sequences: int, longest: int, logit_rows: int = 0) -> int:
-    """Bytes of activations and logits at most: float32, of one layer and one call of the engine.
+    """Bytes of activations and logits at most: float32, of one layer and one piece of a call of the engine.
 
     sequences: prompts computed together, the longest of which has `longest` tokens. logit_rows: positions whose
-    logits are kept.
+    logits are kept, of the main model and of the MTP block.
     """
+    from dsv4.model.transformer import TOKENS_PER_PIECE
+
     widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
-    tokens = sequences * min(longest, TOKENS_PER_CALL)
-    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logit_rows * config.vocab_size)
+    tokens = sequences * min(longest, TOKENS_PER_PIECE)
+    logits = 2 * (logit_rows + tokens) if logit_rows else sequences
+    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size)
 
 
 def device_of(device: str, ranks: "Ranks | None") -> str:
