@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dsv4.convert.checkpoint.edition_v4 import Shape, mtp_stage, v4_tensors
+from dsv4.convert.checkpoint.editions.v4 import Shape, mtp_stage, v4_tensors
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config as config_json
 from dsv4.model import load

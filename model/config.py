@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dsv4.convert.checkpoint.config import quantization, required_number, required_weight_block
-from dsv4.convert.checkpoint.inventory import check_config
+from dsv4.convert.checkpoint.editions.table import check_config
 from dsv4.errors import InputError, printable
 
 # The values that the forward pass implements. A config with others describes another architecture.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsv4.convert.checkpoint.edition_v4 import Shape, mtp_stage, v4_tensors
+from dsv4.convert.checkpoint.editions.v4 import Shape, mtp_stage, v4_tensors
 from dsv4.convert.checkpoint.names import block_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights

@@ -13,8 +13,8 @@ from dsv4.errors import InputError, printable
 from dsv4.text import some_of
 
 from .config import Config
+from .editions.table import edition_of
 from .header import check_twins
-from .inventory import edition_of
 from .names import count_draft_stages, is_scale
 from .storage import check_component
 

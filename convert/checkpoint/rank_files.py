@@ -11,11 +11,11 @@ from dsv4.errors import InputError, printable
 from dsv4.progress import Reached, ignore
 
 from .config import Config
+from .editions.spellings import missing_engine_keys
 from .index import ignored_files
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
 from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorInfo, open_source, read_config, read_files
-from .spellings import missing_engine_keys
 from .storage import Storage
 
 

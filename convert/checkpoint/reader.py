@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from dsv4.errors import InputError, printable
 from dsv4.progress import Reached, ignore
 
+from .editions.spellings import release_view
 from .file_kinds import PREFIX_BYTES, refuse_other_kinds
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .index import check_needed, ignored_files, select, shards_of, weight_map_of
 from .names import rank_file
-from .spellings import release_view
 from .storage import Folder, Storage, check_component
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from dsv4.errors import printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
-from .inventory import block_by_name
+from .editions.table import block_by_name
 from .names import WEIGHT_SUFFIX, is_expert_matrix, is_wo_a, scale_name, scales_of
 from .reader import TensorInfo
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.config import weight_block
+from dsv4.convert.checkpoint.editions.spellings import release_view
 from dsv4.convert.checkpoint.file_kinds import lfs_pointers
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.names import (
@@ -27,7 +28,6 @@ from dsv4.convert.checkpoint.reader import (
     read_files,
     read_json,
 )
-from dsv4.convert.checkpoint.spellings import release_view
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed_expert_formats
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings

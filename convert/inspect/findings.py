@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv4.convert.checkpoint.config import config_string, expert_dtype, quantization, weight_block
-from dsv4.convert.checkpoint.edition_v4 import COPY_CONFIG
+from dsv4.convert.checkpoint.editions.spellings import contradictions, respelled
+from dsv4.convert.checkpoint.editions.table import Edition, describes_v4, edition_of
+from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
-from dsv4.convert.checkpoint.inventory import Edition, describes_v4, edition_of
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
 from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, layout_bytes, read_json
-from dsv4.convert.checkpoint.spellings import contradictions, respelled
 from dsv4.convert.checkpoint.weights import DAMAGED, Format, Weight, routed_expert_formats
 from dsv4.errors import InputError, printable
 

@@ -16,7 +16,7 @@ from dsv4.convert.checkpoint.config import (
     expert_dtype,
     weight_block,
 )
-from dsv4.convert.checkpoint.inventory import describes_v4
+from dsv4.convert.checkpoint.editions.table import describes_v4
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Weight, find_weights, routed_expert_formats

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.convert.checkpoint.inventory import edition_of
+from dsv4.convert.checkpoint.editions.table import edition_of
 from dsv4.model.chat.protocol import DSML, Efforts, Protocol, Signs
 
 EFFORT = "Reasoning Effort: {number} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"

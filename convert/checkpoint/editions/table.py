@@ -1,6 +1,6 @@
 """The editions of DeepSeek-V4, one row each: how a config is recognised, and what its checkpoint consists of.
 
-A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like edition_v4.py.
+A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like v4.py.
 """
 
 import re
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from dsv4.convert.checkpoint.config import Config, config_count, config_string
 from dsv4.errors import InputError
 
-from .config import Config, config_count, config_string
-from .edition_v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
 from .spellings import contradictions
+from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
 
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
 # Draft stages, vision, and the router biases of the vision edition.

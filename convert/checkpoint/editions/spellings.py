@@ -15,7 +15,7 @@ A key that the file itself has is never replaced. Where both spellings are there
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
+from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
 
 # What the reference engine does not read from its config, because it is the same in every release.
 ENGINE_CONSTANTS: dict[str, Any] = {

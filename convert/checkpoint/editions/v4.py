@@ -6,9 +6,9 @@ One line per tensor. Shapes are in elements; scales are not listed, they follow 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dsv4.convert.checkpoint.config import Config, compress_ratios, config_count, config_value
 from dsv4.errors import InputError
 
-from .config import Config, compress_ratios, config_count, config_value
 from .spellings import YARN_KEYS
 
 MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
