@@ -96,7 +96,8 @@ def follow(index: Index, shards: dict[str, Shard]) -> tuple[Ignored, list[str]]:
         for shard_name in held_by:
             if shard_name != chosen:
                 shards[shard_name].entries.pop(name, None)
-                shards[shard_name].unreadable.pop(name, None)
+                if reason := shards[shard_name].unreadable.pop(name, None):
+                    shards[shard_name].problems.append(f"{printable(name)}: {reason}")  # no library opens the file
     readable = {name for name, shard in shards.items() if not shard.broken}
     ignored.absent = [n for n, shard_name in index.weight_map.items() if shard_name in readable and n not in holders]
     return ignored, moved

@@ -246,6 +246,8 @@ def _scanned(name: str, checkpoint: Checkpoint) -> ComparedTensor:
     assert tensor is not None
     if scale is None and tensor.dtype != "F8_E4M3":
         return scanned
+    if scale is None and name.endswith(".weight"):
+        return replace(scanned, kind="unreadable", reason="it is F8_E4M3, and no tensor holds its block scales")
     weight = understand(tensor, scale, packed=scale is not None)
     if isinstance(weight, str):
         return replace(scanned, kind="unreadable", reason=weight)

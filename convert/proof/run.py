@@ -154,6 +154,9 @@ def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
             if absent := absent_and_needed(side, alone=source is None):
                 names = some_of([printable(name) for name in absent], NAMES_SHOWN)
                 side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")
+    if source is None and (unlisted := output.ignored.not_listed):  # no other side says that it is not needed
+        names = some_of([printable(name) for name in unlisted], NAMES_SHOWN)
+        output.problem("index", f"does not list {len(unlisted)} tensors that its shards hold: {names}")
 
 
 def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
