@@ -9,8 +9,8 @@ import torch
 from mixed_scales import mix_scales
 from tiny import RAGGED
 
+from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.convert.write.run import convert
 from dsv4.model import load
 
 SMALL = Geometry(compress_ratios=(0, 4, 0), vocab_size=64, hidden_size=128, n_routed_experts=4, index_topk=3)

@@ -20,11 +20,11 @@ from hub_servers import STALL_SECONDS, HubServer, Request, hub_environment, run_
 from ranks import run_ranks
 from raw_safetensors import scatter
 
+from dsv4.convert import convert
 from dsv4.convert.hub.client import RemoteFile
 from dsv4.convert.hub.open import HubOptions
 from dsv4.convert.hub.storage import HubStorage
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.convert.write.run import convert
 
 REPOSITORY = "acme/Tiny-V4"
 SHARDS = [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
