@@ -20,7 +20,7 @@ from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
 from .editions.table import block_by_name
-from .names import WEIGHT_SUFFIX, is_expert_matrix, is_wo_a, scale_name, scales_of
+from .names import WEIGHT_SUFFIX, block_of, is_expert_matrix, is_wo_a, scale_name, scales_of
 from .reader import TensorInfo
 
 RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, where no config says it
@@ -74,6 +74,12 @@ class Weight:
     def is_routed_expert(self) -> bool:
         """Whether it is a matrix of a routed expert, in the main stack or in a draft stage."""
         return is_expert_matrix(self.name)
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether it belongs to a draft stage."""
+        block = block_of(self.name)
+        return block is not None and block.stack == "mtp"
 
     @property
     def is_wo_a(self) -> bool:

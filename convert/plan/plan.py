@@ -57,11 +57,14 @@ class Plan:
 
 
 def _check_experts(weights: list[Weight], settings: Settings) -> None:
-    """Raises InputError if experts are neither FP4 nor FP8: they would stay, and the config would say otherwise."""
+    """Raises InputError if experts are neither FP4 nor FP8: they would stay, and the config would say otherwise.
+
+    Those of draft stages may be stored in another way than the others; they stay as they are.
+    """
     if recipe_of(settings.to).cast_format is None:
         return
     for weight in weights:
-        if weight.is_routed_expert and weight.format is Format.PLAIN:
+        if weight.is_routed_expert and not weight.is_draft and weight.format is Format.PLAIN:
             raise InputError(
                 f"'{printable(weight.name)}' is {weight.info.dtype}, neither FP4 nor FP8: "
                 f"--to {settings.to} would be a new quantization",
@@ -75,6 +78,9 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
     wanted = recipe_of(settings.to).cast_format
     if wanted is not None and wanted not in {w.format for w in weights if w.is_routed_expert}:
         notes.append(f"no routed expert is {wanted.value.upper()}: only the layout changes")
+    drafts = sum(w.is_routed_expert and w.is_draft and w.format is Format.PLAIN for w in weights)
+    if wanted is not None and drafts:
+        notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
     if settings.wo_a == "fp8" and any(w.is_wo_a and w.format is Format.PLAIN for w in weights):
         notes.append("wo_a is BF16 in the source and stays so: FP8 would be a new quantization")
     return notes

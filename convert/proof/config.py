@@ -165,14 +165,19 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 
 def _expert_formats(checkpoint: Checkpoint, weights: dict[str, Weight]) -> set[str]:
-    """Formats of the routed experts: fp4, fp8, or the dtype of weights without a scale."""
+    """Formats of the routed experts that the config has to name: fp4, fp8, or the dtype of weights without a scale.
+
+    Draft stages whose experts are all BF16 beside others of the main layers are left out: they have no scales, and
+    what loads them sees that.
+    """
     names = {"E2M1": "fp4", "E4M3": "fp8"}
-    found = set()
+    main, draft = set[str](), set[str]()
     for name, tensor in checkpoint.tensors.items():
         if _EXPERT_WEIGHT.fullmatch(name):
             weight = weights.get(name)
-            found.add(names.get(weight.number_format.name, "") if weight else tensor.dtype.lower())
-    return found
+            stored = names.get(weight.number_format.name, "") if weight else tensor.dtype.lower()
+            (draft if name.startswith("mtp.") else main).add(stored)
+    return main if main and draft == {"bf16"} else main | draft
 
 
 def _check_experts(checkpoint: Checkpoint, config: dict[str, Any], weights: dict[str, Weight]) -> None:

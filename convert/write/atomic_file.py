@@ -5,19 +5,24 @@ length checked, fsynced, renamed, and the folder fsynced too. Whatever happens b
 temporary file, which the next run into the folder removes. An fsync that fails is fatal and never repeated: after it
 the kernel may have dropped the pages, and a second call would report success for data that is gone.
 
+What a system or file system cannot do is left out: space that cannot be asked for ahead, writes past the page cache,
+an fsync. Only the last one costs a promise, so `commit` says whether the file is durable.
+
 Large files go past the page cache (O_DIRECT) where the file system can do that: writing then costs a tenth of the
 processor time, which hashing needs, does not push other things out of memory, and leaves the last fsync next to
 nothing to wait for, so that an interrupt is served at once however large the shard. Where it cannot, writing is as
 usual.
 """
 
+import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +31,8 @@ import numpy as np
 
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
 
+fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
+
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
@@ -33,18 +40,45 @@ WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served betwee
 DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache, if given in whole pages
 SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable. Network file systems that cannot are let off; an I/O error is not."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def fsync(descriptor: int, path: Path) -> bool:
+    """Make a file or folder durable. False if its file system cannot fsync. Raises OSError for any other error."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+        if error.errno in UNSUPPORTED:
+            return False
+        error.filename = str(path)
+        raise
+    return True
+
+
+def fsync_folder(folder: Path) -> bool:
+    """Make renames in a folder durable. False if its file system cannot."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        return fsync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Have the file system set space aside. Raises OSError if there is too little; does nothing where it cannot.
+
+    By the system call and not by posix_fallocate: where the file system cannot, the C library of Linux would write a
+    byte into each block instead, and the file would cross a network twice.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if call is None:  # not on Linux
+        return
+    while call(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number in UNSUPPORTED:
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def create_folder(folder: Path) -> None:
@@ -88,21 +122,22 @@ class AtomicFile:
         if not self.size:
             return
         try:
-            os.posix_fallocate(self._descriptor, 0, self.size)
+            allocate(self._descriptor, self.size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                error.filename = str(self.path)
-                raise
+            error.filename = str(self.path)
+            raise
 
     def _set_direct(self, on: bool) -> bool:
         """Write past the page cache from now on, or no longer. Returns whether the file system agreed."""
         direct = getattr(os, "O_DIRECT", 0)
+        if fcntl is None or not direct:
+            return False
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~direct
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | direct if on else flags)
         except OSError:
             return False
-        return bool(direct)
+        return True
 
     def _write_cached(self) -> None:
         """Leave O_DIRECT: for the last bytes, which fill no page, or because the file system wants it after all."""
@@ -135,16 +170,19 @@ class AtomicFile:
             os.posix_fadvise(self._descriptor, 0, self.written, os.POSIX_FADV_DONTNEED)
             self._flushed = self.written
 
-    def commit(self) -> None:
-        """Check the length, fsync, rename, fsync the folder. Raises MachineError if not all bytes were written."""
+    def commit(self) -> bool:
+        """Check the length, fsync, rename, fsync the folder. Returns whether the file is durable.
+
+        Raises MachineError if not all bytes were written.
+        """
         if self.written != self.size:
             raise MachineError(f"{self.path.name}: {self.written} bytes written, {self.size} planned")
-        os.fsync(self._descriptor)
+        durable = fsync(self._descriptor, self.path)
         os.close(self._descriptor)
         self._descriptor = -1
         os.replace(self._temporary, self.path)
         self._committed = True
-        fsync_folder(self.path.parent)
+        return fsync_folder(self.path.parent) and durable
 
     def abort(self, error: BaseException | None = None) -> None:
         """Remove what was written, unless it was committed.
@@ -169,20 +207,20 @@ class AtomicFile:
         self.abort(error)
 
 
-def write_file(path: Path, parts: Sequence[bytes]) -> None:
-    """Write a small file whole: atomically and durably."""
+def write_file(path: Path, parts: Sequence[bytes]) -> bool:
+    """Write a small file whole and atomically. Returns whether it is durable."""
     create_folder(path.parent)
     with AtomicFile(path, sum(map(len, parts))) as file:
         for part in parts:
             file.write(memoryview(part))
-        file.commit()
+        return file.commit()
 
 
 class AppendLog:
     """A text file to which whole lines are added durably. A torn last line from an earlier crash is cut off first."""
 
     def __init__(self, path: Path) -> None:
-        new = not path.exists()
+        new, self._path = not path.exists(), path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         self._end = self._cut_torn_line()
         if new:
@@ -203,7 +241,7 @@ class AppendLog:
             count = os.pwrite(self._descriptor, data, self._end)
             self._end += count
             data = data[count:]
-        os.fsync(self._descriptor)
+        fsync(self._descriptor, self._path)
 
     def close(self) -> None:
         """Let go of the file."""

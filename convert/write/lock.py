@@ -2,16 +2,19 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from dsv4.errors import MachineError, printable
 
 from .atomic_file import PREFIX
+
+fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
 LOCK_NAME = PREFIX + "lock"
 
@@ -24,6 +27,8 @@ def _holder(descriptor: int) -> str:
 
 
 def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
+    if fcntl is None:
+        return  # unique temporary names keep two runs apart all the same
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -33,7 +38,7 @@ def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
             ) from None
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # A file system without locks: unique temporary names keep two runs apart all the same.
+        # A file system without locks is as good as a system without them.
 
 
 def _open_lock(path: Path, shared: bool) -> int:

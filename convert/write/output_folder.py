@@ -90,6 +90,8 @@ def clear(folder: Path, state: OutputState) -> None:
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
     for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
         remove_empty_folder(folder / sub_folder)
+        if (folder / sub_folder).is_dir():
+            fsync_folder(folder / sub_folder)
     fsync_folder(folder)
     if MANIFEST_NAME in names:
         remove(folder / MANIFEST_NAME)

@@ -44,6 +44,10 @@ from .output_folder import (
 from .resources import Resources, Workers
 from .shard import write_shard
 
+NOT_DURABLE = (
+    "the file system of the output cannot fsync: after a power loss a file may be incomplete under its final name; "
+    "dsv4 verify finds that"
+)
 WHOLE = All()
 SPARE_DISK_BYTES = 64 * 2**20  # manifest, index, side files and the file system's own blocks
 
@@ -81,6 +85,7 @@ class Result:
     shards_reused: int = 0
     output_bytes: int = 0
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
     summary: dict[str, int] = field(default_factory=dict)
     kept_tensors: list[str] = field(default_factory=list)
 
@@ -97,7 +102,7 @@ class Result:
             "seconds": round(self.seconds, 3),
             "exact": not (self.summary.get("inexact_blocks") or self.summary.get("changed_elements")),
             "kept_tensors": self.kept_tensors,
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *self.notes],
             **self.summary,
         }
 
@@ -109,6 +114,7 @@ class _Run:
         self.job, self.work, self.workers, self.progress = job, work, workers, progress
         self.shards = shards_of(job.plan, work)
         self.finished: dict[str, FinishedShard] = {}
+        self.durable = True
 
     @property
     def pending(self) -> list[OutputShard]:
@@ -144,7 +150,7 @@ class _Run:
         job = self.job
         file, finished = write_shard(job.checkpoint, shard, job.plan.settings, job.output, self.workers, self.progress)
         with file:
-            file.commit()
+            self.durable &= file.commit()
         journal.add(finished)
         self.finished[shard.file] = finished
 
@@ -193,7 +199,7 @@ class _Run:
         contents |= {name: [data] for name, data in last.items()}
         for name, parts in contents.items():
             self.progress(0)
-            write_file(job.output / name, parts)
+            self.durable &= write_file(job.output / name, parts)
         return dict(manifest["summary"])
 
     def carry_out(self, result: Result) -> None:
@@ -220,6 +226,8 @@ class _Run:
         if part is None:
             remove_journals(job.output)
             remove_scratch_of_parts(job.output)
+        if not self.durable:
+            result.notes.append(NOT_DURABLE)
         result.output_bytes = sum(shard.size for shard in self.finished.values())
 
 

@@ -21,7 +21,7 @@ CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 NO_LIMIT = 2**60  # version 1 writes a huge number where there is no limit
-
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 # Rounds that a thread of libgomp spins before it sleeps. By default 300,000: beside a busy process the spinning threads
 # keep the core from the one that they wait for, and decoding takes up to 40 times as long.
@@ -32,9 +32,6 @@ def limit_spinning() -> None:
     """Have OpenMP's threads sleep early, unless the user decided. Before torch is imported: libgomp reads it then."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
-
-
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def usable_cores() -> int:

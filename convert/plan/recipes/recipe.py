@@ -170,11 +170,7 @@ def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 
 def join_scans(scans: Sequence[Scan]) -> Scan:
-    """The scan of a whole tensor from those of its pieces, in order, in memory that this thread allocates.
-
-    Call it in a thread that computes no pieces: what lives long, between the buffers of a worker, would keep the
-    allocator from using these again, and memory would grow with the number of tensors.
-    """
+    """The scan of a whole tensor from those of its pieces, in order."""
     counts = Counts()
     for scan in scans:
         counts.add(scan.counts)

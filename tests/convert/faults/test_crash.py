@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test is a sweep over all system calls of a run
+
 LAB = Path(__file__).parents[2] / "lab" / "fault_lab.py"
 HF = ["--max-shard-size", "150KB", "--max-workers"]
 MP = ["--layout", "mp", "--model-parallel", "1", "--max-workers"]

@@ -52,6 +52,22 @@ class Disk:
 
     names: dict[str, Inode] = field(default_factory=dict)
     durable: dict[str, Inode] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)  # folders, not yet durably
+
+    @classmethod
+    def holding(cls, folder: Path) -> "Disk":
+        """A disk on which a folder is durable."""
+        files = {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        inodes = {name: Inode(bytearray(data), data) for name, data in files.items()}
+        return cls(dict(inodes), dict(inodes))
+
+    def restore(self, chance: random.Random, folder: Path, to: Path) -> None:
+        """Write what may be left of `folder` when the power is back into another folder."""
+        to.mkdir()
+        for name, data in self.after_loss(chance).items():
+            path = to / Path(name).relative_to(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
     def play(self, operation: tuple[Any, ...]) -> None:
         kind, path, *rest = operation
@@ -70,10 +86,16 @@ class Disk:
             self.names[rest[0]] = self.names.pop(path)
         elif kind == "unlink":
             self.names.pop(path, None)
+        elif kind == "rmdir":
+            self.removed.add(path)
         elif kind == "fsync_folder":
             self._fsync_folder(path)
 
     def _fsync_folder(self, folder: str) -> None:
+        for gone in [path for path in self.removed if os.path.dirname(path) == folder]:
+            self.removed.remove(gone)
+            for name in [name for name in self.durable if os.path.dirname(name) == gone]:
+                del self.durable[name]
         for name in {*self.names, *self.durable}:
             if os.path.dirname(name) == folder:
                 if name in self.names:
@@ -122,6 +144,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     wrap("write", wrote)
     wrap("pwrite", lambda n, fd, data, at: operations.append(("write", paths[fd], at, bytes(data[:n]))))
     wrap("ftruncate", lambda _, fd, size: operations.append(("truncate", paths[fd], size)))
+    wrap("rmdir", lambda _, path: operations.append(("rmdir", str(path))))
+    wrap("mkdir", lambda _, path, *__: operations.append(("mkdir", str(path))))
     wrap("replace", lambda _, old, new: operations.append(("replace", str(old), str(new))))
     wrap("unlink", lambda _, path, **__: operations.append(("unlink", str(path))))
     wrap(
@@ -142,6 +166,7 @@ def check_promises(output: Path, whole: dict[str, str]) -> None:
         assert found.keys() == whole.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["through the page cache", "past it"])
 def test_promises_hold_after_power_loss_at_any_moment(
     direct: bool, record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -164,11 +189,49 @@ def test_promises_hold_after_power_loss_at_any_moment(
         for operation in operations[: chance.randrange(len(operations) + 1)]:
             disk.play(operation)
         restored = tmp_path / f"restored-{seed}"
-        for name, data in disk.after_loss(chance).items():
-            path = restored / Path(name).relative_to(output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        restored.mkdir(exist_ok=True)
+        disk.restore(chance, output, restored)
         check_promises(restored, whole)
         convert(source, restored, *OPTIONS)
         assert tree(restored) == whole, f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_an_older_output_is_ours_until_it_is_gone(
+    record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Power is lost while `--overwrite` removes it: what may come back is still ours, and the same command goes on."""
+    source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
+    output, older = tmp_path / "output", ("--to", "bf16", "--max-shard-size", "150KB")
+    convert(source, output, *older)
+    before = Disk.holding(output)
+    record.clear()
+    assert cli.run(["convert", str(source), str(output), *OPTIONS, "--overwrite", "-q"]) == 0
+    monkeypatch.undo()
+    operations = [operation for operation in record if operation[1].startswith(str(output))]
+    whole, first = tree(output), next(i for i, operation in enumerate(operations) if operation[0] == "replace")
+    for seed in range(SEEDS):
+        chance = random.Random(seed)
+        disk = Disk(dict(before.names), dict(before.durable))
+        for operation in operations[: chance.randrange(first)]:
+            disk.play(operation)
+        restored = tmp_path / f"restored-{seed}"
+        disk.restore(chance, output, restored)
+        convert(source, restored, *OPTIONS, "--overwrite")
+        assert tree(restored) == whole, f"seed {seed}"
+
+
+def test_a_new_folder_is_durable_before_a_file_appears_in_it(
+    record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own name too: it could be lost with everything in it."""
+    source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
+    record.clear()
+    assert cli.run(["convert", str(source), str(tmp_path / "a" / "b" / "out"), *OPTIONS, "-q"]) == 0
+    monkeypatch.undo()
+    made = [path for kind, path, *_ in record if kind == "mkdir"]
+    assert {str(tmp_path / name) for name in ("a", "a/b", "a/b/out", "a/b/out/encoding")} <= set(made)
+    for folder in made:
+        begun = record.index(("mkdir", folder))
+        durable = record.index(("fsync_folder", os.path.dirname(folder)), begun)
+        named = [i for i, (kind, _, *to) in enumerate(record) if kind == "replace" and to[0].startswith(folder + "/")]
+        assert not named or durable < min(named), folder

@@ -17,7 +17,10 @@ OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
 STRACE = shutil.which("strace")
 RENAMES = "rename,renameat,renameat2"  # which of them depends on the architecture
 
-pytestmark = pytest.mark.skipif(STRACE is None, reason="strace is not installed; test_crash.py covers every call")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(STRACE is None, reason="strace is not installed; test_crash.py covers every call"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,10 @@ class TestAssignment:
     def test_equal_shards_are_counted_out(self) -> None:
         assert [len(part) for part in assign_shards(plan_of([7] * 64), 8)] == [8] * 8
 
+    @pytest.mark.parametrize("sizes", [[8, *[1] * 8], [1, 1, 1, 8, 1, 1, 1, 1, 1]])
+    def test_by_size_and_not_by_number(self, sizes: list[int]) -> None:
+        assert [sum(shard.size for shard in part) for part in assign_shards(plan_of(sizes), 2)] == [8, 8]
+
 
 class TestNames:
     @pytest.mark.parametrize(("text", "index", "count"), [("1/1", 0, 1), ("2/8", 1, 8), ("64/64", 63, 64)])
@@ -237,6 +241,7 @@ class TestFinish:
         assert "nothing to do" in convert(source, whole, *SHARDS, "--finish") and tree(whole) == before
 
 
+@pytest.mark.slow
 class TestRanks:
     def test_under_torchrun(self, source: Path, whole: Path, tmp_path: Path) -> None:
         ended = torchrun(2, "convert", source, tmp_path / "out", *SHARDS, "--json")

@@ -32,6 +32,7 @@ def data_bytes(plan: Plan) -> int:
     return sum(shard.data_bytes for shard in plan.shards)
 
 
+@pytest.mark.slow
 def test_pro_from_its_headers(tmp_path: Path) -> None:
     """145,116 tensors in; the bytes of the Pro-Base layout out."""
     checkpoint = Checkpoint.open(release_headers.make_released(tmp_path / "pro", PRO))

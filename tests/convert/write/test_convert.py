@@ -432,6 +432,7 @@ def test_mp_of_eight_experts_has_a_share_each(tmp_path: Path) -> None:
         assert numbers == set(range(4 * rank, 4 * rank + 4))
 
 
+@pytest.mark.slow
 class TestAsAProgram:
     """Through the operating system: exit codes, streams, a pipe."""
 

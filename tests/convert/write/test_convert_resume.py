@@ -18,7 +18,7 @@ from jobs import job_of
 from mixed_scales import mix_scales
 
 from dsv4.convert.plan.recipes import recipe, rows
-from dsv4.convert.plan.settings import Settings, resolve
+from dsv4.convert.plan.settings import OnInexact, Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write import api, output_folder, resources
 from dsv4.convert.write import atomic_file as files
@@ -166,9 +166,9 @@ class TestResume:
         source = make_checkpoint(tmp_path / "source", geometry=replace(TINY, n_routed_experts=2, hidden_size=128))
         write, order, output = conversion.write_file, [], tmp_path / "out"
 
-        def record(path: Path, data: list[bytes]) -> None:
+        def record(path: Path, data: list[bytes]) -> bool:
             order.append(path.relative_to(output).as_posix())
-            write(path, data)
+            return write(path, data)
 
         monkeypatch.setattr(conversion, "write_file", record)
         convert(source, output)
@@ -176,10 +176,10 @@ class TestResume:
         assert order[-3:] == ["dsv4.json", "model.safetensors.index.json", "config.json"]
         for stop in order:
 
-            def fail(path: Path, data: list[bytes], stop: str = stop) -> None:
+            def fail(path: Path, data: list[bytes], stop: str = stop) -> bool:
                 if path.relative_to(output).as_posix() == stop:
                     raise Interrupted("interrupted")
-                write(path, data)
+                return write(path, data)
 
             shutil.rmtree(output)
             monkeypatch.setattr(conversion, "write_file", fail)
@@ -281,6 +281,17 @@ class TestResume:
         before = tree(output)
         code, _, err = dsv4("convert", source, output, *SHARDS, *options)
         assert code == 2 and word in err and "--overwrite" in err and tree(output) == before
+
+    @pytest.mark.parametrize(("first", "then"), [("keep", "round"), ("round", "keep"), ("keep", "error")])
+    def test_a_run_that_kept_or_rounded_goes_on_in_no_other_way(
+        self, first: OnInexact, then: str, source: Path, tmp_path: Path
+    ) -> None:
+        """Only what a run with `error` has written is the same whatever comes after."""
+        output = tmp_path / "out"
+        run_until(source, output, 1_500_000, replace(SETTINGS, on_inexact=first))
+        before = tree(output)
+        code, _, err = dsv4("convert", source, output, *SHARDS, "--on-inexact", then)
+        assert code == 2 and f"options.on_inexact: '{first}' before, '{then}' now" in err and tree(output) == before
 
     def test_another_version_is_refused_by_name(
         self, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ def short(unfinished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_reader_takes_whole_lines_at_every_cut(short: Path, tmp_path: Path) -> None:
     data, everything = (short / journal_name()).read_bytes(), read_journal(short)
     assert everything is not None
@@ -111,6 +112,7 @@ def test_a_line_after_a_torn_one_stands_alone(short: Path, tmp_path: Path) -> No
         assert len(past.shards) == len({*sorted(everything.shards)[: max(0, data[:length].count(b"\n") - 1)], last})
 
 
+@pytest.mark.slow
 def test_the_same_command_completes_after_any_cut(
     source: Path, unfinished: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:

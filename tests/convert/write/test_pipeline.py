@@ -2,7 +2,9 @@
 
 import hashlib
 import mmap
+import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,11 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exact_values import dsv4
+from fault_lab import GEOMETRY
 
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write import pipeline as pipeline_module
+from dsv4.convert.write import shard
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.pipeline import ShardPipeline
+from dsv4.errors import InputError
 
 BLOCK = 2**13
 Threads = tuple[ThreadPoolExecutor, ThreadPoolExecutor]
@@ -95,6 +102,36 @@ def test_stop_waits_for_the_write_under_way_and_for_no_other(threads: Threads) -
     file.may_go_on.set()
     stopping.join(30)
     assert not stopping.is_alive() and len(file.written) <= 1
+
+
+def test_no_write_is_under_way_when_a_shard_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece fails while the disk is slow: the file is closed only after the write."""
+    source, real, same = make_checkpoint(tmp_path / "source", geometry=GEOMETRY), os.write, []
+    writing = threading.Event()
+
+    def slow(descriptor: int, data: memoryview) -> int:
+        path = f"/proc/self/fd/{descriptor}"
+        before = os.readlink(path)
+        if ".safetensors." not in before:
+            return real(descriptor, data)
+        writing.set()
+        for _ in range(30):
+            time.sleep(0.01)
+            same.append(os.path.lexists(path) and os.readlink(path) == before)
+        return real(descriptor, data) if same[-1] else len(data)
+
+    def fail(*arguments: Any) -> Any:
+        if writing.is_set():
+            raise InputError("a piece that fails")
+        return compute(*arguments)
+
+    compute = shard.compute_piece
+    monkeypatch.setattr(pipeline_module, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(files.os, "write", slow)
+    monkeypatch.setattr(shard, "compute_piece", fail)
+    code, _, err = dsv4("convert", source, tmp_path / "out", "--max-workers", "1")
+    assert code == 3 and "a piece that fails" in err and same and all(same)
+    assert not list((tmp_path / "out").glob("*.part"))
 
 
 def test_blocks_are_used_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:

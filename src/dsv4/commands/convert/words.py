@@ -95,7 +95,7 @@ def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
     if len(result.kept_tensors) > 10:
         out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
     _warn_of_mixture(out, result)
-    for note in (*result.plan.notes, *told):
+    for note in (*result.plan.notes, *result.notes, *told):
         out.warn(note)
 
 
