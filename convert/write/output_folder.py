@@ -81,11 +81,12 @@ def owned_bytes(folder: Path, state: OutputState) -> int:
 def clear(folder: Path, state: OutputState) -> None:
     """Remove a former conversion's files, and its sub-folders unless something else is in them.
 
-    Index and config go first: what is half removed must not look like a model. Manifest and journal go last, when
-    everything else is durably gone: they are what makes the rest ours.
+    The config goes first, then the index, the reverse of how they are published: what is half removed must not look
+    like a model. Manifest and journal go last, when everything else is durably gone: they are what makes the rest ours.
     """
     names = owned_files(state)
-    for name in sorted(set(names) - {MANIFEST_NAME}, key=lambda name: name not in (INDEX_NAME, CONFIG_NAME)):
+    first = [name for name in (CONFIG_NAME, INDEX_NAME) if name in names]
+    for name in (*first, *sorted(set(names) - {MANIFEST_NAME, *first})):
         remove(folder / name)
     inside = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
     for sub_folder in sorted(inside, key=lambda path: -len(path.parts)):
