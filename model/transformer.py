@@ -131,7 +131,7 @@ class Transformer:
 
     def __init__(self, config: Config, stages: int, store: WeightStore, numerics: Numerics) -> None:
         self.config, self.store, self.numerics, self.device = config, store, numerics, store.device
-        rotaries = {
+        self._rotaries = rotaries = {
             kind: Rotary(rotary_frequencies(config, kind), self.device, numerics.kernels) for kind in (False, True)
         }
         self._layers = [
@@ -176,6 +176,7 @@ class Transformer:
         Raises UsageError for token ids out of range, a context that is too long, or shapes that do not fit.
         """
         counts = self._check(token_ids, cache, lengths)
+        self._reserve(cache, counts)
         token_ids = token_ids.to(self.device)
         hidden = self._new_hidden(token_ids)
         logits = self._new_logits(token_ids, rows)
@@ -218,6 +219,7 @@ class Transformer:
         if not self._mtp:
             raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
         counts = self._check(next_token_ids, mtp_cache, lengths)
+        self._reserve(mtp_cache, counts)
         token_ids = next_token_ids.to(self.device)
         logits, block = self._new_logits(token_ids, rows), self._mtp[0]
         for starts, parts in _pieces(counts):
@@ -251,6 +253,12 @@ class Transformer:
         for row, count in enumerate(counts):
             self._check_tokens(token_ids[row, :count], cache.sequences[row].length + count)
         return counts
+
+    def _reserve(self, cache: Cache, counts: list[int]) -> None:
+        """Make the rotary tables reach the last position of a call."""
+        ends = [sequence.length + count for sequence, count in zip(cache.sequences, counts, strict=True)]
+        for rotary in self._rotaries.values():
+            rotary.reserve(max(ends, default=0))
 
     def _check_tokens(self, ids: torch.Tensor, length: int) -> None:
         wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]

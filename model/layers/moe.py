@@ -7,6 +7,9 @@ Experts are added up in the order of their number. Ranks that compute together h
 outputs together before anything is added, so that the order is the same for any number of ranks.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 
 from dsv4.model.config import Config
@@ -36,6 +39,28 @@ class Gate:
         return experts, chosen / tree_sum(chosen).unsqueeze(-1) * self._config.routed_scaling_factor
 
 
+def by_expert(experts: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """experts int64 [T, k], numbers below `count` -> each that occurs, ascending, and its places in the flat list.
+
+    The numbers come to the host in one transfer, so that a device waits once a layer and not once an expert.
+    """
+    numbers, order = experts.flatten().sort(stable=True)
+    edges = torch.searchsorted(numbers, torch.arange(count + 1, device=experts.device)).tolist()
+    for expert, (first, last) in enumerate(pairwise(edges)):
+        if last > first:
+            yield expert, order[first:last]
+
+
+def in_order_of_experts(outputs: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """outputs [T, k, D] of the chosen experts -> float32 [T, D], their sum in the order of the experts' numbers."""
+    order = experts.sort(dim=1, stable=True).indices.unsqueeze(-1)
+    total = torch.zeros(len(outputs), outputs.shape[2], dtype=torch.float32, device=outputs.device)
+    for slot in range(outputs.shape[1]):
+        chosen = order[:, slot : slot + 1].expand(-1, -1, outputs.shape[2])
+        total += outputs.gather(1, chosen).squeeze(1)
+    return total
+
+
 class MixtureOfExperts:
     """One feed-forward sublayer."""
 
@@ -55,22 +80,18 @@ class MixtureOfExperts:
 
     def _routed(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
-        outputs = torch.zeros(*experts.shape, x.shape[-1], dtype=x.dtype, device=x.device)
+        outputs = torch.zeros(experts.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
         mine = self._numerics.group.experts(self._config)
-        for expert in sorted(set(experts.flatten().tolist()) & set(mine)):
-            rows, slot = (experts == expert).nonzero(as_tuple=True)
-            weights = self._weights.view(f"experts.{expert}.")
-            outputs[rows, slot] = self._expert(x[rows], weights, shares[rows, slot])
-        return self._numerics.group.all_reduce_disjoint(outputs)
+        for expert, chosen in by_expert(experts, self._config.n_routed_experts):
+            if expert in mine:
+                weights = self._weights.view(f"experts.{expert}.")
+                outputs[chosen] = self._expert(x[chosen // experts.shape[1]], weights, shares.flatten()[chosen])
+        return self._numerics.group.all_reduce_disjoint(outputs.view(*experts.shape, -1))
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
         quantized = self._numerics.quantize(x)
-        outputs = self._routed(quantized, experts, shares)
-        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert in sorted(set(experts.flatten().tolist())):
-            rows, slot = (experts == expert).nonzero(as_tuple=True)
-            total[rows] += outputs[rows, slot].to(torch.float32)
+        total = in_order_of_experts(self._routed(quantized, experts, shares), experts)
         shared = self._expert(quantized, self._weights.view("shared_experts."), None)
         return (total + shared.to(torch.float32)).to(x.dtype), experts

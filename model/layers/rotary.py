@@ -40,7 +40,8 @@ class Rotary:
         self._cos = torch.empty(0, len(frequencies), device=device)
         self._sin = torch.empty(0, len(frequencies), device=device)
 
-    def _grow(self, positions: int) -> None:
+    def reserve(self, positions: int) -> None:
+        """Make the tables reach positions [0, positions): before a call, because asking a device later would wait."""
         starts = range(len(self._cos), positions, POSITIONS_PER_CHUNK)
         angles = [
             torch.arange(start, start + POSITIONS_PER_CHUNK, dtype=torch.float32)[:, None] * self._frequencies
@@ -50,9 +51,7 @@ class Rotary:
         self._sin = torch.cat((self._sin, *(torch.sin(a).to(self._device) for a in angles)))
 
     def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 [n, r / 2] each, of int64 positions [n]."""
-        if len(positions) and int(positions.max()) >= len(self._cos):
-            self._grow(int(positions.max()) + 1)
+        """Cosines and sines, float32 [n, r / 2] each, of int64 positions [n] that are reserved."""
         return self._cos[positions], self._sin[positions]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
