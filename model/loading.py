@@ -12,6 +12,7 @@ from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import MachineError, printable
+from dsv4.model.architectures.table import Architecture, architecture_of
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.numerics import Numerics
 from dsv4.progress import Reached
@@ -45,8 +46,9 @@ def find_device(name: str) -> torch.device:
 
 
 class Loadable(NamedTuple):
-    """What the headers of a checkpoint say: its config, its number of MTP blocks, and every weight by name."""
+    """What the headers of a checkpoint say: architecture, config, number of MTP blocks, and every weight by name."""
 
+    architecture: Architecture
     config: Config
     stages: int
     weights: dict[str, Weight]
@@ -59,11 +61,12 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
     ranks that cannot share them equally.
     """
     refuse_foreign(checkpoint.config, checkpoint.tensors)
-    config = Config.from_json(checkpoint.config)
+    architecture = architecture_of(checkpoint.config)
+    config = architecture.read_config(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
     weights = required_weights(checkpoint, config, stages)
     check_divisible(config, group)
-    return Loadable(config, stages, weights)
+    return Loadable(architecture, config, stages, weights)
 
 
 @contextmanager
@@ -93,9 +96,10 @@ def load(
     make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    config, stages, weights = check_loadable(checkpoint, group)
+    architecture, config, stages, weights = check_loadable(checkpoint, group)
     place = find_device(device)
     store = WeightStore(checkpoint, config, weights, place, max_memory, group)
     with _one_thread():
         store.load(progress)
-    return Transformer(config, stages, store, Numerics(simulation, select_kernels(place), group))
+    numerics = Numerics(simulation, select_kernels(place), group)
+    return Transformer(config, architecture.build(config, stages, store, numerics), store, numerics)

@@ -20,20 +20,19 @@ def stream_mixes(h: torch.Tensor, fn: Matrix, numerics: Numerics, eps: float) ->
 
 
 class HyperConnection:
-    """mHC around one sublayer, "attn" or "ffn": n streams in, one vector to the sublayer, n streams out."""
+    """mHC around one sublayer, "attn" or "ffn": its weights from the streams that enter, and the streams that leave."""
 
     def __init__(self, config: Config, weights: WeightView, sublayer: str, numerics: Numerics) -> None:
         self._config, self._weights, self._numerics = config, weights, numerics
         self._prefix = f"hc_{sublayer}_"
 
-    def pre(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h [T, n, D] -> the sublayer's input [T, D], and the weights for `post`, [T, n] and [T, n, n]."""
+    def mixes(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [T, n, D] -> pre [T, n], post [T, n], comb [T, n, n]: the weights for `hc_pre` and `hc_post`, float32."""
         config, prefix = self._config, self._prefix
         mixes = stream_mixes(h, self._weights.matrix(prefix + "fn"), self._numerics, config.rms_norm_eps)
         scale, base = self._weights.vector(prefix + "scale"), self._weights.vector(prefix + "base")
-        kernels, iterations = self._numerics.kernels, config.hc_sinkhorn_iters
-        pre, post, comb = kernels.hc_split_sinkhorn(mixes, scale, base, config.hc_mult, iterations, config.hc_eps)
-        return kernels.hc_pre(pre, h), post, comb
+        split, iterations = self._numerics.kernels.hc_split_sinkhorn, config.hc_sinkhorn_iters
+        return split(mixes, scale, base, config.hc_mult, iterations, config.hc_eps)
 
     def post(self, output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
         """output [T, D], old h [T, n, D] -> new h: post_k * output + sum_j comb[j, k] h_j."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from oracle_transformers import BASE, random_model, release_tensors, write_checkpoint
 
-from dsv4.model import load, loading, transformer
+from dsv4.model import load, loading
+from dsv4.model.architectures import v4
 from dsv4.model.kernels import reference_small
 from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.layers import attention, compressor, hyper_connection, indexer, moe, rotary
@@ -67,13 +68,13 @@ def yarn_everywhere(patch: pytest.MonkeyPatch) -> None:
 
         return right(config if compressed else replace(config, compress_rope_theta=config.rope_theta), True)
 
-    patch.setattr(transformer, "rotary_frequencies", wrong)
+    patch.setattr(v4, "rotary_frequencies", wrong)
 
 
 def yarn_nowhere(patch: pytest.MonkeyPatch) -> None:
     """The plain theta on every layer."""
     right = rotary.rotary_frequencies
-    patch.setattr(transformer, "rotary_frequencies", lambda config, compressed: right(config, False))
+    patch.setattr(v4, "rotary_frequencies", lambda config, compressed: right(config, False))
 
 
 def output_not_rotated_back(patch: pytest.MonkeyPatch) -> None:

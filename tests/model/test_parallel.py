@@ -149,7 +149,7 @@ class TestSlices:
     @pytest.mark.parametrize("count", [2, 4])
     def test_put_together_they_are_the_whole(self, count: int, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
-        config, _, weights = loading.check_loadable(checkpoint)
+        _, config, _, weights = loading.check_loadable(checkpoint)
         groups, split = [TensorParallelGroup(i, count) for i in range(count)], 0
         for name, weight in weights.items():
             shape = weight.logical_shape

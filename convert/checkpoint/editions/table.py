@@ -28,7 +28,7 @@ class Edition:
     (rows, columns). tensors: from the config and the number of draft stages, every weight that must be there with its
     shape in elements, or InputError for what the config lacks; None where nobody has written them down.
     optional: names that a checkpoint of the edition may have or not, beside them. missing_keys: what the config must
-    say and does not.
+    say and does not. architecture: the file of the forward pass in `model/architectures/`; "" where there is none.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Edition:
     tensors: Callable[[Config, int], dict[str, Shape]] | None = None
     optional: re.Pattern[str] = re.compile("")
     missing_keys: Callable[[Config], list[str]] = lambda config: []
+    architecture: str = ""
 
     def describes(self, config: Config) -> bool:
         """Whether a config is of this edition."""
@@ -58,6 +59,7 @@ EDITIONS = (
         tensors=partial(v4_tensors, stage_tensors=dspark_stage),
         optional=V4_OPTIONAL,
         missing_keys=missing_keys,
+        architecture="v4",
     ),
     Edition(
         "V4",
@@ -65,6 +67,7 @@ EDITIONS = (
         tensors=partial(v4_tensors, stage_tensors=mtp_stage),
         optional=V4_OPTIONAL,
         missing_keys=missing_keys,
+        architecture="v4",
     ),
 )
 # Where the config says nothing that is known, a name that is known still means what it means.

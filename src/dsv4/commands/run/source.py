@@ -61,7 +61,7 @@ def open_source(folder: str, out: Output) -> Source:
     """
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.convert.hub.source import require_folder
-    from dsv4.model.config import Config
+    from dsv4.model.architectures.table import architecture_of
     from dsv4.model.weights import mtp_stages
 
     path = require_folder(folder)
@@ -69,4 +69,5 @@ def open_source(folder: str, out: Output) -> Source:
         checkpoint = open_checkpoint(path, headers)
     for note in checkpoint.notes:
         out.warn(note)
-    return Source(folder, checkpoint, Config.from_json(checkpoint.config), mtp_stages(checkpoint.tensors) > 0)
+    config = architecture_of(checkpoint.config).read_config(checkpoint.config)
+    return Source(folder, checkpoint, config, mtp_stages(checkpoint.tensors) > 0)

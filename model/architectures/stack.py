@@ -1,0 +1,91 @@
+"""What all architectures have in common: what a stack of layers is called with, what it returns, what it offers."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from dsv4.model.cache import Cache, LayerCache
+from dsv4.model.layers.attention import Segment
+
+Trace = Callable[[str, torch.Tensor], None]
+"""Called with each module's name and output, [T, ...] for the T tokens of a piece, as soon as it is computed."""
+
+
+def _no_trace(name: str, output: torch.Tensor) -> None:
+    pass
+
+
+class Call:
+    """The tokens of one call as one flat list, the caches they belong to, and the trace of their modules."""
+
+    def __init__(
+        self, cache: Cache, starts: list[int], counts: list[int], device: torch.device, trace: Trace | None = None
+    ) -> None:
+        self.cache, self.trace = cache, trace or _no_trace
+        self.segments: list[Segment] = []
+        total = 0
+        for sequence, count in enumerate(counts):
+            if count:
+                self.segments.append(Segment(sequence, total, count, cache.sequences[sequence].length))
+            total += count
+        parts = [torch.arange(s.position, s.position + s.count) for s in self.segments]
+        self.positions = torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
+        rows = [torch.arange(starts[s.sequence], starts[s.sequence] + s.count) for s in self.segments]
+        self.sequence = torch.cat([torch.full((s.count,), s.sequence) for s in self.segments]).to(device)
+        self.column = torch.cat(rows).to(device)
+
+    def layer_caches(self, layer: int) -> list[LayerCache]:
+        """Entry `layer` of the caches, for each segment."""
+        return [self.cache.sequences[s.sequence].layers[layer] for s in self.segments]
+
+    def finish(self) -> None:
+        """Advance the caches by the tokens of the call."""
+        for segment in self.segments:
+            self.cache.advance(segment.sequence, segment.count)
+
+
+class Streams(NamedTuple):
+    """The end of a stack: `last` is what its head reads, `hidden` [T, *hidden_shape] what draft stages go on from."""
+
+    last: torch.Tensor
+    hidden: torch.Tensor
+
+
+class DraftBlock(Protocol):
+    """A block that drafts one token further."""
+
+    @property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From the result of a call to logits float32 [T, V]."""
+
+    def __call__(self, h: torch.Tensor, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> torch.Tensor:
+        """Hidden states [T, *hidden_shape], embeddings [T, D] of the next tokens and their ids [T] -> for `head`."""
+
+
+class Stack(Protocol):
+    """The layers of one architecture, from embeddings to logits."""
+
+    @property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From `Streams.last` to logits float32 [T, V]."""
+
+    @property
+    def mtp(self) -> Sequence[DraftBlock]:
+        """The MTP blocks that the engine runs, none or one."""
+
+    @property
+    def hidden_shape(self) -> tuple[int, ...]:
+        """Shape of one token's row of `Streams.hidden`."""
+
+    def new_cache(self, batch_size: int) -> Cache:
+        """An empty cache for the main stack."""
+
+    def new_mtp_cache(self, batch_size: int) -> Cache:
+        """An empty cache for the MTP block, which has its own keys."""
+
+    def reserve(self, positions: int) -> None:
+        """Make the rotary tables reach positions [0, positions), for the main stack and for drafts."""
+
+    def __call__(self, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> Streams:
+        """Embeddings [T, D] of the call's tokens and their ids int64 [T] -> the end of the stack."""

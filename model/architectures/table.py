@@ -1,0 +1,44 @@
+"""The architectures that this engine runs, by the name that a row of EDITIONS gives.
+
+A new architecture is a file beside this one and a row here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.convert.checkpoint.editions.table import EDITIONS, edition_of
+from dsv4.errors import InputError, printable
+from dsv4.model.config import Config
+from dsv4.model.layers.numerics import Numerics
+from dsv4.model.weight_store import WeightStore
+
+from .stack import Stack
+from .v4 import V4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to read a config of the architecture, and how to build its stack with some draft stages."""
+
+    read_config: Callable[[Mapping[str, Any]], Config]
+    build: Callable[[Config, int, WeightStore, Numerics], Stack]
+
+
+ARCHITECTURES = {"v4": Architecture(Config.from_json, V4)}
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a checkpoint's config. Raises InputError, naming the model type, for one that is not run.
+
+    A config that names no model type is read as V4, whose keys it must then have.
+    """
+    name = edition_of(config).architecture if "model_type" in config else "v4"
+    if name not in ARCHITECTURES:
+        known = (kind for edition in EDITIONS if edition.architecture in ARCHITECTURES for kind in edition.model_types)
+        raise InputError(
+            f"config.json: model_type is {printable(repr(config['model_type']))}, "
+            f"this engine runs {', '.join(dict.fromkeys(known))}",
+            "Everything else works: `dsv4 inspect`, `dsv4 convert`, `dsv4 verify`.",
+        )
+    return ARCHITECTURES[name]
