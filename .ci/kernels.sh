@@ -1,48 +1,39 @@
 #!/usr/bin/env bash
-# The C kernels: no warning from any compiler that is installed, the same bits in every form, ASan and UBSan.
+# The compiled library: no warning from any compiler that is installed, the same bits in every form, ASan and UBSan.
 #
 #     .ci/kernels.sh [PYTHON]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
-flags=$("$python" -c 'from dsv4.model.kernels import cpu; print(*(f for f in cpu.FLAGS if f != "-shared"))')
+# A copy of the package with a library of its own: build COMPILER [OPTION...] prints the folder.
+build() {
+    local copy="$work/$#-$1"
+    rm -rf "$copy" && mkdir -p "$copy"
+    cp -r quant convert model src setup.py pyproject.toml README.md LICENSE "$copy"
+    find "$copy" -name '*.so' -delete
+    (cd "$copy" && CC="$1" CFLAGS="${*:2}" LDFLAGS="${*:2}" "$python" setup.py -q build_ext --inplace) >&2
+    test -e "$copy/quant/_compiled.so" || { echo "$1 did not build the library" >&2; return 1; }
+    echo "$copy"
+}
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+
 for compiler in gcc clang; do
     command -v "$compiler" >/dev/null || { echo "skipped: no $compiler"; continue; }
-    for march in $(case $(uname -m) in x86_64) echo native x86-64 haswell skylake-avx512 ;; *) echo native ;; esac); do
-        for source in model/kernels/*.c; do
-            # shellcheck disable=SC2086
-            "$compiler" $flags -march="$march" -fopenmp -Wall -Wextra -Werror -c "$source" -o /dev/null
-        done
-        echo "no warning: $compiler -march=$march"
-    done
+    build "$compiler" -Wall -Wextra -Werror -Wno-unknown-warning-option >/dev/null
+    echo "no warning: $compiler"
 done
 
 # The same bits in every form; the suite itself runs the best form of this machine.
-forms=plain
-grep -qw avx2 /proc/cpuinfo 2>/dev/null && forms="avx2 plain"
-for form in $forms; do
+for form in $("$python" -c 'from dsv4.model.kernels import cpu; print(*cpu.forms()[1:])'); do
     echo "kernels in the form $form"
     DSV4_KERNELS=$form "$python" -m pytest -q tests/model/kernels tests/model/test_model_transformers.py
 done
 
-# The library is built with other flags, and so under another name. Leaks are Python's business.
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$python" - <<'PYTHON'
-import sys
-import tempfile
-from pathlib import Path
-
-import pytest
-
-from dsv4.model.kernels import cpu
-
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer")
-
-with tempfile.TemporaryDirectory() as folder:
-    cpu.FLAGS = (*cpu.FLAGS, *SANITIZE)
-    cpu.cache_folder = lambda: Path(folder)
-    assert cpu.library() is not None, "the sanitized library was not built"
-    # --capture=sys: the sanitizers write to the file descriptor itself.
-    sys.exit(pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/model/kernels"]))
-PYTHON
+# Leaks are Python's business. --capture=sys: the sanitizers write to the file descriptor itself.
+sanitized=$(build gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer)
+PYTHONPATH="$sanitized/src" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+    "$python" -m pytest -q --capture=sys -p no:cacheprovider -p no:xdist tests/model/kernels tests/quant/test_compiled.py

@@ -35,7 +35,7 @@ typedef uint8x16_t bytes;
 #define EQUAL(a, b) vceqq_u8(a, b)
 #define SUBTRACT(a, b) vsubq_u8(a, b)
 #else
-#error "no byte shuffle is known for this processor: the cast in torch serves it"
+#define NO_BYTE_SHUFFLE /* is known for this processor: the cast in torch serves it */
 #endif
 
 #define GROUP 16           /* bytes of 32 codes */
@@ -45,12 +45,16 @@ typedef uint8x16_t bytes;
 /* Whether this processor has the instructions: they are newer than x86-64 itself. */
 int32_t dsv4_fp4_to_fp8_works(void)
 {
-#if defined(__x86_64__)
+#if defined(NO_BYTE_SHUFFLE)
+    return 0;
+#elif defined(__x86_64__)
     return __builtin_cpu_supports("ssse3") != 0;
 #else
     return 1;
 #endif
 }
+
+#if !defined(NO_BYTE_SHUFFLE)
 
 TARGET static int64_t sum(bytes lanes)
 {
@@ -97,3 +101,4 @@ int64_t dsv4_fp4_to_fp8(const uint8_t *packed, const uint8_t *scale, const uint8
         }
     return zeros;
 }
+#endif

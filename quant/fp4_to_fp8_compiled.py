@@ -1,37 +1,30 @@
 """The cast of fp4_to_fp8.py, compiled: the same codes from one pass over memory, at about half the speed of a copy.
 
-`fp4_to_fp8.c` is built when dsv4 is installed, if a C compiler is there, and lies beside this file. It is plain C
-without Python's headers, so it is loaded with ctypes and runs without the interpreter's lock. Where it is missing, and
-on devices other than the CPU, the form in torch does the work. Both are compared on every code with every k.
+`fp4_to_fp8.c` is part of the compiled library (compiled.py). Where that is missing, on a processor without a byte
+shuffle, and on devices other than the CPU, the form in torch does the work. Both are compared on each code with each k.
 """
 
 import ctypes
-import sysconfig
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from . import e2m1, fp4_to_fp8
+from . import compiled, e2m1, fp4_to_fp8
 from .block_scales import FP4_BLOCK, Block, scale_shape
-
-FILE = Path(__file__).with_name(f"_fp4_to_fp8{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled cast; None where it was not built or this processor cannot run it."""
-    try:
-        library = ctypes.CDLL(str(FILE))
-    except OSError:
+    """The library with the cast; None where there is none or this processor cannot run it."""
+    library = compiled.library()
+    if library is None or not library.dsv4_fp4_to_fp8_works():
         return None
     pointer, count, limit = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.dsv4_fp4_to_fp8.restype = count
     library.dsv4_fp4_to_fp8.argtypes = [
         pointer, pointer, pointer, pointer, limit, limit, pointer, count, count, count, count,
     ]  # fmt: skip
-    library.dsv4_fp4_to_fp8_works.restype = limit
-    return library if library.dsv4_fp4_to_fp8_works() else None
+    return library
 
 
 @cache

@@ -1,49 +1,41 @@
-"""The compiled row of the kernel table: the C files beside this one, built once with the machine's compiler, by ctypes.
+"""The compiled row of the kernel table: the C files in `c/`, built at installation (setup.py), called by ctypes.
 
 It gives the same bits as the reference forms, because both follow the order of summation of deterministic.py; the tests
 compare them. Weights stay packed in memory and are decoded in registers, so a token moves half a byte per FP4 weight
 and one byte per FP8 weight.
-The library is built on first use into the user's cache folder, under a name that is a hash of source, flags and CPU:
-with vector code for AVX-512 or AVX2 where the processor has it, else in plain C, all with the same bits. DSV4_KERNELS
-asks for one form (`FORMS`). Where no library can be built `library` is None, and `table.py` selects the reference forms
-instead of the functions here.
+The library has every kernel in several forms, with vector code for AVX-512, AVX2 or NEON and in plain C, all with the
+same bits. The best form that this processor has is taken; DSV4_KERNELS asks for one (`FORMS`). Where there is no
+library `library` is None, and `table.py` selects the reference forms instead of the functions here.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+import threading
+from types import SimpleNamespace
 
 import torch
 
 from dsv4.errors import UsageError, printable
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, Matrix
+from dsv4.quant import compiled
 
 from . import reference
 from . import reference_small as small
 from .deterministic import ELEMENTS_PER_STEP, paired
 
-FOLDER = Path(__file__).parent
-COMPILERS = ("cc", "gcc", "clang")
-# -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
-# than the machine's registers are passed between inlined functions only, so by no ABI.
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
 VARIABLE = "DSV4_KERNELS"
-# Values of the variable, and the flags that have the compiler build that form. `native`: the best of this processor.
-FORMS = {"native": ("-march=native",), "avx2": ("-march=haswell",), "plain": ()}
-NAMES = ("plain C", "AVX2", "AVX-512", "AVX-512 with BF16")  # by what dsv4_form returns
+BEST = "native"  # value of the variable: the best form that this processor has
+PLAIN = "plain"
+# The forms in words, best first; their names end those of the C functions.
+FORMS = {"avx512bf16": "AVX-512 with BF16", "avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", PLAIN: "plain C"}
 FORMATS = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 WORK_PER_ELEMENT = 4  # of the small operations, in products
 
 
 class _Matrix(ctypes.Structure):
-    """struct matrix of cpu_vectors.h."""
+    """struct matrix of vectors.h."""
 
     _fields_ = [
         ("values", ctypes.c_void_p),
@@ -58,16 +50,35 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    """struct product of products.h."""
+
+    _fields_ = [
+        ("w", ctypes.POINTER(_Matrix)),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("m_count", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("y_stride", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+        ("x_is_bf16", ctypes.c_int32),
+        ("y_is_bf16", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+    ]
+
+
 _TYPES = {
     "m": ctypes.POINTER(_Matrix),
+    "c": ctypes.POINTER(_Product),
     "p": ctypes.c_void_p,
     "l": ctypes.c_int64,
     "i": ctypes.c_int32,
     "f": ctypes.c_float,
 }
-# Argument types of each C function: m struct matrix *, p pointer, l int64, i int32, f float.
+# Argument types of each C function: m struct matrix *, c struct product *, p pointer, l int64, i int32, f float.
 _OPERATIONS = {
-    "dsv4_linear": "mpllllppiiiii",
+    "dsv4_linears": "clpi",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "pplllii",
@@ -80,116 +91,83 @@ _OPERATIONS = {
     "dsv4_hc_post": "ppppplllii",
     "dsv4_swiglu": "ppppllfii",
 }
-# The same of those that return an int64: what C alone knows about scratch and limits.
+# The same of those that return an int64: what C alone knows about scratch (bytes) and limits.
 _SIZES = {
-    "dsv4_linear_scratch": "lll",
+    "dsv4_linears_scratch": "cli",
     "dsv4_sparse_attention_scratch": "lll",
     "dsv4_index_scores_scratch": "lll",
     "dsv4_row_scratch": "ll",
     "dsv4_most_streams": "",
-    "dsv4_has_dot": "",
-    "dsv4_form": "",
 }
 
 
-def sources() -> list[Path]:
-    """The C files, headers left out."""
-    return sorted(FOLDER.glob("*.c"))
-
-
-def _cpu() -> str:
-    """Model and flags of the processor, which -march=native depends on: machines may share a cache folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
-
-
-def compiler() -> str | None:
-    """Path of the machine's C compiler; None if it has none."""
-    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
-
-
-def cache_folder() -> Path:
-    """The folder of this user's compiled libraries."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dsv4"
-
-
-def wanted_form() -> str:
-    """The form that DSV4_KERNELS asks for. Raises UsageError for one that is unknown or that this processor lacks."""
-    form = os.environ.get(VARIABLE) or "native"
-    if form not in FORMS:
-        raise UsageError(f"{VARIABLE} is '{printable(form)}'", f"It is one of {', '.join(FORMS)}, or not set.")
-    if form == "avx2" and "avx2" not in _cpu().split():
-        raise UsageError(f"{VARIABLE} is 'avx2', which this processor does not have", f"Unset {VARIABLE}.")
-    return form
-
-
-def _flags(form: str) -> list[tuple[str, ...]]:
-    """Sets of flags to try in turn: not every compiler knows this processor or has OpenMP."""
-    march = FORMS[form]
-    tried = [(*march, "-fopenmp"), march]
-    return tried if form != "native" else [*tried, ("-fopenmp",), ()]
-
-
-def _compile(compiler: str, form: str, target: Path) -> bool:
-    """Build the library as `target` with the best flags that this compiler takes; false if none works."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        for extra in _flags(form):
-            command = [compiler, *FLAGS, *extra, *map(str, sources()), "-o", str(built), "-lm"]
-            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                os.replace(built, target)
-                return True
-    return False
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
-    for names, result in ((_OPERATIONS, None), (_SIZES, ctypes.c_int64)):
-        for name, letters in names.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = [_TYPES[letter] for letter in letters], result
-    return loaded
+def _runs(loaded: ctypes.CDLL, form: str) -> bool:
+    """Whether the library has a form and this processor runs it."""
+    if not hasattr(loaded, f"dsv4_linears_{form}") or not getattr(loaded, f"dsv4_has_{form}")():
+        return False
+    # Which order the processor's bfloat16 dot product adds in is tried out: it is written down nowhere.
+    return form != "avx512bf16" or bool(loaded.dsv4_dot_is_in_order_avx512bf16())
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, built if need be; None where that is impossible. Raises UsageError, see `wanted_form`."""
-    form, compiled_by = wanted_form(), compiler()
-    if compiled_by is None:
-        return None
-    texts = (path.read_text() for path in sorted([*FOLDER.glob("*.h"), *sources()]))
-    identity = "\0".join((*texts, compiled_by, form, *FLAGS, platform.machine(), _cpu()))
-    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / name
-        if target.exists() or _compile(compiled_by, form, target):
-            return _open(target)
-    except OSError:
-        pass  # a read-only home, or a compiler that builds for another machine
-    return None
+def forms() -> list[str]:
+    """The forms that the library has and that this processor runs, best first; none without a library."""
+    loaded = compiled.library()
+    return [] if loaded is None else [form for form in FORMS if _runs(loaded, form)]
+
+
+def wanted_form() -> str | None:
+    """The form that runs: the one that DSV4_KERNELS asks for, else the best; None without a library.
+
+    Raises UsageError for a form that is unknown, or that the library or this processor lacks.
+    """
+    name = os.environ.get(VARIABLE) or BEST
+    if name != BEST and name not in FORMS:
+        raise UsageError(f"{VARIABLE} is '{printable(name)}'", f"It is one of {', '.join((BEST, *FORMS))}, or not set.")
+    if name == BEST or compiled.library() is None:
+        return next(iter(forms()), None)
+    if name not in forms():
+        raise UsageError(
+            f"{VARIABLE} is '{name}', which this processor does not have, or the compiler of the installation did not",
+            f"Here it can be {', '.join((BEST, *forms()))}, or unset.",
+        )
+    return name
+
+
+def bind(loaded: ctypes.CDLL, form: str) -> SimpleNamespace:
+    """The C functions of one form under their names without it."""
+    functions = SimpleNamespace(form=form)
+    for names, result in ((_OPERATIONS, None), (_SIZES, ctypes.c_int64)):
+        for name, letters in names.items():
+            function = getattr(loaded, f"{name}_{form}")
+            function.argtypes, function.restype = [_TYPES[letter] for letter in letters], result
+            setattr(functions, name, function)
+    return functions
+
+
+@functools.cache
+def library() -> SimpleNamespace | None:
+    """The C functions of the form that runs; None without a compiled library. Raises UsageError, see `wanted_form`."""
+    form, loaded = wanted_form(), compiled.library()
+    return None if loaded is None or form is None else bind(loaded, form)
 
 
 def form_name() -> str:
     """The form of the kernels that runs on the CPU, in words."""
-    loaded = library()
-    return "torch, without a compiler" if loaded is None else NAMES[loaded.dsv4_form()]
+    found = library()
+    return "torch, without the compiled library" if found is None else FORMS[found.form]
 
 
 def is_slow() -> bool:
     """Whether the kernels on the CPU use no vector code: decoding is then many times slower."""
-    return form_name() not in NAMES[1:]
+    found = library()
+    return found is None or found.form == PLAIN
 
 
-def _loaded() -> ctypes.CDLL:
-    loaded = library()
-    assert loaded is not None, "select_kernels takes this row only where there is a library"
-    return loaded
+def _loaded() -> SimpleNamespace:
+    found = library()
+    assert found is not None, "select_kernels takes this row only where there is a library"
+    return found
 
 
 def _describe(matrix: Matrix) -> _Matrix:
@@ -220,24 +198,34 @@ def _threads_for(x: torch.Tensor) -> int:
     return _threads(x.numel() * WORK_PER_ELEMENT)
 
 
-def _scratch(floats: int) -> torch.Tensor:
-    return torch.empty(floats, dtype=torch.float32)
+_kept = threading.local()
 
 
-def _row_scratch(columns: int, threads: int) -> torch.Tensor:
+def _scratch(size: int) -> int:
+    """Address of memory for one call of C, kept and reused by each thread: fresh pages cost time."""
+    buffer: torch.Tensor | None = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.nbytes < size:
+        _kept.buffer = buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer.data_ptr()
+
+
+def _row_scratch(columns: int, threads: int) -> int:
     return _scratch(_loaded().dsv4_row_scratch(columns, threads))
 
 
 def _whole_steps(matrix: Matrix) -> bool:
     """Whether rows, and blocks of rows, are whole steps of a dot product, as the C code takes for granted."""
-    step = ELEMENTS_PER_STEP
-    return matrix.shape[1] % step == 0 and (matrix.scale is None or matrix.block.columns % step == 0)
+    columns, step = matrix.shape[1], ELEMENTS_PER_STEP
+    return columns > 0 and columns % step == 0 and (matrix.scale is None or matrix.block.columns % step == 0)
 
 
-@functools.cache
-def has_dot() -> bool:
-    """Whether the compiled code may use this CPU's bfloat16 dot product, which it tries out."""
-    return bool(_loaded().dsv4_has_dot())
+def _product(x: torch.Tensor, matrix: Matrix, start: int, stop: int, y: torch.Tensor) -> _Product:
+    # Eight significant bits times eight at most: a product that float32 holds exactly.
+    exact = _is_bfloat16(x) and matrix.format != FLOAT32 and matrix.exact_products
+    return _Product(
+        ctypes.pointer(_describe(matrix)), x.data_ptr(), y.data_ptr(), len(x), x.stride(0), y.stride(0), start, stop,
+        _is_bfloat16(x), _is_bfloat16(y), exact,
+    )  # fmt: skip
 
 
 def linear(
@@ -248,16 +236,10 @@ def linear(
         return reference.linear(x, matrix, start, stop, dtype)
     stop = matrix.shape[0] if stop is None else stop
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows, columns = x.shape
-    result = torch.empty(rows, stop - start, dtype=dtype)
-    # Eight significant bits times eight at most: a product that float32 holds exactly.
-    exact = _is_bfloat16(x) and matrix.format != FLOAT32 and matrix.exact_products
-    threads = _threads(result.numel() * columns)
-    scratch = _scratch(_loaded().dsv4_linear_scratch(rows, columns, threads))
-    _loaded().dsv4_linear(
-        _describe(matrix), x.data_ptr(), rows, x.stride(0), start, stop, result.data_ptr(), scratch.data_ptr(),
-        _is_bfloat16(x), _is_bfloat16(result), exact, has_dot(), threads,
-    )  # fmt: skip
+    result = torch.empty(len(x), stop - start, dtype=dtype)
+    product, threads = _product(x, matrix, start, stop, result), _threads(result.numel() * x.shape[1])
+    scratch = _scratch(_loaded().dsv4_linears_scratch(product, 1, threads))
+    _loaded().dsv4_linears(product, 1, scratch, threads)
     return result
 
 
@@ -279,7 +261,7 @@ def sparse_attention(
     scratch = _scratch(_loaded().dsv4_sparse_attention_scratch(width, listed, threads))
     _loaded().dsv4_sparse_attention(
         q.data_ptr(), window.data_ptr(), compressed.data_ptr(), index.data_ptr(), sink.data_ptr(), scale,
-        queries, heads, width, listed, len(window), _is_bfloat16(q), result.data_ptr(), scratch.data_ptr(), threads,
+        queries, heads, width, listed, len(window), _is_bfloat16(q), result.data_ptr(), scratch, threads,
     )  # fmt: skip
     return result
 
@@ -297,7 +279,7 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     scratch = _scratch(_loaded().dsv4_index_scores_scratch(heads, width, threads))
     _loaded().dsv4_index_scores(
         _describe(matrix), wide.data_ptr(), wide_weights.data_ptr(), queries, heads, rounded,
-        scores.data_ptr(), scratch.data_ptr(), threads,
+        scores.data_ptr(), scratch, threads,
     )  # fmt: skip
     return scores
 
@@ -316,7 +298,7 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
     result, scratch = torch.empty(x.shape[:-1], dtype=torch.float32), _row_scratch(columns, threads)
     _loaded().dsv4_inverse_rms(
-        x.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), result.numel(), columns, _is_bfloat16(x), threads
+        x.data_ptr(), eps, result.data_ptr(), scratch, result.numel(), columns, _is_bfloat16(x), threads
     )
     return result
 
@@ -326,7 +308,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
     result, scratch, rows = torch.empty_like(x), _row_scratch(columns, threads), x.numel() // columns
     _loaded().dsv4_rms_norm(
-        x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), rows, columns, _is_bfloat16(x),
+        x.data_ptr(), weight.data_ptr(), eps, result.data_ptr(), scratch, rows, columns, _is_bfloat16(x),
         threads,
     )  # fmt: skip
     return result
@@ -337,7 +319,7 @@ def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
     q, (tokens, heads, columns), threads = q.contiguous(), q.shape, _threads_for(q)
     result, scratch = torch.empty_like(q), _row_scratch(columns, threads)
     _loaded().dsv4_head_norm(
-        q.data_ptr(), eps, result.data_ptr(), scratch.data_ptr(), tokens * heads, columns, _is_bfloat16(q), threads,
+        q.data_ptr(), eps, result.data_ptr(), scratch, tokens * heads, columns, _is_bfloat16(q), threads,
     )  # fmt: skip
     return result
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv4 import cli
-from dsv4.quant import fp4_to_fp8_compiled
+from dsv4.quant import compiled, fp4_to_fp8_compiled
 
 
 def facts(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -30,13 +30,13 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["memory"]["total_bytes"] == pytest.approx(pages, rel=0.01)
     assert found["compiler"] == next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     assert found["compiled_cast"] == fp4_to_fp8_compiled.is_compiled()
+    assert (found["compiled_problem"] is None) == compiled.FILE.exists() == bool(found["compiled_forms"])
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
 
 
 def test_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folders = facts(capsys)["folders"]
     assert folders["working folder"]["path"] == str(tmp_path)
     assert folders["working folder"]["total_bytes"] == shutil.disk_usage(tmp_path).total
@@ -44,7 +44,7 @@ def test_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert folders["Hugging Face cache"]["exists"] is False
     assert folders["Hugging Face cache"]["total_bytes"] == shutil.disk_usage(tmp_path).total
     assert folders["ModelScope cache"]["path"]
-    assert folders["compiled loops"]["path"] == str(tmp_path / "cache" / "dsv4")
+    assert folders["compiled loops"]["path"] == str(compiled.FILE.parent)
 
 
 def test_secrets_stay_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from pathlib import Path
 import pytest
 
 import dsv4
-from dsv4.quant import fp4_to_fp8_compiled
+from dsv4.quant import compiled
 
 ROOT = Path(__file__).parents[2]
 TOPS = {"dsv4": ROOT / "src" / "dsv4", **{f"dsv4/{name}": ROOT / name for name in ("quant", "convert", "model")}}
+
+
+def has_compiler() -> bool:
+    """Whether the installation finds a compiler: the one that Python was built with, under that name, or $CC."""
+    return shutil.which((os.environ.get("CC") or sysconfig.get_config_var("CC")).split()[0]) is not None
 
 
 def product_files() -> set[str]:
@@ -38,7 +44,7 @@ def copy_sources(copy: Path) -> Path:
     copy.mkdir(parents=True)
     for name in ("src", "quant", "convert", "model"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -68,8 +74,25 @@ def test_the_wheel_holds_dsv4_and_nothing_else(built: Path) -> None:
 def test_every_file_is_in_the_wheel(built: Path) -> None:
     with wheel_of(built) as wheel:
         found = {name for name in wheel.namelist() if name.startswith("dsv4/")}
-    compiled = {f"dsv4/quant/{fp4_to_fp8_compiled.FILE.name}"} if fp4_to_fp8_compiled.is_compiled() else set()
-    assert found == product_files() | compiled
+    built_here = {f"dsv4/quant/{compiled.FILE.name}"} if has_compiler() else set()
+    assert found == product_files() | built_here
+
+
+def test_the_wheel_is_for_a_platform_and_for_every_python(built: Path) -> None:
+    (path,) = built.glob("*.whl")
+    assert path.name.split("-")[2:4] == ["py3", "none"] and not path.name.endswith("-any.whl")
+
+
+def test_the_wheel_has_every_form_and_none_is_for_the_builder_alone(built: Path, tmp_path: Path) -> None:
+    """-march=native would make a wheel that stops with an illegal instruction elsewhere."""
+    if not has_compiler():
+        pytest.skip("no C compiler")
+    with wheel_of(built) as wheel:
+        library = Path(wheel.extract(f"dsv4/quant/{compiled.FILE.name}", tmp_path))
+    names = {"x86_64": ["avx2", "avx512", "avx512bf16"], "aarch64": ["neon"]}.get(platform.machine(), [])
+    for form in ("plain", *names):
+        assert f"dsv4_linears_{form}\0".encode() in library.read_bytes()
+    assert "native" not in (ROOT / "setup.py").read_text()
 
 
 def test_without_a_compiler_the_wheel_is_made_all_the_same(tmp_path: Path) -> None:
@@ -96,7 +119,7 @@ def test_the_sdist_has_what_the_wheel_is_made_of(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", *(f"src/{name}" for name in product_files())} <= names
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", *(f"src/{name}" for name in product_files())} <= names
 
 
 LOOK = """

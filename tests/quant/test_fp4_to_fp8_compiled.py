@@ -14,7 +14,7 @@ from exact_values import tree
 from oracle import E2M1_MAGNITUDES, E4M3_MAGNITUDES, nearest_code, power
 
 from dsv4.convert import convert
-from dsv4.quant import e2m1, fp4_to_fp8, fp4_to_fp8_compiled
+from dsv4.quant import compiled, e2m1, fp4_to_fp8, fp4_to_fp8_compiled
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 from dsv4.quant.fp4_to_fp8 import TABLE_K_MAX, TABLE_K_MIN
 
@@ -32,7 +32,7 @@ def cast_into(request: pytest.FixtureRequest) -> fp4_to_fp8.CastInto:
 def not_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As where there was no compiler when dsv4 was installed."""
     monkeypatch.setattr(fp4_to_fp8_compiled, "_library", fp4_to_fp8_compiled._library.__wrapped__)
-    monkeypatch.setattr(fp4_to_fp8_compiled, "FILE", tmp_path / "nothing.so")
+    monkeypatch.setattr(compiled, "_loaded", lambda: compiled._load(tmp_path / "nothing.so"))
 
 
 def random_bytes(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
@@ -82,10 +82,10 @@ def test_both_forms_agree_on_odd_shapes(shape: tuple[int, int], block: Block) ->
     packed = random_bytes(rows, columns // 2)
     scale = random_bytes(*scale_shape(shape, FP4_BLOCK), low=100, high=140)
     block_scale = random_bytes(*scale_shape(shape, block), low=100, high=140)
-    plain, compiled = torch.empty(shape, dtype=torch.uint8), torch.full(shape, 77, dtype=torch.uint8)
+    plain, fast = torch.empty(shape, dtype=torch.uint8), torch.full(shape, 77, dtype=torch.uint8)
     zeros = [FORMS["torch"](packed, scale, block_scale, block, plain)]
-    zeros += [FORMS["compiled"](packed, scale, block_scale, block, compiled)]
-    assert torch.equal(plain, compiled)
+    zeros += [FORMS["compiled"](packed, scale, block_scale, block, fast)]
+    assert torch.equal(plain, fast)
     assert zeros == 2 * [int((plain == 0x80).sum())]
 
 

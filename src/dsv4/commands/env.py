@@ -27,6 +27,7 @@ SHOWN_VARIABLES = (
     "HF_HUB_OFFLINE", "MODELSCOPE_CACHE", "NO_COLOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "PYTORCH_CUDA_ALLOC_CONF", "TERM", "XDG_CACHE_HOME",
 )  # fmt: skip
+COMPILERS = ("cc", "gcc", "clang")
 HIDDEN_VARIABLES = (
     "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT",
 )  # fmt: skip
@@ -72,13 +73,13 @@ def _folders() -> dict[str, Path]:
     from huggingface_hub import constants
     from modelscope_hub import get_default_config
 
-    from dsv4.model.kernels import cpu
+    from dsv4.quant import compiled
 
     return {
         "working folder": Path.cwd(),
         "Hugging Face cache": Path(constants.HF_HUB_CACHE),
         "ModelScope cache": Path(get_default_config().cache_dir),
-        "compiled loops": cpu.cache_folder(),
+        "compiled loops": compiled.FILE.parent,
     }
 
 
@@ -87,12 +88,17 @@ def _variables() -> dict[str, str]:
     return shown | dict.fromkeys((name for name in HIDDEN_VARIABLES if os.environ.get(name)), "set")
 
 
+def compiler() -> str | None:
+    """Path of the machine's C compiler, which an installation from the sources would use; None if it has none."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
 def facts() -> dict[str, Any]:
     """Everything that the command shows, as the JSON object that it prints."""
     import torch
 
     from dsv4.model.kernels import cpu
-    from dsv4.quant import fp4_to_fp8_compiled
+    from dsv4.quant import compiled, fp4_to_fp8_compiled
 
     return {
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -106,9 +112,11 @@ def facts() -> dict[str, Any]:
             "limit_bytes": machine.memory_limit(),
         },
         "cuda": torch.version.cuda,
-        "compiler": cpu.compiler(),
+        "compiler": compiler(),
         "kernels": cpu.form_name(),
         "compiled_cast": fp4_to_fp8_compiled.is_compiled(),
+        "compiled_forms": cpu.forms(),
+        "compiled_problem": compiled.problem(),
         "devices": _accelerators(),
         "folders": {what: _disk(path) for what, path in _folders().items()},
         "variables": _variables(),
@@ -128,7 +136,8 @@ def _system(found: dict[str, Any]) -> list[list[str]]:
         ["cpu", f"{cpu['cores']} cores, {cpu['machine']}, {cpu['torch_threads']} torch threads"],
         ["memory", f"{_size(memory['available_bytes'])} free of {_size(memory['total_bytes'])}{limit}"],
         ["cuda", found["cuda"] or "torch was built without it"],
-        ["C compiler", found["compiler"] or "none: dsv4 run takes its slow plain form"],
+        ["C compiler", found["compiler"] or "none, which matters when dsv4 is installed from its sources"],
+        ["compiled library", found["compiled_problem"] or f"has {', '.join(found['compiled_forms'])} for this cpu"],
         ["kernels of run", found["kernels"]],
         ["compiled cast", "yes" if found["compiled_cast"] else "no: dsv4 convert is a bit slower"],
     ]

@@ -1,9 +1,13 @@
 """The order of sums, the functions built on it, and every row of the kernel table against the reference row."""
 
 import math
-import shutil
+import os
+import platform
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +18,11 @@ from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
 from dsv4.model.weights import Matrix
+from dsv4.quant import compiled
 from dsv4.quant.block_scales import Block
 
 GENERATOR = torch.Generator().manual_seed(8)
-CPU = table.select_kernels(torch.device("cpu"))  # the reference row where there is no compiler
+CPU = table.select_kernels(torch.device("cpu"))  # the reference row where there is no library
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -302,46 +307,87 @@ def test_compiled_code_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> N
     assert torch.equal(bits(CPU.simulate_fp8(x, 2)[:, 0]), bits(expected))
 
 
-def test_where_there_is_a_compiler_the_compiled_row_was_tested() -> None:
-    """Without one, CPU is the reference row, and the comparisons above say nothing."""
-    assert (CPU is table.CPU) == any(map(shutil.which, cpu.COMPILERS))
+def test_where_the_library_was_built_the_compiled_row_was_tested() -> None:
+    """Without it, CPU is the reference row, and the comparisons above say nothing."""
+    assert (CPU is table.CPU) == compiled.FILE.exists(), compiled.problem()
 
 
-@pytest.fixture(params=[form for form in cpu.FORMS if form != "native"])
-def form(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each form of the library, built and in the place of this machine's best one."""
+def test_the_library_has_every_form_of_this_processor() -> None:
+    """By what the system says of the processor, where it does: a form that is missing would go unnoticed."""
+    if not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64" or compiled.library() is None:
+        pytest.skip("another system, or no library")
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+    assert {form for form in needed if form in cpu.forms()} == {f for f, n in needed.items() if n <= {*flags}}
+    assert cpu.forms()[-1] == "plain"
+
+
+@pytest.fixture(params=[form for form in cpu.FORMS if form in cpu.forms()[1:]])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each form of the library that runs here, in the place of the best one, which all other tests run."""
     name: str = request.param
-    compiler = cpu.compiler()
-    if compiler is None or (name == "avx2" and "avx2" not in cpu._cpu().split()):
-        pytest.skip(f"no compiler, or a processor without {name}")
-    assert cpu._compile(compiler, name, tmp_path / "kernels.so")
-    loaded = cpu._open(tmp_path / "kernels.so")
-    monkeypatch.setattr(cpu, "library", lambda: loaded)
-    monkeypatch.setattr(cpu, "has_dot", lambda: bool(loaded.dsv4_has_dot()))
+    bound = cpu.bind(compiled.library(), name)
+    monkeypatch.setattr(cpu, "library", lambda: bound)
     return name
 
 
 def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
-    assert cpu.form_name() == {"avx2": "AVX2", "plain": "plain C"}[form]
+    assert cpu.form_name() == {"avx512": "AVX-512", "avx2": "AVX2", "plain": "plain C"}[form]
     assert cpu.is_slow() == (form == "plain")
     for dtype in (torch.bfloat16, torch.float32):
         test_linear(133, 224, dtype)
         test_sparse_attention(9, dtype)
         test_index_scores(12, 3, dtype)
+        for name in SMALL:
+            test_small_operations(name, dtype)
     for count in (1, 2):
         test_every_code_by_every_way_of_decoding(count)
 
 
 def test_a_form_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "forms", lambda: ["avx2", "plain"])
+    monkeypatch.setattr(compiled, "library", lambda: object())
     monkeypatch.delenv(cpu.VARIABLE, raising=False)
-    assert cpu.wanted_form() == "native"
+    assert cpu.wanted_form() == "avx2"
     monkeypatch.setenv(cpu.VARIABLE, "plain")
     assert cpu.wanted_form() == "plain"
     monkeypatch.setenv(cpu.VARIABLE, "sse9")
     with pytest.raises(UsageError, match="DSV4_KERNELS is 'sse9'") as raised:
         cpu.wanted_form()
-    assert "native, avx2, plain" in raised.value.hint
-    monkeypatch.setenv(cpu.VARIABLE, "avx2")
-    monkeypatch.setattr(cpu, "_cpu", lambda: "flags : fpu sse2")
-    with pytest.raises(UsageError, match="this processor does not have"):
+    assert "native, avx512bf16, avx512, avx2, neon, plain" in raised.value.hint
+    monkeypatch.setenv(cpu.VARIABLE, "avx512")
+    with pytest.raises(UsageError, match="this processor does not have") as raised:
         cpu.wanted_form()
+    assert "native, avx2, plain" in raised.value.hint
+
+
+def test_without_a_library_no_form_runs_whichever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    monkeypatch.setattr(cpu, "forms", cpu.forms.__wrapped__)
+    for name in ("", "native", "avx2"):
+        monkeypatch.setenv(cpu.VARIABLE, name)
+        assert cpu.library() is None and cpu.is_slow()
+    assert table.select_kernels(torch.device("cpu")) is REFERENCE
+    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    with pytest.raises(UsageError, match="DSV4_KERNELS is 'sse9'"):
+        cpu.library()
+
+
+def test_two_callers_at_once_and_a_child_of_fork() -> None:
+    """The helper threads serve one caller at a time; the other computes alone. A forked child starts helpers anew."""
+    matrix = matrices(133, 224)[2]
+    x = torch.randn(64, 224, generator=GENERATOR).to(torch.bfloat16)
+    expected = bits(REFERENCE.linear(x, matrix))
+
+    def right(_: int) -> bool:
+        return torch.equal(bits(CPU.linear(x, matrix)), expected)
+
+    with mock.patch.object(cpu, "_threads", lambda work: 4), ThreadPoolExecutor(3) as callers:
+        assert all(callers.map(right, range(60)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads, which is what is tested
+            child = os.fork()
+        if child == 0:
+            os._exit(0 if right(0) else 1)
+        assert os.waitpid(child, 0)[1] == 0

@@ -124,10 +124,12 @@ def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks |
 def _say_kernels(out: Output) -> None:
     """Which form of the kernels runs; a warning if it is a slow one."""
     from dsv4.model.kernels import cpu
+    from dsv4.quant import compiled
 
     out.detail(f"kernels: {cpu.form_name()}")
     if cpu.is_slow():
-        out.warn(f"the kernels run as {cpu.form_name()}, without vector code: many times slower, same results")
+        why = f" ({compiled.problem()})" if compiled.problem() else ""
+        out.warn(f"the kernels run as {cpu.form_name()}{why}, without vector code: many times slower, same results")
 
 
 def load_model(source: Source, placement: Placement, out: Output) -> "Transformer":

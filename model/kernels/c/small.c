@@ -1,9 +1,42 @@
 /* The operations of reference_small.py. `x` and results are bfloat16 or float32; everything in between is float32. The
  * loops are compiled once for each, so that the compiler can turn them into vectors. Threads share out the rows. */
-#include "cpu_vectors.h"
+#include "threads.h"
+#include "vectors.h"
 
 #define MOST_STREAMS 64
 #define COLUMNS_PER_CHUNK 256 /* of weighted sums: they stay in the first level cache */
+
+/* Rows [first, last). */
+struct span {
+    int64_t first, last;
+};
+
+/* An operation on rows: inputs x and y (bfloat16 or float32, as `out`) and a and b (float32), scratch of `columns`
+ * floats a worker. */
+struct rows {
+    const void *x, *y;
+    const float *a, *b;
+    void *out;
+    float *scratch;
+    int64_t columns, n, pairs;
+    float limit;
+    int32_t is_bf16;
+};
+
+/* Defines NAME_rows, for dsv4_share: CALL(1) for bfloat16, CALL(0) for float32, with `j` and `mine` in scope. */
+#define SHARED(NAME, CALL)                                                                                             \
+    static void NAME##_rows(const void *job, int64_t first, int64_t last, int64_t worker) {                            \
+        const struct rows *j = job;                                                                                    \
+        struct span mine = {first, last};                                                                              \
+        float *scratch = j->scratch + worker * j->columns;                                                             \
+        (void)scratch;                                                                                                 \
+        if (j->is_bf16) CALL(1);                                                                                       \
+        else CALL(0);                                                                                                  \
+    }
+
+static void share(work *function, const struct rows *j, int64_t rows, int32_t threads) {
+    dsv4_share(function, j, rows, dsv4_quarters(rows, threads), threads);
+}
 
 /* Nearest E4M3 value, ties to even, of |v| at most 448. */
 INLINE float round_e4m3(float v) {
@@ -39,14 +72,14 @@ INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t col
         }
 }
 
-void dsv4_simulate_fp8(const void *x, void *out, int64_t rows, int64_t columns, int64_t group, int32_t is_bf16,
-                       int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) simulate_fp8(x, out, mine, columns, group, 1);
-        else simulate_fp8(x, out, mine, columns, group, 0);
-    }
+#define CALL(is_bf16) simulate_fp8(j->x, j->out, mine, j->columns, j->n, is_bf16)
+SHARED(simulate_fp8, CALL)
+#undef CALL
+
+void OF_FORM(dsv4_simulate_fp8)(const void *x, void *out, int64_t rows, int64_t columns, int64_t group,
+                                int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .out = out, .columns = columns, .n = group, .is_bf16 = is_bf16};
+    share(simulate_fp8_rows, &j, rows, threads);
 }
 
 /* Mean of the squares of a row, which are rounded to x's type first if `rounded`. */
@@ -58,8 +91,10 @@ INLINE float mean_square(const void *x, int64_t row, int64_t columns, int is_bf1
     return tree_sum(scratch, columns) / (float)columns;
 }
 
-/* Floats of scratch that an operation on rows with a mean of squares needs. */
-int64_t dsv4_row_scratch(int64_t columns, int64_t threads) { return columns * threads; }
+/* Bytes of scratch that an operation on rows with a mean of squares needs. */
+int64_t OF_FORM(dsv4_row_scratch)(int64_t columns, int64_t threads) {
+    return columns * threads * (int64_t)sizeof(float);
+}
 
 INLINE float inverse_rms(const void *x, int64_t row, int64_t columns, float eps, int is_bf16, float *scratch) {
     return 1.f / sqrtf(mean_square(x, row, columns, is_bf16, 0, scratch) + eps);
@@ -71,15 +106,15 @@ INLINE void inverse_rms_of_rows(const void *x, float eps, float *out, float *scr
         out[row] = inverse_rms(x, row, columns, eps, is_bf16, scratch);
 }
 
+#define CALL(is_bf16) inverse_rms_of_rows(j->x, j->limit, j->out, scratch, mine, j->columns, is_bf16)
+SHARED(inverse_rms, CALL)
+#undef CALL
+
 /* x [rows, columns] -> float32 [rows]. */
-void dsv4_inverse_rms(const void *x, float eps, float *out, float *scratch, int64_t rows, int64_t columns,
-                      int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) inverse_rms_of_rows(x, eps, out, scratch + share * columns, mine, columns, 1);
-        else inverse_rms_of_rows(x, eps, out, scratch + share * columns, mine, columns, 0);
-    }
+void OF_FORM(dsv4_inverse_rms)(const void *x, float eps, float *out, void *scratch, int64_t rows, int64_t columns,
+                               int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .out = out, .scratch = scratch, .columns = columns, .limit = eps, .is_bf16 = is_bf16};
+    share(inverse_rms_rows, &j, rows, threads);
 }
 
 INLINE void rms_norm(const void *x, const float *weight, float eps, void *out, float *scratch, struct span rows,
@@ -92,15 +127,16 @@ INLINE void rms_norm(const void *x, const float *weight, float eps, void *out, f
     }
 }
 
+#define CALL(is_bf16) rms_norm(j->x, j->a, j->limit, j->out, scratch, mine, j->columns, is_bf16)
+SHARED(rms_norm, CALL)
+#undef CALL
+
 /* x, out [rows, columns]; weight float32 [columns]. */
-void dsv4_rms_norm(const void *x, const float *weight, float eps, void *out, float *scratch, int64_t rows,
-                   int64_t columns, int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) rms_norm(x, weight, eps, out, scratch + share * columns, mine, columns, 1);
-        else rms_norm(x, weight, eps, out, scratch + share * columns, mine, columns, 0);
-    }
+void OF_FORM(dsv4_rms_norm)(const void *x, const float *weight, float eps, void *out, void *scratch, int64_t rows,
+                            int64_t columns, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .a = weight, .out = out, .scratch = scratch, .columns = columns, .limit = eps,
+                     .is_bf16 = is_bf16};
+    share(rms_norm_rows, &j, rows, threads);
 }
 
 INLINE void head_norm(const void *x, float eps, void *out, float *scratch, struct span rows, int64_t columns,
@@ -115,15 +151,15 @@ INLINE void head_norm(const void *x, float eps, void *out, float *scratch, struc
     }
 }
 
+#define CALL(is_bf16) head_norm(j->x, j->limit, j->out, scratch, mine, j->columns, is_bf16)
+SHARED(head_norm, CALL)
+#undef CALL
+
 /* x, out [rows, columns]. */
-void dsv4_head_norm(const void *x, float eps, void *out, float *scratch, int64_t rows, int64_t columns, int32_t is_bf16,
-                    int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) head_norm(x, eps, out, scratch + share * columns, mine, columns, 1);
-        else head_norm(x, eps, out, scratch + share * columns, mine, columns, 0);
-    }
+void OF_FORM(dsv4_head_norm)(const void *x, float eps, void *out, void *scratch, int64_t rows, int64_t columns,
+                             int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .out = out, .scratch = scratch, .columns = columns, .limit = eps, .is_bf16 = is_bf16};
+    share(head_norm_rows, &j, rows, threads);
 }
 
 INLINE void rotate(const void *x, const float *cos, const float *sin, void *out, struct span rows,
@@ -143,15 +179,16 @@ INLINE void rotate(const void *x, const float *cos, const float *sin, void *out,
         }
 }
 
+#define CALL(is_bf16) rotate(j->x, j->a, j->b, j->out, mine, j->n, j->columns, j->pairs, is_bf16)
+SHARED(rotate, CALL)
+#undef CALL
+
 /* x, out [rows, heads, columns]; cos, sin float32 [rows, pairs]; the last 2 * pairs dims turn. */
-void dsv4_rotate(const void *x, const float *cos, const float *sin, void *out, int64_t rows, int64_t heads,
-                 int64_t columns, int64_t pairs, int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) rotate(x, cos, sin, out, mine, heads, columns, pairs, 1);
-        else rotate(x, cos, sin, out, mine, heads, columns, pairs, 0);
-    }
+void OF_FORM(dsv4_rotate)(const void *x, const float *cos, const float *sin, void *out, int64_t rows, int64_t heads,
+                          int64_t columns, int64_t pairs, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .a = cos, .b = sin, .out = out, .columns = columns, .n = heads, .pairs = pairs,
+                     .is_bf16 = is_bf16};
+    share(rotate_rows, &j, rows, threads);
 }
 
 INLINE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
@@ -168,10 +205,11 @@ static void normalize(float *comb, int64_t n, int by_columns, float eps) {
     }
 }
 
-int64_t dsv4_most_streams(void) { return MOST_STREAMS; }
+int64_t OF_FORM(dsv4_most_streams)(void) { return MOST_STREAMS; }
 
 /* mixes [rows, (2 + n) n] -> pre, post [rows, n], comb [rows, n, n]; n at most MOST_STREAMS. */
-void dsv4_hc_split_sinkhorn(const float *mixes, const float *scale, const float *base, float *pre, float *post, float *comb,
+void OF_FORM(dsv4_hc_split_sinkhorn)(const float *mixes, const float *scale, const float *base, float *pre,
+                                     float *post, float *comb,
                       int64_t rows, int64_t n, int64_t iterations, float eps) {
     for (int64_t row = 0; row < rows; row++) {
         const float *m = mixes + row * (2 + n) * n;
@@ -219,18 +257,19 @@ INLINE void hc_pre(const float *weights, const void *h, void *out, struct span r
         }
 }
 
+#define CALL(is_bf16) hc_pre(j->a, j->x, j->out, mine, j->n, j->columns, is_bf16)
+SHARED(hc_pre, CALL)
+#undef CALL
+
 /* h [rows, n, columns], weights [rows, n] -> out [rows, columns]. */
-void dsv4_hc_pre(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
-                   int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) hc_pre(weights, h, out, mine, n, columns, 1);
-        else hc_pre(weights, h, out, mine, n, columns, 0);
-    }
+void OF_FORM(dsv4_hc_pre)(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
+                          int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = h, .a = weights, .out = out, .columns = columns, .n = n, .is_bf16 = is_bf16};
+    share(hc_pre_rows, &j, rows, threads);
 }
 
-INLINE void hc_post(const void *output, const void *h, const float *post, const float *comb, void *out, struct span rows, int64_t n, int64_t columns, int is_bf16) {
+INLINE void hc_post(const void *output, const void *h, const float *post, const float *comb, void *out,
+                    struct span rows, int64_t n, int64_t columns, int is_bf16) {
     float sums[COLUMNS_PER_CHUNK];
     for (int64_t row = rows.first; row < rows.last; row++)
         for (int64_t k = 0; k < columns; k += COLUMNS_PER_CHUNK)
@@ -244,15 +283,16 @@ INLINE void hc_post(const void *output, const void *h, const float *post, const 
             }
 }
 
+#define CALL(is_bf16) hc_post(j->x, j->y, j->a, j->b, j->out, mine, j->n, j->columns, is_bf16)
+SHARED(hc_post, CALL)
+#undef CALL
+
 /* output [rows, columns], h and out [rows, n, columns], post [rows, n], comb [rows, n, n]. */
-void dsv4_hc_post(const void *output, const void *h, const float *post, const float *comb, void *out, int64_t rows,
-                 int64_t n, int64_t columns, int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) hc_post(output, h, post, comb, out, mine, n, columns, 1);
-        else hc_post(output, h, post, comb, out, mine, n, columns, 0);
-    }
+void OF_FORM(dsv4_hc_post)(const void *output, const void *h, const float *post, const float *comb, void *out,
+                           int64_t rows, int64_t n, int64_t columns, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = output, .y = h, .a = post, .b = comb, .out = out, .columns = columns, .n = n,
+                     .is_bf16 = is_bf16};
+    share(hc_post_rows, &j, rows, threads);
 }
 
 INLINE void swiglu(const void *gate, const void *up, const float *shares, void *out, struct span rows,
@@ -276,13 +316,14 @@ INLINE void swiglu(const void *gate, const void *up, const float *shares, void *
         }
 }
 
+#define CALL(is_bf16) swiglu(j->x, j->y, j->a, j->out, mine, j->columns, j->limit, is_bf16)
+SHARED(swiglu, CALL)
+#undef CALL
+
 /* gate, up, out [rows, columns]; shares [rows] or null. */
-void dsv4_swiglu(const void *gate, const void *up, const float *shares, void *out, int64_t rows, int64_t columns,
-                 float limit, int32_t is_bf16, int32_t threads) {
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        struct span mine = span_of(rows, share, threads);
-        if (is_bf16) swiglu(gate, up, shares, out, mine, columns, limit, 1);
-        else swiglu(gate, up, shares, out, mine, columns, limit, 0);
-    }
+void OF_FORM(dsv4_swiglu)(const void *gate, const void *up, const float *shares, void *out, int64_t rows,
+                          int64_t columns, float limit, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = gate, .y = up, .a = shares, .out = out, .columns = columns, .limit = limit,
+                     .is_bf16 = is_bf16};
+    share(swiglu_rows, &j, rows, threads);
 }

@@ -1,4 +1,4 @@
-/* Vectors of sixteen lanes, conversions, and the decoders of every stored format.
+/* Vectors of sixteen lanes, conversions, and functions of them.
  *
  * A dot product has sixteen lanes, in the order of summation that deterministic.py defines. Of every 32 elements, lane l
  * adds the product of element 2l + 1 and then that of 2l, each sum rounded to float32. That is the order of vdpbf16ps,
@@ -14,7 +14,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+/* What this form of the library is made of; NO_VECTORS is given for the plain one. */
+#if defined(NO_VECTORS)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define HAVE_AVX512 1
 #include <immintrin.h>
 #if defined(__AVX512BF16__)
@@ -23,21 +25,17 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define HAVE_AVX2 1
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#define HAVE_NEON 1
+#include <arm_neon.h>
 #endif
 
+/* Each form is compiled from the same files, with -DFORM=avx2 and the like, which ends the names of its functions. */
+#define JOINED(name, form) name##_##form
+#define WITH_FORM(name, form) JOINED(name, form)
+#define OF_FORM(name) WITH_FORM(name, FORM)
+
 #define INLINE static inline __attribute__((always_inline))
-
-/* In front of a loop over `share` from 0 to `threads`: each iteration is a thread. */
-#define PARALLEL _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")
-
-/* [first, last) of the items of one thread. */
-struct span {
-    int64_t first, last;
-};
-
-INLINE struct span span_of(int64_t items, int64_t share, int64_t threads) {
-    return (struct span){items * share / threads, items * (share + 1) / threads};
-}
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -125,35 +123,6 @@ INLINE lanes multiply_add(lanes a, lanes b, lanes c, int exact) {
     lanes product = a * b;
     return product + c;
 }
-
-#include "cpu_decode.h"
-
-INLINE struct pair decode(const uint8_t *p, int format, float scale) {
-    if (format == FLOAT4_E2M1FN) return decode_e2m1(p, scale);
-    if (format == FLOAT8_E4M3FN) return decode_e4m3(p, scale);
-    if (format == BFLOAT16) return decode_bf16((const uint16_t *)p);
-    return decode_f32((const float *)p);
-}
-
-/* Bytes of 32 stored numbers. */
-INLINE int64_t bytes_of_32(int format) {
-    return format == FLOAT32 ? 128 : format == BFLOAT16 ? 64 : format == FLOAT8_E4M3FN ? 32 : 16;
-}
-
-/* Where a row begins, where its scales begin, and the scale at a place. */
-INLINE const uint8_t *row_of(const struct matrix *w, int format, int64_t row) {
-    return (const uint8_t *)w->values + row * (w->columns / 32 * bytes_of_32(format));
-}
-
-INLINE int64_t scale_row(const struct matrix *w, int64_t row) { return row / w->block_rows * w->scale_columns; }
-
-INLINE float scale_at(const struct matrix *w, int64_t place) {
-    if (!w->scale) return 1.f;
-    return w->scale_is_float32 ? ((const float *)w->scale)[place] : e8m0(((const uint8_t *)w->scale)[place]);
-}
-
-/* Columns that share one scale; all of them if there is none. */
-INLINE int64_t step_columns(const struct matrix *w) { return w->scale ? w->block_columns : w->columns; }
 
 typedef float floats8 __attribute__((vector_size(32)));
 typedef int32_t ints8 __attribute__((vector_size(32)));

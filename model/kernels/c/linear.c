@@ -1,9 +1,12 @@
 /* Matrix products: one row of x with rows of the stored weight, decoded in registers; many rows with a strip of the
  * weight that is decoded once. */
-#include "cpu_products.h"
+#include "products.h"
+#include "threads.h"
 
 /* Rows of a weight that are decoded at once for many rows of x. */
 #define ROWS_PER_STRIP 16
+/* Of a weight that one row of x is multiplied with, what a thread takes at once: some microseconds of reading. */
+#define BYTES_PER_TURN (1 << 17)
 
 /* How products are added up; a constant wherever it is an argument. */
 enum arithmetic {
@@ -132,8 +135,8 @@ static void exact_products(const float *w, int64_t w_stride, int64_t o_count, in
     products(FUSED, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
 }
 
-void dsv4_products(int exact, const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
-                   int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+void OF_FORM(dsv4_products)(int exact, const float *w, int64_t w_stride, int64_t o_count, int64_t columns,
+                            const float *x, int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
     (exact ? exact_products : rounded_products)(w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
 }
 
@@ -144,7 +147,7 @@ static void dot_products(const uint16_t *w, int64_t w_stride, int64_t o_count, i
 }
 
 /* Whether this CPU's vdpbf16ps adds the odd product first and rounds after each, on numbers that tell. */
-static int dot_is_in_order(void) {
+int32_t OF_FORM(dsv4_dot_is_in_order)(void) {
     uint32_t state = 12345;
     for (int round = 0; round < 2000; round++) {
         uint16_t a[32], b[32];
@@ -250,29 +253,7 @@ static void dot_gemv4(const struct matrix *w, const uint16_t *x, int64_t row, fl
 }
 #endif
 
-/* 1 if bfloat16 products may go through vdpbf16ps on this machine. */
-int32_t dsv4_has_dot(void) {
-#ifdef HAVE_DOT
-    return dot_is_in_order();
-#else
-    return 0;
-#endif
-}
-
-/* The vector code that was compiled: 0 plain C, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16. */
-int64_t dsv4_form(void) {
-#if defined(HAVE_DOT)
-    return 3;
-#elif defined(HAVE_AVX512)
-    return 2;
-#elif defined(HAVE_AVX2)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-void dsv4_decode_rows(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out) {
+void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out) {
     int64_t step = step_columns(w);
     for (int64_t o = 0; o < count; o++) {
         const uint8_t *p = row_of(w, w->format, row + o);
@@ -341,23 +322,6 @@ static int64_t strip_rows(const struct matrix *w) {
     return rows < 4 ? 4 : least(rows, ROWS_PER_STRIP);
 }
 
-/* Rows of x, `stride` elements apart, as paired float32 and, if `bf16` is not null, as bfloat16, both padded. */
-static void prepare(const void *x, int is_bf16, int64_t m_count, int64_t stride, int64_t columns, float *pairs,
-                    uint16_t *bf16, int32_t threads) {
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && m_count > 1)
-    for (int64_t m = 0; m < m_count; m++) {
-        const uint8_t *p = (const uint8_t *)x + m * stride * (is_bf16 ? 2 : 4);
-        if (bf16) memcpy(bf16 + m * padded(columns), p, columns * sizeof(uint16_t));
-        if (bf16 && m_count > 1) continue; /* the float32 pairs are not used */
-        for (int64_t k = 0; k < columns; k += 32, p += is_bf16 ? 64 : 128) {
-            struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
-            store_sixteen(pairs + m * padded(columns) + k, v.odd);
-            store_sixteen(pairs + m * padded(columns) + k + 16, v.even);
-        }
-    }
-}
-
 /* Rows of x with `count` rows of the weight, decoded in `strip`; sums [m_count, ROWS_PER_STRIP]. */
 static void multiply_strip(const struct matrix *w, const void *strip, const float *x, const uint16_t *x_bf16,
                            int64_t m_count, int64_t count, int exact, float *sums) {
@@ -375,42 +339,148 @@ static void multiply_strip(const struct matrix *w, const void *strip, const floa
 #else
             (void)x_bf16;
 #endif
-            dsv4_products(exact, (const float *)strip + o * apart, apart, columns, w->columns, x + m * apart, rows,
-                          apart, to, ROWS_PER_STRIP);
+            OF_FORM(dsv4_products)(exact, (const float *)strip + o * apart, apart, columns, w->columns, x + m * apart,
+                                   rows, apart, to, ROWS_PER_STRIP);
         }
 }
 
-/* Floats of scratch that dsv4_linear needs: x as pairs and as bfloat16, and a decoded strip and its sums a thread. */
-int64_t dsv4_linear_scratch(int64_t m_count, int64_t columns, int64_t threads) {
-    return 2 * m_count * padded(columns) + threads * ROWS_PER_STRIP * (padded(columns) + m_count);
+/* One product of a list: its x, prepared, and the rows of the weight in one item of the job; items are numbered through
+ * the list. */
+struct part {
+    const struct product *product;
+    float *pairs;   /* x as paired float32, padded; with `bf16` only for a single row */
+    uint16_t *bf16; /* x as it is, padded; null where vdpbf16ps is not used */
+    int64_t rows_per_item, first_item;
+};
+
+struct linears {
+    const struct part *parts;
+    int64_t count, buffer_floats;
+    float *buffers; /* of each worker: a decoded strip and its sums */
+};
+
+INLINE int uses_dot(const struct product *p) {
+#ifdef HAVE_DOT
+    return p->exact;
+#else
+    (void)p;
+    return 0;
+#endif
 }
 
-/* y [m_count, stop - start], bfloat16 or float32, = x [m_count, columns] @ rows [start, stop) of w. x is bfloat16 or
- * float32 with rows `x_stride` apart. exact: products are exact in float32; dot: vdpbf16ps may compute them. */
-void dsv4_linear(const struct matrix *w, const void *values, int64_t m_count, int64_t x_stride, int64_t start,
-                 int64_t stop, void *y, float *scratch, int32_t x_is_bf16, int32_t y_is_bf16, int32_t exact,
-                 int32_t dot, int32_t threads) {
-    int64_t stride = padded(w->columns);
-    float *x = scratch;
-    uint16_t *x_bf16 = exact && dot ? (uint16_t *)(scratch + m_count * stride) : 0;
-    prepare(values, x_is_bf16, m_count, x_stride, w->columns, x, x_bf16, threads);
-    scratch += 2 * m_count * stride;
-    int64_t y_stride = stop - start, strip = m_count > 1 ? strip_rows(w) : 4, strips = (y_stride + strip - 1) / strip;
-    PARALLEL
-    for (int64_t share = 0; share < threads; share++) {
-        float *sums = scratch + share * ROWS_PER_STRIP * (stride + m_count), *buffer = sums + ROWS_PER_STRIP * m_count;
-        struct span mine = span_of(strips, share, threads);
-        for (int64_t at = mine.first; at < mine.last; at++) {
-            int64_t row = start + at * strip, count = least(stop - row, strip);
-            if (m_count == 1) {
-                gemv4(w, x, x_bf16, row, count, exact, sums);
-            } else {
-                dsv4_decode_rows(w, row, count, x_bf16 != 0, buffer);
-                multiply_strip(w, buffer, x, x_bf16, m_count, count, exact, sums);
-            }
-            for (int64_t m = 0; m < m_count; m++)
-                for (int64_t o = 0; o < count; o++)
-                    store_as(y, y_is_bf16, m * y_stride + at * strip + o, sums[m * ROWS_PER_STRIP + o]);
+/* Whether a product has the x of the one before it, in the same form. */
+static int shares_x(const struct product *p, int64_t index) {
+    const struct product *before = p - 1;
+    return index && before->x == p->x && before->m_count == p->m_count && before->x_stride == p->x_stride &&
+           before->w->columns == p->w->columns && before->x_is_bf16 == p->x_is_bf16 && uses_dot(before) == uses_dot(p);
+}
+
+/* Floats of x prepared, in the two forms that `struct part` names. */
+INLINE int64_t pairs_floats(const struct product *p) {
+    return uses_dot(p) && p->m_count > 1 ? 0 : p->m_count * padded(p->w->columns);
+}
+
+INLINE int64_t bf16_floats(const struct product *p) {
+    return uses_dot(p) ? (p->m_count * padded(p->w->columns) + 1) / 2 : 0;
+}
+
+static int64_t buffer_floats(const struct product *list, int64_t count) {
+    int64_t most = 0;
+    for (const struct product *p = list; p < list + count; p++) {
+        int64_t floats = p->m_count > 1 ? ROWS_PER_STRIP * (padded(p->w->columns) + p->m_count) : 0;
+        most = floats > most ? floats : most;
+    }
+    return most;
+}
+
+int64_t OF_FORM(dsv4_linears_scratch)(const struct product *list, int64_t count, int32_t threads) {
+    int64_t floats = threads * buffer_floats(list, count);
+    for (int64_t i = 0; i < count; i++)
+        if (!shares_x(list + i, i)) floats += pairs_floats(list + i) + bf16_floats(list + i);
+    return count * (int64_t)sizeof(struct part) + floats * (int64_t)sizeof(float);
+}
+
+static void prepare(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct part *part = job;
+    const struct product *p = part->product;
+    int64_t columns = p->w->columns;
+    (void)worker;
+    for (int64_t m = first; m < last; m++) {
+        const uint8_t *x = (const uint8_t *)p->x + m * p->x_stride * (p->x_is_bf16 ? 2 : 4);
+        if (part->bf16) memcpy(part->bf16 + m * padded(columns), x, columns * sizeof(uint16_t));
+        if (part->bf16 && p->m_count > 1) continue;
+        for (int64_t k = 0; k < columns; k += 32, x += p->x_is_bf16 ? 64 : 128) {
+            struct pair v = p->x_is_bf16 ? decode_bf16((const uint16_t *)x) : decode_f32((const float *)x);
+            store_sixteen(part->pairs + m * padded(columns) + k, v.odd);
+            store_sixteen(part->pairs + m * padded(columns) + k + 16, v.even);
         }
     }
+}
+
+static int64_t rows_per_item(const struct product *p) {
+    if (p->m_count > 1) return strip_rows(p->w);
+    int64_t rows = BYTES_PER_TURN / (p->w->columns / 32 * bytes_of_32(p->w->format)) / 4 * 4;
+    return rows < 4 ? 4 : rows;
+}
+
+/* Fill the parts, prepare each x once, and return the number of items. `floats` is the scratch behind the parts. */
+static int64_t begin(const struct product *list, int64_t count, struct part *parts, float **floats, int32_t threads) {
+    int64_t items = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const struct product *p = list + i;
+        struct part *part = parts + i;
+        *part = (struct part){p, 0, 0, rows_per_item(p), items};
+        if (p->m_count) items += (p->stop - p->start + part->rows_per_item - 1) / part->rows_per_item;
+        if (shares_x(p, i)) {
+            part->pairs = parts[i - 1].pairs, part->bf16 = parts[i - 1].bf16;
+            continue;
+        }
+        part->pairs = *floats, *floats += pairs_floats(p);
+        part->bf16 = uses_dot(p) ? (uint16_t *)*floats : 0, *floats += bf16_floats(p);
+        dsv4_share(prepare, part, p->m_count, dsv4_quarters(p->m_count, threads), threads);
+    }
+    return items;
+}
+
+/* Rows [first, last) of a product's weight with its only row of x. */
+static void one_row(const struct part *part, int64_t first, int64_t last) {
+    const struct product *p = part->product;
+    for (int64_t row = first; row < last; row += 4) {
+        int64_t count = least(last - row, 4);
+        float sums[4];
+        gemv4(p->w, part->pairs, part->bf16, row, count, p->exact, sums);
+        for (int64_t o = 0; o < count; o++) store_as(p->y, p->y_is_bf16, row - p->start + o, sums[o]);
+    }
+}
+
+/* The same, at most a strip of them, with many rows of x. */
+static void many_rows(const struct part *part, int64_t first, int64_t last, float *buffer) {
+    const struct product *p = part->product;
+    int64_t count = last - first;
+    float *sums = buffer, *strip = buffer + ROWS_PER_STRIP * p->m_count;
+    OF_FORM(dsv4_decode_rows)(p->w, first, count, part->bf16 != 0, strip);
+    multiply_strip(p->w, strip, part->pairs, part->bf16, p->m_count, count, p->exact, sums);
+    for (int64_t m = 0; m < p->m_count; m++)
+        for (int64_t o = 0; o < count; o++)
+            store_as(p->y, p->y_is_bf16, m * p->y_stride + first - p->start + o, sums[m * ROWS_PER_STRIP + o]);
+}
+
+static void multiply(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct linears *all = job;
+    const struct part *part = all->parts;
+    for (int64_t item = first; item < last; item++) {
+        while (part + 1 < all->parts + all->count && part[1].first_item <= item) part++;
+        int64_t row = part->product->start + (item - part->first_item) * part->rows_per_item;
+        int64_t stop = least(row + part->rows_per_item, part->product->stop);
+        if (part->product->m_count == 1) one_row(part, row, stop);
+        else many_rows(part, row, stop, all->buffers + worker * all->buffer_floats);
+    }
+}
+
+void OF_FORM(dsv4_linears)(const struct product *list, int64_t count, void *scratch, int32_t threads) {
+    struct part *parts = scratch;
+    float *floats = (float *)(parts + count);
+    int64_t items = begin(list, count, parts, &floats, threads);
+    struct linears all = {parts, count, buffer_floats(list, count), floats};
+    dsv4_share(multiply, &all, items, 1, threads);
 }

@@ -1,0 +1,59 @@
+"""The one loader of compiled code: the cast of `quant/` and the kernels of `model/` are one library.
+
+`setup.py` builds it when dsv4 is installed, if there is a C compiler, and it lies beside this file. It is C without
+Python's headers, so one library serves every Python version, ctypes loads it, and it runs without the interpreter's
+lock. Where it is missing or does not load, `library` is None, `problem` says why, and the forms in torch do the work.
+
+This file imports nothing but the standard library: `setup.py` runs it before anything is installed.
+"""
+
+import ctypes
+import hashlib
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).with_name("_compiled.so")
+FOLDERS = ("quant", "model/kernels/c", "model/kernels/c/decode")  # of C, in the package
+NOT_BUILT = "dsv4 was installed without a C compiler"
+
+
+def sources(package: Path) -> list[Path]:
+    """Every C file and header in the folder of the package `dsv4`."""
+    return sorted(path for folder in FOLDERS for path in (package / folder).glob("*.[ch]"))
+
+
+def fingerprint(package: Path) -> str:
+    """Sixteen hex digits for the contents of all C files. The library carries those that it was built from."""
+    contents = hashlib.sha256()
+    for path in sources(package):
+        contents.update(path.read_bytes() + b"\0")
+    return contents.hexdigest()[:16]
+
+
+def _load(file: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    if not file.exists():
+        return None, NOT_BUILT
+    try:
+        loaded = ctypes.CDLL(str(file))
+        loaded.dsv4_fingerprint.restype = ctypes.c_char_p
+        built_from = loaded.dsv4_fingerprint().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{file.name} does not load: {error}"
+    if built_from != fingerprint(Path(__file__).resolve().parents[1]):
+        return None, f"{file.name} was built from other C files than those that are installed"
+    return loaded, None
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    return _load(FILE)
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where it was not built or does not load."""
+    return _loaded()[0]
+
+
+def problem() -> str | None:
+    """Why there is no library, in a sentence; None where there is one."""
+    return _loaded()[1]
