@@ -4,8 +4,9 @@ Each of them reads and writes a few KB per token, but there are many: written as
 step as much time as the weights. `cpu.py` has most of them as one call with the same bits.
 Activations are bfloat16 or float32; arithmetic is float32 and the result is rounded to the input's dtype once.
 
-`exp`, `sqrt` and `softplus` are arguments, because no two devices compute them alike. The defaults define the result
-on the CPU; `table.py` puts torch's own in their place for other devices.
+`exp`, `sqrt` and `softplus` are arguments, because no two devices compute them alike, and so is `total`, the sum over
+the last dimension, whose order is fixed on the CPU. The defaults define the result there; `table.py` puts torch's own
+in their place for other devices.
 """
 
 import torch
@@ -13,26 +14,30 @@ import torch
 from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
 
-def inverse_rms(x: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
+def inverse_rms(
+    x: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt, total: Elementwise = tree_sum
+) -> torch.Tensor:
     """x [..., n] -> 1 / sqrt(mean of the squares + eps), float32 [...]."""
     wide = x.to(torch.float32)
-    return 1.0 / sqrt(tree_sum(wide * wide) / wide.shape[-1] + eps)
+    return 1.0 / sqrt(total(wide * wide) / wide.shape[-1] + eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt, total: Elementwise = tree_sum
+) -> torch.Tensor:
     """x [..., n] over its root mean square, times weight float32 [n]."""
-    factor = inverse_rms(x, eps, sqrt=sqrt)
+    factor = inverse_rms(x, eps, sqrt=sqrt, total=total)
     return (x.to(torch.float32) * factor.unsqueeze(-1) * weight).to(x.dtype)
 
 
-def head_norm(q: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt) -> torch.Tensor:
+def head_norm(q: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt, total: Elementwise = tree_sum) -> torch.Tensor:
     """q [T, H, c], each head over its root mean square; in bfloat16 the squares, the mean and the factor are rounded.
 
     The square root is not rounded to bfloat16, as on a GPU.
     """
     dtype = q.dtype
     squares = (q * q).to(torch.float32)
-    mean = (tree_sum(squares) / q.shape[-1]).to(dtype)
+    mean = (total(squares) / q.shape[-1]).to(dtype)
     root = sqrt((mean.to(torch.float32) + eps).to(dtype).to(torch.float32))
     return q * (1.0 / root).to(dtype).unsqueeze(-1)
 
@@ -47,17 +52,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((x[..., :-r], turned.to(x.dtype)), dim=-1)
 
 
-def sinkhorn(logits: torch.Tensor, iterations: int, eps: float, exp: Elementwise = exp) -> torch.Tensor:
+def sinkhorn(
+    logits: torch.Tensor, iterations: int, eps: float, exp: Elementwise = exp, total: Elementwise = tree_sum
+) -> torch.Tensor:
     """[T, n, n] -> nearly doubly stochastic, float32: softmax over the last dim, then columns, rows, columns, ..."""
     weights = exp(logits - logits.amax(-1, keepdim=True))
-    comb = weights / tree_sum(weights).unsqueeze(-1) + eps
+    comb = weights / total(weights).unsqueeze(-1) + eps
 
     def columns(c: torch.Tensor) -> torch.Tensor:
-        return c / (tree_sum(c.transpose(-1, -2)).unsqueeze(-2) + eps)
+        return c / (total(c.transpose(-1, -2)).unsqueeze(-2) + eps)
 
     comb = columns(comb)
     for _ in range(iterations - 1):
-        comb = columns(comb / (tree_sum(comb).unsqueeze(-1) + eps))
+        comb = columns(comb / (total(comb).unsqueeze(-1) + eps))
     return comb
 
 
@@ -70,12 +77,13 @@ def hc_split_sinkhorn(
     eps: float,
     *,
     exp: Elementwise = exp,
+    total: Elementwise = tree_sum,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """mixes [T, (2 + n) n] -> pre [T, n], post [T, n], comb [T, n (from), n (to)], float32."""
     pre = sigmoid(mixes[:, :n] * scale[0] + base[:n], exp) + eps
     post = 2 * sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n], exp)
     logits = torch.unflatten(mixes[:, 2 * n :] * scale[2] + base[2 * n :], -1, (n, n))
-    return pre, post, sinkhorn(logits, iterations, eps, exp)
+    return pre, post, sinkhorn(logits, iterations, eps, exp, total)
 
 
 def hc_head_weights(
@@ -121,7 +129,9 @@ def sqrtsoftplus(x: torch.Tensor, *, softplus: Elementwise = softplus, sqrt: Ele
     return sqrt(softplus(x))
 
 
-def pool(kv: torch.Tensor, gate: torch.Tensor, *, exp: Elementwise = exp) -> torch.Tensor:
+def pool(
+    kv: torch.Tensor, gate: torch.Tensor, *, exp: Elementwise = exp, total: Elementwise = tree_sum
+) -> torch.Tensor:
     """kv and gate float32 [..., tokens] -> [...]: the sum of kv, weighted by the softmax of the gates."""
     weights = exp(gate - gate.amax(-1, keepdim=True))
-    return tree_sum(kv * (weights / tree_sum(weights).unsqueeze(-1)))
+    return total(kv * (weights / total(weights).unsqueeze(-1)))

@@ -3,12 +3,13 @@
     REFERENCE      the plain forms that define the result to the bit
     CPU            compiled C with the same bits, where a library can be built (`cpu.library`)
     TORCH_DEVICE   every other device: torch's own functions, the same within the noise of float32
+    CUDA           the same, with products of bfloat16 on the tensor cores
 
 One row is selected, once, when a model is loaded. Nothing else in the engine asks which device it computes on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -59,23 +60,31 @@ CPU = KernelTable(
     swiglu=cpu.swiglu,
 )
 
+
+def _device_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
 TORCH_DEVICE = KernelTable(
     linear=torch_device.linear,
     sparse_attention=torch_device.sparse_attention,
     index_scores=torch_device.index_scores,
-    inverse_rms=partial(small.inverse_rms, sqrt=torch.sqrt),
-    rms_norm=partial(small.rms_norm, sqrt=torch.sqrt),
-    head_norm=partial(small.head_norm, sqrt=torch.sqrt),
-    hc_split_sinkhorn=partial(small.hc_split_sinkhorn, exp=torch.exp),
+    inverse_rms=partial(small.inverse_rms, sqrt=torch.sqrt, total=_device_sum),
+    rms_norm=partial(small.rms_norm, sqrt=torch.sqrt, total=_device_sum),
+    head_norm=partial(small.head_norm, sqrt=torch.sqrt, total=_device_sum),
+    hc_split_sinkhorn=partial(small.hc_split_sinkhorn, exp=torch.exp, total=_device_sum),
     hc_head_weights=partial(small.hc_head_weights, exp=torch.exp),
     swiglu=partial(small.swiglu, exp=torch.exp),
     sqrtsoftplus=partial(small.sqrtsoftplus, softplus=torch.nn.functional.softplus, sqrt=torch.sqrt),
-    pool=partial(small.pool, exp=torch.exp),
+    pool=partial(small.pool, exp=torch.exp, total=_device_sum),
 )
+
+CUDA = replace(TORCH_DEVICE, linear=partial(torch_device.linear, product=torch_device.product_cuda))
+DEVICES = {"cuda": CUDA}
 
 
 def select_kernels(device: torch.device) -> KernelTable:
     """The fastest row that works for `device` on this machine."""
     if device.type != "cpu":
-        return TORCH_DEVICE
+        return DEVICES.get(device.type, TORCH_DEVICE)
     return REFERENCE if cpu.library() is None else CPU
