@@ -14,6 +14,7 @@ keeps its bytes, whatever its name: that is how checkpoints with tensors unknown
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from dsv4.errors import printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
@@ -176,6 +177,24 @@ def find_weights(tensors: Mapping[str, TensorInfo], config: Config) -> dict[str,
     return {name: _weight(tensors[name], scales.get(name, []), config) for name in tensors if name not in owned}
 
 
-def routed_expert_formats(weights: Iterable[Weight]) -> set[str]:
-    """How the matrices of the routed experts are stored, those of draft stages included; see `Weight.stored`."""
-    return {weight.stored for weight in weights if weight.is_routed_expert}
+class ExpertFormats(NamedTuple):
+    """How the matrices of the routed experts are stored, see `Weight.stored`: in the main stack, in draft stages."""
+
+    main: frozenset[str]
+    drafts: frozenset[str]
+
+    @property
+    def every(self) -> frozenset[str]:
+        """All of them."""
+        return self.main | self.drafts
+
+    @property
+    def drafts_differ(self) -> bool:
+        """Whether the draft stages are alike, and the main stack is, but not each like the other."""
+        return len(self.main) == len(self.drafts) == 1 and self.main != self.drafts
+
+
+def expert_formats(weights: Iterable[Weight]) -> ExpertFormats:
+    """The formats of all routed experts among the weights."""
+    experts = [weight for weight in weights if weight.is_routed_expert]
+    return ExpertFormats(*(frozenset(w.stored for w in experts if w.is_draft is drafts) for drafts in (False, True)))

@@ -13,7 +13,6 @@ from dsv4.convert.checkpoint.editions.spellings import release_view
 from dsv4.convert.checkpoint.file_kinds import lfs_pointers
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.names import (
-    block_of,
     expert_of,
     is_routed_expert,
     rank_file,
@@ -29,7 +28,7 @@ from dsv4.convert.checkpoint.reader import (
     read_json,
 )
 from dsv4.convert.checkpoint.storage import Folder
-from dsv4.convert.checkpoint.weights import Format, Weight, find_weights, routed_expert_formats
+from dsv4.convert.checkpoint.weights import Format, Weight, expert_formats, find_weights
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import Layout, Stored
 from dsv4.errors import InputError, printable
@@ -42,7 +41,9 @@ class Facts:
 
     checkpoint: the opened folder, for planning a conversion; None for rank files. files: names of all files.
     experts, wo_a: formats (fp4, fp8, bf16, or the dtype of anything else) that the routed experts and attn.wo_a are
-    stored in. expert_scales: dtypes of the experts' block scales. quantized: whether any weight is FP4 or FP8.
+    stored in. draft_experts: that of the draft stages' experts if it is another one than all others have, else "";
+    nothing else is about them then. expert_scales: dtypes of the experts' block scales.
+    quantized: whether any weight is FP4 or FP8.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
     ranks: number of rank files. problems: what is wrong with names, shapes and scales.
     notes: what was ignored on opening. pointers: files that are git-LFS pointers.
@@ -56,6 +57,7 @@ class Facts:
     config: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
     experts: set[str] = field(default_factory=set)
+    draft_experts: str = ""
     expert_scales: set[str] = field(default_factory=set)
     wo_a: set[str] = field(default_factory=set)
     quantized: bool = False
@@ -85,11 +87,12 @@ class Facts:
 
 
 def _add_weights(facts: Facts, weights: dict[str, Weight]) -> None:
-    facts.experts |= routed_expert_formats(weights.values())
+    formats = expert_formats(weights.values())
+    facts.draft_experts = "".join(formats.drafts) if formats.drafts_differ else ""
+    facts.experts |= formats.main if facts.draft_experts else formats.every
     for name, weight in weights.items():
-        block = block_of(name)
-        facts.mtp |= bool(block and block.stack == "mtp")
-        if weight.is_routed_expert and weight.scale:
+        facts.mtp |= weight.is_draft
+        if weight.is_routed_expert and weight.scale and weight.stored in facts.experts:
             facts.expert_scales.add(weight.scale.dtype)
         if weight.is_wo_a:
             facts.wo_a.add(weight.stored)

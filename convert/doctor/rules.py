@@ -29,6 +29,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
+from dsv4.convert.plan.side_files import check_configs
 from dsv4.errors import InputError, UsageError, printable
 from dsv4.progress import Reached, ignore
 
@@ -61,7 +62,7 @@ class Advice(NamedTuple):
 def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | None:
     """Why a dry run of the conversion fails; None if it does not."""
     try:
-        make_plan(checkpoint, settings)
+        check_configs(checkpoint, make_plan(checkpoint, settings))
     except InputError as error:
         return error
     return None
@@ -162,6 +163,10 @@ def _experts(p: RuleContext) -> Iterator[Check]:
         yield Check("experts", "unknown", found, *p.convert)
     elif stored:
         yield Check("experts", "ok", stored[0])
+    if p.facts.draft_experts:
+        found = f"those of the draft blocks are {p.facts.draft_experts}: drafting from them was not tried"
+        # who takes rank files loads all blocks as one model; the others load the draft blocks for drafting only
+        yield Check("experts", "note" if p.engine.layout == "hf" else "unknown", found)
 
 
 def _expert_dtype(p: RuleContext) -> Iterator[Check]:

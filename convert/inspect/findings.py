@@ -19,7 +19,7 @@ from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
 from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, layout_bytes, read_json
-from dsv4.convert.checkpoint.weights import DAMAGED, Format, Weight, routed_expert_formats
+from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight, expert_formats
 from dsv4.errors import InputError, printable
 
 Level = Literal["problem", "note"]
@@ -57,10 +57,21 @@ def scale_findings(weights: Mapping[str, Weight]) -> Iterator[Finding]:
     yield from _grouped([*faults, *orphans], "problem", DAMAGED)
 
 
+def _mixture(formats: ExpertFormats) -> Iterator[Finding]:
+    """Draft stages in another format than the main stack are usual; both mixed within themselves are not."""
+    held = ", ".join(sorted(formats.every))
+    if formats.drafts_differ:
+        (main,), (drafts,) = formats.main, formats.drafts
+        yield Finding("note", f"the experts of the draft stages are stored as {drafts}, those of the layers as {main}")
+    elif len(formats.every) > 1:
+        yield Finding("problem", f"routed experts are stored in several ways: {held}",
+                      "Engines look at one expert or at the config, and take all alike.")  # fmt: skip
+
+
 def _expert_dtype(config: dict[str, Any], weights: Mapping[str, Weight]) -> Iterator[Finding]:
-    stored, declared = routed_expert_formats(weights.values()), expert_dtype(config)
-    if len(stored) > 1:
-        yield Finding("note", f"routed experts are stored in several ways: {', '.join(sorted(stored))}")
+    formats, declared = expert_formats(weights.values()), expert_dtype(config)
+    stored = formats.main or formats.drafts
+    yield from _mixture(formats)
     if not stored or not describes_v4(config):
         return
     if declared is None and stored == {"fp4"}:

@@ -19,7 +19,7 @@ from dsv4.convert.checkpoint.config import (
 from dsv4.convert.checkpoint.editions.table import describes_v4
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
-from dsv4.convert.checkpoint.weights import Weight, find_weights, routed_expert_formats
+from dsv4.convert.checkpoint.weights import Weight, expert_formats, find_weights
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError, printable
 
@@ -161,7 +161,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         families=families,
         layers=layers,
         mtp_blocks=mtp_blocks,
-        expert_formats=sorted(routed_expert_formats(weights.values())),
+        expert_formats=sorted(expert_formats(weights.values()).every),
         cache=_cache_layout(layers, config),
         sizes=_sizes(checkpoint) if config else None,
         findings=check_checkpoint(checkpoint, weights) if config else [],

@@ -285,6 +285,13 @@ def check_part(job: Job, part: Part, progress: Progress = ignore) -> list[str]:
         return list(usable_shards(job.output, journal, shards, job.checkpoint, workers.pool, progress))
 
 
+def check_job(job: Job) -> None:
+    """Raises what can be known before the work: of an output that is the source, and of files that cannot be made."""
+    if isinstance(job.checkpoint.storage, Folder):
+        check_separate(job.checkpoint.storage.path, job.output)
+    check_configs(job.checkpoint, job.plan)
+
+
 def run_conversion(job: Job, work: Work = WHOLE, progress: Progress = ignore) -> Result:
     """Carry out a conversion or its part, or continue doing so, or find it done.
 
@@ -295,9 +302,7 @@ def run_conversion(job: Job, work: Work = WHOLE, progress: Progress = ignore) ->
     """
     started, output = time.monotonic(), job.output
     overwrite = isinstance(work, All) and work.overwrite
-    if isinstance(job.checkpoint.storage, Folder):
-        check_separate(job.checkpoint.storage.path, output)
-    check_configs(job.checkpoint, job.plan)
+    check_job(job)
     state = read_output_state(output)
     if state.manifest is not None and not overwrite:
         return _already_done(job, state.manifest)

@@ -15,6 +15,12 @@ from .protocol import TASKS, Protocol
 Message = Mapping[str, Any]
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
+TOOL_RESULT = "tool_result"
+# Parts of Anthropic's API that stand elsewhere in OpenAI's. A tool's own message may hold anything, as in the releases.
+ELSEWHERE = {
+    TOOL_RESULT: 'Send it as a message of its own, with the role "tool" and "tool_call_id".',
+    "tool_use": 'Send it in "tool_calls" of an assistant message.',
+}
 
 # What stays, in thinking mode, of the messages before the last question; answers stay without their reasoning.
 # `direct_search_results` is kept as in the releases, although no rule renders it.
@@ -85,19 +91,36 @@ def reasoning_of(message: Message) -> tuple[object, str]:
     return message.get(name), name
 
 
+def _parts(content: object) -> list[Mapping[str, Any]]:
+    """The parts of a content that is a list, and those inside its tool results."""
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return parts + [inner for part in parts if part.get("type") == TOOL_RESULT for inner in _parts(part.get("content"))]
+
+
 def _refuse_images(turn: Turn, image: str) -> None:
     """Raise InputError if a message has an image, or the token of one in its text."""
     content = turn.message.get("content")
-    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    parts = _parts(content)
     if any(part.get("type") in IMAGE_PARTS for part in parts):
         turn.fail("images cannot be encoded", "Send text only, or use an engine that runs the vision part.")
-    for text in (content, reasoning_of(turn.message)[0], *(part.get("text") for part in parts)):
+    texts = (part.get(key) for part in parts for key in ("text", "content"))
+    for text in (content, reasoning_of(turn.message)[0], *texts):
         if isinstance(text, str) and image in text:
             turn.fail(f"the text contains {image}, which stands for an image", "Take it out of the text.")
 
 
+def _refuse_parts_from_elsewhere(turn: Turn, protocol: Protocol) -> None:
+    """Raise InputError for a part that the protocol has another place for: the model would not see what is in it."""
+    content = turn.message.get("content")
+    for part in content if isinstance(content, list) and turn.role != "tool" else ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        is_block = protocol.parts_are_blocks and turn.role == "user" and kind == TOOL_RESULT
+        if isinstance(kind, str) and kind in ELSEWHERE and not is_block:
+            turn.fail(f"a content part of type {kind} has no place here", ELSEWHERE[kind])
+
+
 def _turn(name: str, message: object, protocol: Protocol) -> Turn:
-    """A checked message. Raises InputError unless it has a role, a known task, a list of tool calls and no image."""
+    """A checked message. Raises InputError unless role, task, tool calls and parts are as they must be."""
     if not isinstance(message, Mapping):
         raise InputError(f"{name}: expected an object, found {type(message).__name__}")
     role = message.get("role")
@@ -110,16 +133,30 @@ def _turn(name: str, message: object, protocol: Protocol) -> Turn:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         turn.fail("expected tool_calls to be a list of objects")
+    _refuse_parts_from_elsewhere(turn, protocol)
     if protocol.image is not None:
         _refuse_images(turn, protocol.image)
     return turn
 
 
-def _block(turn: Turn, lost_task: str | None = None) -> Block:
-    return Block(turn.message.get("content"), turn.role == "tool", turn.message.get("tool_call_id"), lost_task)
+def _part_block(part: object) -> Block:
+    """A part of a user message as a block. `tool_use_id` is what Anthropic's API calls the id of the call."""
+    if isinstance(part, Mapping) and part.get("type") == TOOL_RESULT:
+        return Block(part.get("content"), True, part.get("tool_call_id") or part.get("tool_use_id"))
+    return Block([part])
 
 
-def _merge(turns: Iterable[Turn]) -> list[Turn]:
+def _blocks(turn: Turn, protocol: Protocol, lost_task: str | None = None) -> list[Block]:
+    """What a user or tool message adds to a user turn."""
+    content = turn.message.get("content")
+    if turn.role == "user" and protocol.parts_are_blocks and isinstance(content, list) and content:
+        blocks = [_part_block(part) for part in content]
+    else:
+        blocks = [Block(content, turn.role == "tool", turn.message.get("tool_call_id"))]
+    return [replace(blocks[0], lost_task=lost_task), *blocks[1:]]
+
+
+def _merge(turns: Iterable[Turn], protocol: Protocol) -> list[Turn]:
     """User and tool messages as user turns made of blocks; neighbours share one turn."""
     merged: list[Turn] = []
     for turn in turns:
@@ -127,10 +164,10 @@ def _merge(turns: Iterable[Turn]) -> list[Turn]:
         if turn.role not in ("user", "tool"):
             merged.append(turn)
         elif previous is not None and (turn.role == "tool" or previous.task is None):
-            previous.blocks.append(_block(turn, turn.task))
+            previous.blocks.extend(_blocks(turn, protocol, turn.task))
         else:
             message = turn.message if turn.role == "user" else {}
-            merged.append(Turn(turn.name, "user", message, [_block(turn)]))
+            merged.append(Turn(turn.name, "user", message, _blocks(turn, protocol)))
     return merged
 
 
@@ -164,13 +201,14 @@ def prepare(
 ) -> Conversation:
     """`messages` after `context` as turns. `drop_thinking` has no effect if a message has tools.
 
-    Raises InputError for a message that has no role, an unknown task or tool calls that are no list.
+    Raises InputError for a message that has no role, an unknown task, tool calls that are no list, or a part that the
+    protocol has another place for.
     """
     earlier = [_turn(f"context message {i}", message, protocol) for i, message in enumerate(context)]
     new = [_turn(f"message {i}", message, protocol) for i, message in enumerate(messages)]
     drop = thinking and drop_thinking and not any(turn.message.get("tools") for turn in (*earlier, *new))
-    encoded = _merge(earlier)
-    turns = [*encoded, *_merge(new)]
+    encoded = _merge(earlier, protocol)
+    turns = [*encoded, *_merge(new, protocol)]
     _sort_tool_results(turns)
     last = _last_question(turns, protocol)
     conversation = Conversation(protocol, turns, len(encoded), thinking, drop, last)

@@ -125,7 +125,8 @@ class Protocol:
     messages and of the effort text; "" if they have no token. `is_question` says whether a message of a role at an
     index is one that the assistant answers. `read_arguments` turns a tool call's arguments into named parameters and
     raises ValueError for what the edition refuses. `image` is the token that stands for an image: text must not
-    contain it; None if the protocol has no images.
+    contain it; None if the protocol has no images. `parts_are_blocks` says that the parts of a user message are blocks
+    of its turn, so that a tool result can be one of them.
     """
 
     edition: str
@@ -139,6 +140,7 @@ class Protocol:
     read_arguments: Callable[[object], Mapping[str, Any]]
     system: str = ""
     image: str | None = None
+    parts_are_blocks: bool = False
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dsv4.errors import printable
 from .editions import protocol_of
 from .encoding import announcement, unsupported
 from .messages import Request
-from .preparation import Conversation, Message, Turn, prepare, reasoning_of
+from .preparation import TOOL_RESULT, Conversation, Message, Turn, prepare, reasoning_of
 from .protocol import ASSISTANT, EOS, THINK
 
 # The fields that have an effect, by role; `mask` is for training.
@@ -32,7 +32,8 @@ def _ignored_fields(message: Message) -> list[str]:
 def _unsupported_parts(message: Message) -> list[str]:
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    return [unsupported(part) for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
+    shown = ("text",) if message["role"] == "tool" else ("text", TOOL_RESULT)  # a user's is a block, or refused
+    return [unsupported(part) for part in parts if isinstance(part, Mapping) and part.get("type") not in shown]
 
 
 def notes(request: Request) -> list[str]:

@@ -120,6 +120,7 @@ class Output:
         self.verbose = verbose
         self.speaker = speaker
         self._has_result = False
+        self._warned: set[str] = set()
 
     def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
@@ -188,6 +189,12 @@ class Output:
         """A warning on stderr, in JSON mode too; the command goes on."""
         if self.mode in ("human", "json"):
             self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
+
+    def warn_once(self, line: str) -> None:
+        """A warning that is not repeated."""
+        if line not in self._warned:
+            self._warned.add(line)
+            self.warn(line)
 
     def error(self, error: Dsv4Error) -> None:
         """The message of a failed command, on stderr; with `--json` also as the one object on stdout.

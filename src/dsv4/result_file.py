@@ -2,8 +2,9 @@
 
 As with shards, a file is written under a temporary name in the same folder, fsynced, and renamed: an older file of that
 name survives whatever goes wrong before. What is not an ordinary file, such as /dev/stdout or a pipe, is written to
-directly. A link stays a link: the file that it leads to is replaced. The converter's module for such files is imported
-when one is written: `dsv4 --help` does without it.
+directly. A link stays a link: the file that it leads to is replaced. On a file system that cannot fsync the file is
+written all the same, with a warning. The converter's module for such files is imported when one is written: `dsv4
+--help` does without it.
 """
 
 import contextlib
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dsv4 import output
 from dsv4.errors import UsageError, printable
+
+NOT_DURABLE = "{folder}: its file system cannot fsync: after a power loss what is written there may be incomplete"
 
 
 def _is_replaced(path: Path) -> bool:
@@ -40,19 +44,20 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _written_beside(path: Path) -> Iterator[BinaryIO]:
     """Write a temporary file beside `path` and rename it at the end; if anything fails, remove it."""
-    from dsv4.convert.write.atomic_file import fsync_folder
+    from dsv4.convert.write.atomic_file import fsync, fsync_folder
 
     temporary = _temporary(path.parent)
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            durable = fsync(file.fileno(), path)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if not (fsync_folder(path.parent) and durable):
+        output.current().warn_once(NOT_DURABLE.format(folder=printable(str(path.parent))))
 
 
 @contextlib.contextmanager

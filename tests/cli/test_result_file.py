@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from full_disk import files_of_at_most
 
+from dsv4 import output
 from dsv4.errors import UsageError
 from dsv4.result_file import check_writable, result_file
 
@@ -54,6 +55,39 @@ def test_data_is_synced_before_the_name_changes(tmp_path: Path, monkeypatch: pyt
     with result_file(tmp_path / "a") as file:
         file.write(b"x")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("of", ["files and folders", "folders"])
+def test_an_fsync_that_is_not_supported_is_said_once(
+    number: int, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = os.fsync
+
+    def cannot(descriptor: int) -> None:
+        if of == "folders" and not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            return real(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    output.configure()
+    for name in ("logits", "trace"):
+        with result_file(tmp_path / name) as file:
+            file.write(b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+    said = capsys.readouterr().err
+    assert said.count("cannot fsync") == 1 and str(tmp_path) in said and names(tmp_path) == {"logits", "trace"}
+
+
+def test_an_fsync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "a").write_bytes(b"older")
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error") as caught, result_file(tmp_path / "a") as file:
+        file.write(b"x")
+    assert caught.value.filename == str(tmp_path / "a") and (tmp_path / "a").read_bytes() == b"older"
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -52,4 +52,5 @@ V41 = Protocol(
     read_arguments=_read_arguments,
     system="<｜System｜>",
     image="<｜deepseek_image｜>",
+    parts_are_blocks=True,
 )

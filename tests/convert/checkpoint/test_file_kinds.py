@@ -50,11 +50,12 @@ def test_a_tokenizer(kind: str, folder: Path, tmp_path: Path) -> None:
 COPIED = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "inference/config.json", "README.md"]
 
 
+@pytest.mark.parametrize("how", [(), ("--dry-run",)], ids=["work", "dry run"])
 @pytest.mark.parametrize("name", COPIED)
-def test_a_pointer_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_pointer_is_not_copied(name: str, how: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     """Found before the work begins, not when the weights are written."""
     (folder / name).write_bytes(POINTER)
-    code, _, err = dsv4("convert", folder, tmp_path / "out")
+    code, _, err = dsv4("convert", folder, tmp_path / "out", *how)
     assert code == 3 and name in err and "git lfs pull" in err
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -66,6 +67,12 @@ def test_inspect_and_doctor_name_it(name: str, folder: Path) -> None:
     assert [f.level for f in found] == ["problem"] and name in found[0].text and "git lfs pull" in found[0].hint
     checks = [check for check in diagnose(folder, "sglang").checks if "git-LFS" in check.text]
     assert [check.status for check in checks] == ["refuses"] and name in checks[0].text
+
+
+def test_no_command_that_a_pointer_makes_fail(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(POINTER)
+    (check,) = diagnose(folder, "reference", 2).checks
+    assert check.command.startswith("dsv4 convert RELEASE NEW") and "git-LFS pointer" in check.fix
 
 
 def test_a_text_about_pointers_is_none(folder: Path, tmp_path: Path) -> None:

@@ -358,7 +358,8 @@ def test_experts_that_are_neither_fp4_nor_fp8(to: str, source: Path, tmp_path: P
 class TestPlaces:
     def test_the_source_itself(self, source: Path, tmp_path: Path) -> None:
         for name in (source, source / ".", source / "encoding" / ".."):
-            refused(source, name, "is the source", code=2)
+            for how in ((), ("--dry-run",)):
+                refused(source, name, "is the source", options=how, code=2)
 
     def test_inside_the_source(self, source: Path, tmp_path: Path) -> None:
         before = tree(source)

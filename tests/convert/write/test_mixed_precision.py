@@ -1,5 +1,6 @@
 """Draft stages that are stored in another way than the experts of the main layers, as some conversions leave them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,41 @@ def test_a_draft_stage_in_bf16_stays_as_it_is(options: tuple[str, ...], source: 
         assert different_values(old, new) == []
     code, out, _ = dsv4("verify", source, tmp_path / "out")
     assert code == 0 and "IDENTICAL" in out
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["FP4", "FP8"])
+def test_inspect_and_doctor_take_it_as_convert_does(converted: bool, source: Path, tmp_path: Path) -> None:
+    folder = source
+    if converted:
+        convert(source, folder := tmp_path / "out", "--target", "vllm")
+    code, out, _ = dsv4("inspect", folder, "--json")
+    (found,) = [f for f in json.loads(out)["findings"] if "stored as" in f["text"]]
+    assert code == 0 and found["level"] == "note" and "draft stages are stored as bf16" in found["text"]
+    for engine in ("vllm", "sglang", "transformers"):
+        code, out, _ = dsv4("doctor", folder, "--for", engine, "--json")
+        checks = [check for check in json.loads(out)["checks"] if check["rule"] == "experts"]
+        assert code == 0 and [check["status"] for check in checks] == ["ok", "note"]
+        assert checks[0]["text"] == ("fp8" if converted else "fp4") and "bf16" in checks[1]["text"]
+
+
+def test_the_reference_engine_loads_drafts_with_the_rest(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", "--to", "same", "--layout", "mp", "--model-parallel", "2")
+    code, out, _ = dsv4("doctor", tmp_path / "out", "--for", "reference", "--json")
+    assert code == 1
+    assert [c["text"] for c in json.loads(out)["checks"] if c["status"] == "unknown"] == [
+        "those of the draft blocks are bf16: drafting from them was not tried"
+    ]
+
+
+@pytest.mark.parametrize("stack", ["layers.", "mtp."])
+def test_inspect_and_doctor_name_a_mixture_within_a_stack(stack: str, tmp_path: Path) -> None:
+    folder = VARIANTS["release"](tmp_path / "source")
+    in_bf16(folder, [next(name for name in experts(tensors_of(folder)) if name.startswith(stack))])
+    findings = json.loads(dsv4("inspect", folder, "--json")[1])["findings"]
+    assert [f["level"] for f in findings if "several ways: bf16, fp4" in f["text"]] == ["problem"]
+    code, out, _ = dsv4("doctor", folder, "--for", "vllm", "--json")
+    assert code == 1
+    assert [c["rule"] for c in json.loads(out)["checks"] if c["status"] == "wrong"] == ["experts"]
 
 
 def test_nothing_is_said_where_nothing_is_cast(source: Path, tmp_path: Path) -> None:

@@ -217,6 +217,59 @@ def test_v4_shows_images_as_unsupported() -> None:
         assert shown == f"<｜User｜>[Unsupported image_url]\n\n{IMAGE}<｜Assistant｜></think>"
 
 
+# --- tool results as parts of a user message ---
+
+
+def result_part(call_id: str, content: Any, name: str = "tool_use_id") -> dict[str, Any]:
+    return {"type": "tool_result", name: call_id, "content": content}
+
+
+@pytest.mark.parametrize("name", ["tool_use_id", "tool_call_id"])
+@pytest.mark.parametrize("content", ["r", [{"type": "text", "text": "r"}, {"type": "text", "text": "s"}], None])
+def test_v41_a_tool_result_in_a_user_message_is_a_tool_message(name: str, content: Any) -> None:
+    """Parts are blocks of the turn: sorted by the calls, as messages of the role tool are. Text keeps its place."""
+    asked = user("q"), assistant("", tool_calls=[call("{}") | {"id": "a"}, call("{}") | {"id": "b"}])
+    text = {"type": "text", "text": "and?"}
+    parts = user([result_part("b", "second", name), text, result_part("a", content, name)])
+    messages = [
+        {"role": "tool", "tool_call_id": "b", "content": "second"}, user("and?"),
+        {"role": "tool", "tool_call_id": "a", "content": content},
+    ]  # fmt: skip
+    shown = prompt("v41", *asked, parts, mode="chat")
+    assert shown == prompt("v41", *asked, *messages, mode="chat")
+    assert shown.endswith("</tool_result>\n\nand?\n\n<tool_result>second</tool_result><｜Assistant｜></think>")
+
+
+def test_v41_finds_images_in_tool_results() -> None:
+    for content in ([{"type": "image"}], IMAGE, [{"type": "text", "text": IMAGE}]):
+        with pytest.raises(InputError, match="image"):
+            prompt("v41", user([result_part("a", content)]))
+
+
+@pytest.mark.parametrize(
+    ("edition", "role", "kind", "place"),
+    [
+        *((edition, "user", "tool_result", 'role "tool"') for edition in ("preview", "0731")),
+        *((edition, "assistant", "tool_result", 'role "tool"') for edition in EDITIONS),
+        *((edition, "assistant", "tool_use", '"tool_calls"') for edition in EDITIONS),
+        *((edition, "user", "tool_use", '"tool_calls"') for edition in EDITIONS),
+        ("preview", "developer", "tool_result", 'role "tool"'),
+    ],
+)
+def test_a_part_that_has_its_place_elsewhere_is_refused(edition: str, role: str, kind: str, place: str) -> None:
+    message = {"role": role, "content": [{"type": "text", "text": "t"}, {"type": kind, "id": "a", "content": "r"}]}
+    with pytest.raises(InputError, match=rf"message 1 \({role}\): a content part of type {kind} has no") as caught:
+        prompt(edition, user("q"), message)
+    assert place in caught.value.hint
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_a_tool_message_may_hold_any_part(edition: str) -> None:
+    message = {"role": "tool", "content": [result_part("a", "r"), {"type": "tool_use"}]}
+    shown = prompt(edition, message, mode="chat")
+    assert "<tool_result>[Unsupported tool_result]\n\n[Unsupported tool_use]</tool_result>" in shown
+
+
 # --- fields that the APIs know ---
 
 

@@ -148,6 +148,7 @@ def convert(options: ConvertOptions) -> None:
     """
     from dsv4.convert.plan.partition import Part
     from dsv4.convert.write.resources import keep_freed_memory
+    from dsv4.convert.write.run import check_job
     from dsv4.distributed import torchrun_rank
 
     ranks = torchrun_rank()
@@ -156,6 +157,7 @@ def convert(options: ConvertOptions) -> None:
     with ExitStack() as stack:
         job, remote = _prepare(options, work, ranks.workers if ranks else usable_cores(), out, stack)
         if options.dry_run:
+            check_job(job)
             print_plan(out, job, free_bytes(options.output_folder), remote)
             return
         signals.begin_work()
