@@ -26,8 +26,8 @@ import torch
 from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
+from dsv4.convert.write.shards import pipeline
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED_EXIT = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -58,6 +58,10 @@ class Storage(Protocol):
         """Make the shards in `now` readable, begin with `upcoming`, and let go of all others: for remote sources."""
         ...
 
+    def is_ready(self, names: Collection[str]) -> bool:
+        """Whether `prepare` would make these shards readable without waiting, and has room for so many."""
+        ...
+
     def disk_bytes(self) -> int:
         """Disk that reading the shards needs beside the output."""
         ...
@@ -137,6 +141,10 @@ class Folder:
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """See Storage. A local file is always there."""
+
+    def is_ready(self, names: Collection[str]) -> bool:
+        """See Storage."""
+        return True
 
     def disk_bytes(self) -> int:
         """See Storage."""

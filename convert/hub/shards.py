@@ -109,6 +109,10 @@ class Shards:
         if not now and not after:
             self._finish()
 
+    def are_ready(self, names: Collection[str]) -> bool:
+        """Whether these shards have all arrived; never, if there is no room for so many."""
+        return all(name in self._held and self._held[name].done() for name in names)
+
     def _finish(self) -> None:
         """Every shard was read."""
         if self._scratch.is_dir():

@@ -106,6 +106,10 @@ class HubStorage:
         self.check_needs([now])
         self._shards.prepare(now, upcoming)
 
+    def is_ready(self, names: Collection[str]) -> bool:
+        """See Storage."""
+        return self._shards.are_ready(names)
+
     def check_needs(self, groups: Iterable[Collection[str]]) -> None:
         """Refuse work that needs more shards at once than `--scratch` allows. Raises UsageError."""
         self._shards.check_needs(groups)

@@ -7,10 +7,10 @@ from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.partition import All
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import OnInexact, To, check_count, resolve
+from dsv4.convert.write.shards.resources import decide_resources
 from dsv4.machine import parse_size, usable_cores
 from dsv4.progress import Progress, ignore
 
-from .resources import decide_resources
 from .run import Job, Result, run_conversion
 
 

@@ -184,16 +184,12 @@ class AtomicFile:
         self._committed = True
         return fsync_folder(self.path.parent) and durable
 
-    def abort(self, error: BaseException | None = None) -> None:
-        """Remove what was written, unless it was committed.
-
-        An interrupt is answered within a second: a file that would take longer to delete is left to the next run.
-        """
+    def abort(self, leave: bool = False) -> None:
+        """Remove what was written, unless it was committed, or is to be left to the next run."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        slow = isinstance(error, Interrupted) and self.written >= SLOW_TO_DELETE_BYTES
-        if not self._committed and not slow:
+        if not self._committed and not leave:
             self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -204,7 +200,18 @@ class AtomicFile:
     ) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self.path)
-        self.abort(error)
+        abort_all([self], error)
+
+
+def abort_all(files: Iterable[AtomicFile], error: BaseException | None = None) -> None:
+    """Remove what was written of each, unless it was committed.
+
+    An interrupt is answered within a second: files that would take longer to delete are left to the next run.
+    """
+    slow = 0
+    for file in files:
+        slow += file.written
+        file.abort(leave=isinstance(error, Interrupted) and slow >= SLOW_TO_DELETE_BYTES)
 
 
 def write_file(path: Path, parts: Sequence[bytes]) -> bool:

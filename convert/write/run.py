@@ -1,4 +1,4 @@
-"""A conversion from end to end: look at the output folder, resume or begin, write shard after shard, publish.
+"""A conversion from end to end: look at the output folder, resume or begin, write the shards, publish.
 
 The order in which files become visible is the promise: shards first, then side files and manifest, then the index,
 then config.json. A loader that looks for the index or the config never meets half a model, wherever a run was stopped.
@@ -7,7 +7,6 @@ then config.json. A loader that looks for the index or the config never meets ha
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,10 @@ from dsv4.convert.plan.partition import All, Part, Publish, Work, shards_of
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.convert.plan.side_files import check_configs, config_file, copied_files, read_side_file
+from dsv4.convert.write.shards.in_flight import Flight, InFlight, Written
+from dsv4.convert.write.shards.resources import Resources
+from dsv4.convert.write.shards.shard import write_shard
+from dsv4.convert.write.shards.workers import Workers
 from dsv4.errors import InputError, Interrupted, MachineError, printable
 from dsv4.machine import free_bytes
 from dsv4.progress import Progress, ignore
@@ -41,8 +44,6 @@ from .output_folder import (
     read_output_state,
     usable_shards,
 )
-from .resources import Resources, Workers
-from .shard import write_shard
 
 NOT_DURABLE = (
     "the file system of the output cannot fsync: after a power loss a file may be incomplete under its final name; "
@@ -145,27 +146,25 @@ class _Run:
                 "Run the parts that write them again (the same --part commands), then --finish.",
             )
 
-    def _write(self, shard: OutputShard, journal: Journal) -> None:
-        """Write one shard, make it final and record it."""
+    def _write(self, shard: OutputShard, flight: Flight) -> Written:
         job = self.job
-        file, finished = write_shard(job.checkpoint, shard, job.plan.settings, job.output, self.workers, self.progress)
-        with file:
-            self.durable &= file.commit()
-        journal.add(finished)
-        self.finished[shard.file] = finished
+        return write_shard(job.checkpoint, shard, job.plan.settings, job.output, self.workers, flight)
 
     def write_pending(self, journal: Journal) -> int:
-        """Write what is not finished yet. Returns how many shards were written."""
+        """Write what is not finished yet, make it final and record it. Returns how many shards were written."""
         pending, storage = self.pending, self.job.checkpoint.storage
         try:
-            for shard, after in zip_longest(pending, pending[1:]):
-                storage.prepare(shard.source_shards, after.source_shards if after else ())
-                self._write(shard, journal)
+            with InFlight(self._write, storage, self.job.resources.shards, self.progress) as in_flight:
+                for file, finished in in_flight.written(pending):
+                    with file:
+                        self.durable &= file.commit()
+                    journal.add(finished)
+                    self.finished[finished.file] = finished
             storage.prepare(())
         except Interrupted as error:
             error.args = (f"interrupted: {len(self.finished)} of {len(self.shards)} shards are finished and kept",)
             left = _unfinished_bytes(self.job.output, self.shards)
-            removed = f" It removes the {left} bytes of a shard that was not finished." if left else ""
+            removed = f" It removes the {left} bytes of shards that were not finished." if left else ""
             error.hint = f"Run the same command again to continue.{removed}"
             raise
         return len(pending)

@@ -8,7 +8,9 @@ that calls them.
     python fault_lab.py WORKDIR SWEEP ARGUMENT...    prints {"points": N, "violations": [...]}
 
 With `--shared` as the last argument three commands do the work: `--part 1/2`, `--part 2/2` and `--finish`. With
-`--direct` as the last argument the shards, though small, are written past the page cache, as large ones are.
+`--direct` as the last argument the shards, though small, are written past the page cache, as large ones are. With
+`--slow-hash` as the last argument each block waits for its hash, so that as many shards are in flight as may be;
+"in_flight" is how many that were in the undisturbed run.
 
 After each run: nothing under a final name is incomplete, index and config.json are there only with all that they
 name, the source is untouched, and the same command again ends in the same bytes as a run that nothing happened to.
@@ -23,9 +25,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,8 +40,8 @@ from hostile import INDEX
 from dsv4 import cli, signals
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
+from dsv4.convert.write.shards import pipeline
 
 KILLED = 137
 GEOMETRY = replace(TWO_LAYERS, compress_ratios=(0,), num_nextn_predict_layers=0)  # one layer, no MTP: 40 tensors
@@ -59,6 +64,18 @@ class Fault:
     calls: tuple[str, ...] = CHANGING
     short: bool = False
     seen: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # several shards call at the same time
+    open_shards: int = 0
+    in_flight: int = 0
+
+    def count(self, name: str, arguments: tuple[Any, ...]) -> int:
+        """The number of this call among those of `calls`, from 0; also how many shards are begun and not published."""
+        with self.lock:
+            self.seen.append(name)
+            if ".safetensors." in str(arguments[0]):  # a temporary name
+                self.open_shards += {"open": 1, "replace": -1, "unlink": -1}.get(name, 0)
+                self.in_flight = max(self.in_flight, self.open_shards)
+            return sum(seen in self.calls for seen in self.seen) - 1
 
     def wrap(self, name: str) -> Callable[..., Any]:
         real = REAL[name]
@@ -66,8 +83,7 @@ class Fault:
         def call(*arguments: Any, **keywords: Any) -> Any:
             if name == "open" and not arguments[1] & os.O_CREAT:
                 return real(*arguments, **keywords)
-            self.seen.append(name)
-            index = sum(seen in self.calls for seen in self.seen) - 1
+            index = self.count(name, arguments)
             if name in self.calls and index == self.at:
                 self.strike(name, arguments)
             if self.short and name in ("write", "pwrite"):
@@ -95,6 +111,7 @@ class Ending:
     code: int
     words: str = ""
     calls: tuple[str, ...] = ()
+    in_flight: int = 0
 
 
 def run_here(commands: list[list[str]], fault: Fault) -> Ending:
@@ -109,7 +126,7 @@ def run_here(commands: list[list[str]], fault: Fault) -> Ending:
         signals.token.clear()
         for name, real in REAL.items():
             setattr(HOME[name], name, real)
-    return Ending(code, words.getvalue(), tuple(fault.seen))
+    return Ending(code, words.getvalue(), tuple(fault.seen), fault.in_flight)
 
 
 def run(commands: list[list[str]], fault: Fault) -> Ending:
@@ -260,6 +277,20 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+class SlowSha256:
+    """SHA-256 that takes longer than anything else does with so little data."""
+
+    def __init__(self) -> None:
+        self._real = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.001)
+        self._real.update(data)
+
+    def hexdigest(self) -> str:
+        return self._real.hexdigest()
+
+
 def main() -> None:
     work, sweep, *options = sys.argv[1:]
     torch.set_num_threads(1)
@@ -268,7 +299,9 @@ def main() -> None:
     pipeline.BLOCK_BYTES = 2**13  # the shards are small: many writes all the same
     if options[-1:] == ["--direct"]:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
-    options = [option for option in options if option not in ("--shared", "--direct")]
+    if options[-1:] == ["--slow-hash"]:
+        pipeline.hashlib = SimpleNamespace(sha256=SlowSha256)  # type: ignore[assignment]
+    options = [option for option in options if option not in ("--shared", "--direct", "--slow-hash")]
     if "--before" in options:
         cut = options.index("--before")
         before, options = options[cut + 1 :], options[:cut]
@@ -277,7 +310,8 @@ def main() -> None:
         lab.short_writes()
     else:
         lab.sweep(*SWEEPS[sweep])
-    print(json.dumps({"points": lab.points, "calls": len(lab.clean.calls), "violations": lab.violations}))
+    found = {"points": lab.points, "in_flight": lab.clean.in_flight, "violations": lab.violations}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

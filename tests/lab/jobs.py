@@ -5,8 +5,8 @@ from pathlib import Path
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings
-from dsv4.convert.write.resources import decide_resources
 from dsv4.convert.write.run import Job
+from dsv4.convert.write.shards.resources import decide_resources
 
 
 def job_of(source: Path, settings: Settings, output: Path, workers: int = 1) -> Job:

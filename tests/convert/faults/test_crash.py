@@ -14,15 +14,20 @@ pytestmark = pytest.mark.slow  # each test is a sweep over all system calls of a
 
 LAB = Path(__file__).parents[2] / "lab" / "fault_lab.py"
 HF = ["--max-shard-size", "150KB", "--max-workers"]
+SMALL = ["--max-shard-size", "50KB", "--max-workers"]
 MP = ["--layout", "mp", "--model-parallel", "1", "--max-workers"]
 
 
-def sweep(work: Path, name: str, options: list[str]) -> int:
-    """Run one sweep and return how many points it had. Fails with the list of what went wrong."""
+def sweep(work: Path, name: str, options: list[str], in_flight: int = 1) -> int:
+    """Run one sweep and return how many points it had. Fails with the list of what went wrong.
+
+    in_flight: so many shards at least must have been begun and not published at some moment.
+    """
     done = subprocess.run([sys.executable, str(LAB), str(work), name, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["violations"] == []
+    assert report["in_flight"] >= in_flight
     return int(report["points"])
 
 
@@ -57,6 +62,11 @@ def test_every_call_refused(tmp_path: Path, name: str, least: int) -> None:
 @pytest.mark.parametrize(("name", "least"), [("interrupt", 70), ("terminate", 30)])
 def test_a_signal_at_every_call(tmp_path: Path, name: str, least: int) -> None:
     assert sweep(tmp_path, name, [*HF, "2"]) >= least
+
+
+@pytest.mark.parametrize(("name", "least"), [("kill", 70), ("disk_full", 60), ("bad_disk", 15), ("interrupt", 70)])
+def test_while_four_shards_are_open(tmp_path: Path, name: str, least: int) -> None:
+    assert sweep(tmp_path, name, [*SMALL, "4", "--slow-hash"], in_flight=4) >= least
 
 
 def test_short_writes_change_nothing(tmp_path: Path) -> None:

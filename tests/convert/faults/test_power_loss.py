@@ -20,8 +20,8 @@ from hostile import INDEX
 from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline
 from dsv4.convert.write.atomic_file import PREFIX
+from dsv4.convert.write.shards import pipeline
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
 SEEDS = 40

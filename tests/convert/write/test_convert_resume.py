@@ -20,11 +20,12 @@ from mixed_scales import mix_scales
 from dsv4.convert.plan.recipes import recipe, rows
 from dsv4.convert.plan.settings import OnInexact, Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.convert.write import api, output_folder, resources
+from dsv4.convert.write import api, output_folder
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.run import run_conversion
+from dsv4.convert.write.shards import resources
 from dsv4.errors import Interrupted, MachineError
 from dsv4.quant import fp8_to_fp4
 from dsv4.quant.block_scales import Block

@@ -101,6 +101,16 @@ def test_the_bound_holds(matrix: Callable[[], Tensors], count: int, options: tup
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("matrix", [all_zero, no_exact_form, many_binades], ids=lambda matrix: matrix.__name__)
+def test_the_bound_holds_with_several_shards_in_flight(matrix: Callable[[], Tensors], tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", matrix, 16)
+    to = "fp4" if matrix is many_binades else "fp8"
+    options = ("--to", to, "--on-inexact", "round", "--max-shard-size", "16MB", "--max-workers", "3")
+    said = bound(source, tmp_path / "out", *options)
+    assert peak(source, tmp_path / "out", *options) <= said < 900 * 10**6
+
+
+@pytest.mark.slow
 def test_one_row_may_be_a_whole_tensor(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", all_zero, 1)
     write_file(source / "model.safetensors", {"embed.weight": Raw("U8", (1, 300_000_000), bytes(300_000_000))})

@@ -5,8 +5,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,24 @@ from fault_lab import GEOMETRY
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
-from dsv4.convert.write import pipeline as pipeline_module
-from dsv4.convert.write import shard
 from dsv4.convert.write.atomic_file import AtomicFile
-from dsv4.convert.write.pipeline import ShardPipeline
+from dsv4.convert.write.shards import pipeline as pipeline_module
+from dsv4.convert.write.shards import shard
+from dsv4.convert.write.shards.pipeline import ShardPipeline
 from dsv4.errors import InputError
 
 BLOCK = 2**13
-Threads = tuple[ThreadPoolExecutor, ThreadPoolExecutor]
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
-    """A hasher and a writer, and blocks of two pages."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two pages."""
     monkeypatch.setattr(pipeline_module, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(files, "DIRECT_BYTES", BLOCK)
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
-        yield hasher, writer
+
+
+def pipeline_of(file: Any, progress: Callable[[int], object] = lambda count: None) -> ShardPipeline:
+    return ShardPipeline(file, progress, lambda: None)
 
 
 class Recorder:
@@ -54,11 +54,11 @@ class Recorder:
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 8, BLOCK, 20 * BLOCK, 9 * BLOCK + 4095])
-def test_every_byte_in_order(size: int, threads: Threads, tmp_path: Path) -> None:
+def test_every_byte_in_order(size: int, small_blocks: None, tmp_path: Path) -> None:
     random = np.random.default_rng(size)
     header, data, told = b"12345678", random.bytes(size), []
     with AtomicFile(tmp_path / "file", len(header) + size) as file:
-        pipeline = ShardPipeline(file, *threads, told.append)
+        pipeline = pipeline_of(file, told.append)
         pipeline.begin(header)
         rest = memoryview(data)
         while rest:
@@ -72,27 +72,27 @@ def test_every_byte_in_order(size: int, threads: Threads, tmp_path: Path) -> Non
     assert sum(told) == size and all(0 <= count <= BLOCK for count in told)
 
 
-def test_a_header_longer_than_a_block_is_not_progress(threads: Threads) -> None:
+def test_a_header_longer_than_a_block_is_not_progress(small_blocks: None) -> None:
     told: list[int] = []
-    pipeline = ShardPipeline(Recorder(), *threads, told.append)  # type: ignore[arg-type]
+    pipeline = pipeline_of(Recorder(), told.append)
     pipeline.begin(bytes(2 * BLOCK + 5))
     pipeline.put(memoryview(bytes(BLOCK)))
     pipeline.finish()
     assert told == [0, 0, BLOCK - 5, 5]
 
 
-def test_nothing_is_written_after_a_failure(threads: Threads) -> None:
+def test_nothing_is_written_after_a_failure(small_blocks: None) -> None:
     file = Recorder(fails_at=2)
-    pipeline = ShardPipeline(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline = pipeline_of(file)
     with pytest.raises(OSError, match="No space"):
         pipeline.put(memoryview(bytes(20 * BLOCK)))
     pipeline.stop()
     assert len(file.written) == 2
 
 
-def test_stop_waits_for_the_write_under_way_and_for_no_other(threads: Threads) -> None:
+def test_stop_waits_for_the_write_under_way_and_for_no_other(small_blocks: None) -> None:
     file = Recorder()
-    pipeline = ShardPipeline(file, *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline = pipeline_of(file)
     file.may_go_on.clear()
     pipeline.put(memoryview(bytes(3 * BLOCK)))
     stopping = threading.Thread(target=pipeline.stop)
@@ -134,7 +134,7 @@ def test_no_write_is_under_way_when_a_shard_is_given_up(tmp_path: Path, monkeypa
     assert not list((tmp_path / "out").glob("*.part"))
 
 
-def test_blocks_are_used_again(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_used_again(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made, real = [], mmap.mmap
 
     def counted(*arguments: Any) -> mmap.mmap:
@@ -142,7 +142,7 @@ def test_blocks_are_used_again(threads: Threads, monkeypatch: pytest.MonkeyPatch
         return real(*arguments)
 
     monkeypatch.setattr(pipeline_module.mmap, "mmap", counted)
-    pipeline = ShardPipeline(Recorder(), *threads, lambda count: None)  # type: ignore[arg-type]
+    pipeline = pipeline_of(Recorder())
     pipeline.put(memoryview(bytes(50 * BLOCK)))
     pipeline.finish()
     assert len(made) == pipeline_module.BLOCKS

@@ -9,7 +9,7 @@ from fault_lab import GEOMETRY
 
 from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.convert.write import resources
+from dsv4.convert.write.shards import resources
 from dsv4.errors import UsageError
 
 

@@ -121,8 +121,8 @@ def _prepare(
     from dsv4.convert.plan.partition import Part
     from dsv4.convert.plan.plan import make_plan
     from dsv4.convert.write.atomic_file import SCRATCH_NAME
-    from dsv4.convert.write.resources import decide_resources
     from dsv4.convert.write.run import Job
+    from dsv4.convert.write.shards.resources import decide_resources
 
     settings, memory = options.settings(), options.memory()
     scratch_name = f"{SCRATCH_NAME}-{work.tag}" if isinstance(work, Part) else SCRATCH_NAME
@@ -147,8 +147,8 @@ def convert(options: ConvertOptions) -> None:
     from its headers, and only --scratch of its shards are on disk at once.
     """
     from dsv4.convert.plan.partition import Part
-    from dsv4.convert.write.resources import keep_freed_memory
     from dsv4.convert.write.run import check_job
+    from dsv4.convert.write.shards.resources import keep_freed_memory
     from dsv4.distributed import torchrun_rank
 
     ranks = torchrun_rank()

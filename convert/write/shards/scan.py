@@ -15,7 +15,7 @@ from dsv4.convert.plan.shards import OutputShard
 from dsv4.errors import InputError, printable
 from dsv4.progress import Progress
 
-from .resources import Workers
+from .workers import Workers
 
 Scanned = tuple[OutputTensor, Scan]
 
@@ -31,21 +31,51 @@ class ScannedShard:
         """The scan of the weight that an output tensor is made from."""
         return self.scans.get(tensor.weight.name)
 
+    @property
+    def spared_bytes(self) -> int:
+        """Memory of what the scans hold although it could be computed again."""
+        return sum(scan.spared_bytes for scan in self.scans.values())
+
+
+class _TensorScan:
+    """The scan of one tensor, piece by piece. Results that may be dropped are, unless there is room for all of them."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers, self._scans = workers, list[Scan]()
+        self._spared_bytes, self._fits = 0, True
+
+    def _drop(self) -> None:
+        self._workers.give_back(self._spared_bytes)
+        self._spared_bytes, self._fits = 0, False
+        self._scans = [replace(scan, spared={}) for scan in self._scans]
+
+    def add(self, scan: Scan) -> None:
+        """Include the next piece."""
+        self._scans.append(scan)
+        if self._fits and self._workers.spare(scan.spared_bytes):
+            self._spared_bytes += scan.spared_bytes
+        else:
+            self._drop()
+
+    def joined(self) -> Scan:
+        """The scan of the whole tensor."""
+        return join_scans(self._scans)
+
 
 def _scan_tensors(
     checkpoint: Checkpoint, tensors: list[OutputTensor], workers: Workers, progress: Progress
 ) -> Iterator[Scanned]:
     pieces = (piece for tensor in tensors for piece in split(tensor))
-    scans: list[Scan] = []
+    whole = _TensorScan(workers)
 
     def scan(piece: Piece) -> Scan:
         return piece.tensor.recipe.scan(checkpoint, piece)
 
     for piece, found in workers.map(scan, pieces, progress):
-        scans.append(found)
+        whole.add(found)
         if piece.stop == piece.tensor.rows:
-            yield piece.tensor, join_scans(scans)
-            scans = []
+            yield piece.tensor, whole.joined()
+            whole = _TensorScan(workers)
 
 
 def _refuse(
@@ -71,12 +101,10 @@ def scan_shard(
     """
     scans: dict[str, Scan] = {}
     inexact: list[Scanned] = []
-    room = workers.spared_bytes
     for tensor, scan in _scan_tensors(checkpoint, [t for t in shard.tensors if t.scanned], workers, progress):
-        room -= scan.spared_bytes
-        scans[tensor.weight.name] = scan if room >= 0 else replace(scan, spared={})
+        scans[tensor.weight.name] = scan
         if not scan.is_exact:
-            inexact.append((tensor, scans[tensor.weight.name]))
+            inexact.append((tensor, scan))
     if inexact and settings.on_inexact == "error":
         _refuse(checkpoint, shard, inexact, workers, progress)
     if inexact and settings.on_inexact == "keep":

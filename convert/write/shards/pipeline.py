@@ -2,20 +2,21 @@
 
 Pieces of any length are copied into a few blocks of whole pages, from which a file can be written past the page cache
 (see atomic_file.py). A full block is hashed and written while the next ones fill, and is used again when both are
-done: memory is bounded, the memory of a piece is free at once, and neither disk nor hash waits for the other.
+done: memory is bounded, the memory of a piece is free at once, and neither disk nor hash waits for the other. Every
+file has its own two threads: with several files in flight, several cores hash.
 """
 
 import hashlib
 import mmap
 from collections import deque
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from dsv4.convert.write.atomic_file import WRITE_BYTES, AtomicFile
 from dsv4.progress import Progress, result_of
-
-from .atomic_file import WRITE_BYTES, AtomicFile
 
 BLOCK_BYTES = WRITE_BYTES
 BLOCKS = 4  # one that fills, and three that wait
@@ -52,12 +53,13 @@ class _Block:
 class ShardPipeline:
     """Hash and write a file in two background threads. `finish` waits for them, `stop` discards what is left.
 
-    hasher, writer: one thread each, so that blocks are taken in order. progress: called with the number of bytes
-    written, in the caller's thread; the header does not count.
+    progress: called with the number of bytes written, in the caller's thread; the header does not count.
+    hash_is_late: called in the caller's thread when a block is written and must still wait for its hash.
     """
 
-    def __init__(self, file: AtomicFile, hasher: Executor, writer: Executor, progress: Progress) -> None:
-        self._file, self._hasher, self._writer, self._progress = file, hasher, writer, progress
+    def __init__(self, file: AtomicFile, progress: Progress, hash_is_late: Callable[[], None]) -> None:
+        self._file, self._progress, self._hash_is_late = file, progress, hash_is_late
+        self._hasher, self._writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
         self._sha256 = hashlib.sha256()
         self._filling, self._blocks = _Block(), 1
         self._submitted: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
@@ -76,8 +78,10 @@ class ShardPipeline:
     def _wait_oldest(self) -> _Block:
         """Wait until the oldest block is hashed and written; it can be filled again."""
         hashing, writing, block = self._submitted.popleft()
-        result_of(hashing, self._progress)
         result_of(writing, self._progress)
+        if not hashing.done():
+            self._hash_is_late()
+        result_of(hashing, self._progress)
         header = min(self._header_left, block.used)
         self._header_left -= header
         self._progress(block.used - header)
@@ -112,9 +116,14 @@ class ShardPipeline:
             self._submit()
         while self._submitted:
             self._wait_oldest()
+        self._end_threads()
         return self._sha256.hexdigest()
+
+    def _end_threads(self) -> None:
+        for thread in (self._hasher, self._writer):
+            thread.shutdown(wait=True, cancel_futures=True)
 
     def stop(self) -> None:
         """Write nothing more; when this returns, the writing thread has let go of the file."""
         self._stopped = True
-        self._writer.submit(lambda: None).result()
+        self._end_threads()

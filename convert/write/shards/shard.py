@@ -1,11 +1,13 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
-Workers compute pieces; the calling thread takes them in file order and puts them into blocks, which two more threads
-hash and write (see pipeline.py). The pieces that are alive at a time are bounded, and with them the memory, whatever
-the size of the shard.
+Workers compute pieces; the calling thread, one for each shard in flight, takes them in file order and puts them into
+blocks, which two more threads hash and write (see pipeline.py). The pieces that are alive at a time are bounded, and
+with them the memory, whatever the size of the shard.
 """
 
 import hashlib
+from concurrent.futures import CancelledError
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,14 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, split
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
-from dsv4.progress import Progress
+from dsv4.convert.write.atomic_file import AtomicFile
+from dsv4.convert.write.journal import FinishedShard
 
-from .atomic_file import AtomicFile
-from .journal import FinishedShard
+from .in_flight import Flight, Written
 from .pieces import HashedPiece, bytes_of, compute_piece
 from .pipeline import ShardPipeline
-from .resources import Workers
 from .scan import ScannedShard, scan_shard
+from .workers import Workers
 
 
 @dataclass
@@ -93,7 +95,7 @@ class ManifestBuilder:
 
 
 def _write_pieces(
-    checkpoint: Checkpoint, scanned: ScannedShard, pipeline: ShardPipeline, workers: Workers, progress: Progress
+    checkpoint: Checkpoint, scanned: ScannedShard, pipeline: ShardPipeline, workers: Workers, flight: Flight
 ) -> FinishedShard:
     """Compute all pieces of a shard and put them through the pipeline; returns when they are written."""
 
@@ -101,35 +103,46 @@ def _write_pieces(
         return compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor))
 
     shard, manifest = scanned.shard, ManifestBuilder(scanned)
+    pieces = (piece for tensor in shard.tensors for piece in split(tensor))
     pipeline.begin(shard.header)
-    for _, hashed in workers.map(compute, (p for tensor in shard.tensors for p in split(tensor)), progress):
-        pipeline.put(bytes_of(hashed.result.data))
-        manifest.add(hashed)
+    with closing(workers.map(compute, pieces, flight.advance, flight.let_next_begin)) as computed:
+        for _, hashed in computed:
+            pipeline.put(bytes_of(hashed.result.data))
+            manifest.add(hashed)
     return FinishedShard(shard.file, shard.size, pipeline.finish(), manifest.entries())
 
 
-def write_shard(
-    checkpoint: Checkpoint,
-    shard: OutputShard,
-    settings: Settings,
-    folder: Path,
-    workers: Workers,
-    progress: Progress,
-) -> tuple[AtomicFile, FinishedShard]:
-    """Scan and write one shard; the file is complete but not yet committed. progress: called with the bytes of data.
+def _write_file(
+    checkpoint: Checkpoint, scanned: ScannedShard, folder: Path, workers: Workers, flight: Flight
+) -> Written:
+    """Write a scanned shard to its file, which is removed on an error. A run that stops removes its files itself."""
 
-    On any error nothing is left behind. The caller commits the file and then records the shard.
-    """
-    scanned = scan_shard(checkpoint, shard, settings, workers, progress)
-    file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
-    pipeline = ShardPipeline(file, workers.hasher, workers.writer, progress)
+    def hash_is_late() -> None:
+        if workers.has_free:
+            flight.let_next_begin()
+
+    flight.file = file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
+    pipeline = ShardPipeline(file, flight.advance, hash_is_late)
     try:
-        return file, _write_pieces(checkpoint, scanned, pipeline, workers, progress)
+        return file, _write_pieces(checkpoint, scanned, pipeline, workers, flight)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(file.path)
-        try:
-            pipeline.stop()
-        finally:
-            file.abort(error)
+        pipeline.stop()
+        if not isinstance(error, CancelledError):
+            file.abort()
         raise
+
+
+def write_shard(
+    checkpoint: Checkpoint, shard: OutputShard, settings: Settings, folder: Path, workers: Workers, flight: Flight
+) -> Written:
+    """Scan and write one shard; the file is complete but not yet committed.
+
+    On any error nothing is left behind. The caller commits the file and then records the shard.
+    """
+    scanned = scan_shard(checkpoint, shard, settings, workers, flight.advance)
+    try:
+        return _write_file(checkpoint, scanned, folder, workers, flight)
+    finally:
+        workers.give_back(scanned.spared_bytes)

@@ -1,0 +1,143 @@
+"""The threads that compute pieces, for all shards in flight, and how many pieces may be alive at a time.
+
+hashlib, preadv, write, torch and the compiled cast all let go of the interpreter's lock, so threads are enough.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
+
+from .resources import Resources
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _nothing() -> None:
+    """For callers of `map` with no need to know that everything is submitted."""
+
+
+class Workers:
+    """A pool of threads and two accounts: pieces that are alive, and results of scans that are kept.
+
+    Use as a context manager: all threads have ended when it is left. Safe to use from several threads.
+    """
+
+    def __init__(self, resources: Resources) -> None:
+        self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
+        self._count, self._window, self._spared_bytes = resources.workers, resources.window, resources.spared_bytes
+        self._changed = Condition()
+        self._maps = 0  # calls of `map` that are under way; each has an equal share of the window
+        self._alive = 0  # pieces that are submitted and not yet taken
+        self._unfinished = 0  # pieces that are submitted and not yet computed
+
+    @property
+    def has_free(self) -> bool:
+        """Whether a thread has nothing to do."""
+        return self._unfinished < self._count
+
+    def spare(self, count: int) -> bool:
+        """Take memory for results of a scan that need not be kept. Returns whether there was so much left."""
+        with self._changed:
+            fits = count <= self._spared_bytes
+            self._spared_bytes -= count if fits else 0
+        return fits
+
+    def give_back(self, count: int) -> None:
+        """The results that `spare` had room for are gone."""
+        with self._changed:
+            self._spared_bytes += count
+
+    @contextmanager
+    def _map(self) -> Generator[None, None, None]:
+        with self._changed:
+            self._maps += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._maps -= 1
+                self._changed.notify_all()
+
+    def _reserve(self, held: int) -> bool:
+        """Count one more piece, unless the window is full or the caller's share of it is."""
+        with self._changed:
+            if self._alive >= self._window or held >= max(1, self._window // self._maps):
+                return False
+            self._alive += 1
+            self._unfinished += 1
+        return True
+
+    def _computed(self, _: Future[R]) -> None:
+        with self._changed:
+            self._unfinished -= 1
+
+    def _submit(self, function: Callable[[T], R], item: T) -> Future[R]:
+        future = self.pool.submit(function, item)
+        future.add_done_callback(self._computed)
+        return future
+
+    def _release(self, count: int) -> None:
+        with self._changed:
+            self._alive -= count
+            self._changed.notify_all()
+
+    def _wait(self, progress: Progress) -> None:
+        """Wait a little for others to take their pieces."""
+        with self._changed:
+            self._changed.wait(SECONDS_BETWEEN_CALLS)
+        progress(0)
+
+    def map(
+        self,
+        function: Callable[[T], R],
+        items: Iterable[T],
+        progress: Progress,
+        all_submitted: Callable[[], None] = _nothing,
+    ) -> Generator[tuple[T, R], None, None]:
+        """(item, result) in the order of `items`; all calls together hold no more results than the window.
+
+        `progress(0)` is called before each result, and while one is waited for. all_submitted: called once, when the
+        last item is. Close the generator if it is not exhausted: what it holds of the window is free only then.
+        """
+        pending: deque[tuple[T, Future[R]]] = deque()
+
+        def take() -> tuple[T, R]:
+            progress(0)
+            result = result_of(pending[0][1], progress)
+            item, _ = pending.popleft()
+            self._release(1)
+            return item, result
+
+        with self._map():
+            try:
+                for item in items:
+                    while not self._reserve(len(pending)):
+                        if pending:
+                            yield take()
+                        else:
+                            self._wait(progress)
+                    pending.append((item, self._submit(function, item)))
+                all_submitted()
+                while pending:
+                    yield take()
+            finally:
+                for _, future in pending:
+                    future.cancel()
+                self._release(len(pending))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
