@@ -12,6 +12,7 @@ from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import MachineError, printable
+from dsv4.machine import parse_size
 from dsv4.model.architectures.table import Architecture, architecture_of
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.numerics import Numerics
@@ -84,21 +85,22 @@ def load(
     folder: str | Path | Checkpoint,
     device: str = "cpu",
     simulation: bool = True,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Reached | None = None,
     group: TensorParallelGroup = SINGLE,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
     simulation: bfloat16 activations and the release's simulated quantizations; False computes in float32 without.
-    max_memory: bytes that weights may occupy; the rest is read from the files when needed. None means no limit.
+    max_memory: bytes that weights may occupy, or text such as "16GB"; the rest is read from the files when needed.
     progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
     make the same calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     architecture, config, stages, weights = check_loadable(checkpoint, group)
     place = find_device(device)
-    store = WeightStore(checkpoint, config, weights, place, max_memory, group)
+    memory = None if max_memory is None else parse_size(max_memory)
+    store = WeightStore(checkpoint, config, weights, place, memory, group)
     with _one_thread():
         store.load(progress)
     numerics = Numerics(simulation, select_kernels(place), group)

@@ -4,7 +4,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -14,7 +15,9 @@ import psutil
 import torch
 
 from dsv4.errors import Interrupted, UsageError, printable
-from dsv4.machine import usable_cores
+from dsv4.files import check_writable, result_file
+from dsv4.machine import parse_size, usable_cores
+from dsv4.progress import Reached, ignore
 from dsv4.text import human_bytes, some_of
 
 from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, largest_band, plan_pieces
@@ -34,12 +37,6 @@ LEAST_THREAD_BYTES = 12 << 20
 TABLES_BYTES = 16 << 20
 MIN_BAND_BYTES = 1 << 16
 NAMES_SHOWN = 5
-
-Progress = Callable[[str, int, int], None]  # (step, done, total); the steps are "headers" and then "bytes"
-
-
-def no_progress(step: str, done: int, total: int) -> None:
-    """For callers that show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +70,9 @@ def threads_and_band(settings: Settings, compared: list[ComparedTensor]) -> tupl
 
 @dataclass
 class Findings:
-    """What one process has read and found so far: a tally per compared tensor."""
+    """What one process has read and found so far: a tally per compared tensor. progress: in bytes."""
 
-    progress: Progress
+    progress: Reached
     compared: list[ComparedTensor] = field(default_factory=list)
     tallies: list[Tally] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
@@ -86,7 +83,7 @@ class Findings:
     def advance(self, count: int = 0) -> None:
         """Count bytes that were read, and report how far the work is."""
         self.read += count
-        self.progress("bytes", self.read, self.total)
+        self.progress(self.read, self.total)
 
     def add(self, piece: Piece, tally: Tally) -> None:
         """Count a finished piece."""
@@ -170,13 +167,13 @@ def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
             return
 
 
-def _open_checkpoints(source: Files | None, output: Files, progress: Progress) -> tuple[Checkpoint | None, Checkpoint]:
+def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> tuple[Checkpoint | None, Checkpoint]:
     """Read all headers."""
     sides = [files for files in (source, output) if files is not None]
     total, numbers = sum(len(list(shard_names(files))) for files in sides), count(1)
 
     def on_header() -> None:
-        progress("headers", next(numbers), total)
+        headers(next(numbers), total)
 
     original = None if source is None else open_checkpoint(source, "source", on_header)
     return original, open_checkpoint(output, "output", on_header)
@@ -240,13 +237,18 @@ def _conclude(
 
 
 def verify_files(
-    source: Files | None, output: Files, settings: Settings, progress: Progress = no_progress, share: Share = ALONE
+    source: Files | None,
+    output: Files,
+    settings: Settings,
+    share: Share = ALONE,
+    headers: Reached = ignore,
+    progress: Reached = ignore,
 ) -> Verification:
     """`verify` on files that may be remote, by one of several processes.
 
-    `progress` is called in the calling thread, also while a step takes long; what it raises ends the work. With a
-    `share` this process compares its part of the tensors, exchanges findings with the others, and returns the result
-    of all.
+    `headers` is called with the number of shards whose headers were read, and of all; then `progress` with bytes, also
+    while a step takes long. Both are called in the calling thread, and what they raise ends the work. With a `share`
+    this process compares its part of the tensors, exchanges findings with the others, and returns the result of all.
     """
     started = time.monotonic()
     if settings.inverse and source is None:
@@ -254,7 +256,7 @@ def verify_files(
     findings = Findings(progress)
     try:
         with _one_torch_thread():
-            one, other = _open_checkpoints(source, output, progress)
+            one, other = _open_checkpoints(source, output, headers)
             everything = plan_scan(other) if one is None else plan_pair(one, other)
             findings.compared, unchecked = select(everything, settings.selection, other)
             findings.tallies = [Tally() for _ in findings.compared]
@@ -285,24 +287,36 @@ def verify(
     strict: bool = False,
     inverse: bool = False,
     max_workers: int | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
+    report: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Compare two checkpoints: does the folder `output` hold the same model as `source`? Or check one alone.
 
     tensor: a glob of tensor names. shard: one shard of `output`, counted from 1. sample: the fraction of the tensors to
     compare, "5%" or 0.05, drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the
-    source's FP4 codes from the output's values. max_memory: bytes that the whole process may use. max_workers: threads;
-    default: the cores that this process may use.
+    source's FP4 codes from the output's values. max_memory: bytes that the whole process may use, or text such as
+    "16GB". max_workers: threads; default: the cores that this process may use. report: a file for the page with the
+    proof, complete when this function returns; where its file system cannot fsync, with a Python warning.
 
-    Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected; every other fault of the
-    files is in the result.
+    Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected or the report cannot be
+    written; every other fault of the files is in the result.
     """
+    if report is not None:
+        check_writable(os.fspath(report))
     selection = Selection(tensor, shard, parse_sample(sample), seed)
     settings = Settings(
-        selection=selection, strict=strict, inverse=inverse, max_workers=max_workers, max_memory=max_memory
+        selection=selection,
+        strict=strict,
+        inverse=inverse,
+        max_workers=max_workers,
+        max_memory=None if max_memory is None else parse_size(max_memory),
     )
     with ExitStack() as stack:
         *sources, converted = [
             stack.enter_context(closing(LocalFiles(Path(side)))) for side in (source, output) if side is not None
         ]
-        return verify_files(sources[0] if sources else None, converted, settings)
+        result = verify_files(sources[0] if sources else None, converted, settings)
+    if report is not None:
+        with result_file(os.fspath(report), warnings.warn) as file:
+            file.write(result.to_html().encode())
+    return result

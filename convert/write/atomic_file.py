@@ -30,38 +30,16 @@ from typing import Self
 import numpy as np
 
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
+from dsv4.files import PREFIX, UNSUPPORTED, fsync, fsync_folder
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
-PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
 _PART_SUFFIX = ".part"
 WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
 DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache, if given in whole pages
 SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
 FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
-UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
-
-
-def fsync(descriptor: int, path: Path) -> bool:
-    """Make a file or folder durable. False if its file system cannot fsync. Raises OSError for any other error."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in UNSUPPORTED:
-            return False
-        error.filename = str(path)
-        raise
-    return True
-
-
-def fsync_folder(folder: Path) -> bool:
-    """Make renames in a folder durable. False if its file system cannot."""
-    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        return fsync(descriptor, folder)
-    finally:
-        os.close(descriptor)
 
 
 def allocate(descriptor: int, size: int) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UsageError, printable
+from dsv4.files import PREFIX
 
-from .atomic_file import PREFIX, AppendLog, read_small, remove
+from .atomic_file import AppendLog, read_small, remove
 
 _STEM, _ENDING = PREFIX + "journal", ".jsonl"
 MAX_JOURNAL_BYTES = 2 * 10**9

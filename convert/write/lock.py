@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dsv4.errors import MachineError, printable
-
-from .atomic_file import PREFIX
+from dsv4.files import PREFIX
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 

@@ -18,9 +18,10 @@ from dsv4.convert.plan.container import Container
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.errors import InputError, UsageError, printable
+from dsv4.files import PREFIX, fsync_folder
 from dsv4.progress import Progress, ignore, result_of
 
-from .atomic_file import PREFIX, fsync_folder, remove, remove_empty_folder
+from .atomic_file import remove, remove_empty_folder
 from .journal import FinishedShard, JournalContents, check_same_job, read_journal, remove_journals
 from .manifest import MANIFEST_NAME, check_owned, read_manifest
 

@@ -11,7 +11,6 @@ import pytest
 from dsv4 import output
 from dsv4.errors import InputError, UsageError
 from dsv4.machine import parse_size
-from dsv4.opening import opening
 from dsv4.output import Output
 from dsv4.text import human_seconds
 
@@ -162,7 +161,7 @@ def opened(stream: Terminal, seconds: float, monkeypatch: pytest.MonkeyPatch, mo
     clock = [0.0]
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    with opening(Output(mode)) as headers:
+    with Output(mode).opening() as headers:
         for number in range(1, 65):
             clock[0] += seconds
             headers(number, 64)
@@ -185,7 +184,7 @@ def test_opening_leaves_the_garbage_collector_as_it_was() -> None:
     for begin in (gc.enable, gc.disable):
         begin()
         before = gc.isenabled()
-        with pytest.raises(UsageError), opening(Output("quiet")):
+        with pytest.raises(UsageError), Output("quiet").opening():
             assert not gc.isenabled()
             raise UsageError("wrong")
         assert gc.isenabled() == before

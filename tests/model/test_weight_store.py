@@ -50,7 +50,7 @@ def resident(folder: Path) -> tuple[torch.Tensor, int]:
 def smallest(folder: Path) -> int:
     """The limit that the error message asks for."""
     with pytest.raises(MachineError, match=r"max_memory is 1000 bytes, but norms and tables take \d+") as caught:
-        load(folder, max_memory=1000)
+        load(folder, max_memory="1kB")
     return int(caught.value.hint.split()[3])
 
 

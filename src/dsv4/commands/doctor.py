@@ -9,7 +9,6 @@ import typer
 from dsv4 import output
 from dsv4.convert.plan.engines import EngineName
 from dsv4.errors import EXIT_DIFFERENCE, printable
-from dsv4.opening import opening
 from dsv4.options import Json, Quiet, example, named
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def doctor(
     require_folder(folder)
     from dsv4.convert.doctor.rules import diagnose
 
-    with opening(out) as headers:
+    with out.opening() as headers:
         diagnosis = diagnose(folder, engine, tensor_parallel, headers)
     out.result(diagnosis.to_json())
     for check in diagnosis.checks:

@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv4 import output
-from dsv4.errors import UsageError
-from dsv4.options import Json, Verbose, command, example, named
-from dsv4.prompting import (
+from dsv4.commands.prompting import (
     Asked,
     EditionOption,
     EffortOption,
@@ -19,6 +17,8 @@ from dsv4.prompting import (
     choose_style,
     write_prompt,
 )
+from dsv4.errors import UsageError
+from dsv4.options import Json, Verbose, command, example, named
 
 __all__ = ["Mode", "ModeOption"]
 

@@ -11,10 +11,9 @@ import typer
 
 from dsv4 import output
 from dsv4.errors import UsageError, printable
-from dsv4.opening import opening
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
 from dsv4.progress import Reached
-from dsv4.text import aligned, human_bytes, human_count
+from dsv4.text import aligned, human_bytes, human_count, natural_order
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
@@ -140,17 +139,12 @@ def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
     return {**fields, "shard": info.shard, "bytes": info.nbytes}
 
 
-def _by_number(info: "TensorInfo") -> list[tuple[int, str]]:
-    """Sorts `layers.10` after `layers.9`."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in info.name.split(".")]
-
-
 def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
     found = [info for name, info in checkpoint.tensors.items() if fnmatchcase(name, pattern)]
     total = sum(info.nbytes for info in found)
     out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
     for shard in dict.fromkeys(info.shard for info in found):
-        infos = sorted((info for info in found if info.shard == shard), key=_by_number)
+        infos = sorted((info for info in found if info.shard == shard), key=lambda info: natural_order(info.name))
         rows = [[printable(i.name), i.dtype, str(list(i.shape)), human_bytes(i.nbytes)] for i in infos]
         _section(out, printable(shard), rows, (3,))
     out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {human_bytes(total)}")
@@ -247,7 +241,7 @@ def inspect(
     from dsv4.convert.inspect.inspection import inspect_checkpoint
 
     with ExitStack() as stack:
-        with opening(out) as progress:
+        with out.opening() as progress:
             options = HubOptions(token, cache_dir, warn=out.warn, detail=out.detail, headers=progress)
             opened = stack.enter_context(closing(_open(checkpoint, revision, options, progress)))
             inspection = None if tensors or tensor is not None else inspect_checkpoint(opened)

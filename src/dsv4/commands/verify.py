@@ -12,8 +12,8 @@ import typer
 
 from dsv4 import output, signals
 from dsv4.errors import InputError, Interrupted, printable
+from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
-from dsv4.opening import opening
 from dsv4.options import (
     CacheDir,
     Json,
@@ -30,7 +30,6 @@ from dsv4.options import (
     example,
     named,
 )
-from dsv4.result_file import check_writable, result_file
 from dsv4.text import aligned, human_bytes, human_seconds, some_of
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def _print_findings(out: output.Output, result: "Verification", found: dict[str,
 def _write_report(report: Path, found: dict[str, Any], out: output.Output) -> None:
     from dsv4.convert.proof.report.page import render
 
-    with result_file(report) as file:
+    with result_file(report, out.warn_once) as file:
         file.write(render(found).encode())
     out.say(f"wrote {printable(str(report))}")
 
@@ -241,13 +240,10 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
     settings = _settings(options, ranks)
     share = Share(ranks.index, ranks.count, ranks.gather) if ranks else ALONE
     with ExitStack() as stack, ExitStack() as before:
-        on_header = before.enter_context(opening(out))
+        on_header = before.enter_context(out.opening())
         bars: list[output.ProgressBar] = []
 
-        def progress(step: str, done: int, total: int) -> None:
-            if step == "headers":
-                on_header(done, total)
-                return
+        def progress(done: int, total: int) -> None:
             if not bars:
                 signals.begin_work()
                 before.close()
@@ -256,9 +252,9 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
 
         source = stack.enter_context(_opened(options, out, on_header))
         if options.converted is None:
-            return verify_files(None, source, settings, progress, share)
+            return verify_files(None, source, settings, share, on_header, progress)
         converted = stack.enter_context(closing(LocalFiles(options.converted)))
-        return verify_files(source, converted, settings, progress, share)
+        return verify_files(source, converted, settings, share, on_header, progress)
 
 
 def _suggest(out: output.Output, options: VerifyOptions) -> None:

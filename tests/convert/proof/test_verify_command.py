@@ -22,10 +22,11 @@ from dsv4.cli import run
 from dsv4.convert.proof.compare_tensor import PieceComparison
 from dsv4.convert.proof.files import LocalFiles
 from dsv4.convert.proof.result import Verification
-from dsv4.convert.proof.run import Progress, Settings, verify, verify_files
+from dsv4.convert.proof.run import Settings, verify, verify_files
 from dsv4.convert.proof.tally import Tally
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.errors import Interrupted, UsageError
+from dsv4.progress import Reached, ignore
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +177,34 @@ def test_bands_and_pieces_change_nothing(
     assert found == wanted
 
 
-def verify_with(progress: Progress, *folders: Path) -> Verification:
-    """`verify` with a progress callback."""
+def verify_with(progress: Reached, *folders: Path, headers: Reached = ignore) -> Verification:
+    """`verify` with progress callbacks."""
     *source, output = map(LocalFiles, folders)
-    return verify_files(source[0] if source else None, output, Settings(), progress)
+    return verify_files(source[0] if source else None, output, Settings(), headers=headers, progress=progress)
+
+
+def test_from_python_the_page_is_written_and_sizes_are_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    page = tmp_path / "proof.html"
+    page.write_text("older")
+    result = verify(*pair, max_memory="16GB", report=page)
+    assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["proof.html"]
+    written = page.read_text()
+    assert written.startswith("<!doctype html>") and f"<dd>{pair[1]}</dd>" in written and "older" not in written
+    with pytest.raises(UsageError, match="--max-memory 1000000 is too little"):
+        verify(*pair, max_memory="1MB", report=str(page))
+    with pytest.raises(UsageError, match="'much' is not a size"):
+        verify(*pair, max_memory="much")
+    with pytest.raises(UsageError, match="is a folder"):  # before anything is read
+        verify(tmp_path / "nowhere", report=tmp_path)
 
 
 def test_progress_reaches_the_total(pair: tuple[Path, Path]) -> None:
-    calls: list[tuple[str, int, int]] = []
-    verify_with(lambda *call: calls.append(call), *pair)
-    headers = [call[1:] for call in calls if call[0] == "headers"]
+    headers: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
+    verify_with(lambda *call: steps.append(call), *pair, headers=lambda *call: headers.append(call))
     count = sum(len(list(folder.glob("*.safetensors"))) for folder in pair)
     assert headers == [(number, count) for number in range(1, count + 1)]
-    steps = [call[1:] for call in calls[len(headers) :]]
-    assert calls[len(headers)][0] == "bytes" and len({total for _, total in steps}) == 1
+    assert len({total for _, total in steps}) == 1
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1] > 0
 
@@ -197,8 +212,8 @@ def test_progress_reaches_the_total(pair: tuple[Path, Path]) -> None:
 def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
     before = set(threading.enumerate())
 
-    def interrupt(step: str, done: int, total: int) -> None:
-        if step == "bytes" and 2 * done > total:
+    def interrupt(done: int, total: int) -> None:
+        if 2 * done > total:
             raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted, match=r"interrupted after 5\d% of [\d.]+ MB: no difference so far"):
@@ -271,9 +286,9 @@ def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsy
     assert quantized.read_bytes == expected and "of quantized tensors read" in command(capsys, pair[0])[2]
     write_manifest(tmp_path / "alone")
     listed = sum(f.stat().st_size for f in (tmp_path / "alone").rglob("*") if f.is_file() and f.name != "dsv4.json")
-    calls: list[tuple[str, int, int]] = []
+    calls: list[tuple[int, int]] = []
     hashed = verify_with(lambda *call: calls.append(call), tmp_path / "alone")
-    assert (expected + listed, *calls[-1][1:]) == (hashed.read_bytes,) * 3
+    assert (expected + listed, *calls[-1]) == (hashed.read_bytes,) * 3
     assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
 
 
@@ -398,11 +413,10 @@ def test_a_long_piece_does_not_hold_up_an_interrupt(pair: tuple[Path, Path], mon
 
     calls: list[int] = []
 
-    def interrupt(step: str, done: int, total: int) -> None:
-        if step == "bytes":
-            calls.append(done)
-            if len(calls) > 1:  # the first comes before the work
-                raise Interrupted("interrupted")
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) > 1:  # the first comes before the work
+            raise Interrupted("interrupted")
 
     monkeypatch.setattr(PieceComparison, "run", slow)
     with pytest.raises(Interrupted, match="after 0% of"):

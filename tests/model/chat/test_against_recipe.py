@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4.commands.prompting import Asked, choose_style
 from dsv4.model import encode_messages, parse_completion
 from dsv4.model.chat.messages import as_request
-from dsv4.prompting import Asked, choose_style
 
 Message = dict[str, Any]
 

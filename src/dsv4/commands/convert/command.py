@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4 import output, signals
 from dsv4.machine import free_bytes, peak_memory, usable_cores
-from dsv4.opening import opening
 from dsv4.options import command, example
 
 from .options import ConvertOptions
@@ -126,7 +125,7 @@ def _prepare(
 
     settings, memory = options.settings(), options.memory()
     scratch_name = f"{SCRATCH_NAME}-{work.tag}" if isinstance(work, Part) else SCRATCH_NAME
-    with opening(out) as headers:
+    with out.opening() as headers:
         hub = HubOptions(
             options.token, options.cache_dir, options.scratch, options.keep_source, out.warn, out.detail, headers,
             signals.look,

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import signals
+from dsv4.commands.prompting import Asked, Mode, Style, write_prompt
 from dsv4.errors import EXIT_DONE, EXIT_INTERRUPTED, Dsv4Error, Interrupted, UsageError
 from dsv4.output import Output
-from dsv4.prompting import Asked, Mode, Style, write_prompt
 
 from .answers import Generation, TokenProgress, say_statistics
 from .prompts import Dialogue, starting_messages

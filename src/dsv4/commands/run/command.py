@@ -15,9 +15,9 @@ import typer
 
 from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
+from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
 from dsv4.options import command, example
-from dsv4.result_file import check_writable, result_file
 
 from .answers import BATCH, Answers, Generation, answer_prompts
 from .compare import compare_checkpoints
@@ -64,7 +64,7 @@ def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
         return
     from dsv4.model.evaluate.trace import TraceWriter
 
-    with result_file(path) as file:
+    with result_file(path, output.current().warn_once) as file:
         yield TraceWriter(file)
 
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import EXIT_DONE
+from dsv4.files import result_file
 from dsv4.machine import peak_memory
 from dsv4.output import Output
-from dsv4.result_file import result_file
 from dsv4.text import human_bytes
 
 from .answers import TokenProgress, rate, seconds_text
@@ -56,7 +56,7 @@ def save_logits(
         evaluation = teacher_forced(model, tokens, prefill, trace=trace, on_progress=bar.advance)
     if out.mode == "silent":
         return EXIT_DONE
-    with result_file(path) as file:
+    with result_file(path, out.warn_once) as file:
         write_logits(evaluation, file)
     out.say(f"wrote logits of {len(tokens)} positions to {path}")
     say_timing(evaluation, out)

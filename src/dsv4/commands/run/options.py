@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
 from dsv4.options import Json, MaxMemory, Verbose, named
-from dsv4.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from dsv4.commands.prompting import Asked, Style, Written, choose_edition, choose_style, write_prompt
 from dsv4.errors import InputError, UsageError, printable
 from dsv4.output import Output
-from dsv4.prompting import Asked, Style, Written, choose_edition, choose_style, write_prompt
 
 from .options import RunOptions
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv4 import output
 from dsv4.convert.proof.report.charts import LABEL, WIDTH, Chart
 from dsv4.convert.proof.report.page import made_by
 from dsv4.convert.proof.report.template import render_page
-from dsv4.result_file import result_file
+from dsv4.files import result_file
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison
@@ -157,5 +158,5 @@ def render(
 
 def write_report(path: str, page: str) -> None:
     """Write the page; an older file survives whatever goes wrong."""
-    with result_file(path) as file:
+    with result_file(path, output.current().warn_once) as file:
         file.write(page.encode())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4.errors import InputError, UsageError, printable
-from dsv4.opening import opening
 from dsv4.output import Output
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def open_source(folder: str, out: Output) -> Source:
     from dsv4.model.weights import mtp_stages
 
     path = require_folder(folder)
-    with opening(out) as headers:
+    with out.opening() as headers:
         checkpoint = open_checkpoint(path, headers)
     for note in checkpoint.notes:
         out.warn(note)

@@ -9,7 +9,7 @@ from full_disk import files_of_at_most
 
 from dsv4 import output
 from dsv4.errors import UsageError
-from dsv4.result_file import check_writable, result_file
+from dsv4.files import check_writable, result_file
 
 
 def names(folder: Path) -> set[str]:
@@ -17,7 +17,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
-    with result_file(tmp_path / "a") as file:
+    with result_file(tmp_path / "a", pytest.fail) as file:
         file.write(b"new")
         file.flush()
         assert not (tmp_path / "a").exists()
@@ -30,7 +30,7 @@ def test_an_older_file_survives(tmp_path: Path, error: type[BaseException], olde
     path = tmp_path / "a"
     if older is not None:
         path.write_bytes(older)
-    with pytest.raises(error), result_file(path) as file:
+    with pytest.raises(error), result_file(path, pytest.fail) as file:
         file.write(b"half")
         raise error
     assert (path.read_bytes() if path.exists() else None) == older
@@ -41,7 +41,7 @@ def test_an_older_file_survives(tmp_path: Path, error: type[BaseException], olde
 def test_a_full_disk_names_the_file(tmp_path: Path, size: int) -> None:
     path = tmp_path / "report.html"
     path.write_bytes(b"older")
-    with files_of_at_most(4096), pytest.raises(OSError) as caught, result_file(path) as file:
+    with files_of_at_most(4096), pytest.raises(OSError) as caught, result_file(path, pytest.fail) as file:
         file.write(b"x" * size)
     assert caught.value.filename == str(path) and caught.value.errno == errno.EFBIG
     assert path.read_bytes() == b"older" and names(tmp_path) == {"report.html"}
@@ -52,7 +52,7 @@ def test_data_is_synced_before_the_name_changes(tmp_path: Path, monkeypatch: pyt
     real = {name: getattr(os, name) for name in ("fsync", "replace")}
     for name in real:
         monkeypatch.setattr(os, name, lambda *a, name=name: (calls.append(name), real[name](*a))[1])
-    with result_file(tmp_path / "a") as file:
+    with result_file(tmp_path / "a", pytest.fail) as file:
         file.write(b"x")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
@@ -70,9 +70,9 @@ def test_an_fsync_that_is_not_supported_is_said_once(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", cannot)
-    output.configure()
+    out = output.Output()
     for name in ("logits", "trace"):
-        with result_file(tmp_path / name) as file:
+        with result_file(tmp_path / name, out.warn_once) as file:
             file.write(b"x")
         assert (tmp_path / name).read_bytes() == b"x"
     said = capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_an_fsync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
 
     (tmp_path / "a").write_bytes(b"older")
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error") as caught, result_file(tmp_path / "a") as file:
+    with pytest.raises(OSError, match="Input/output error") as caught, result_file(tmp_path / "a", pytest.fail) as file:
         file.write(b"x")
     assert caught.value.filename == str(tmp_path / "a") and (tmp_path / "a").read_bytes() == b"older"
 
@@ -93,18 +93,18 @@ def test_an_fsync_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "target")
-    with result_file(tmp_path / "link") as file:
+    with result_file(tmp_path / "link", pytest.fail) as file:
         file.write(b"x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "target").read_bytes() == b"x"
 
 
 def test_what_is_no_ordinary_file_is_written_to(tmp_path: Path) -> None:
-    with result_file("/dev/null") as file:
+    with result_file("/dev/null", pytest.fail) as file:
         file.write(b"x")
     assert Path("/dev/null").is_char_device()
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with result_file(tmp_path / "pipe") as file:
+    with result_file(tmp_path / "pipe", pytest.fail) as file:
         file.write(b"through")
     assert os.read(reader, 100) == b"through"
     os.close(reader)
@@ -113,7 +113,7 @@ def test_what_is_no_ordinary_file_is_written_to(tmp_path: Path) -> None:
 def test_new_files_obey_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with result_file(tmp_path / "a") as file:
+        with result_file(tmp_path / "a", pytest.fail) as file:
             file.write(b"x")
     finally:
         os.umask(before)
@@ -121,7 +121,7 @@ def test_new_files_obey_the_umask(tmp_path: Path) -> None:
 
 
 def test_a_long_name(tmp_path: Path) -> None:
-    with result_file(tmp_path / ("n" * 255)) as file:
+    with result_file(tmp_path / ("n" * 255), pytest.fail) as file:
         file.write(b"x")
     assert names(tmp_path) == {"n" * 255}
 

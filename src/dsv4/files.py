@@ -1,23 +1,47 @@
-"""Files that a command writes where the user says: reports, logits, traces. Complete under their name, or not there.
+"""Files that dsv4 writes: temporary names, fsync, and files that a user names: reports, logits, traces.
 
-As with shards, a file is written under a temporary name in the same folder, fsynced, and renamed: an older file of that
-name survives whatever goes wrong before. What is not an ordinary file, such as /dev/stdout or a pipe, is written to
-directly. A link stays a link: the file that it leads to is replaced. On a file system that cannot fsync the file is
-written all the same, with a warning. The converter's module for such files is imported when one is written: `dsv4
---help` does without it.
+A file is complete under its name or not there. It is written under a temporary name in the same folder, fsynced, and
+renamed: an older file of that name survives whatever goes wrong before. What is not an ordinary file, such as
+/dev/stdout or a pipe, is written to directly. A link stays a link: the file that it leads to is replaced. On a file
+system that cannot fsync the file is written all the same, and the caller is warned.
 """
 
 import contextlib
+import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dsv4 import output
 from dsv4.errors import UsageError, printable
 
+PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 NOT_DURABLE = "{folder}: its file system cannot fsync: after a power loss what is written there may be incomplete"
+
+Warn = Callable[[str], None]
+
+
+def fsync(descriptor: int, path: Path) -> bool:
+    """Make a file or folder durable. False if its file system cannot fsync. Raises OSError for any other error."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in UNSUPPORTED:
+            return False
+        error.filename = str(path)
+        raise
+    return True
+
+
+def fsync_folder(folder: Path) -> bool:
+    """Make renames in a folder durable. False if its file system cannot."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        return fsync(descriptor, folder)
+    finally:
+        os.close(descriptor)
 
 
 def _is_replaced(path: Path) -> bool:
@@ -27,8 +51,6 @@ def _is_replaced(path: Path) -> bool:
 
 def _temporary(folder: Path) -> Path:
     """A name in `folder` that nobody else has."""
-    from dsv4.convert.write.atomic_file import PREFIX
-
     return folder / f"{PREFIX}{uuid.uuid4().hex[:12]}.part"
 
 
@@ -42,10 +64,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _written_beside(path: Path) -> Iterator[BinaryIO]:
+def _written_beside(path: Path, warn: Warn) -> Iterator[BinaryIO]:
     """Write a temporary file beside `path` and rename it at the end; if anything fails, remove it."""
-    from dsv4.convert.write.atomic_file import fsync, fsync_folder
-
     temporary = _temporary(path.parent)
     try:
         with open(temporary, "xb") as file:
@@ -57,19 +77,20 @@ def _written_beside(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     if not (fsync_folder(path.parent) and durable):
-        output.current().warn_once(NOT_DURABLE.format(folder=printable(str(path.parent))))
+        warn(NOT_DURABLE.format(folder=printable(str(path.parent))))
 
 
 @contextlib.contextmanager
-def result_file(path: str | Path) -> Iterator[BinaryIO]:
+def result_file(path: str | Path, warn: Warn) -> Iterator[BinaryIO]:
     """A file to write to, which has its name only when the with block ends without an error.
 
+    warn: called with a sentence if the file system cannot make the file durable.
     Raises OSError with the name of the file: a full disk, a missing permission.
     """
     final = Path(os.path.realpath(path))
     with _naming(Path(path)):
         if _is_replaced(final):
-            yield from _written_beside(final)
+            yield from _written_beside(final, warn)
         else:
             with open(final, "wb", buffering=0) as file:
                 yield file
