@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.config import quantization, required_number, required_weight_block
 from dsv4.convert.checkpoint.editions.table import check_config
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 # The values that the forward pass implements. A config with others describes another architecture.
 FIXED: dict[str, Any] = {
@@ -78,9 +78,7 @@ class Config:
         """The parsed config.json of a checkpoint. Raises InputError for a missing, mistyped or impossible value."""
         for key, value in FIXED.items():
             if key in config and config[key] != value:
-                raise InputError(
-                    f"config.json: {key} is {printable(repr(config[key]))}, this engine runs {key} = {value!r}"
-                )
+                raise InputError(f"config.json: {key} is {config[key]!r}, this engine runs {key} = {value!r}")
         special = {"compress_ratios", "rope_scaling"}
         values = {f.name: required_number(config, f.name, f.type is int) for f in fields(cls) if f.name not in special}
         result = cls(
@@ -111,7 +109,7 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
         return None
     kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
     if kind != "yarn":
-        raise InputError(f"config.json: rope_scaling must be of type 'yarn', it is {printable(repr(kind))}")
+        raise InputError(f"config.json: rope_scaling must be of type 'yarn', it is {kind!r}")
     return RopeScaling(
         factor=required_number(scaling, "factor", False),
         beta_fast=required_number(scaling, "beta_fast", False),

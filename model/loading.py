@@ -11,7 +11,7 @@ from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
-from dsv4.errors import MachineError, printable
+from dsv4.errors import MachineError
 from dsv4.machine import parse_size
 from dsv4.model.architectures.table import Architecture, architecture_of
 from dsv4.model.kernels.table import select_kernels
@@ -39,9 +39,9 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = devices()
-        text = f"there is no device '{printable(name)}' here"
+        text = f"there is no device '{name}' here"
         if any(name.partition(":")[0] == device.partition(":")[0] for device in there):
-            text += f" that works: {printable(str(error).partition(chr(10))[0])}"
+            text += f" that works: {str(error).partition(chr(10))[0]}"
         raise MachineError(text, f"Devices that torch {torch.__version__} finds here: {', '.join(there)}.") from None
     return device
 

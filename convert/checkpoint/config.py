@@ -12,7 +12,7 @@ The reference engine has a config of its own, with the release's keys under othe
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 Config = Mapping[str, Any]
 
@@ -130,7 +130,7 @@ def required_number(config: Config, key: str, integer: bool) -> Any:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
         kind = "an integer" if integer else "a number"
-        raise InputError(f"config.json: {key} must be {kind}, it is {printable(repr(value))}")
+        raise InputError(f"config.json: {key} must be {kind}, it is {value!r}")
     if value < 0 or (value == 0 and key not in MAY_BE_ZERO):
         raise InputError(f"config.json: {key} must be positive, it is {value}")
     return value
@@ -143,7 +143,7 @@ def required_weight_block(config: Config) -> tuple[int, int]:
     if block is None:
         size = quantization(config).get("weight_block_size")
         raise InputError(
-            f"config.json: quantization_config.weight_block_size is {printable(repr(size)[:60])}, two counts expected",
+            f"config.json: quantization_config.weight_block_size is {repr(size)[:60]}, two counts expected",
             "Copy config.json from the release: without it the FP8 scales cannot be placed.",
         )
     return block
@@ -154,7 +154,7 @@ def checked_expert_dtype(config: Config) -> str | None:
     _check_quantization(config)
     value = config.get("expert_dtype", quantization(config).get("expert_dtype"))
     if value not in (None, *EXPERT_DTYPES):
-        raise InputError(f"config.json: expert_dtype is {printable(repr(value))}, 'fp4' or 'fp8' expected")
+        raise InputError(f"config.json: expert_dtype is {value!r}, 'fp4' or 'fp8' expected")
     return expert_dtype(config)
 
 

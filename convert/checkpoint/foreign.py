@@ -8,7 +8,7 @@ row is named as the config names it.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .config import Config, config_value
 
@@ -25,7 +25,7 @@ class ForeignQuantization:
 
     def __str__(self) -> str:
         """For a message: `quantized as AWQ (quantization_config.quant_method is awq), which dsv4 does not read`."""
-        return printable(f"quantized as {self.name} ({self.evidence}), which dsv4 does not read")
+        return f"quantized as {self.name} ({self.evidence}), which dsv4 does not read"
 
 
 @dataclass(frozen=True)

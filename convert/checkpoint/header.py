@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .file_kinds import refuse_other_kinds
 
@@ -58,7 +58,7 @@ def strict_json(raw: bytes | str, what: str, hint: str = "Download the file agai
         if len(keys) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise InputError(f"{what}: the name '{printable(twice)}' appears twice", hint)
+            raise InputError(f"{what}: the name '{twice}' appears twice", hint)
         return keys
 
     def refuse(constant: str) -> None:
@@ -70,7 +70,7 @@ def strict_json(raw: bytes | str, what: str, hint: str = "Download the file agai
     except (ValueError, RecursionError) as error:
         if isinstance(raw, bytes):
             refuse_other_kinds(raw, what)
-        reason = printable(str(error) or type(error).__name__)
+        reason = str(error) or type(error).__name__
         raise InputError(f"{what}: not valid JSON: {reason}", hint) from None
 
 
@@ -91,8 +91,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def check_name(name: str, what: str) -> None:
     """Refuse a tensor name that is empty, has control characters or lone surrogates, or looks like a path."""
     if not name or len(name) > 512 or not name.isprintable() or _PATH_LIKE.search(name):
-        shown = printable(name[:80])
-        raise InputError(f"{what}: '{shown}' is not a tensor name", "Names are short, printable and no paths.")
+        raise InputError(f"{what}: '{name[:80]}' is not a tensor name", "Names are short, printable and no paths.")
 
 
 def _is_count(value: Any) -> bool:
@@ -100,12 +99,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _entry(name: str, value: Any, what: str) -> Entry:
-    where = f"{what}: tensor '{printable(name)}'"
+    where = f"{what}: tensor '{name}'"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: expected dtype, shape and data_offsets, found {printable(str(value)[:80])}")
+        raise InputError(f"{where}: expected dtype, shape and data_offsets, found {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InputError(f"{where}: unknown dtype {printable(str(dtype)[:40])}")
+        raise InputError(f"{where}: unknown dtype {str(dtype)[:40]}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
         raise InputError(f"{where}: the shape is not a list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
@@ -125,7 +124,7 @@ def _check_contiguous(entries: dict[str, Entry], data_bytes: int, what: str) -> 
     for name, entry in entries.items():
         if entry.begin != position:
             kind = "overlaps its neighbour" if entry.begin < position else "leaves a hole before it"
-            raise InputError(f"{what}: tensor '{printable(name)}' starts at {entry.begin}, {position} expected: {kind}")
+            raise InputError(f"{what}: tensor '{name}' starts at {entry.begin}, {position} expected: {kind}")
         position = entry.end
     if position != data_bytes:
         state = "truncated" if data_bytes < position else "longer than its header says"
@@ -139,7 +138,7 @@ def check_twins(names: list[str], what: str) -> None:
     for name in names:
         twin = folded.setdefault(name.casefold(), name)
         if twin != name:
-            raise InputError(f"{what}: '{printable(twin)}' and '{printable(name)}' differ only by case")
+            raise InputError(f"{what}: '{twin}' and '{name}' differ only by case")
 
 
 def header_length(prefix: bytes, file_bytes: int, what: str) -> int:

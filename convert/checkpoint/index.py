@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.text import some_of
 
 from .config import Config
@@ -21,9 +21,9 @@ from .storage import check_component
 T = TypeVar("T")
 
 
-def shown(names: Iterable[str]) -> str:
+def shown(names: list[str]) -> str:
     """A few of many names, for a message."""
-    return some_of(list(map(printable, names)), 3)
+    return some_of(names, 3)
 
 
 def weight_map_of(index: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -36,7 +36,7 @@ def weight_map_of(index: Mapping[str, Any], where: str) -> dict[str, str]:
     for shard in set(weight_map.values()):
         check_component(shard, where)
         if not shard.endswith(".safetensors"):
-            raise InputError(f"{where}: '{printable(shard)}' is not a .safetensors file")
+            raise InputError(f"{where}: '{shard}' is not a .safetensors file")
     check_twins(sorted(set(weight_map.values())), where)
     check_twins(list(weight_map), where)
     return weight_map

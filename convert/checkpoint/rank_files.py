@@ -7,7 +7,7 @@ nothing of the layout: the number of readers may be another one than N. All N fi
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
 from .config import Config
@@ -31,7 +31,7 @@ def _slices(name: str, found: list[TensorInfo], count: int, label: str) -> list[
     else:
         return found[:1]
     if len(found) != expected:
-        text = f"'{printable(name)}' is in {len(found)} of the {count} rank files, {expected} expected"
+        text = f"'{name}' is in {len(found)} of the {count} rank files, {expected} expected"
         raise InputError(f"{label}: {text}")
     return found
 
@@ -44,7 +44,7 @@ def _whole(name: str, slices: list[TensorInfo], label: str) -> TensorInfo:
     dim = 1 if SLICED_COLUMNS.search(name) else 0
     rests = {(s.dtype, s.shape[:dim], s.shape[dim + 1 :]) for s in slices}
     if len(rests) > 1 or len(first.shape) <= dim or (dim and any(s.nbytes % max(s.shape[0], 1) for s in slices)):
-        raise InputError(f"{label}: the slices of '{printable(name)}' do not fit together")
+        raise InputError(f"{label}: the slices of '{name}' do not fit together")
     shape = (*first.shape[:dim], sum(s.shape[dim] for s in slices), *first.shape[dim + 1 :])
     return replace(first, shape=shape, extents=tuple(s.extents[0] for s in slices), by_columns=dim == 1)
 

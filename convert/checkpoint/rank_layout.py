@@ -7,7 +7,7 @@ what is tensor parallel, and a copy of everything else. The rules are the refere
 import re
 from dataclasses import dataclass
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.quant.block_scales import Block
 
 from .names import expert_of
@@ -63,15 +63,13 @@ def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice 
     """The slice of a tensor that a rank holds; None for all of it. Raises InputError if it cannot be divided."""
     name = mp_name(name)
     if NOT_ESTABLISHED.search(name):
-        raise InputError(
-            f"'{printable(name)}': how the reference engine slices it is not known to dsv4", "Use --layout hf."
-        )
+        raise InputError(f"'{name}': how the reference engine slices it is not known to dsv4", "Use --layout hf.")
     dim = 0 if SLICED_ROWS.search(name) else 1 if SLICED_COLUMNS.search(name) else None
     if dim is None or ranks == 1:
         return None
     if dim >= len(shape) or shape[dim] % ranks:
         raise InputError(
-            f"'{printable(name)}' has shape {list(shape)}: dimension {dim} cannot be divided by {ranks} ranks",
+            f"'{name}' has shape {list(shape)}: dimension {dim} cannot be divided by {ranks} ranks",
             "Choose another --model-parallel.",
         )
     return Slice(dim, rank, ranks)
@@ -81,7 +79,7 @@ def check_blocks(name: str, shape: tuple[int, ...], part: Slice, block: Block) -
     """Raises InputError if a slice of a weight in scaled blocks would cut one: its scale could not be divided."""
     if shape[part.dim] // part.count % block[part.dim]:
         raise InputError(
-            f"'{printable(name)}' has shape {list(shape)}: {part.count} ranks would cut its blocks of "
+            f"'{name}' has shape {list(shape)}: {part.count} ranks would cut its blocks of "
             f"{block.rows} x {block.columns}",
             "Choose another --model-parallel.",
         )
@@ -104,7 +102,7 @@ def rank_of_expert(name: str, counts: dict[str, int], ranks: int) -> int | None:
     count = counts[expert.module]
     if count % ranks:
         raise InputError(
-            f"{printable(expert.module)} has {count} experts: {ranks} ranks cannot share them equally",
+            f"{expert.module} has {count} experts: {ranks} ranks cannot share them equally",
             "Choose another --model-parallel.",
         )
     return expert.number // (count // ranks)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
@@ -105,7 +105,7 @@ def read_config(storage: Storage, sizes: dict[str, int]) -> dict[str, Any]:
 
 def read_header(storage: Storage, name: str, size: int) -> tuple[Header, str]:
     """Validated header of one file and the SHA-256 of its bytes. Raises InputError."""
-    where = f"{storage.label}/{printable(name)}"
+    where = f"{storage.label}/{name}"
     start = storage.read(name, 0, min(size, PREFIX_BYTES))
     refuse_other_kinds(start, where)
     prefix = start[:LENGTH_BYTES]
@@ -266,7 +266,7 @@ class Checkpoint:
 def open_file(path: Path) -> Checkpoint:
     """One .safetensors file, which need not belong to a checkpoint, with an empty config. Raises InputError."""
     if path.suffix != ".safetensors":
-        raise InputError(f"{printable(str(path))}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
+        raise InputError(f"{path}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
     check_component(path.name, str(path.parent))
     size = path.stat().st_size
 

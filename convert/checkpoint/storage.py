@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 _SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
 
@@ -21,7 +21,7 @@ def check_component(name: str, what: str) -> None:
     """Refuse a file name that is not one plain component: no separators, drives, dots only, controls or NUL."""
     if not _SAFE_COMPONENT.fullmatch(name) or name.endswith("."):
         raise InputError(
-            f"{what}: '{printable(name[:80])}' is not a plain file name", "A shard lies beside its index, in no folder."
+            f"{what}: '{name[:80]}' is not a plain file name", "A shard lies beside its index, in no folder."
         )
 
 
@@ -78,9 +78,9 @@ class Folder:
         if not path.is_dir():
             kind = "is not a folder" if path.exists() else "does not exist"
             hint = "Name the folder that holds config.json and the shards."
-            raise InputError(f"{printable(str(path))}: {kind}", hint)
+            raise InputError(f"{path}: {kind}", hint)
         self.path = path
-        self.label = printable(str(path))
+        self.label = str(path)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -107,10 +107,10 @@ class Folder:
             # A FIFO would block the open; O_NONBLOCK lets us look at it and refuse.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
-            raise InputError(f"{self.label}: {printable(name)} is missing", "Download it again.") from None
+            raise InputError(f"{self.label}: {name} is missing", "Download it again.") from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise InputError(f"{self.label}: {printable(name)} is not a regular file")
+            raise InputError(f"{self.label}: {name} is not a regular file")
         return descriptor
 
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
@@ -119,7 +119,7 @@ class Folder:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
-                raise InputError(f"{self.label}: {printable(name)} ends at byte {offset + done}", "Download it again.")
+                raise InputError(f"{self.label}: {name} ends at byte {offset + done}", "Download it again.")
             done += count
 
     def read(self, name: str, offset: int, length: int) -> bytes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -20,7 +20,7 @@ def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...], name: str) ->
     """
     kind = TORCH_DTYPES.get(dtype)
     if kind is None:
-        raise InputError(f"'{printable(name)}' has dtype {dtype}, which torch cannot hold")
+        raise InputError(f"'{name}' has dtype {dtype}, which torch cannot hold")
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
     if not data:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from dsv4.errors import printable
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
@@ -49,7 +48,7 @@ class Fault:
 
     def __str__(self) -> str:
         """For a message."""
-        return f"'{printable(self.tensor)}': {self.text}"
+        return f"'{self.tensor}': {self.text}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ def _without_scale(info: TensorInfo) -> Weight:
     fp4 = info.dtype in _FP4_DTYPES and is_expert_matrix(info.name)
     if not info.name.endswith(WEIGHT_SUFFIX) or not (fp4 or info.dtype == _FP8_DTYPE):
         return Weight(info, Format.PLAIN)
-    hint = f"'{printable(scale_name(info.name))}' is missing: the checkpoint is incomplete, download it again."
+    hint = f"'{scale_name(info.name)}' is missing: the checkpoint is incomplete, download it again."
     fault = Fault(info.name, f"{info.dtype} weight without a block scale", hint)
     return Weight(info, Format.FP4 if fp4 else Format.FP8, fault=fault)
 
@@ -165,7 +164,7 @@ def _weight(info: TensorInfo, scales: list[TensorInfo], config: Config) -> Weigh
     else:
         weight = Weight(info, Format.PLAIN, scale)
     if len(scales) > 1:
-        names = " and ".join(printable(s.name.rpartition(".")[2]) for s in scales)
+        names = " and ".join(s.name.rpartition(".")[2] for s in scales)
         return replace(weight, fault=Fault(info.name, f"two scales, {names}"))
     return weight
 

@@ -31,7 +31,7 @@ from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.checkpoint.weights import Format, Weight, expert_formats, find_weights
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import Layout, Stored
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
 
@@ -135,7 +135,7 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
     for rank, names in enumerate(dense):
         if names != dense[0]:
             odd = sorted(names ^ dense[0])[0]
-            facts.problems.append(Finding("problem", f"{printable(odd)} is not in every rank (rank {rank})"))
+            facts.problems.append(Finding("problem", f"{odd} is not in every rank (rank {rank})"))
     experts = [_expert_numbers(tensors) for tensors in per_rank]
     together = set().union(*experts)
     blocks = {module for module, _ in together}

@@ -30,7 +30,7 @@ from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evide
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.plan.side_files import check_configs
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, UsageError
 from dsv4.progress import Reached, ignore
 
 from .facts import Facts, gather
@@ -125,7 +125,7 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
     if p.facts.layout == "mp":
         return
     model, architecture = config_string(p.facts.config, "model_type"), architecture_name(p.facts.config)
-    shown = printable(f"{architecture} ({model})")
+    shown = f"{architecture} ({model})"
     if p.engine.model_types and model not in p.engine.model_types:
         known = ", ".join(p.engine.model_types)
         yield Check("architecture", "refuses", f"{shown}; of this family {p.name} knows model_type {known}")
@@ -174,14 +174,14 @@ def _expert_dtype(p: RuleContext) -> Iterator[Check]:
         return
     (stored,) = p.facts.experts
     declared = expert_dtype(p.facts.config)
-    shown = "no expert_dtype" if declared is None else f'"expert_dtype": "{printable(declared)}"'
+    shown = "no expert_dtype" if declared is None else f'"expert_dtype": "{declared}"'
     allowed = p.engine.declared.get(stored)
     if allowed is None or declared in allowed:
         yield Check("expert_dtype", "ok", shown)
         return
     means = p.engine.undeclared if declared is None else declared
     edit = "Remove the key from" if allowed == (ABSENT,) else f'Write "expert_dtype": "{allowed[0]}" into'
-    found = f"{shown}: {p.name} takes the experts for {printable(means)}; they are {stored}"
+    found = f"{shown}: {p.name} takes the experts for {means}; they are {stored}"
     # convert refuses a config that contradicts its tensors, and does not touch experts that are FP4 for an FP4 reader
     repairs = stored == "fp8" and declared in (stored, ABSENT) and p.engine.layout == "hf"
     yield Check("expert_dtype", "wrong", found, f"{edit} config.json.", p.convert.command if repairs else "")
@@ -253,7 +253,7 @@ def _quantization_config(p: RuleContext) -> Iterator[Check]:
 def _partial_blocks(p: RuleContext) -> Iterator[Check]:
     partial = p.facts.partial_blocks
     if partial and not p.engine.partial_blocks:
-        found = f"{len(partial)} FP8 weights are not whole blocks ({printable(partial[0])}): it misplaces their scales"
+        found = f"{len(partial)} FP8 weights are not whole blocks ({partial[0]}): it misplaces their scales"
         yield Check("block edges", "wrong", found, *p.decode)
 
 
@@ -264,7 +264,7 @@ def _ignored(p: RuleContext) -> Iterator[Check]:
 
 def _side_files(p: RuleContext) -> Iterator[Check]:
     for name in p.facts.pointers:
-        yield Check("side files", "refuses", f"{printable(name)} is a git-LFS pointer, not the file", PULL)
+        yield Check("side files", "refuses", f"{name} is a git-LFS pointer, not the file", PULL)
     absent = [name for name in p.engine.needs if name not in p.facts.files]
     missed = [name for name in p.engine.wants if name not in p.facts.files]
     if absent:

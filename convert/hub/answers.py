@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .client import BadFile, NetworkError, RemoteFile
 
@@ -42,14 +42,14 @@ class Answer:
         """In a few words, for a message."""
         text = self.body()
         if title := _TITLE.search(text):
-            return f"a web page titled '{printable(title[1][:MOST_SHOWN])}'"
+            return f"a web page titled '{title[1][:MOST_SHOWN]}'"
         if self.is_page:
             return "a web page"
         if self.length == 0:
             return "nothing"
         if text:
-            return f"'{printable(text.strip()[:MOST_SHOWN])}'"
-        return f"{self.length} bytes of {printable(self.content_type) or 'no type'}"
+            return f"'{text.strip()[:MOST_SHOWN]}'"
+        return f"{self.length} bytes of {self.content_type or 'no type'}"
 
 
 class Page(BaseException):
@@ -73,7 +73,7 @@ def not_a_hub(label: str, wanted: str) -> NetworkError:
     if answer is None:
         return NetworkError(f"{label}: the answer does not come from a hub, {wanted} was asked for", hint)
     parts = urlsplit(answer.url)
-    host = printable(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")
+    host = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     return NetworkError(
         f"{label}: {host} answers {answer.status} with {answer.describe()}, {wanted} was asked for",
         "A proxy, a firewall or the login page of this network answers instead of the hub. "
@@ -110,7 +110,7 @@ def file_expected(label: str, file: RemoteFile) -> Iterator[None]:
         yield
     except BadFile:
         if _is_nothing(file.size):
-            raise not_a_hub(label, printable(file.name)) from None
+            raise not_a_hub(label, file.name) from None
         raise
 
 
@@ -125,8 +125,8 @@ def cut(chunks: Iterable[bytes], skip: int, length: int, file: RemoteFile, url: 
         if len(received) >= skip + length:
             return bytes(received[skip : skip + length])
     if _is_nothing(length):
-        raise not_a_hub("the hub", printable(file.name))
-    raise InputError(f"{printable(url)}: ends after {len(received)} bytes", "The file is shorter than listed.")
+        raise not_a_hub("the hub", file.name)
+    raise InputError(f"{url}: ends after {len(received)} bytes", "The file is shorter than listed.")
 
 
 def forget() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, header_length, parse_header
-from dsv4.errors import InputError, MachineError, printable
+from dsv4.errors import InputError, MachineError
 from dsv4.progress import Progress
 
 from .source import HubName, HubSource
@@ -121,7 +121,7 @@ class Hub(Protocol):
 def first_line(error: BaseException) -> str:
     """What a library says of an error, on one line. Some speak Chinese; then the error's name has to do."""
     line = next(iter(str(error).splitlines()), "")
-    return printable(line) if line and line.isascii() else type(error).__name__
+    return line if line and line.isascii() else type(error).__name__
 
 
 def with_patience(action: Callable[[], Result]) -> Result:
@@ -145,7 +145,7 @@ def check_remote_name(name: str, label: str) -> None:
     )
     if bad:
         hint = "The repository lists a file whose name is not safe. Do not use it before its owner explains that."
-        raise InputError(f"{label}: refusing the file name '{printable(name[:120])}'", hint)
+        raise InputError(f"{label}: refusing the file name '{name[:120]}'", hint)
 
 
 def _digest(stream: BinaryIO, kind: str, prefix: bytes = b"") -> str:
@@ -179,12 +179,12 @@ def _check_header(stream: BinaryIO, size: int, where: str) -> None:
 
 def check_bytes(data: bytes, file: RemoteFile, label: str) -> None:
     """Compare a file in memory with the hub's listing: size and hash. Raises BadFile."""
-    _check_hash(io.BytesIO(data), len(data), file, f"{label}/{printable(file.name)}")
+    _check_hash(io.BytesIO(data), len(data), file, f"{label}/{file.name}")
 
 
 def check_file(path: Path, file: RemoteFile, label: str) -> None:
     """Compare a file on disk with the hub's listing: size, hash, and the header of a shard. Raises BadFile."""
-    where, size = f"{label}/{printable(file.name)}", path.stat().st_size
+    where, size = f"{label}/{file.name}", path.stat().st_size
     with path.open("rb") as stream:
         _check_hash(stream, size, file, where)
         if file.name.endswith(".safetensors"):

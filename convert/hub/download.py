@@ -18,7 +18,7 @@ from typing import Any
 
 import filelock
 
-from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError, printable
+from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError
 from dsv4.progress import Progress
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
@@ -42,8 +42,8 @@ def choose(files: dict[str, RemoteFile], include: Sequence[str], exclude: Sequen
 
     for pattern in include:
         if not any(matches(name, pattern) for name in files):
-            shown = ", ".join(map(printable, list(files)[:5]))
-            raise UsageError(f"--include '{printable(pattern)}' matches no file", f"The repository holds {shown}, …")
+            shown = ", ".join(list(files)[:5])
+            raise UsageError(f"--include '{pattern}' matches no file", f"The repository holds {shown}, …")
     return [
         file
         for name, file in files.items()
@@ -128,7 +128,7 @@ def check_folder(plan: DownloadPlan) -> None:
     record = read_record(plan.place.folder) if plan.place.folder else None
     source = plan.snapshot.source
     if record is not None and str(record.get("source")).partition(":")[2] != source.repository:
-        text = f"{printable(str(plan.place.folder))} holds files of {printable(str(record.get('source')))}"
+        text = f"{plan.place.folder} holds files of {record.get('source')}"
         raise UsageError(text, "Choose another folder.")
 
 
@@ -137,7 +137,7 @@ def check_space(plan: DownloadPlan) -> None:
     need = plan.missing_bytes + _SPARE_BYTES if plan.missing else 0
     if need > plan.free:
         raise MachineError(
-            f"{printable(str(plan.root))}: {plan.missing_bytes} bytes are missing, {plan.free} are free on that disk",
+            f"{plan.root}: {plan.missing_bytes} bytes are missing, {plan.free} are free on that disk",
             "Free some space, choose another disk, or fetch less with --include.",
         )
 
@@ -167,10 +167,10 @@ class Fallback:
         """The other hub's entry for a file. Raises InputError if it is not the same file."""
         twin = self.snapshot().files.get(file.name)
         if twin is None:
-            raise InputError(f"{self.source}: does not have {printable(file.name)}")
+            raise InputError(f"{self.source}: does not have {file.name}")
         same = twin.size == file.size and (not twin.sha256 or not file.sha256 or twin.sha256 == file.sha256)
         if not same:
-            raise InputError(f"{self.source}: lists another {printable(file.name)} (size or SHA-256 differ)")
+            raise InputError(f"{self.source}: lists another {file.name} (size or SHA-256 differ)")
         return twin
 
 
@@ -262,7 +262,7 @@ def _only_one(folder: Path) -> Iterator[None]:
     try:
         lock = filelock.FileLock(staging / "lock", blocking=False).acquire()
     except filelock.Timeout:
-        text = f"{printable(str(folder))}: another dsv4 download is writing there"
+        text = f"{folder}: another dsv4 download is writing there"
         raise MachineError(text, "Wait for it, or choose another folder.") from None
     with lock:
         remove_partials(folder)
@@ -293,8 +293,7 @@ def _raise_bad_files(futures: list[Future[None]]) -> None:
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        text = "\n  ".join(map(str, faults))
-        raise BadFile(f"{len(faults)} files are not what the hub lists:\n  {text}", faults[0].hint)
+        raise BadFile(f"{len(faults)} files are not what the hub lists:", faults[0].hint, list(map(str, faults)))
 
 
 def _run_all(download: _Download, progress: Progress) -> None:

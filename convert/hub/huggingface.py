@@ -23,7 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from tqdm import tqdm
 
-from dsv4.errors import Dsv4Error, InputError, MachineError, printable
+from dsv4.errors import Dsv4Error, InputError, MachineError
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
@@ -46,7 +46,7 @@ def _gated(error: errors.GatedRepoError, label: str) -> Dsv4Error:
 
 
 def _no_entry(error: errors.EntryNotFoundError, label: str) -> Dsv4Error:
-    url = printable(str(error.response.url)) if isinstance(error, errors.HfHubHTTPError) else "in the cache"
+    url = str(error.response.url) if isinstance(error, errors.HfHubHTTPError) else "in the cache"
     return BadFile(f"{label}: a listed file is not there: {url}", "Try again later.")
 
 

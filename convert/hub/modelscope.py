@@ -21,7 +21,7 @@ from modelscope_hub import _download as client_download
 from modelscope_hub import errors
 from tqdm.auto import tqdm
 
-from dsv4.errors import Dsv4Error, InputError, MachineError, printable
+from dsv4.errors import Dsv4Error, InputError, MachineError
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
@@ -212,7 +212,7 @@ class ModelScope:
             with file_expected(f"ms:{repository}", file):
                 return Path(self._call(repository, fetched))
         except NoRepository:
-            name = f"ms:{repository}/{printable(file.name)}"
+            name = f"ms:{repository}/{file.name}"
             raise BadFile(f"{name}: a listed file is not there", "Try again later.") from None
 
     def fetch_to_folder(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.errors import printable
 from dsv4.progress import Progress, Reached, ignore
 
 from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
@@ -49,7 +48,7 @@ def other_hub(name: HubName) -> HubName:
 
 def _name_similar(hub: Hub, source: HubSource, error: NoRepository) -> NoRepository:
     names = [f"{source.hub}:{name}" if source.hub == "ms" else name for name in hub.similar(source.repository)]
-    guess = f"Did you mean {' or '.join(map(printable, names))}? " if names else ""
+    guess = f"Did you mean {' or '.join(names)}? " if names else ""
     return NoRepository(str(error), guess + error.hint)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from dsv4.convert.checkpoint.storage import Folder
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 
 from .client import Snapshot
 from .fetch import Place, fetch_checked, is_checked, remove_partials
@@ -49,7 +49,7 @@ class Shards:
 
     def _bring(self, name: str, place: Place) -> Path:
         file = self._snapshot.files[name]
-        self._options.detail(f"fetching {printable(name)}, {file.size} bytes")
+        self._options.detail(f"fetching {name}, {file.size} bytes")
         return fetch_checked(self._snapshot, file, place, FileMeter(file.size, self._transfers), self._options.warn)
 
     def _to_scratch(self, name: str) -> Path:

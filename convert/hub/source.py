@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, UsageError
 
 HubName = Literal["hf", "ms"]
 
@@ -51,9 +51,9 @@ class HubSource:
 def _repository(hub: HubName, rest: str, text: str) -> HubSource:
     name, at, revision = rest.partition("@")
     if not _REPOSITORY.fullmatch(name) or "--" in name or ".." in name:
-        raise UsageError(f"'{printable(text)}' names no repository: '{printable(name)}' is not org/name", _HOW)
+        raise UsageError(f"'{text}' names no repository: '{name}' is not org/name", _HOW)
     if at and (not _REVISION.fullmatch(revision) or ".." in revision or revision.endswith("/")):
-        raise UsageError(f"'{printable(text)}': '{printable(revision)}' is not a branch, tag or commit", _HOW)
+        raise UsageError(f"'{text}': '{revision}' is not a branch, tag or commit", _HOW)
     return HubSource(hub, name, revision or None)
 
 
@@ -67,10 +67,10 @@ def _of_address(host: str, path: str, text: str) -> HubSource:
     hub = _hub_of_host(host)
     if hub is None:
         hint = "Write hf:org/name or ms:org/name. A mirror of Hugging Face is named by HF_ENDPOINT."
-        raise UsageError(f"'{printable(text)}': {printable(host)} is no hub that dsv4 knows", hint)
+        raise UsageError(f"'{text}': {host} is no hub that dsv4 knows", hint)
     parts = [unquote(part) for part in path.split("/") if part]
     if parts[:1] and parts[0] in _OTHER_KINDS:
-        raise UsageError(f"'{printable(text)}' is not the address of a model", _HOW)
+        raise UsageError(f"'{text}' is not the address of a model", _HOW)
     if parts[:1] == ["models"]:
         parts = parts[1:]
     name, rest = "/".join(parts[:2]).removesuffix(".git"), parts[2:]
@@ -84,7 +84,7 @@ def _address(text: str) -> tuple[str, str] | None:
     try:
         address = urlsplit(text)
     except ValueError as error:
-        raise UsageError(f"'{printable(text)}' is not an address: {printable(str(error))}", _HOW) from None
+        raise UsageError(f"'{text}' is not an address: {error}", _HOW) from None
     if address.scheme in ("http", "https"):
         return address.netloc, address.path
     host, slash, path = text.partition("/")
@@ -110,12 +110,12 @@ def _parse(text: str, remote: bool) -> Path | HubSource:
         return _of_address(*address, text)
     if scheme := re.match(r"([A-Za-z]+):(?://)?", text):
         if scheme[1] not in ("hf", "ms"):
-            raise UsageError(f"'{printable(text)}': dsv4 knows no hub called '{scheme[1]}'", _HOW)
+            raise UsageError(f"'{text}': dsv4 knows no hub called '{scheme[1]}'", _HOW)
         return _repository("hf" if scheme[1] == "hf" else "ms", text[scheme.end() :], text)
     if _looks_like_path(text.partition("@")[0]):
         return path  # whoever opens it says that it does not exist
     if "/" not in text:
-        raise UsageError(f"'{printable(text)}' is neither a folder that exists nor a repository", _HOW)
+        raise UsageError(f"'{text}' is neither a folder that exists nor a repository", _HOW)
     return path if not remote and _is_missing_folder(text) else _repository("hf", text, text)
 
 
@@ -129,9 +129,9 @@ def parse_source(text: str, revision: str | None = None, remote: bool = False) -
     if revision is None:
         return source
     if isinstance(source, Path):
-        raise UsageError(f"--revision {printable(revision)}: {printable(text)} is a folder, which has no revisions")
+        raise UsageError(f"--revision {revision}: {text} is a folder, which has no revisions")
     if source.revision not in (None, revision):
-        raise UsageError(f"two revisions: @{source.revision} and --revision {printable(revision)}", "Give one of them.")
+        raise UsageError(f"two revisions: @{source.revision} and --revision {revision}", "Give one of them.")
     return _repository(source.hub, f"{source.repository}@{revision}", text)
 
 
@@ -142,7 +142,7 @@ def missing_folder(text: str) -> InputError:
     if _REPOSITORY.fullmatch(text):
         hint += f" A repository on Hugging Face is written hf:{text}."
     kind = "is not a folder" if path.exists() else "does not exist"
-    return InputError(f"{printable(text)}: {kind}", hint)
+    return InputError(f"{text}: {kind}", hint)
 
 
 def require_folder(text: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from dsv4.convert.checkpoint.storage import Folder, Storage
-from dsv4.errors import InputError, MachineError, UsageError, printable
+from dsv4.errors import InputError, MachineError, UsageError
 
 from .client import NoRepository, Snapshot
 from .open import HubOptions, open_snapshot
@@ -76,10 +76,10 @@ class HubStorage:
     def read(self, name: str, offset: int, length: int) -> bytes:
         """See Storage."""
         if name not in self._snapshot.files:
-            raise InputError(f"{self.label}: {printable(name)} is missing")
+            raise InputError(f"{self.label}: {name} is missing")
         size = self._snapshot.files[name].size
         if offset + length > size:
-            raise InputError(f"{self.label}: {printable(name)} ends at byte {size}")
+            raise InputError(f"{self.label}: {name} ends at byte {size}")
         folder = self._shards.folder_of(name)
         if folder is not None:
             return folder.read(name, offset, length)
@@ -99,7 +99,7 @@ class HubStorage:
         head = self._ranges.head(name)
         with path.open("rb") as stream:
             if stream.read(len(head)) != head:
-                raise MachineError(f"{self.label}/{printable(name)}: the header arrived damaged", "Run it again.")
+                raise MachineError(f"{self.label}/{name}: the header arrived damaged", "Run it again.")
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """See Storage. Raises UsageError if `now` is more than the scratch area may hold."""
@@ -172,7 +172,7 @@ def open_storage(text: str, revision: str | None, scratch: Path, options: HubOpt
             return open_hub_storage(source, scratch, options)
         except NoRepository as error:
             if ":" not in text:  # org/name alone: a folder may have been meant
-                error.hint = f"There is no folder {printable(text)} either. {error.hint}"
+                error.hint = f"There is no folder {text} either. {error.hint}"
             raise
     if not source.is_dir():
         raise missing_folder(text)

@@ -20,7 +20,7 @@ from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
 from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, layout_bytes, read_json
 from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight, expert_formats
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 Level = Literal["problem", "note"]
 
@@ -43,7 +43,7 @@ def _grouped(faults: Iterable[tuple[str, str]], level: Level, hint: str = "") ->
         groups.setdefault((pattern_of(name), wrong), []).append(name)
     for (_, wrong), names in groups.items():
         others = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
-        yield Finding(level, f"{printable(names[0])}{others}: {wrong}", hint)
+        yield Finding(level, f"{names[0]}{others}: {wrong}", hint)
 
 
 def scale_findings(weights: Mapping[str, Weight]) -> Iterator[Finding]:
@@ -104,8 +104,8 @@ def structure_findings(config: dict[str, Any], weights: Mapping[str, Weight]) ->
     """Names and shapes of the tensors against what the edition that the config describes must have."""
     edition = edition_of(config)
     if edition.tensors is None:
-        shown = printable(str(config.get("model_type"))[:40])
-        yield Finding("note", f"model_type {shown}: names and shapes are not checked against the config")
+        model_type = str(config.get("model_type"))[:40]
+        yield Finding("note", f"model_type {model_type}: names and shapes are not checked against the config")
         return
     missing = edition.missing_keys(config)
     if missing:
@@ -148,7 +148,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     for note in checkpoint.notes:
         yield Finding("note", note)
     for name in lfs_pointers(checkpoint.storage, checkpoint.files):
-        yield Finding("problem", f"{printable(name)} is a git-LFS pointer, not the file", PULL)
+        yield Finding("problem", f"{name} is a git-LFS pointer, not the file", PULL)
     absent = [name for name in SIDE_FILES if name not in checkpoint.files]
     if absent:
         hint = "Copy them from the release: engines need them for text."
@@ -159,8 +159,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
         declared = metadata.get("total_size") if isinstance(metadata, dict) else None
         actual = layout_bytes(checkpoint.tensors)
         if declared != actual:
-            shown = printable(str(declared)[:40])
-            yield Finding("note", f"the index says total_size {shown}, the tensors have {actual} bytes")
+            yield Finding("note", f"the index says total_size {str(declared)[:40]}, the tensors have {actual} bytes")
 
 
 def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> list[Finding]:

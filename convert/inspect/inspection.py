@@ -21,7 +21,7 @@ from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Weight, expert_formats, find_weights
 from dsv4.convert.plan.sizes import sizes_after_conversion
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .findings import Finding, check_checkpoint
 from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
@@ -85,7 +85,7 @@ class Inspection:
 def _label(checkpoint: Checkpoint) -> str:
     """How the checkpoint is called: one file without a config by its own path, not its folder's."""
     label = checkpoint.storage.label
-    return label if checkpoint.config else f"{label}/{printable(next(iter(checkpoint.shards)))}"
+    return label if checkpoint.config else f"{label}/{next(iter(checkpoint.shards))}"
 
 
 def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | None) -> Layer:

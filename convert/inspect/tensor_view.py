@@ -15,7 +15,7 @@ import torch
 from dsv4.convert.checkpoint.names import is_scale, scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, find_weights
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.progress import Progress, ignore
 from dsv4.quant import e2m1
 from dsv4.quant.block_scales import Block, dequantize_fp4, dequantize_fp8
@@ -96,7 +96,7 @@ def _decode(view: TensorView, checkpoint: Checkpoint, start: int, stop: int) -> 
             return e2m1.unpack(stored.view(torch.uint8)), dequantize_fp4(stored.view(torch.uint8), scale), scale
         return stored.view(torch.uint8), dequantize_fp8(stored, scale, view.block), scale
     except ValueError as error:
-        raise InputError(f"{printable(view.info.name)}: {error}") from None
+        raise InputError(f"{view.info.name}: {error}") from None
 
 
 def _corner(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,8 @@ def view_tensor(checkpoint: Checkpoint, name: str, progress: Progress = ignore) 
     """
     if name not in checkpoint.tensors:
         near = sorted(other for other in checkpoint.tensors if name in other and not is_scale(other))[:3]
-        hint = f"Did you mean {', '.join(map(printable, near))}?" if near else "`--tensors` lists the names."
-        raise InputError(f"{checkpoint.storage.label}: there is no tensor '{printable(name)}'", hint)
+        hint = f"Did you mean {', '.join(near)}?" if near else "`--tensors` lists the names."
+        raise InputError(f"{checkpoint.storage.label}: there is no tensor '{name}'", hint)
     view = _describe(checkpoint.tensors[name], checkpoint)
     for start, stop in _chunks(view):
         codes, values, scales = _decode(view, checkpoint, start, stop)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 
 from .plan import Plan
 from .shards import OutputShard
@@ -55,7 +55,7 @@ def parse_part(text: str) -> Part:
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     part = Part(int(match[1]) - 1, int(match[2])) if match else None
     if part is None or not 0 <= part.index < part.count:
-        raise UsageError(f"--part {printable(text)}: not a part", "Write i/n, from 1/n to n/n, such as --part 2/8.")
+        raise UsageError(f"--part {text}: not a part", "Write i/n, from 1/n to n/n, such as --part 2/8.")
     return part
 
 

@@ -11,7 +11,7 @@ from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.recipe import piece_memory
 from dsv4.convert.plan.recipes.registry import recipe_of
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.text import natural_order
 
 from .classify import classify
@@ -66,7 +66,7 @@ def _check_experts(weights: list[Weight], settings: Settings) -> None:
     for weight in weights:
         if weight.is_routed_expert and not weight.is_draft and weight.format is Format.PLAIN:
             raise InputError(
-                f"'{printable(weight.name)}' is {weight.info.dtype}, neither FP4 nor FP8: "
+                f"'{weight.name}' is {weight.info.dtype}, neither FP4 nor FP8: "
                 f"--to {settings.to} would be a new quantization",
                 "--to same keeps it as it is.",
             )

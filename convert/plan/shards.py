@@ -16,7 +16,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.copy import kept
 from dsv4.convert.plan.recipes.recipe import OutputTensor
 from dsv4.convert.plan.recipes.registry import outputs_of
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .container import Container
 from .engines import Layout
@@ -124,7 +124,7 @@ def _check_names(outputs: list[OutputTensor]) -> None:
         twin = seen.setdefault(mp_name(output.name), output.name)
         if twin != output.name:
             raise InputError(
-                f"'{printable(twin)}' and '{printable(output.name)}' are one name in the reference engine's layout",
+                f"'{twin}' and '{output.name}' are one name in the reference engine's layout",
                 "Remove one of them, or use --layout hf.",
             )
 

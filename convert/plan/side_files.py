@@ -11,7 +11,7 @@ from dsv4.convert.checkpoint.names import count_draft_stages
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .config_edit import dump, make_inference_config
 from .plan import Plan
@@ -69,7 +69,7 @@ def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
     """
     copied = {name: checkpoint.files[name] for name in copied_files(checkpoint, plan)}
     for name in lfs_pointers(checkpoint.storage, copied):
-        raise InputError(f"{checkpoint.storage.label}/{printable(name)} is a git-LFS pointer, not the file", PULL)
+        raise InputError(f"{checkpoint.storage.label}/{name} is a git-LFS pointer, not the file", PULL)
     config_file(checkpoint, plan)
     if INFERENCE_CONFIG in checkpoint.files:
         read_side_file(checkpoint, INFERENCE_CONFIG, plan)

@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.errors import printable
-
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
 from .layout import Checkpoint
 from .plan import Weight, understand
@@ -59,7 +57,7 @@ def check_pointers(checkpoint: Checkpoint) -> None:
     for name, size in _side_files(checkpoint.files).items():
         if is_lfs_pointer(checkpoint.files, name, size):
             severity: Severity = "unreadable" if _NEEDED.fullmatch(name) else "note"
-            checkpoint.problem("side file", f"{printable(name)}: {LFS_POINTER}", severity)
+            checkpoint.problem("side file", f"{name}: {LFS_POINTER}", severity)
 
 
 def read_config(
@@ -81,7 +79,7 @@ def read_config(
     try:
         value = parse_json(read_bytes(checkpoint.files, name, 0, size))
     except ValueError as error:
-        checkpoint.problem("config", f"{name} is not JSON: {printable(str(error))}", "unreadable")
+        checkpoint.problem("config", f"{name} is not JSON: {error}", "unreadable")
         return None
     if not isinstance(value, dict):
         checkpoint.problem("config", f"{name} is not a JSON object", "unreadable")
@@ -107,15 +105,15 @@ def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
     needed = _NEEDED_BY_ENGINE if output.layout == "mp" or source.layout == "mp" else _NEEDED
     expected, found = _side_files(source.files), _side_files(output.files)
     for name in sorted(expected.keys() | found.keys()):
-        is_needed, shown = needed.fullmatch(name), printable(name)
+        is_needed = needed.fullmatch(name)
         severity: Severity = "difference" if is_needed else "note"
         if name not in found:
-            output.problem("side file", f"{shown} is missing", severity)
+            output.problem("side file", f"{name} is missing", severity)
         elif name not in expected:
             if is_needed:
-                output.problem("side file", f"{shown} is not in the source", "note")
+                output.problem("side file", f"{name} is not in the source", "note")
         elif not _same_file(source.files, output.files, name):
-            output.problem("side file", f"{shown} differs from the source's", severity)
+            output.problem("side file", f"{name} differs from the source's", severity)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -137,9 +135,9 @@ def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str,
             continue
         if unquantized and key.startswith("quantization_config."):
             continue
-        was, now = (printable(repr(side[key])) if key in side else "absent" for side in (expected, found))
+        was, now = (repr(side[key]) if key in side else "absent" for side in (expected, found))
         severity: Severity = "note" if key == "transformers_version" else "difference"
-        output.problem("config", f"{printable(key)} is {now}, in the source's {name} it is {was}", severity)
+        output.problem("config", f"{key} is {now}, in the source's {name} it is {was}", severity)
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
@@ -187,7 +185,7 @@ def _check_experts(checkpoint: Checkpoint, config: dict[str, Any], weights: dict
     for place, said in (("expert_dtype", config.get("expert_dtype")), ("quantization_config.expert_dtype", nested)):
         if said is not None and stored and {said} != stored:
             found = " and ".join(sorted(stored)) + (MIXTURE if len(stored) > 1 else "")
-            checkpoint.problem("config", f"{place} says '{printable(str(said))}', the routed experts are {found}")
+            checkpoint.problem("config", f"{place} says '{said}', the routed experts are {found}")
     if config.get("expert_dtype") is None and nested is None and "fp4" in stored and checkpoint.layout != "mp":
         checkpoint.problem("config", "has no expert_dtype; some loaders take these FP4 experts for FP8", "note")
 
@@ -201,8 +199,8 @@ def _check_blocks(checkpoint: Checkpoint, quantization: dict[str, Any], weights:
         if weight.number_format.name != "E4M3" or weight.scale is None or ".engram." in name:
             continue
         if not known or weight.scale.shape != (-(-weight.rows // rows), -(-weight.columns // columns)):
-            shown = f"{printable(name)} has {weight.block[0]}x{weight.block[1]} blocks"
-            checkpoint.problem("config", f"weight_block_size says {printable(repr(said))}, {shown}")
+            shown = f"{name} has {weight.block[0]}x{weight.block[1]} blocks"
+            checkpoint.problem("config", f"weight_block_size says {said!r}, {shown}")
             return
 
 
@@ -225,8 +223,7 @@ def check_config(checkpoint: Checkpoint) -> None:
         _check_blocks(checkpoint, quantization, weights)
         for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3",)), ("scale_fmt", _SCALE_FORMATS)):
             if quantization.get(key, known[0]) not in known:
-                said = printable(repr(quantization[key]))
-                checkpoint.problem("config", f"{key} says {said}, expected {' or '.join(known)}")
+                checkpoint.problem("config", f"{key} says {quantization[key]!r}, expected {' or '.join(known)}")
     elif fp8:
         checkpoint.problem("config", f"has no quantization_config, but {len(fp8)} tensors are FP8 with block scales")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.text import natural_order
 
 Severity = Literal["note", "difference", "unreadable"]
@@ -123,7 +123,7 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.label = printable(str(folder))
+        self.label = str(folder)
         self._open: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         if not folder.is_dir():
@@ -155,7 +155,7 @@ class LocalFiles:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
             if count == 0:
-                raise InputError(f"{self.label}/{printable(name)} ends before byte {offset + len(buffer)}")
+                raise InputError(f"{self.label}/{name} ends before byte {offset + len(buffer)}")
             done += count
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the key '{printable(name)}' occurs twice")
+            raise ValueError(f"the key '{name}' occurs twice")
         found[name] = value
     return found
 
@@ -209,7 +209,7 @@ def _entry_problem(name: str, value: object) -> str:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return "its header entry lacks dtype, shape or data_offsets"
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BITS:
-        return f"its dtype '{printable(str(value['dtype']))}' is not one that safetensors has"
+        return f"its dtype '{value['dtype']}' is not one that safetensors has"
     shape, offsets = value["shape"], value["data_offsets"]
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         return "its shape is not a list of sizes"
@@ -240,9 +240,9 @@ def _check_order(shard: Shard, data_start: int, file_size: int) -> None:
     position, last = data_start, ""
     for entry in sorted(shard.entries.values(), key=lambda entry: (entry.offset, entry.size)):
         if entry.offset < position:
-            shard.unreadable[entry.name] = f"its bytes overlap those of {printable(last)}"
+            shard.unreadable[entry.name] = f"its bytes overlap those of {last}"
         elif entry.offset > position and not shard.unreadable:
-            shard.problems.append(f"{entry.offset - position} bytes before {printable(entry.name)} belong to no tensor")
+            shard.problems.append(f"{entry.offset - position} bytes before {entry.name} belong to no tensor")
         position, last = max(position, entry.offset + entry.size), entry.name
     if position < file_size and not shard.unreadable:
         shard.problems.append(f"{file_size - position} bytes after the last tensor belong to no tensor")
@@ -275,7 +275,7 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its __metadata__ does not map names to text")
     except (ValueError, InputError) as error:
-        shard.broken = printable(str(error))
+        shard.broken = str(error)
         return shard
     for tensor, value in header.items():
         _read_entry(shard, tensor, value, 8 + length, size)

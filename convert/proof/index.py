@@ -9,7 +9,6 @@ shows in the comparison with the other side. What no loader reads, such as the t
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from dsv4.errors import printable
 from dsv4.text import some_of
 
 from .files import INDEX_NAME, LFS_POINTER, MAX_HEADER_BYTES, Files, Shard, is_lfs_pointer, parse_json, read_bytes
@@ -48,13 +47,13 @@ def read_index(files: Files, size: int) -> Index:
     try:
         value = parse_json(read_bytes(files, INDEX_NAME, 0, size))
     except ValueError as error:
-        return Index(reason=f"not JSON: {printable(str(error))}")
+        return Index(reason=f"not JSON: {error}")
     weights = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
         return Index(reason="it has no weight_map from names to files")
     if not weights:
         return Index(reason="its weight_map is empty")
-    notes = [f"has the key {printable(key)}, which an index does not have" for key in sorted(value.keys() - KEYS)]
+    notes = [f"has the key {key}, which an index does not have" for key in sorted(value.keys() - KEYS)]
     metadata = value.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Index(weights, total, notes)
@@ -97,7 +96,7 @@ def follow(index: Index, shards: dict[str, Shard]) -> tuple[Ignored, list[str]]:
             if shard_name != chosen:
                 shards[shard_name].entries.pop(name, None)
                 if reason := shards[shard_name].unreadable.pop(name, None):
-                    shards[shard_name].problems.append(f"{printable(name)}: {reason}")  # no library opens the file
+                    shards[shard_name].problems.append(f"{name}: {reason}")  # no library opens the file
     readable = {name for name, shard in shards.items() if not shard.broken}
     ignored.absent = [n for n, shard_name in index.weight_map.items() if shard_name in readable and n not in holders]
     return ignored, moved
@@ -108,6 +107,6 @@ def ignored_lines(ignored: dict[str, dict[str, list[str]]]) -> list[str]:
     lines = []
     for side, kinds in ignored.items():
         for kind, names in kinds.items():
-            some = some_of([printable(name) for name in names], NAMES_SHOWN)
+            some = some_of(names, NAMES_SHOWN)
             lines.append(f"{side} index: ignored {len(names)} {_IGNORED[kind]}: {some}")
     return lines

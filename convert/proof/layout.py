@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.text import some_of
 
 from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shard, shard_names
@@ -91,8 +91,8 @@ def canonical(name: str) -> str:
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
-    """A few of the names, printable, and how many more."""
-    return some_of(list(map(printable, sorted(names))), limit)
+    """A few of the names, and how many more."""
+    return some_of(sorted(names), limit)
 
 
 def _read_shards(
@@ -111,14 +111,13 @@ def _read_shards(
 def _report_shards(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
     """Record the faults of the shards' headers."""
     for name, shard in shards.items():
-        shown = printable(name)
         if shard.broken:
-            checkpoint.problem("shard", f"{shown} cannot be read: {shard.broken}", "unreadable")
+            checkpoint.problem("shard", f"{name} cannot be read: {shard.broken}", "unreadable")
         for text in shard.problems:
-            checkpoint.problem("shard", f"{shown}: {text}")
+            checkpoint.problem("shard", f"{name}: {text}")
         for tensor, reason in shard.unreadable.items():
-            checkpoint.problem("shard", f"{shown}: {printable(tensor)}: {reason}", "unreadable")
-            checkpoint.unreadable[canonical(tensor)] = f"{shown}: {reason}"
+            checkpoint.problem("shard", f"{name}: {tensor}: {reason}", "unreadable")
+            checkpoint.unreadable[canonical(tensor)] = f"{name}: {reason}"
 
 
 def _open_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: int) -> Index | None:
@@ -139,12 +138,12 @@ def _follow_index(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]
     ignored, moved = follow(index, shards)
     checkpoint.ignored = replace(ignored, files=checkpoint.ignored.files)
     for name in sorted(index.shards - shards.keys()):
-        checkpoint.problem("index", f"names the shard {printable(name)}, which is not there", "unreadable")
+        checkpoint.problem("index", f"names the shard {name}, which is not there", "unreadable")
     for tensor, shard_name in index.weight_map.items():
         shard = shards.get(shard_name)
         if shard is None or shard.broken:
             reason = "is not there" if shard is None else "cannot be read"
-            checkpoint.unreadable[canonical(tensor)] = f"{printable(shard_name)} {reason}"
+            checkpoint.unreadable[canonical(tensor)] = f"{shard_name} {reason}"
     if moved := [name for name in moved if canonical(name) not in checkpoint.unreadable]:
         checkpoint.problem("index", f"places {len(moved)} tensors in another shard than holds them: {_some(moved)}")
 
@@ -157,8 +156,7 @@ def _note_metadata(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard
     if index.total_size is None:
         checkpoint.problem("index", "has no total_size", "note")
     elif index.total_size != total and not checkpoint.unreadable:
-        said = printable(str(index.total_size))
-        checkpoint.problem("index", f"total_size says {said} bytes, the tensors have {total}", "note")
+        checkpoint.problem("index", f"total_size says {index.total_size!r} bytes, the tensors have {total}", "note")
 
 
 def _open_whole(checkpoint: Checkpoint, sizes: dict[str, int], names: list[str], on_header: Callable[[], None]) -> None:
@@ -187,8 +185,7 @@ def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
                 first = checkpoint.tensors[name].parts[0]
                 checkpoint.problem(
                     "layout",
-                    f"{printable(entry.name)} in {printable(shard.name)} and {printable(first.name)} in "
-                    f"{printable(first.shard)} are the same tensor twice",
+                    f"{entry.name} in {shard.name} and {first.name} in {first.shard} are the same tensor twice",
                     "unreadable",
                 )
                 checkpoint.unreadable[name] = "the checkpoint holds it twice"
@@ -236,7 +233,7 @@ def _place_expert(checkpoint: Checkpoint, name: str, held: dict[int, Entry], per
     rank = int(match[2]) // per_rank[match[1]]
     if set(held) != {rank}:
         there = ", ".join(map(str, sorted(held)))
-        checkpoint.problem("layout", f"{printable(name)} belongs to rank {rank}, it is in rank {there}")
+        checkpoint.problem("layout", f"{name} belongs to rank {rank}, it is in rank {there}")
     entries = [held[rank]] if rank in held else list(held.values())
     checkpoint.tensors[name] = Tensor(name, entries[0].dtype, entries[0].shape, 0, tuple(entries[:1]))
 
@@ -255,7 +252,7 @@ def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict
         entries = [by_rank[rank] for rank in sorted(by_rank)]
         if len(entries) < checkpoint.ranks:
             absent = ", ".join(str(rank) for rank in range(checkpoint.ranks) if rank not in by_rank)
-            checkpoint.problem("layout", f"{printable(name)} is not in rank {absent}")
+            checkpoint.problem("layout", f"{name} is not in rank {absent}")
         if checkpoint.ranks > 1 and _SLICED_ROWS.fullmatch(name):
             tensor = _joined(name, entries, 0)
         elif checkpoint.ranks > 1 and _SLICED_COLUMNS.fullmatch(name):
@@ -263,7 +260,7 @@ def _collect_ranks(checkpoint: Checkpoint, shards: dict[str, Shard], ranks: dict
         else:
             tensor = _replicated(name, entries)
         if isinstance(tensor, str):
-            checkpoint.problem("layout", f"{printable(name)}: {tensor}", "unreadable")
+            checkpoint.problem("layout", f"{name}: {tensor}", "unreadable")
             checkpoint.unreadable[name] = tensor
         else:
             checkpoint.tensors[name] = tensor
@@ -275,8 +272,7 @@ def _open_ranks(
     counts = {count for _, count, _ in found}
     if len(counts) > 1:
         raise InputError(
-            f"{checkpoint.files.label} holds files of several conversions: "
-            + ", ".join(f"{printable(name)}" for _, _, name in found),
+            f"{checkpoint.files.label} holds files of several conversions: " + ", ".join(name for _, _, name in found),
             "Keep the files of one model-parallel size in a folder.",
         )
     checkpoint.layout, checkpoint.ranks = "mp", counts.pop()

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import printable
-
 from .config import file_hash, read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
@@ -64,15 +62,14 @@ def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[in
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:
     """Whether one file is as the manifest says. If not, records a problem."""
-    shown = printable(name)
     if not isinstance(said, dict):
-        checkpoint.problem("manifest", f"its entry for {shown} cannot be understood")
+        checkpoint.problem("manifest", f"its entry for {name} cannot be understood")
     elif name not in sizes:
-        checkpoint.problem("manifest", f"lists {shown}, which is not there")
+        checkpoint.problem("manifest", f"lists {name}, which is not there")
     elif said.get("size") != sizes[name]:
-        checkpoint.problem("manifest", f"{shown} has {sizes[name]} bytes, the manifest says {said.get('size')}")
+        checkpoint.problem("manifest", f"{name} has {sizes[name]} bytes, the manifest says {said.get('size')}")
     elif said.get("sha256") != hashes[name]:
-        checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+        checkpoint.problem("manifest", f"{name} has another SHA-256 than the manifest says")
     else:
         return True
     return False
@@ -89,13 +86,12 @@ def _tensor_hash(checkpoint: Checkpoint, entry: Entry) -> str:
 
 def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool) -> None:
     """Compare dtype and shape; in a shard whose hash is wrong also the tensor's hash, to find which tensor changed."""
-    shown = printable(entry.name)
     if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
         claimed = f"{said.get('dtype')} {said.get('shape')}"
-        text = f"{shown} is {entry.dtype} {list(entry.shape)}, the manifest says {printable(claimed)}"
+        text = f"{entry.name} is {entry.dtype} {list(entry.shape)}, the manifest says {claimed}"
         checkpoint.problem("manifest", text)
     if shard_differs and "sha256" in said and _tensor_hash(checkpoint, entry) != said["sha256"]:
-        checkpoint.problem("manifest", f"{shown} has another SHA-256 than the manifest says")
+        checkpoint.problem("manifest", f"{entry.name} has another SHA-256 than the manifest says")
 
 
 def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
@@ -103,9 +99,9 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
     there = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
     listed = {canonical(name): value for name, value in said.items()}
     for name in sorted(listed.keys() - there):
-        checkpoint.problem("manifest", f"lists {printable(name)}, which is not there")
+        checkpoint.problem("manifest", f"lists {name}, which is not there")
     for name in sorted(there - listed.keys()):
-        checkpoint.problem("manifest", f"does not list {printable(name)}")
+        checkpoint.problem("manifest", f"does not list {name}")
     for name, tensor in checkpoint.tensors.items():
         value = listed.get(name)
         if isinstance(value, dict) and len(tensor.parts) == 1 and not tensor.copies:
@@ -121,5 +117,5 @@ def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str,
     for name, said in manifest.files.items():
         _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
-        checkpoint.problem("manifest", f"does not list {printable(name)}")
+        checkpoint.problem("manifest", f"does not list {name}")
     _check_tensors(checkpoint, manifest.tensors, broken)

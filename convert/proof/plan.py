@@ -16,7 +16,7 @@ from typing import Literal
 
 from dsv4.convert.proof.values.compare import FORMATS
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Format
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 
 from .files import DTYPE_BITS
 from .layout import Checkpoint, Tensor, canonical
@@ -272,7 +272,7 @@ def parse_sample(sample: str | float | None) -> float | None:
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise UsageError(f"'{printable(text)}' is not a share", "Write a percentage, such as --sample 5%.")
+        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
     return fraction
 
 
@@ -289,7 +289,7 @@ class Selection:
         """What is compared, in words, for the verdict; "" for everything."""
         words = []
         if self.tensor:
-            words.append(f"only tensors named '{printable(self.tensor)}'")
+            words.append(f"only tensors named '{self.tensor}'")
         if self.shard:
             words.append(f"only shard {self.shard}")
         if self.sample is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT, printable
+from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT
 
 from .files import Problem
 from .plan import ComparedTensor, coarse_block
@@ -126,7 +126,7 @@ def _scale_status(compared: ComparedTensor, tally: Tally, weight: str) -> tuple[
 
 def _reason(compared: ComparedTensor, tally: Tally) -> str:
     if tally.copies_differ:
-        return "ranks hold different copies: " + ", ".join(map(printable, sorted(tally.copies_differ)))
+        return "ranks hold different copies: " + ", ".join(sorted(tally.copies_differ))
     return compared.reason
 
 
@@ -143,8 +143,8 @@ def code_problems(results: list[TensorResult]) -> list[Problem]:
     """NaN codes, and scales that are not positive and finite: no correct conversion holds them."""
     found = []
     for result in results:
+        name = result.name
         for side in ("source", "output"):
-            name = printable(result.name)
             if count := result.tally.special[side]:
                 found.append(Problem("codes", side, f"{name} holds {count} codes that are not finite numbers"))
             if count := result.tally.bad_scales[side]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dsv4.errors import Interrupted, UsageError, printable
+from dsv4.errors import Interrupted, UsageError
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size, usable_cores
 from dsv4.progress import Reached, ignore
@@ -149,10 +149,10 @@ def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
             check_config(side)
             check_pointers(side)
             if absent := absent_and_needed(side, alone=source is None):
-                names = some_of([printable(name) for name in absent], NAMES_SHOWN)
+                names = some_of(absent, NAMES_SHOWN)
                 side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")
     if source is None and (unlisted := output.ignored.not_listed):  # no other side says that it is not needed
-        names = some_of([printable(name) for name in unlisted], NAMES_SHOWN)
+        names = some_of(unlisted, NAMES_SHOWN)
         output.problem("index", f"does not list {len(unlisted)} tensors that its shards hold: {names}")
 
 
@@ -162,7 +162,7 @@ def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
         return
     for compared, tally in zip(findings.compared, findings.tallies, strict=True):
         if odd := tally.odd_scales[checkpoint.where]:
-            text = f"scale_fmt says ue8m0, {printable(compared.scale_name)} has {odd} other float32 scales"
+            text = f"scale_fmt says ue8m0, {compared.scale_name} has {odd} other float32 scales"
             checkpoint.problem("config", text)
             return
 

@@ -29,7 +29,7 @@ from typing import Self
 
 import numpy as np
 
-from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
+from dsv4.errors import InputError, Interrupted, MachineError, UsageError
 from dsv4.files import PREFIX, UNSUPPORTED, fsync, fsync_folder
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
@@ -64,7 +64,7 @@ def create_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{printable(str(folder))} exists and is not a folder", "Choose another output folder.")
+        raise UsageError(f"{folder} exists and is not a folder", "Choose another output folder.")
     create_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     fsync_folder(folder.parent)
@@ -270,13 +270,11 @@ def check_separate(source: Path, output: Path) -> None:
     real_source, real_output = source.resolve(), output.resolve()
     if real_output == real_source or real_source in real_output.parents:
         where = "is the source" if real_output == real_source else "lies inside the source"
-        raise UsageError(
-            f"the output {printable(str(output))} {where}", "Choose one elsewhere: the source stays as it is."
-        )
+        raise UsageError(f"the output {output} {where}", "Choose one elsewhere: the source stays as it is.")
     if real_output in real_source.parents:
-        raise UsageError(f"the output {printable(str(output))} contains the source", "Choose another folder.")
+        raise UsageError(f"the output {output} contains the source", "Choose another folder.")
     if real_source.is_dir() and real_output.is_dir() and os.path.samefile(real_source, real_output):
-        raise UsageError(f"the output {printable(str(output))} is the source", "Choose another folder.")
+        raise UsageError(f"the output {output} is the source", "Choose another folder.")
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -285,5 +283,5 @@ def read_small(path: Path, limit: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise InputError(f"{printable(str(path))}: more than {limit} bytes")
+        raise InputError(f"{path}: more than {limit} bytes")
     return data

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 from dsv4.files import PREFIX
 
 from .atomic_file import AppendLog, read_small, remove
@@ -107,7 +107,7 @@ def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
         return None
     if old == new:
         return None
-    return f"{printable(where)}: {printable(repr(old)[:80])} before, {printable(repr(new)[:80])} now"
+    return f"{where}: {repr(old)[:80]} before, {repr(new)[:80]} now"
 
 
 def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> No
     difference = describe_difference(_as_resumed_by(old, new), new)
     if difference:
         raise UsageError(
-            f"{printable(str(folder))} holds the output of another conversion ({difference})",
+            f"{folder} holds the output of another conversion ({difference})",
             "Choose another folder, or replace it with --overwrite.",
         )
 

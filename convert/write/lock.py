@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsv4.errors import MachineError, printable
+from dsv4.errors import MachineError
 from dsv4.files import PREFIX
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
@@ -21,7 +21,7 @@ LOCK_NAME = PREFIX + "lock"
 def _holder(descriptor: int) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         owner = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(owner['pid'])} on {printable(str(owner['host']))}"
+        return f"process {int(owner['pid'])} on {owner['host']}"
     return "another process"
 
 
@@ -33,7 +33,7 @@ def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise MachineError(
-                f"{printable(str(folder))} is in use by {_holder(descriptor)}", "Wait until it is done, or stop it."
+                f"{folder} is in use by {_holder(descriptor)}", "Wait until it is done, or stop it."
             ) from None
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise

@@ -12,7 +12,7 @@ from dsv4 import __version__
 from dsv4.convert.checkpoint.header import strict_json
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
 from dsv4.convert.plan.settings import Settings
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .atomic_file import read_small
 from .journal import FinishedShard
@@ -123,9 +123,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    manifest = strict_json(read_small(path, MAX_MANIFEST_BYTES), printable(str(path)))
+    manifest = strict_json(read_small(path, MAX_MANIFEST_BYTES), str(path))
     if not _is_manifest(manifest):
-        raise InputError(f"{printable(str(path))}: not a manifest of this version of dsv4", "Choose another folder.")
+        raise InputError(f"{path}: not a manifest of this version of dsv4", "Choose another folder.")
     return dict(manifest)
 
 
@@ -139,6 +139,6 @@ def check_owned(names: list[Any]) -> list[str]:
     """File names from a manifest or journal, refused if one could lead out of the folder. Raises InputError."""
     for name in names:
         if not _stays_inside(name):
-            shown = printable(str(name)[:80])
-            raise InputError(f"manifest or journal names a file '{shown}'", "It was tampered with: use a new folder.")
+            text = f"manifest or journal names a file '{str(name)[:80]}'"
+            raise InputError(text, "It was tampered with: use a new folder.")
     return names

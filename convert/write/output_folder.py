@@ -17,7 +17,7 @@ from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.plan.container import Container
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.plan.shards import OutputShard
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, UsageError
 from dsv4.files import PREFIX, fsync_folder
 from dsv4.progress import Progress, ignore, result_of
 
@@ -49,7 +49,7 @@ def read_output_state(folder: Path) -> OutputState:
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(PREFIX))
     if strangers:
         raise UsageError(
-            f"{printable(str(folder))} is not empty (it holds {printable(strangers[0])}) and was not written by dsv4",
+            f"{folder} is not empty (it holds {strangers[0]}) and was not written by dsv4",
             "Choose a new or empty folder. --overwrite replaces only what dsv4 wrote.",
         )
     return OutputState()
@@ -69,7 +69,7 @@ def check_in_the_way(folder: Path, state: OutputState, names: list[str]) -> None
     foreign = sorted(n for n in set(names) - set(owned_files(state)) if (folder / n).exists())
     if foreign:
         raise UsageError(
-            f"{printable(str(folder))}: {printable(foreign[0])} was not written by dsv4 and would be replaced",
+            f"{folder}: {foreign[0]} was not written by dsv4 and would be replaced",
             "Move it away: --overwrite replaces only what dsv4 wrote.",
         )
 
@@ -119,12 +119,12 @@ def check_finished(
     for name, entry in {**manifest["shards"], **manifest["files"]}.items():
         if sizes.get(name) != entry["size"]:
             state = "is missing" if name not in sizes else f"has {sizes[name]} bytes, {entry['size']} expected"
-            raise InputError(f"{printable(str(folder))}: {printable(name)} {state}", hint)
+            raise InputError(f"{folder}: {name} {state}", hint)
         if name in manifest["shards"]:
             container.check_file(storage, name, sizes[name])
     changed = source_changed(checkpoint, (folder / MANIFEST_NAME).stat().st_mtime_ns)
     if changed:
-        raise UsageError(f"the source changed after {printable(str(folder))} was made from it: {min(changed)}", hint)
+        raise UsageError(f"the source changed after {folder} was made from it: {min(changed)}", hint)
 
 
 def file_sha256(path: Path, stop: Event) -> str:

@@ -20,7 +20,7 @@ from dsv4.convert.write.shards.in_flight import Flight, InFlight, Written
 from dsv4.convert.write.shards.resources import Resources
 from dsv4.convert.write.shards.shard import write_shard
 from dsv4.convert.write.shards.workers import Workers
-from dsv4.errors import InputError, Interrupted, MachineError, printable
+from dsv4.errors import InputError, Interrupted, MachineError
 from dsv4.machine import free_bytes
 from dsv4.progress import Progress, ignore
 
@@ -141,7 +141,7 @@ class _Run:
         if missing:
             shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             raise InputError(
-                f"{printable(str(self.job.output))} is not complete: {len(missing)} of {len(self.shards)} shards are "
+                f"{self.job.output} is not complete: {len(missing)} of {len(self.shards)} shards are "
                 f"not there or not whole: {shown}",
                 "Run the parts that write them again (the same --part commands), then --finish.",
             )
@@ -241,7 +241,7 @@ def _check_disk(job: Job, missing_bytes: int) -> None:
     free = free_bytes(job.output)
     if needed > free:
         raise MachineError(
-            f"the output needs {needed} bytes, {free} are free where {printable(str(job.output))} is",
+            f"the output needs {needed} bytes, {free} are free where {job.output} is",
             "Free some space or choose another disk. Nothing was written.",
         )
 

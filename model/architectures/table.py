@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4.convert.checkpoint.editions.table import EDITIONS, edition_of
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.model.config import Config
 from dsv4.model.layers.numerics import Numerics
 from dsv4.model.weight_store import WeightStore
@@ -37,8 +37,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if name not in ARCHITECTURES:
         known = (kind for edition in EDITIONS if edition.architecture in ARCHITECTURES for kind in edition.model_types)
         raise InputError(
-            f"config.json: model_type is {printable(repr(config['model_type']))}, "
-            f"this engine runs {', '.join(dict.fromkeys(known))}",
+            f"config.json: model_type is {config['model_type']!r}, this engine runs {', '.join(dict.fromkeys(known))}",
             "Everything else works: `dsv4 inspect`, `dsv4 convert`, `dsv4 verify`.",
         )
     return ARCHITECTURES[name]

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .editions import protocol_of
 from .protocol import END_THINK, EOS, Protocol, check_thinking_mode, to_json
@@ -68,8 +68,8 @@ def _parse_parameter(reader: _Reader) -> tuple[str, str]:
     if is_text == "true":
         return name, to_json(value)
     if not _is_json(value):
-        quoted = printable(value if len(value) <= MOST_QUOTED else value[:MOST_QUOTED] + "…")
-        reader.fail(f"""parameter '{printable(name)}' has string="false", but its value is not JSON: {quoted}""", start)
+        quoted = value if len(value) <= MOST_QUOTED else value[:MOST_QUOTED] + "…"
+        reader.fail(f"""parameter '{name}' has string="false", but its value is not JSON: {quoted}""", start)
     return name, value
 
 
@@ -80,7 +80,7 @@ def _parse_parameters(reader: _Reader, marker: str) -> str:
         start = reader.position
         name, value = _parse_parameter(reader)
         if name in arguments:
-            reader.fail(f"parameter '{printable(name)}' is given twice", start)
+            reader.fail(f"parameter '{name}' is given twice", start)
         arguments[name] = value
         start = reader.position
         between, marker = reader.until(reader.parameter, reader.end_invoke)

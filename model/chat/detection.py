@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.header import strict_json
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .editions import PROTOCOLS
 from .protocol import Protocol
@@ -63,9 +63,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    config = strict_json(path.read_bytes(), printable(str(path)))
+    config = strict_json(path.read_bytes(), str(path))
     if not isinstance(config, dict):
-        raise InputError(f"{printable(str(path))}: a JSON object is expected")
+        raise InputError(f"{path}: a JSON object is expected")
     return config
 
 
@@ -76,7 +76,7 @@ def _encoder_literals(path: Path) -> dict[str, object]:
             raise ValueError("it is too large for an encoder")
         return module_literals(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of another encoding, too
-        raise InputError(f"{printable(str(path))} does not tell the edition: {printable(str(error))}", ASK) from None
+        raise InputError(f"{path} does not tell the edition: {error}", ASK) from None
 
 
 def _same(found: object, released: object) -> bool:
@@ -110,7 +110,7 @@ def _from_encoder(folder: Path, encoder: str) -> PromptEdition:
         if protocol.signs.recognises(literals):
             return PromptEdition(protocol.edition, f"told from {encoder}", _changes(literals, protocol))
     known = " or ".join(protocol.edition for protocol in protocols)
-    raise InputError(f"{printable(str(folder / encoder))} is not the encoder of edition {known}", ASK)
+    raise InputError(f"{folder / encoder} is not the encoder of edition {known}", ASK)
 
 
 def _assumed(edition: str, reason: str) -> PromptEdition:
@@ -127,7 +127,7 @@ def _from_config(folder: Path, config: Mapping[str, Any]) -> PromptEdition:
     path = folder.resolve()
     name = path.parent.parent.name if path.parent.name == "snapshots" else path.name  # of the repository, in a cache
     edition = "preview" if "dspark" in name.lower() and not re.search("0731|0813", name) else "0731"
-    return _assumed(edition, f"config.json has {UNDECIDED}; the name {printable(name)} has to decide")
+    return _assumed(edition, f"config.json has {UNDECIDED}; the name {name} has to decide")
 
 
 def prompt_edition_of(folder: str | Path) -> PromptEdition:

@@ -12,8 +12,6 @@ has none, and an answer with `prefix` is one to continue.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4.errors import printable
-
 from .editions import protocol_of
 from .preparation import Block, Conversation, Message, Turn, prepare, reasoning_of
 from .protocol import (
@@ -122,7 +120,7 @@ def _answer(turn: Turn, index: int, how: Conversation) -> str:
 def _body(turn: Turn, index: int, how: Conversation) -> str:
     """One turn without the text that announces the answer to it."""
     if turn.role not in how.protocol.roles:
-        turn.fail(f"unknown role '{printable(turn.role)}'", f"Roles are {', '.join(how.protocol.roles)}.")
+        turn.fail(f"unknown role '{turn.role}'", f"Roles are {', '.join(how.protocol.roles)}.")
     if turn.role == "user":
         return USER + "\n\n".join(_block(turn, block) for block in turn.blocks)
     if turn.role == "assistant":

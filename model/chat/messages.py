@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.header import strict_json
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .protocol import TASKS, Effort, ThinkingMode
 
@@ -38,12 +38,12 @@ def read_text(path: str) -> str:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{printable(path)} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def read_json(path: str) -> Any:
     """The JSON value in a file, or on standard input for "-". Raises InputError if it is none."""
-    return strict_json(read_text(path), printable(path), "Mend the file: it must hold one JSON value.")
+    return strict_json(read_text(path), path, "Mend the file: it must hold one JSON value.")
 
 
 def _system_message(messages: MessageList) -> tuple[MessageList, dict[str, Any]]:
@@ -73,7 +73,7 @@ def _with_task(messages: MessageList, task: object, where: str) -> MessageList:
         return messages
     asking = [i for i, message in enumerate(messages) if message.get("role") == "user"]
     if not asking or not isinstance(task, str) or task not in TASKS:
-        problem = f"unknown task {printable(repr(task))}" if asking else "a task needs a user message"
+        problem = f"unknown task {task!r}" if asking else "a task needs a user message"
         raise InputError(f"{where}: {problem}", f"Tasks are {', '.join(TASKS)}.")
     last = asking[-1]
     return [{**message, "task": task} if i == last else message for i, message in enumerate(messages)]
@@ -84,9 +84,7 @@ def _thinking_mode(request: dict[str, Any], where: str) -> ThinkingMode | None:
     thinking, effort = request.get("thinking"), request.get("reasoning_effort")
     kind = str(thinking.get("type")) if isinstance(thinking, dict) else ""
     if thinking is not None and kind not in THINKING_TYPES:
-        raise InputError(
-            f"{where}: thinking is {printable(repr(thinking)[:60])}", 'Expected {"type": "enabled"} or "disabled".'
-        )
+        raise InputError(f"{where}: thinking is {repr(thinking)[:60]}", 'Expected {"type": "enabled"} or "disabled".')
     if kind:
         return THINKING_TYPES[kind]
     return None if effort is None else "chat" if effort == "none" else "thinking"
@@ -96,7 +94,7 @@ def _reasoning_effort(request: dict[str, Any], where: str) -> Effort | None:
     """`reasoning_effort` as a word of the API or a whole number; None if it is absent or "none"."""
     effort = request.get("reasoning_effort")
     if effort is not None and effort not in API_EFFORTS and type(effort) is not int:
-        problem = f"{where}: reasoning_effort is {printable(repr(effort)[:60])}"
+        problem = f"{where}: reasoning_effort is {repr(effort)[:60]}"
         raise InputError(problem, f"Expected {', '.join(API_EFFORTS)} or, for V4.1, a whole number from 1 to 100.")
     return None if effort == "none" else effort
 
@@ -117,7 +115,6 @@ def _response_format(value: object) -> object:
 
 def as_request(value: object, where: str) -> Request:
     """A request, or a list of messages, from the JSON value of a file that `where` names. Raises InputError."""
-    where = printable(where)
     if not isinstance(value, dict) or "messages" not in value:
         return Request(_message_list(value, where))
     messages = _with_task(_message_list(value["messages"], where), value.get("task"), where)
@@ -138,5 +135,5 @@ def read_tools(path: str) -> list[Any]:
     """The tools in a JSON file: a list of `{"type": "function", "function": {...}}`."""
     value = read_json(path)
     if not isinstance(value, list):
-        raise InputError(f"{printable(path)}: expected a JSON list of tools, found {type(value).__name__}")
+        raise InputError(f"{path}: expected a JSON list of tools, found {type(value).__name__}")
     return value

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 from .protocol import TASKS, Protocol
 
@@ -57,7 +57,7 @@ class Turn:
 
     def fail(self, problem: str, hint: str = "") -> NoReturn:
         """Raise InputError with the turn's name in front."""
-        raise InputError(f"{self.name} ({printable(self.role)}): {problem}", hint)
+        raise InputError(f"{self.name} ({self.role}): {problem}", hint)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def _turn(name: str, message: object, protocol: Protocol) -> Turn:
         raise InputError(f"{name}: expected an object, found {type(message).__name__}")
     role = message.get("role")
     if not isinstance(role, str):
-        raise InputError(f"{name}: expected a role, found {printable(repr(role))}")
+        raise InputError(f"{name}: expected a role, found {role!r}")
     turn = Turn(name, role, message)
     task = message.get("task")
     if task is not None and (not isinstance(task, str) or task not in TASKS):
-        turn.fail(f"unknown task '{printable(str(task))}', expected one of {', '.join(TASKS)}")
+        turn.fail(f"unknown task '{task}', expected one of {', '.join(TASKS)}")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         turn.fail("expected tool_calls to be a list of objects")

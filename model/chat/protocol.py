@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 
 ThinkingMode = Literal["chat", "thinking"]
 Effort = str | int
@@ -91,7 +91,7 @@ class Efforts:
         if self._is_number(effort) or (isinstance(effort, str) and effort in self.texts):
             return effort
         levels = ", ".join(self.texts) + (" or a whole number from 1 to 100" if self.by_number else "")
-        raise UsageError(f"unknown reasoning effort '{printable(str(effort))}', expected {levels}")
+        raise UsageError(f"unknown reasoning effort '{effort}', expected {levels}")
 
     def from_api(self, effort: Effort) -> Effort:
         """What a request's `reasoning_effort` means here: the API has more words than an edition has levels."""
@@ -156,4 +156,4 @@ class Protocol:
 def check_thinking_mode(thinking_mode: str) -> None:
     """Raise UsageError unless `thinking_mode` is chat or thinking."""
     if thinking_mode not in get_args(ThinkingMode):
-        raise UsageError(f"unknown thinking mode '{printable(str(thinking_mode))}', expected chat or thinking")
+        raise UsageError(f"unknown thinking mode '{thinking_mode}', expected chat or thinking")

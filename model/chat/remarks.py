@@ -6,8 +6,6 @@ well. `notes` names what of the messages is left out; `warnings` says what the m
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dsv4.errors import printable
-
 from .editions import protocol_of
 from .encoding import announcement, unsupported
 from .messages import Request
@@ -40,18 +38,18 @@ def notes(request: Request) -> list[str]:
     """A line for each message of which the prompt leaves something out, and one for the request."""
     lines = []
     if request.ignored:
-        lines.append(f"request: not in the prompt: {', '.join(map(printable, request.ignored))}")
+        lines.append(f"request: not in the prompt: {', '.join(request.ignored)}")
     for number, message in enumerate(request.messages):
-        name = f"message {number} ({printable(str(message['role']))})"
+        name = f"message {number} ({message['role']})"
         if ignored := _ignored_fields(message):
-            lines.append(f"{name}: not in the prompt: {', '.join(map(printable, ignored))}")
+            lines.append(f"{name}: not in the prompt: {', '.join(ignored)}")
         if parts := _unsupported_parts(message):
-            lines.append(f"{name}: the model sees {', '.join(map(printable, parts))} in place of a part")
+            lines.append(f"{name}: the model sees {', '.join(parts)} in place of a part")
     return lines
 
 
 def _name(turn: Turn) -> str:
-    return f"{turn.name} ({printable(turn.role)})"
+    return f"{turn.name} ({turn.role})"
 
 
 def _lost_tasks(how: Conversation) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from dsv4.convert.checkpoint.file_kinds import refuse_other_kinds
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 
 
 class TextTokenizer:
@@ -19,14 +19,14 @@ class TextTokenizer:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise InputError(
-                f"{printable(str(path))} does not exist",
+                f"{path} does not exist",
                 "Without a tokenizer, give token ids: --tokens 0,5,7. Or copy the release's tokenizer.json there.",
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            refuse_other_kinds(path.read_bytes(), printable(str(path)))
-            raise InputError(f"{printable(str(path))} is not a tokenizer: {printable(str(error))}") from None
+            refuse_other_kinds(path.read_bytes(), str(path))
+            raise InputError(f"{path} is not a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, nothing added. Raises InputError for text that has no UTF-8 form."""

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, Matrix
 from dsv4.quant import compiled
 
@@ -123,7 +123,7 @@ def wanted_form() -> str | None:
     """
     name = os.environ.get(VARIABLE) or BEST
     if name != BEST and name not in FORMS:
-        raise UsageError(f"{VARIABLE} is '{printable(name)}'", f"It is one of {', '.join((BEST, *FORMS))}, or not set.")
+        raise UsageError(f"{VARIABLE} is '{name}'", f"It is one of {', '.join((BEST, *FORMS))}, or not set.")
     if name == BEST or compiled.library() is None:
         return next(iter(forms()), None)
     if name not in forms():

@@ -18,9 +18,31 @@ from dsv4.commands import demo, doctor, download, encode, env, inspect, verify
 from dsv4.commands.convert import command as convert_command
 from dsv4.commands.run import command as run_command
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from dsv4.text import printable
+
+
+class _Printable:
+    """Typer prints itself what is wrong with arguments, and quotes them. They may be names of files, with any
+    characters: those that could act on a terminal are escaped.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer does, with a printable message."""
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                error.message = printable(error.message)  # type: ignore[attr-defined]
+            raise
+
+
+class _Program(_Printable, typer.core.TyperGroup):
+    """`dsv4` itself."""
+
 
 app = typer.Typer(
     name="dsv4",
+    cls=_Program,
     help="Convert DeepSeek-V4 checkpoints without changing a value, prove it, and run them.",
     epilog="Exit codes: 0 done or identical, 1 different, 2 wrong usage, 3 bad input, 4 system error.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,7 +67,7 @@ def _options(
     pass
 
 
-class _Command(typer.core.TyperCommand):
+class _Command(_Printable, typer.core.TyperCommand):
     """A command whose usage line names its arguments plainly, `SOURCE [OUTPUT]`, as every manual does."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

@@ -7,7 +7,6 @@ none of the expected ones is a bug in dsv4, with the exit code 70.
 import contextlib
 import errno
 import os
-import traceback
 from collections.abc import Callable, Sequence
 
 from dsv4 import output
@@ -19,7 +18,6 @@ from dsv4.errors import (
     InputError,
     MachineError,
     UsageError,
-    printable,
 )
 
 # What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
@@ -39,7 +37,7 @@ HINTS = {
 
 def explain_os_error(error: OSError) -> Dsv4Error:
     """An error of the operating system as one with an exit code and a hint."""
-    where = printable(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
     text = f"{where}: {error.strerror}" if where else (error.strerror or str(error))
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return InputError(text, "Check the path.")
@@ -55,8 +53,8 @@ def explain(error: Exception) -> Dsv4Error:
     library_says = str(error) if isinstance(error, RuntimeError | ImportError) else ""
     if isinstance(error, MemoryError) or any(words in library_says for words in NO_MEMORY):
         return MachineError("out of memory", "Lower --max-memory or --max-workers.")
-    text = printable(f"{type(error).__name__}: {error}")
-    return Dsv4Error(f"this is a bug in dsv4: {text}", "Please report it with the traceback that DSV4_DEBUG=1 shows.")
+    text = f"this is a bug in dsv4: {type(error).__name__}: {error}"
+    return Dsv4Error(text, "Please report it with the traceback that DSV4_DEBUG=1 shows.")
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
@@ -91,7 +89,7 @@ def run(program: Callable[..., object], arguments: Sequence[str]) -> int:
         return error.exit_code
     except Exception as error:
         if os.environ.get("DSV4_DEBUG"):
-            traceback.print_exception(error)
+            output.current().traceback(error)
         explained = explain(error)
         output.current().error(explained)
         return explained.exit_code

@@ -3,14 +3,17 @@
 Each class carries the exit code that scripts see, so the place that finds a problem also decides the
 exit code. Imports only how text is written: every other module may import this one.
 
+Messages quote names, values and answers as they were found: the exception escapes what could act on a terminal, once
+for the command line and for Python.
+
 Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an error); 2 wrong usage;
 3 invalid or corrupt input; 4 system error; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from dsv4.text import printable as printable
+from dsv4.text import printable
 
 EXIT_DONE = 0
 EXIT_DIFFERENCE = 1
@@ -25,14 +28,15 @@ EXIT_TERMINATED = 143
 class Dsv4Error(Exception):
     """A problem with a message for the user: what was expected, what was found, where, and what to do.
 
-    `hint` is the next thing to try, printed on its own line.
+    `hint` is the next thing to try, printed on its own line. `details` are further lines under the message. Characters
+    that could act on a terminal are escaped, newlines included: only the ends of these lines are newlines.
     """
 
     exit_code = EXIT_BUG
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+    def __init__(self, message: str, hint: str = "", details: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join(map(printable, (message, *details))))
+        self.hint = printable(hint)
 
 
 class UsageError(Dsv4Error):
@@ -68,7 +72,7 @@ def _lost_rank(error: RuntimeError) -> LostRank:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
     reason = reason.removeprefix(reason[: reason.find("] ") + 2] if reason.startswith("[") else "").split(". ")[0]
     return LostRank(
-        f"another rank ended or cannot be reached ({printable(reason[:200])})",
+        f"another rank ended or cannot be reached ({reason[:200]})",
         "Its own message, or the launcher's table, says why. What was finished is kept.",
     )
 

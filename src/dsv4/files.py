@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 
 PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
@@ -77,7 +77,7 @@ def _written_beside(path: Path, warn: Warn) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     if not (fsync_folder(path.parent) and durable):
-        warn(NOT_DURABLE.format(folder=printable(str(path.parent))))
+        warn(NOT_DURABLE.format(folder=path.parent))
 
 
 @contextlib.contextmanager
@@ -103,9 +103,9 @@ def check_writable(path: str | Path) -> None:
     """
     final = Path(os.path.realpath(path))
     if final.is_dir():
-        raise UsageError(f"{printable(str(path))} is a folder", "Name a file.")
+        raise UsageError(f"{path} is a folder", "Name a file.")
     if not final.parent.is_dir():
-        raise UsageError(f"{printable(str(path))}: the folder does not exist", "Create it first.")
+        raise UsageError(f"{path}: the folder does not exist", "Create it first.")
     with _naming(Path(path)):
         if not _is_replaced(final):
             os.close(os.open(final, os.O_WRONLY))

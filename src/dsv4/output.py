@@ -4,6 +4,10 @@ Results go to stdout, messages and progress bars to stderr, so that `dsv4 inspec
 `dsv4 verify --json | jq` work. The mode is decided once per command: human; JSON (exactly one object on stdout, no
 bars); quiet (the answer and errors only); silent (errors only), for all ranks of a shared run but the first. Colour is
 used only on a terminal, and not if NO_COLOR is set or TERM is `dumb`.
+
+Names, config values and answers of hubs are untrusted, so each call prints one line in which every character that could
+act on a terminal is escaped, newlines included: nothing in a name can begin a line of its own. Callers pass text as it
+was found. What has several lines is passed as several lines. Only `data`, the answer itself, keeps its newlines.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
@@ -48,7 +53,7 @@ class ProgressBar:
     def __init__(
         self, total: int, what: str, stream: TextIO, enabled: bool, unit: str = "B", passing: bool = False
     ) -> None:
-        self.total, self.what, self.unit, self.done = total, what, unit, 0
+        self.total, self.what, self.unit, self.done = total, printable(what), unit, 0
         self._stream, self._started = stream, time.monotonic()
         self._printed = self._started
         self._bar: Any = None
@@ -58,7 +63,7 @@ class ProgressBar:
 
             delay = SECONDS_UNTIL_A_PASSING_BAR if passing else 0
             self._bar = tqdm(
-                total=total, desc=what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True,
+                total=total, desc=self.what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True,
                 leave=not passing, delay=delay,
             )  # fmt: skip
 
@@ -111,6 +116,18 @@ class ProgressBar:
             self._bar.close()
 
 
+def _json_text(value: dict[str, Any], encoding: str | None) -> str:
+    """`value` as JSON over several lines. Characters that could act on a terminal, or that `encoding` lacks, are
+    written as JSON's own escapes: whoever parses it gets the same value.
+    """
+    only_ascii = (encoding or "utf-8").lower().replace("-", "") != "utf8"
+    lines = json.dumps(value, ensure_ascii=only_ascii, indent=2).split("\n")
+    return "\n".join(
+        line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+        for line in lines
+    )
+
+
 class Output:
     """Where a command's words and data go. Made once per command by `configure`.
 
@@ -125,6 +142,7 @@ class Output:
         self._warned: set[str] = set()
 
     def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
+        """Print `text` as it is. A character that the stream cannot encode is escaped."""
         try:
             print(text, file=stream, flush=True, end=end)
         except BrokenPipeError:
@@ -142,21 +160,25 @@ class Output:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
         return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
-    def text(self, line: str = "", end: str = "\n") -> None:
+    def text(self, line: str = "") -> None:
         """Data for stdout, in human mode. JSON mode has `result` instead."""
         if self.mode == "human":
-            self._write(sys.stdout, line, end)
+            self._write(sys.stdout, printable(line))
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Several lines of data."""
+        for line in lines:
+            self.text(line)
 
     def section(self, title: str, rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
         """A title and, indented, a table of aligned columns; those in `right` are aligned to the right."""
         self.text(title)
-        for line in aligned(rows or [["none"]], right):
-            self.text(f"  {line}")
+        self.lines(f"  {line}" for line in aligned(rows or [["none"]], right))
 
     def data(self, text: str = "", end: str = "\n") -> None:
         """Data for stdout that is the whole point of the command, such as an answer: -q does not silence it.
 
-        On a terminal, control characters are escaped: what a model writes is untrusted.
+        Newlines are kept. On a terminal, other control characters are escaped: what a model writes is untrusted.
         """
         if sys.stdout.isatty():
             text = "".join(c if c in "\n\t" or c.isprintable() else printable(c) for c in text)
@@ -170,27 +192,27 @@ class Output:
         """
         if self.mode == "json" and not self._has_result:
             self._has_result = True
-            self._write(sys.stdout, json.dumps(value, ensure_ascii=False, indent=2))
+            self._write(sys.stdout, _json_text(value, sys.stdout.encoding))
 
     def say(self, line: str = "") -> None:
         """Words for stderr: what happens, closing lines."""
         if self.mode == "human":
-            self._write(sys.stderr, line)
+            self._write(sys.stderr, printable(line))
 
     def detail(self, line: str) -> None:
         """Words that only `-v` shows."""
         if self.verbose and self.mode in ("human", "json"):
-            self._write(sys.stderr, self._colour(line, "2", sys.stderr))
+            self._write(sys.stderr, self._colour(printable(line), "2", sys.stderr))
 
     def hint(self, line: str) -> None:
         """The next command to try, after success."""
         if self.mode == "human":
-            self._write(sys.stderr, self._colour(line, "36", sys.stderr))
+            self._write(sys.stderr, self._colour(printable(line), "36", sys.stderr))
 
     def warn(self, line: str) -> None:
         """A warning on stderr, in JSON mode too; the command goes on."""
         if self.mode in ("human", "json"):
-            self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + line)
+            self._write(sys.stderr, self._colour("warning: ", "33", sys.stderr) + printable(line))
 
     def warn_once(self, line: str) -> None:
         """A warning that is not repeated."""
@@ -203,12 +225,18 @@ class Output:
 
         If one of them is full or closed, that is not reported: the exit code is that of the error.
         """
-        text = f"{self.speaker}: {error}" if self.speaker else str(error)
-        words = self._colour("error: ", "31", sys.stderr) + text + (f"\n  {error.hint}" if error.hint else "")
+        text = f"{printable(self.speaker)}: {error}" if self.speaker else str(error)
+        hint = printable(error.hint)
+        words = self._colour("error: ", "31", sys.stderr) + text + (f"\n  {hint}" if hint else "")
         with contextlib.suppress(ClosedPipe, OSError):
             self._write(sys.stderr, words)
         with contextlib.suppress(ClosedPipe, OSError):
-            self.result({"error": text, "hint": error.hint, "exit_code": error.exit_code})
+            self.result({"error": text, "hint": hint, "exit_code": error.exit_code})
+
+    def traceback(self, error: BaseException) -> None:
+        """Where an error was raised, on stderr: for bug reports."""
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            self._write(sys.stderr, printable(line))
 
     def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> ProgressBar:
         """A progress bar on stderr, human mode only."""

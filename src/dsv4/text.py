@@ -1,6 +1,7 @@
 """How sizes, times, lists and names are written for people: once for all commands and messages."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -30,8 +31,19 @@ def human_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def printable(text: str) -> str:
+    """`text` with control characters, surrogates and bidirectional marks escaped.
+
+    Names are untrusted input: printed raw they could move the cursor or recolour the terminal.
+    """
+    if text.isprintable():
+        return text  # nearly always, and asked for once per tensor
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Columns padded to equal width, two spaces apart; the columns in `right` are aligned to the right."""
+    rows = [list(map(printable, row)) for row in rows]  # before widths are taken: escapes are longer
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_right = set(right)
     return [
@@ -40,6 +52,14 @@ def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[st
         ).rstrip()
         for row in rows
     ]
+
+
+def wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Lines of at most `width` characters, broken at spaces only; `first` and `rest` begin the lines."""
+    return textwrap.wrap(
+        printable(text), width, initial_indent=first, subsequent_indent=rest,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def some_of(names: Sequence[str], most: int) -> str:
@@ -51,13 +71,3 @@ def some_of(names: Sequence[str], most: int) -> str:
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts expert 2 before expert 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, surrogates and bidirectional marks escaped.
-
-    Names are untrusted input: printed raw they could move the cursor or recolour the terminal.
-    """
-    if text.isprintable():
-        return text  # nearly always, and asked for once per tensor
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -18,8 +18,9 @@ from hostile import good_checkpoint
 import dsv4
 from dsv4 import cli, endings, output
 from dsv4.commands import inspect as command_inspect
-from dsv4.errors import InputError, Interrupted, MachineError, UsageError, printable
+from dsv4.errors import InputError, Interrupted, MachineError, UsageError
 from dsv4.output import ClosedPipe
+from dsv4.text import printable
 
 COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
 

@@ -13,7 +13,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import check_groups
 from dsv4.convert.plan.config_edit import with_expert_dtype
 from dsv4.convert.plan.settings import Settings
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.quant import fp8_to_fp4
 from dsv4.quant.block_scales import FP4_BLOCK, scale_shape
 from dsv4.quant.e2m1 import GROUP_SIZE
@@ -37,7 +37,7 @@ class Fp8ToFp4(Recipe):
         check_groups(weight.block)
         rows, columns = weight.logical_shape
         if columns % 2:
-            raise InputError(f"'{printable(weight.name)}' has {columns} columns: FP4 packs two elements into a byte")
+            raise InputError(f"'{weight.name}' has {columns} columns: FP4 packs two elements into a byte")
         reads, scales = (weight.info, weight.scale), scale_shape((rows, columns), FP4_BLOCK)
         return [
             OutputTensor(

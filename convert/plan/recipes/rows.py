@@ -8,7 +8,7 @@ import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
 from dsv4.convert.checkpoint.weights import Format, Weight
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.quant import e4m3, e8m0
 from dsv4.quant.block_scales import Block
 
@@ -94,14 +94,14 @@ def check_scale(raw: Array, info: TensorInfo) -> None:
     if bad:
         what = "byte 255, NaN" if info.dtype == "F8_E8M0" else "not positive and finite"
         raise InputError(
-            f"'{printable(info.name)}': {bad} block scales are {what}",
+            f"'{info.name}': {bad} block scales are {what}",
             f"{info.shard} is damaged or was never right: download it again.",
         )
 
 
 def damaged_scale(info: TensorInfo, error: ValueError) -> InputError:
     """The error for a scale tensor that the arithmetic refuses."""
-    return InputError(f"'{printable(info.name)}': {error}", "Download its shard again.")
+    return InputError(f"'{info.name}': {error}", "Download its shard again.")
 
 
 def typed_scale(raw: Array, info: TensorInfo) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _refuse_nan(checkpoint: Checkpoint, weight: Weight, raw: Array) -> None:
     step = max(1, PIECE_BYTES // max(weight.info.row_bytes, 1))
     found = sum(count_nan(read_rows(checkpoint, weight.info, a, min(a + step, rows))) for a in range(0, rows, step))
     raise InputError(
-        f"'{printable(weight.name)}' holds {found} E4M3 NaN codes, which stand for no value",
+        f"'{weight.name}' holds {found} E4M3 NaN codes, which stand for no value",
         "The source is damaged: download the shard again. (--to same copies the tensor as it is.)",
     )
 

@@ -11,7 +11,7 @@ import torch
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.quant import e8m0
 
 from .copy import copied, copied_scale
@@ -49,7 +49,7 @@ class Scales(Recipe):
         try:
             return PieceResult(e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy(), raw)
         except ValueError as error:
-            raise InputError(f"'{printable(info.name)}': {error}", "Keep float32 scales: --scale-dtype f32.") from None
+            raise InputError(f"'{info.name}': {error}", "Keep float32 scales: --scale-dtype f32.") from None
 
 
 RECIPE = Scales()

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dsv4.errors import printable
+from dsv4.text import printable
 
 _SHARED = Path(__file__).parent
 

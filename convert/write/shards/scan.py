@@ -12,7 +12,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import OutputTensor, Piece, Scan, join_scans, split
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
-from dsv4.errors import InputError, printable
+from dsv4.errors import InputError
 from dsv4.progress import Progress
 
 from .workers import Workers
@@ -83,12 +83,12 @@ def _refuse(
 ) -> None:
     def describe(scanned: Scanned) -> str:
         tensor, scan = scanned
-        return f"  {printable(tensor.name)}: {tensor.recipe.describe_inexact(checkpoint, tensor, scan)}"
+        return f"{tensor.name}: {tensor.recipe.describe_inexact(checkpoint, tensor, scan)}"
 
-    shown = "\n".join(words for _, words in workers.map(describe, inexact, progress))
     raise InputError(
-        f"{len(inexact)} tensors of {shard.file} have no exact form:\n{shown}",
+        f"{len(inexact)} tensors of {shard.file} have no exact form:",
         "--on-inexact keep leaves these tensors as they are; --on-inexact round rounds them and says so.",
+        [words for _, words in workers.map(describe, inexact, progress)],
     )
 
 

@@ -1,6 +1,6 @@
 """The message protocols, one file each. A new edition is a new file and a row in `PROTOCOLS`."""
 
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 from dsv4.model.chat.protocol import Protocol
 
 from .preview import PREVIEW
@@ -13,5 +13,5 @@ PROTOCOLS: dict[str, Protocol] = {protocol.edition: protocol for protocol in (PR
 def protocol_of(edition: str) -> Protocol:
     """The protocol of an edition. Raises UsageError for a name that is none."""
     if edition not in PROTOCOLS:
-        raise UsageError(f"unknown edition '{printable(str(edition))}', expected {', '.join(PROTOCOLS)}")
+        raise UsageError(f"unknown edition '{edition}', expected {', '.join(PROTOCOLS)}")
     return PROTOCOLS[edition]

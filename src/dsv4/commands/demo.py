@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dsv4 import endings, output
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 from dsv4.options import as_folder, example
 
 EPILOG = example("dsv4 demo", "dsv4 demo ./demo")
@@ -29,7 +29,7 @@ def _choose_folder(folder: Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="dsv4-demo-"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{printable(str(folder))} is not an empty folder", "Name a new folder for the demo.")
+        raise UsageError(f"{folder} is not an empty folder", "Name a new folder for the demo.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -48,9 +48,11 @@ def demo(
     out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
     make_checkpoint(place / "source")
     for step in _steps(place):
-        out.say(f"\n$ dsv4 {shlex.join(step)}")
+        out.say()
+        out.say(f"$ dsv4 {shlex.join(step)}")
         code = endings.run(context.find_root().command, step)
         if code:
             raise typer.Exit(code)
-    out.say(f"\nEverything is in {place}; open {place / 'report.html'} in a browser.")
+    out.say()
+    out.say(f"Everything is in {place}; open {place / 'report.html'} in a browser.")
     out.hint("yours: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")

@@ -1,15 +1,15 @@
 """`dsv4 doctor`: does an engine read a folder right, by the rules that dsv4 has for it?"""
 
 import shlex
-import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4 import output
 from dsv4.convert.plan.engines import EngineName
-from dsv4.errors import EXIT_DIFFERENCE, printable
+from dsv4.errors import EXIT_DIFFERENCE
 from dsv4.options import Json, Quiet, example, named
+from dsv4.text import wrapped
 
 if TYPE_CHECKING:
     from dsv4.convert.doctor.rules import Check, Diagnosis
@@ -20,13 +20,9 @@ WIDTH = 80
 def _print_check(out: output.Output, check: "Check") -> None:
     head = f"{check.status:9}{check.rule:21}"
     indent = " " * len(head)
-    wrap = textwrap.TextWrapper(WIDTH, head, indent, break_long_words=False, break_on_hyphens=False)
-    for line in wrap.wrap(check.text):
-        out.text(line)
-    if check.status != "ok" and check.fix:
-        wrap.initial_indent = indent
-        for line in wrap.wrap(check.fix):
-            out.text(line)
+    out.lines(wrapped(check.text, WIDTH, head, indent))
+    if check.status != "ok":
+        out.lines(wrapped(check.fix, WIDTH, indent, indent))
 
 
 def _print_verdict(out: output.Output, diagnosis: "Diagnosis") -> None:
@@ -39,8 +35,7 @@ def _print_verdict(out: output.Output, diagnosis: "Diagnosis") -> None:
     out.text()
     out.text(verdicts[diagnosis.loads])
     rules = f"Rules: {evidence} ({evidence.executed})." if evidence else "Rules: not checked by running the engine."
-    for line in textwrap.wrap(rules, WIDTH, break_long_words=False, break_on_hyphens=False):
-        out.text(line)
+    out.lines(wrapped(rules, WIDTH))
     for command in dict.fromkeys(check.command for check in diagnosis.checks if check.command):
         out.text(f"  {command}")  # one line, however long: it is there to be pasted
 
@@ -75,7 +70,7 @@ def doctor(
     if not diagnosis.loads:
         raise typer.Exit(EXIT_DIFFERENCE)
     here = shlex.join(["dsv4", "run", folder, "-p", "Hello"])
-    out.hint(f"start it: {diagnosis.start}" if diagnosis.start else f"try it here first: {printable(here)}")
+    out.hint(f"start it: {diagnosis.start}" if diagnosis.start else f"try it here first: {here}")
 
 
 EPILOG = example(

@@ -83,7 +83,7 @@ def encode(options: EncodeOptions) -> None:
         out.result({**result, "ids": ids})
     else:
         # Byte for byte in a file or pipe; a terminal's own prompt wants a line of its own.
-        out.text(prompt.text, end="\n" if sys.stdout.isatty() else "")
+        out.data(prompt.text, end="\n" if sys.stdout.isatty() else "")
         out.result(result)
 
 

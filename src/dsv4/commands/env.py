@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dsv4 import machine, output
-from dsv4.errors import printable
 from dsv4.options import Json, example
 from dsv4.text import human_bytes
 
@@ -145,12 +144,12 @@ def _system(found: dict[str, Any]) -> list[list[str]]:
 
 def _show(out: output.Output, found: dict[str, Any]) -> None:
     out.section("Versions", [[name, number or "not installed"] for name, number in found["versions"].items()])
-    out.section("System", [[name, printable(text)] for name, text in _system(found)])
-    devices = [[d["device"], printable(d["name"]), _size(d["memory_bytes"])] for d in found["devices"]]
+    out.section("System", [[name, text] for name, text in _system(found)])
+    devices = [[d["device"], d["name"], _size(d["memory_bytes"])] for d in found["devices"]]
     out.section("Devices besides the CPU", devices)
-    folders = [[w, f"{_size(f['free_bytes'])} free", printable(f["path"])] for w, f in found["folders"].items()]
+    folders = [[w, f"{_size(f['free_bytes'])} free", f["path"]] for w, f in found["folders"].items()]
     out.section("Folders", folders)
-    out.section("Environment", [[name, printable(value)] for name, value in found["variables"].items()])
+    out.section("Environment", [[name, value] for name, value in found["variables"].items()])
 
 
 def env(json: Json = False) -> None:

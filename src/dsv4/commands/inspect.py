@@ -1,7 +1,6 @@
 """`dsv4 inspect`: what is in a checkpoint, from its headers alone."""
 
 import shlex
-import textwrap
 from contextlib import ExitStack, closing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output
-from dsv4.errors import UsageError, printable
+from dsv4.errors import UsageError
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
 from dsv4.progress import Reached
-from dsv4.text import aligned, human_bytes, human_count, natural_order
+from dsv4.text import aligned, human_bytes, human_count, natural_order, wrapped
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
@@ -46,7 +45,7 @@ def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
     )
     rows = [["checkpoint", inspection.label]]
     if facts["architecture"]:
-        rows.append(["architecture", printable(f"{facts['architecture']} ({facts['model_type']})")])
+        rows.append(["architecture", f"{facts['architecture']} ({facts['model_type']})"])
     rows.append(["parameters", f"{human_count(parameters.total)} in total{active}"])
     if inspection.mtp_blocks:
         blocks = "block" if inspection.mtp_blocks == 1 else "blocks"
@@ -67,8 +66,7 @@ def _amounts(out: output.Output, title: str, amounts: dict[str, Any]) -> None:
     head = [title, "tensors", "parameters", "bytes"]
     rows = [[n, f"{a.tensors:,}", human_count(a.parameters), human_bytes(a.bytes)] for n, a in amounts.items()]
     out.text()
-    for line in aligned([head, *rows], (1, 2, 3)):
-        out.text(line)
+    out.lines(aligned([head, *rows], (1, 2, 3)))
 
 
 def _cache(out: output.Output, inspection: "Inspection") -> None:
@@ -113,10 +111,8 @@ def _findings(out: output.Output, inspection: "Inspection") -> None:
         return
     out.text("What looks wrong" if inspection.findings else "Nothing looks wrong.")
     for finding in inspection.findings:
-        line = f"{finding.level}: {finding.text}."
-        for part in (line, finding.hint):
-            for piece in textwrap.wrap(part, WIDTH - 4, break_long_words=False, break_on_hyphens=False):
-                out.text(f"  {piece}" if piece and part is line and line.startswith(piece) else f"    {piece}")
+        out.lines(wrapped(f"{finding.level}: {finding.text}.", WIDTH, "  ", "    "))
+        out.lines(wrapped(finding.hint, WIDTH, "    ", "    "))
 
 
 def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
@@ -124,14 +120,13 @@ def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
 
     facts = as_json(inspection)
     out.result(facts)
-    for line in aligned(_facts(inspection, facts)):
-        out.text(line)
+    out.lines(aligned(_facts(inspection, facts)))
     _amounts(out, "dtype", inspection.dtypes)
     _amounts(out, "part", inspection.families)
     _cache(out, inspection)
     _sizes(out, inspection)
     _findings(out, inspection)
-    out.hint(f"list the tensors: dsv4 inspect {printable(shlex.quote(source))} --tensors 'layers.0.*'")
+    out.hint(f"list the tensors: dsv4 inspect {shlex.quote(source)} --tensors 'layers.0.*'")
 
 
 def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
@@ -145,8 +140,8 @@ def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
     out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
     for shard in dict.fromkeys(info.shard for info in found):
         infos = sorted((info for info in found if info.shard == shard), key=lambda info: natural_order(info.name))
-        rows = [[printable(i.name), i.dtype, str(list(i.shape)), human_bytes(i.nbytes)] for i in infos]
-        _section(out, printable(shard), rows, (3,))
+        rows = [[i.name, i.dtype, str(list(i.shape)), human_bytes(i.nbytes)] for i in infos]
+        _section(out, shard, rows, (3,))
     out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {human_bytes(total)}")
 
 
@@ -182,13 +177,12 @@ def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
     with out.progress(size, "reading", passing=True) as progress:
         view = view_tensor(checkpoint, name, progress.advance)
     out.result(as_json(view))
-    facts = [["tensor", printable(name)], ["stored as", f"{view.format} ({view.info.dtype})"],
+    facts = [["tensor", name], ["stored as", f"{view.format} ({view.info.dtype})"],
              ["shape", str(list(view.shape))], ["shard", view.info.shard]]  # fmt: skip
     if view.scale and view.block:
         block = f"{view.block.rows} x {view.block.columns}"
         facts.append(["scale", f"{view.scale.dtype} {list(view.scale.shape)}, one per {block}"])
-    for line in aligned([*facts, *_numbers(view)]):
-        out.text(line)
+    out.lines(aligned([*facts, *_numbers(view)]))
     _grid(out, "First values", [[f"{value:.6g}" for value in row] for row in view.values])
     _grid(out, "Their codes", [[f"0x{code:02x}" for code in row] for row in view.codes])
     _grid(out, "First scales", [[f"{value:.6g}" for value in row] for row in view.scales])
@@ -234,7 +228,7 @@ def inspect(
     """
     out = output.configure(json)
     if pattern is not None and not tensors:
-        raise UsageError(f"'{printable(pattern)}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
+        raise UsageError(f"'{pattern}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
     if tensors and tensor is not None:
         raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
     from dsv4.convert.hub.open import HubOptions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output, signals
-from dsv4.errors import InputError, Interrupted, printable
+from dsv4.errors import InputError, Interrupted
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
 from dsv4.options import (
@@ -56,7 +56,7 @@ def _describe(difference: dict[str, Any], verbose: bool) -> list[str]:
     words = [difference["reason"]] if difference.get("reason") else []
     if count := difference.get("different_elements"):
         words.append(f"{count:,} of {difference['elements']:,} elements differ")
-    head = f"{difference['status']} {printable(difference['name'])}"
+    head = f"{difference['status']} {difference['name']}"
     lines = ["  ".join(filter(None, (head, ", ".join(words))))]
     if blocks := difference.get("blocks"):
         size = "x".join(map(str, difference["block"]))
@@ -115,7 +115,7 @@ def _print_inverse(out: output.Output, found: dict[str, Any]) -> None:
         out.text(f"inverse: {back:,} of {inverse['codes']:,} FP4 codes were rebuilt")
     for key, why in (("sign_of_zero_lost_in", "the sign of zero is gone"), ("not_rebuilt", "values differ")):
         if names := inverse[key]:
-            out.text(f"  {why} in {len(names)} tensors: {some_of(list(map(printable, names)), SHOWN)}")
+            out.text(f"  {why} in {len(names)} tensors: {some_of(names, SHOWN)}")
 
 
 def _print_findings(out: output.Output, result: "Verification", found: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _write_report(report: Path, found: dict[str, Any], out: output.Output) -> No
 
     with result_file(report, out.warn_once) as file:
         file.write(render(found).encode())
-    out.say(f"wrote {printable(str(report))}")
+    out.say(f"wrote {report}")
 
 
 def _runs(folder: Path) -> bool:
@@ -221,7 +221,7 @@ def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int,
     from dsv4.convert.hub.storage import HubFiles, open_hub_storage
 
     if converted is not None and not converted.is_dir():
-        raise InputError(f"{printable(str(converted))} is not a folder", "Give the folder of the converted checkpoint.")
+        raise InputError(f"{converted} is not a folder", "Give the folder of the converted checkpoint.")
     hub = HubOptions(
         options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=progress,
         progress=signals.look,
@@ -263,9 +263,9 @@ def _suggest(out: output.Output, options: VerifyOptions) -> None:
         return
     words = ["dsv4", "run", options.source, "-p", "Hello"]
     if options.converted is None:
-        out.hint(f"run it: {printable(shlex.join(words))}")
+        out.hint(f"run it: {shlex.join(words)}")
     elif _runs(options.converted):
-        out.hint(f"run both: {printable(shlex.join([*words, '--compare', str(options.converted)]))}")
+        out.hint(f"run both: {shlex.join([*words, '--compare', str(options.converted)])}")
 
 
 def _print_and_report(out: output.Output, result: "Verification", options: VerifyOptions) -> None:

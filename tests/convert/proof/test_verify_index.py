@@ -163,7 +163,7 @@ def test_a_scale_that_a_quantized_weight_needs(folders: dict[str, Path]) -> None
         (lambda i: i.update(metadata={"made_by": "x"}), "has no total_size"),
         (lambda i: i.update(metadata={"total_size": float(i["metadata"]["total_size"]) + 0.5}), "total_size says"),
         (lambda i: i.update(metadata={"total_size": 1}), "total_size says 1 bytes, the tensors have "),
-        (lambda i: i.update(metadata={"total_size": "many\x1b"}), "total_size says many\\x1b bytes"),
+        (lambda i: i.update(metadata={"total_size": "many\x1b"}), "total_size says 'many\\x1b' bytes"),
         (lambda i: i.update(metadata={"total_size": None}), "has no total_size"),
         (lambda i: i.update(metadata=None), "has no total_size"),
         (lambda i: i.update(metadata=[1, 2]), "has no total_size"),

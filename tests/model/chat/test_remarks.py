@@ -111,7 +111,7 @@ def test_fields_that_are_not_in_the_prompt_are_noted() -> None:
         ignored=("model", "a\x1bb"),
     )
     assert notes(request) == [
-        "request: not in the prompt: model, a\\x1bb",
+        "request: not in the prompt: model, a\x1bb",
         "message 0 (user): not in the prompt: name, reasoning_content",
         "message 1 (assistant): not in the prompt: audio",
         "message 2 (tool): not in the prompt: is_error",

@@ -7,7 +7,6 @@ from dsv4 import output
 from dsv4.convert.checkpoint.names import draft_stages
 from dsv4.convert.plan.engines import Stored, caveats_of
 from dsv4.convert.plan.settings import CONVERSIONS, Settings
-from dsv4.errors import printable
 from dsv4.machine import peak_memory
 from dsv4.text import aligned, human_bytes, human_seconds
 
@@ -91,7 +90,7 @@ def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
     if summary["nan_codes"]:
         out.warn(f"{summary['nan_codes']:,} E4M3 NaN codes were copied: the source holds them")
     for name in result.kept_tensors[:10]:
-        out.warn(f"kept: {printable(name)}")
+        out.warn(f"kept: {name}")
     if len(result.kept_tensors) > 10:
         out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
     _warn_of_mixture(out, result)
@@ -101,9 +100,9 @@ def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
 
 def print_result(out: output.Output, result: "Result", source: str, told: tuple[str, ...]) -> None:
     """How a whole conversion ended. source: as `dsv4 verify` takes it. told: what to know before starting an engine."""
-    next_step = f"prove it: {printable(shlex.join(['dsv4', 'verify', source, str(result.output)]))}"
+    next_step = f"prove it: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
     if result.already_done:
-        out.say(f"nothing to do: {printable(str(result.output))} is complete and from this source")
+        out.say(f"nothing to do: {result.output} is complete and from this source")
         out.hint(next_step)
         return
     seconds = max(result.seconds, 1e-9)

@@ -160,7 +160,8 @@ class Chat:
             self.clear()
             self.out.say("system message set, conversation cleared" if rest else "no system message")
         else:
-            self.out.say(HELP)
+            for line in HELP.splitlines():
+                self.out.say(line)
         return True
 
 

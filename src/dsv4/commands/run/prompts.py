@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.commands.prompting import Asked, Style, Written, choose_edition, choose_style, write_prompt
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, UsageError
 from dsv4.output import Output
 
 from .options import RunOptions
@@ -64,14 +64,12 @@ def parse_tokens(text: str) -> list[int]:
 
     inline = re.fullmatch(r"[\[\]\d\s,]*", text) is not None
     if not inline and not os.path.exists(text):
-        raise InputError(
-            f"'{printable(text)}' is neither a list of token ids nor a file", "Write --tokens 0,17,4 or name a file."
-        )
+        raise InputError(f"'{text}' is neither a list of token ids nor a file", "Write --tokens 0,17,4 or name a file.")
     content = text if inline else read_text(text)
     words = re.split(r"[\s,\[\]]+", content)
     for word in filter(None, words):
         if not re.fullmatch(r"\d{1,18}", word):
-            raise InputError(f"'{printable(word[:40])}' is not a token id", "Ids are whole numbers, such as 0,17,4.")
+            raise InputError(f"'{word[:40]}' is not a token id", "Ids are whole numbers, such as 0,17,4.")
     return [int(word) for word in words if word]
 
 
@@ -115,10 +113,10 @@ def _from_file(path: str, dialogue: Dialogue) -> "list[str | Request]":
     if not isinstance(value, list):
         lines: list[str | Request] = [line for line in text.splitlines() if line.strip()]
         if not lines:
-            raise InputError(f"{printable(path)} holds no prompt")
+            raise InputError(f"{path} holds no prompt")
         return lines
     if dialogue.raw and not all(isinstance(item, str) for item in value):
-        raise InputError(f"{printable(path)} holds messages", "--raw needs texts.")
+        raise InputError(f"{path} holds messages", "--raw needs texts.")
     return [
         item if isinstance(item, str) else as_request(item, f"{path}, prompt {number}")
         for number, item in enumerate(value)

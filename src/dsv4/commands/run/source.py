@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4.errors import InputError, UsageError, printable
+from dsv4.errors import InputError, UsageError
 from dsv4.output import Output
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class Source:
         path = Path(self.folder) / "generation_config.json"
         value = self.checkpoint.config.get("eos_token_id")
         if value is None and path.is_file():
-            content = strict_json(path.read_bytes(), printable(str(path)))
+            content = strict_json(path.read_bytes(), str(path))
             if not isinstance(content, dict):
-                raise InputError(f"{printable(str(path))}: a JSON object is expected")
+                raise InputError(f"{path}: a JSON object is expected")
             value = content.get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) for i in ids):
-            raise InputError(f"{printable(self.folder)}: eos_token_id must be a token id or a list of them")
+            raise InputError(f"{self.folder}: eos_token_id must be a token id or a list of them")
         return frozenset(ids)
 
 
