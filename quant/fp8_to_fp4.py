@@ -3,7 +3,8 @@
 A group of 32 elements of one row gets one scale 2**s. The finest s with which nothing saturates is the one that puts
 the largest magnitude at 4 or 6, the top binade of E2M1; a coarser one would only drop low bits. So a group has an
 exact form if and only if it is exact with that s (or with the smallest legal s, 2**-127, if that is larger).
-An upcast checkpoint always goes back to equal values this way.
+An upcast checkpoint always goes back to equal values this way. MXFP8 that was made of FP4 goes back to equal bytes:
+where a group's codes are values of E2M1, its own scale is taken.
 
 Everything that depends on a code is a table over its 256 values: the binade of its magnitude, and its nearest FP4
 code for each distance between the FP8 scale and the group's. Scales that are no powers of two take a slower way, by
@@ -75,6 +76,8 @@ def _cast_by_codes(codes: torch.Tensor, block_bytes: torch.Tensor, block: Block)
     base = _group_bytes(block_bytes, tuple(codes.shape), block)
     largest = (groups & 0b0_1111_111).amax(-1)
     scale = (base + finest_k[largest.int()]).clamp(0, e8m0.MAX_BYTE)
+    if block == GROUP:  # MXFP8: where the codes are values of E2M1, their scale is the one that FP4 had
+        scale = torch.where((_lookup(groups, torch.zeros_like(base)) & INEXACT).amax(-1) == 0, base, scale)
     found = _lookup(groups, scale - base)
     exact = (found & INEXACT).amax(-1) == 0
     if not exact.all():

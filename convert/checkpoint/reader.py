@@ -16,6 +16,8 @@ from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
 from .file_kinds import PREFIX_BYTES, refuse_other_kinds
+from .forms.form import RELEASED, Form
+from .forms.table import form_of
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .index import check_needed, ignored_files, select, shards_of, weight_map_of
 from .names import rank_file
@@ -153,6 +155,17 @@ def read_files(
     return shards, tensors
 
 
+def under_released_names(form: Form, tensors: dict[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
+    """The tensors of one file of a form under the release's names and dtypes. Raises InputError if two become one."""
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        released = form.tensor_name(name)
+        if released in found:
+            raise InputError(f"{where}: '{name}' and another tensor both stand for '{released}'")
+        found[released] = replace(info, name=released, dtype=form.dtype(name, info.dtype))
+    return found
+
+
 def open_source(source: Path | str | Storage, build: Callable[[Storage], "Checkpoint"]) -> "Checkpoint":
     """Build a checkpoint from a Storage, or from a folder, whose files are closed again if that fails."""
     if not isinstance(source, str | Path):
@@ -167,7 +180,10 @@ def open_source(source: Path | str | Storage, build: Callable[[Storage], "Checkp
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened, validated checkpoint. Get one with `Checkpoint.open`, or in any layout with `open_checkpoint`."""
+    """An opened, validated checkpoint. Get one with `Checkpoint.open`, or in any layout with `open_checkpoint`.
+
+    Tensors have the release's names and dtypes, whatever the form of the files; with the form RELEASED, their own.
+    """
 
     storage: Storage
     config_json: dict[str, Any]  # as the file has it
@@ -175,11 +191,22 @@ class Checkpoint:
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
     notes: list[str] = field(default_factory=list)  # what was ignored, a line each
+    form: Form = RELEASED
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json in the release's keys, whoever wrote it."""
-        return release_view(self.config_json)
+        """config.json in the release's keys, whoever wrote it; what it says of storage holds for these files."""
+        return release_view(self.form.stored_config(self.config_json))
+
+    @cached_property
+    def released_json(self) -> dict[str, Any]:
+        """config.json as the release of this model has it: what an output's config is made from."""
+        return self.form.released_config(self.config_json)
+
+    @cached_property
+    def released(self) -> dict[str, Any]:
+        """`released_json` in the release's keys."""
+        return release_view(self.released_json)
 
     @classmethod
     def open(cls, source: Path | str | Storage, progress: Reached = ignore) -> "Checkpoint":
@@ -191,12 +218,17 @@ class Checkpoint:
         sizes = storage.sizes()
         weight_map = _read_index(storage, sizes)
         names = [SINGLE_NAME] if weight_map is None else shards_of(weight_map, sizes, storage.label)
-        notes = ignored_files(names, sizes)
-        checkpoint = cls(storage, read_config(storage, sizes), sizes, {}, {}, notes)
+        config, notes = read_config(storage, sizes), ignored_files(names, sizes)
+        form = form_of(config)
+        checkpoint = cls(storage, config, sizes, {}, {}, notes, form)
         storage.choose_shards(names)
-        shards, found = read_files(storage, names, sizes, progress)
+        shards, stored = read_files(storage, names, sizes, progress)
+        found = {
+            name: under_released_names(form, tensors, f"{storage.label}/{name}") for name, tensors in stored.items()
+        }
         if weight_map is None:
             return replace(checkpoint, shards=shards, tensors=found[SINGLE_NAME])
+        weight_map = {form.tensor_name(name): shard for name, shard in weight_map.items()}
         where = f"{storage.label}/{INDEX_NAME}"
         selection = select(weight_map, found, where)
         check_needed(selection, checkpoint.config, where)

@@ -48,6 +48,7 @@ class Facts:
     ranks: number of rank files. problems: what is wrong with names, shapes and scales.
     notes: what was ignored on opening. pointers: files that are git-LFS pointers.
     foreign: the quantization of another tool, if it has one; names, shapes and scales are not checked then.
+    form: the form of another tool that it is stored in and dsv4 reads, "" for the release's.
     unreadable: why the folder cannot be read, and all the rest is empty; None if it can.
     """
 
@@ -68,6 +69,7 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     pointers: list[str] = field(default_factory=list)
     foreign: ForeignQuantization | None = None
+    form: str = ""
     unreadable: InputError | None = None
 
     def dimension(self, key: str) -> int | None:
@@ -112,6 +114,7 @@ def _facts_of_folder(storage: Folder, headers: Reached) -> Facts:
         facts.unreadable = error
         return facts
     facts.checkpoint, facts.config, facts.files = checkpoint, checkpoint.config, set(checkpoint.files)
+    facts.form = checkpoint.form.name
     facts.notes, facts.pointers = checkpoint.notes, lfs_pointers(storage, checkpoint.files)
     facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
     if facts.foreign is not None:

@@ -101,7 +101,7 @@ class RuleContext:
     def _advice(self, flags: str, settings: Settings, from_release: bool = False) -> Advice:
         """`dsv4 convert` from this folder if a dry run succeeds, else from the release."""
         facts, command = self.facts, f"dsv4 convert RELEASE NEW {flags}"
-        if facts.checkpoint is None or facts.experts == {"bf16"} or from_release:
+        if facts.checkpoint is None or facts.experts == {"bf16"} or from_release or facts.form:
             return Advice("", command)
         refusal = _refusal(facts.checkpoint, settings)
         if refusal is not None:
@@ -322,6 +322,12 @@ def _foreign(p: RuleContext) -> Iterator[Check]:
     yield Check("quantization", "unknown", str(p.facts.foreign), HINT)
 
 
+def _form(p: RuleContext) -> Iterator[Check]:
+    text = f"{p.facts.form}, in which dsv4 reads every value: nobody has shown that {p.name} loads this model so"
+    command = f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to fp4"
+    yield Check("form", "unknown", text, "The release's own form is what its rules are about.", command)
+
+
 Rule = Callable[[RuleContext], Iterator[Check]]
 
 RULES: tuple[Rule, ...] = (
@@ -329,6 +335,7 @@ RULES: tuple[Rule, ...] = (
     _ignored, _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
+RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files)
 
 
 @dataclass(frozen=True)
@@ -390,6 +397,6 @@ def diagnose(
     if facts.unreadable is not None:
         checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
     elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
-        rules = RULES_FOR_FOREIGN if facts.foreign else RULES
+        rules = RULES_FOR_FOREIGN if facts.foreign else RULES_FOR_FORMS if facts.form else RULES
         checks += [check for rule in rules for check in rule(context)]
     return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context))

@@ -68,6 +68,7 @@ class Inspection:
     """Everything `dsv4 inspect` shows. For a single file `config` is empty and what needs it is None."""
 
     label: str
+    form: str  # of another tool; "" for the release's own
     config: dict[str, Any]
     shards: int
     total: Amount
@@ -153,6 +154,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     dtypes, families = _amounts(tensors, weights)
     return Inspection(
         label=_label(checkpoint),
+        form=checkpoint.form.name,
         config=config,
         shards=len(checkpoint.shards),
         total=sum(dtypes.values(), Amount()),
@@ -198,6 +200,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
     block = weight_block(config)
     return {
         "checkpoint": inspection.label,
+        "form": inspection.form or None,
         "architecture": architecture_name(config),
         "model_type": config_string(config, "model_type"),
         "shards": inspection.shards,

@@ -88,12 +88,17 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """Plan a conversion. Raises InputError when the checkpoint cannot be converted as asked."""
+    if CONVERSIONS[settings.to].keeps_codes and checkpoint.form.name:
+        raise InputError(
+            f"the checkpoint is in the form of {checkpoint.form.name}: --to {settings.to} keeps the release's form",
+            "--to fp4 leads back to that.",
+        )
     if not CONVERSIONS[settings.to].keeps_codes or settings.layout == "mp":
         refuse_foreign(checkpoint.config, checkpoint.tensors)
     weights = sorted(classify(checkpoint), key=lambda w: (w.info.shard, natural_order(w.name)))
     _check_experts(weights, settings)
     layout = hf_shards if settings.layout == "hf" else rank_shards
-    shards = layout(weights, settings, checkpoint.config, SAFETENSORS)
+    shards = layout(weights, settings, checkpoint.released, SAFETENSORS)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
     notes = *checkpoint.notes, *_notes(weights, settings)
     return Plan(settings, SAFETENSORS, tuple(shards), source_bytes, notes)

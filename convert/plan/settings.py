@@ -27,7 +27,8 @@ class Conversion:
     scale_dtype: of the block scales where no target is named, None for that of the usual target.
     rank_files: whether the reference engine can run the result. way_back: it undoes another conversion, and is only
     offered for checkpoints with experts that it casts.
-    instead: options that have room for values that it has none for, for a message.
+    instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
+    form of another tool, which fixes dtypes and has no place for a weight in another format.
     """
 
     recipe: str
@@ -37,6 +38,7 @@ class Conversion:
     rank_files: bool = False
     way_back: bool = False
     instead: str = "--on-inexact round"
+    has_own_form: bool = False
 
 
 CONVERSIONS: dict[str, Conversion] = {
@@ -44,6 +46,8 @@ CONVERSIONS: dict[str, Conversion] = {
     "bf16": Conversion(recipe="bf16", quantized=False),
     "fp4": Conversion(recipe="fp8_to_fp4", scale_dtype="e8m0", way_back=True),
     "same": Conversion(recipe="scales", keeps_codes=True, rank_files=True),
+    "mxfp8": Conversion(recipe="mx.mxfp8", has_own_form=True),
+    "mxfp4": Conversion(recipe="mx.mxfp4", has_own_form=True),
 }
 
 # Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.
@@ -114,6 +118,20 @@ def _check_layout(to: To, layout: Layout, model_parallel: int | None, target: Ta
         raise UsageError(f"--layout mp does not go with --to {to}", f"The reference engine runs --to {fits}.")
 
 
+def _check_own_form(
+    to: To, target: TargetName | None, scale_dtype: ScaleDtype | None, wo_a: WoA | None, on_inexact: OnInexact
+) -> None:
+    """Raises UsageError for options that the form of another tool leaves no room for."""
+    if not CONVERSIONS[to].has_own_form:
+        return
+    if target or scale_dtype or wo_a:
+        raise UsageError(f"--to {to} fixes every dtype", "Leave out --target, --scale-dtype and --wo-a.")
+    if on_inexact == "keep":
+        raise UsageError(
+            f"--to {to} has no place for a weight in another format", "Use --on-inexact error (the default) or round."
+        )
+
+
 def _formats(
     to: To, target: TargetName | None, scale_dtype: ScaleDtype | None, wo_a: WoA | None
 ) -> tuple[ScaleDtype | None, WoA | None]:
@@ -123,7 +141,7 @@ def _formats(
         if scale_dtype or wo_a == "fp8":
             raise UsageError(f"--to {to} leaves no scales and no FP8", "Leave out --scale-dtype and --wo-a.")
         return None, "bf16"
-    if conversion.keeps_codes and target is None:
+    if conversion.has_own_form or (conversion.keeps_codes and target is None):
         return scale_dtype, wo_a
     usual = wanted.scale_dtype if target is not None else conversion.scale_dtype or wanted.scale_dtype
     return scale_dtype or usual, wo_a or wanted.wo_a
@@ -155,6 +173,7 @@ def resolve(
         if value is not None:
             check_choice(option, value, choices)
     _check_layout(to, layout, model_parallel, target)
+    _check_own_form(to, target, scale_dtype, wo_a, on_inexact)
     if layout == "mp":
         if scale_dtype or wo_a:
             raise UsageError("--layout mp fixes the scale dtype and wo_a", "Leave out --scale-dtype and --wo-a.")

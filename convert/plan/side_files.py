@@ -49,14 +49,16 @@ def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
         return read_side_file(checkpoint, INFERENCE_CONFIG, plan)
     planned = (tensor for shard in plan.shards for tensor in shard.tensors)
     fp4_experts = any(tensor.format is Format.FP4 and tensor.weight.is_routed_expert for tensor in planned)
-    return dump(make_inference_config(checkpoint.config, fp4_experts, count_draft_stages(checkpoint.tensors)))
+    return dump(make_inference_config(checkpoint.released, fp4_experts, count_draft_stages(checkpoint.tensors)))
 
 
 def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:
     """Content of the output's config.json; the source's own bytes if nothing in it changes."""
     if plan.settings.layout == "mp":
         return _engine_config(checkpoint, plan)
-    edited = recipe_of(plan.settings.to).edit_config(checkpoint.config_json, plan.settings, some_kept)
+    recipe = recipe_of(plan.settings.to)
+    edited = recipe.edit_config(checkpoint.released_json, plan.settings, some_kept)
+    edited = recipe.describe_storage(edited, [tensor for shard in plan.shards for tensor in shard.tensors])
     if edited == checkpoint.config_json:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)

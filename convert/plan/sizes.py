@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[To, TargetName | None]] = {
     **{f"--to fp8 --target {name}": ("fp8", name) for name, engine in ENGINES.items() if engine.layout == "hf"},
     "--to bf16": ("bf16", None),
     "--to fp4": ("fp4", None),
+    **{f"--to {name}": (name, None) for name, conversion in CONVERSIONS.items() if conversion.has_own_form},
 }
 
 
@@ -31,7 +32,7 @@ def _kind(weight: Weight) -> Hashable:
 
 
 def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:
-    sizes = (sum(o.nbytes for o in outputs_of(weight, settings, checkpoint.config)) for weight in weights)
+    sizes = (sum(o.nbytes for o in outputs_of(weight, settings, checkpoint.released)) for weight in weights)
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 

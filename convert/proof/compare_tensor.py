@@ -263,7 +263,7 @@ class PieceComparison:
                 count_codes(self.tally, side, band)
         fp4_first = source.number_format is E2M1
         fp4, fp8 = (source, output) if fp4_first else (output, source)
-        if fp4.number_format is E2M1 and fp8.number_format is E4M3:
+        if fp4.number_format is E2M1 and fp8.number_format is E4M3 and fp4.block != fp8.block:
             count_spans(self.tally, fp4, fp8)
         if self.inverse and fp4_first and output.number_format is not E2M1:
             self.tally.rebuilt.update(rebuild(source, output))

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dsv4.convert.proof.forms import compressed_tensors
+
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
 from .layout import Checkpoint
 from .plan import Weight, understand
@@ -127,8 +129,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
-    # Whether a quantization_config is needed depends on the tensors: `check_config` decides.
-    unquantized = not ("quantization_config" in found and "quantization_config" in expected)
+    # Whether a quantization_config is needed, and one of another tool is right, the tensors decide: `check_config`.
+    inner = [side.get("quantization_config") for side in (expected, found)]
+    unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
     expected, found = _flat(expected), _flat(found)
     for key in sorted(expected.keys() | found.keys()):
         if key in _STORAGE_KEYS or (key in expected and key in found and expected[key] == found[key]):
@@ -216,6 +219,10 @@ def check_config(checkpoint: Checkpoint) -> None:
     if checkpoint.layout == "mp":
         return
     quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and compressed_tensors.is_described(quantization):
+        for text in compressed_tensors.faults(quantization, checkpoint.tensors, weights):
+            checkpoint.problem("config", text)
+        return
     fp8 = [name for name, weight in weights.items() if weight.number_format.name == "E4M3"]
     if isinstance(quantization, dict) and not weights:
         checkpoint.problem("config", "has a quantization_config, but no tensor is quantized")

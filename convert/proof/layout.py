@@ -6,7 +6,8 @@ Understood on both sides of a comparison:
 - the reference engine's `model{i}-mp{N}.safetensors`, one file per rank: slices are joined along the axis that the
   engine slices, experts are collected from all ranks, copies are compared with each other;
 - a leading `model.`, and `self_attn`, `mlp`, `weight_scale_inv`, `e_score_correction_bias`, which other tools write
-  for `attn`, `ffn`, `scale`, `bias`.
+  for `attn`, `ffn`, `scale`, `bias`;
+- `weight_packed` and `weight_scale` of compressed-tensors, for `weight` and `scale`.
 
 This is `verify`'s own statement of these rules, not the converter's. Where files break a rule (a rank lacks a tensor,
 an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
@@ -25,7 +26,8 @@ from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shar
 from .index import Ignored, Index, follow, read_index
 
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-_PARTS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
+_PARTS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias",
+          "weight_packed": "weight", "weight_scale": "scale"}  # fmt: skip
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 # Tensors of which each rank holds a slice. Scales are sliced as their weights are.
 _SLICED_ROWS = re.compile(

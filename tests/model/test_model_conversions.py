@@ -44,6 +44,8 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "float32 scales": {"to": "fp8", "on_inexact": "keep"},
     "e8m0 scales, wo_a in bf16": {"to": "fp8", "on_inexact": "keep", "scale_dtype": "e8m0", "wo_a": "bf16"},
     "bf16": {"to": "bf16"},
+    "mxfp8": {"to": "mxfp8"},
+    "mxfp4": {"to": "mxfp4"},
 }
 
 

@@ -213,7 +213,11 @@ class Recipe(Protocol):
         return {"changed_elements": counts.changed} if counts.changed else {}
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
-        """config.json of the output. some_kept: weights stayed as they were under `--on-inexact keep`."""
+        """config.json of the output, from the release's. some_kept: weights stayed under `--on-inexact keep`."""
+        return config
+
+    def describe_storage(self, config: dict[str, Any], tensors: Sequence[OutputTensor]) -> dict[str, Any]:
+        """The edited config with what it must say of each tensor, for formats whose config names modules."""
         return config
 
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def _facts(inspection: "Inspection", facts: dict[str, Any]) -> list[list[str]]:
     rows = [["checkpoint", inspection.label]]
     if facts["architecture"]:
         rows.append(["architecture", f"{facts['architecture']} ({facts['model_type']})"])
+    if inspection.form:
+        rows.append(["form", f"{inspection.form}, shown under the release's names and dtypes"])
     rows.append(["parameters", f"{human_count(parameters.total)} in total{active}"])
     if inspection.mtp_blocks:
         blocks = "block" if inspection.mtp_blocks == 1 else "blocks"

@@ -21,7 +21,7 @@ from dsv4.convert.checkpoint.weights import find_weights
 from dsv4.convert.inspect.findings import Finding, check_checkpoint
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
-from dsv4.convert.plan.settings import resolve
+from dsv4.convert.plan.settings import CONVERSIONS, resolve
 from dsv4.convert.plan.sizes import OPTIONS, sizes_after_conversion
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config
@@ -108,7 +108,8 @@ def test_sizes_after_conversion(flash_facts: dict, small: Path, tmp_path: Path) 
     assert sizes["--to fp8"] == sizes["--to fp8 --target vllm"] == 292_555_345_480  # published for Flash-Base
     assert sizes["--to fp8 --target sglang"] == sizes["--to fp8 --target transformers"] < sizes["--to fp8"]
     base = make_checkpoint(tmp_path / "base", geometry=SMALL, experts="fp8")
-    for folder, conversions in ((small, 5), (base, 6)):
+    forms = sum(conversion.has_own_form for conversion in CONVERSIONS.values())
+    for folder, conversions in ((small, 5 + forms), (base, 6 + forms)):
         checkpoint = Checkpoint.open(folder)
         sizes = sizes_after_conversion(checkpoint)
         assert len(sizes) == conversions

@@ -38,7 +38,8 @@ class ConvertOptions:
     to: Annotated[
         To,
         typer.Option(
-            help="fp8: routed experts to FP8. bf16: all to BF16. fp4: FP8 experts to FP4. same: no numbers change."
+            help="fp8: routed experts to FP8. bf16: all to BF16. fp4: experts to FP4, the release's form. "
+            "same: no numbers change. mxfp8, mxfp4: as compressed-tensors stores them."
         ),
     ] = "fp8"
     layout: Annotated[

@@ -1,0 +1,61 @@
+"""What a form is: the release's numbers under other names, in other dtypes, described by another config.
+
+A form is read by renaming. `Checkpoint.tensors` has the release's names and dtypes, `Checkpoint.config` the release's
+keys, and only the places of the bytes are those of the files. Conversions, `run`, `inspect` and `doctor` then work on
+every form. Nothing is decoded here: what a stored tensor means is decided in weights.py, from dtype and name.
+
+A new form is a new file with a class like `Form`, and a row of FORMS in table.py.
+"""
+
+from typing import Any, Protocol
+
+from dsv4.convert.checkpoint.config import Config
+
+MX_BLOCK = (1, 32)  # elements that share one scale in the MX formats
+
+
+class Form(Protocol):
+    """One way of storing the numbers of a release. name: for messages; "" for the release's own."""
+
+    name: str
+
+    def tensor_name(self, name: str) -> str:
+        """The release's name of a stored tensor."""
+        ...
+
+    def dtype(self, name: str, dtype: str) -> str:
+        """The dtype that a release has for a stored tensor: I8 for packed FP4, F8_E8M0 for its scales."""
+        ...
+
+    def stored_config(self, config: Config) -> dict[str, Any]:
+        """The config in the release's keys: `weight_block_size` and `expert_dtype` say how weights are stored here."""
+        ...
+
+    def released_config(self, config: Config) -> dict[str, Any]:
+        """The config that the release has for the same model: what a conversion back begins with."""
+        ...
+
+
+class Released:
+    """The release's own form: nothing is renamed."""
+
+    name = ""
+
+    def tensor_name(self, name: str) -> str:
+        """See Form."""
+        return name
+
+    def dtype(self, name: str, dtype: str) -> str:
+        """See Form."""
+        return dtype
+
+    def stored_config(self, config: Config) -> dict[str, Any]:
+        """See Form."""
+        return dict(config)
+
+    def released_config(self, config: Config) -> dict[str, Any]:
+        """See Form."""
+        return dict(config)
+
+
+RELEASED: Form = Released()

@@ -1,0 +1,60 @@
+"""A folder in a format of compressed-tensors, read by that library: what it takes for quantized, and the values."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_targets
+from exact_values import read_json, tensors_of
+from raw_safetensors import Raw
+
+DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+
+
+def quantization_of(folder: Path) -> QuantizationConfig:
+    return QuantizationConfig.model_validate(read_json(folder / "config.json")["quantization_config"])
+
+
+@cache
+def _linear() -> torch.nn.Module:
+    return torch.nn.Linear(1, 1)
+
+
+def scheme_of(config: QuantizationConfig, module: str) -> QuantizationScheme | None:
+    """The scheme of a Linear module of that name; None if it is not quantized."""
+    if match_targets(module, _linear(), config.ignore):
+        return None
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    matched = match_targets(module, _linear(), list(schemes))
+    return schemes[matched[0]] if matched else None
+
+
+def _tensor(raw: Raw) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw.data), dtype=DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+def decompressed(folder: Path) -> dict[str, np.ndarray]:
+    """float64 values of every quantized matrix, under the name that it has before compression."""
+    config, tensors, found = quantization_of(folder), tensors_of(folder), {}
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if last != "weight_scale":
+            continue
+        scheme = scheme_of(config, module)
+        assert scheme is not None, f"{module} is taken for unquantized"
+        state = {key: _tensor(tensors[f"{module}.{key}"]) for key in ("weight", "weight_packed", "weight_scale")
+                 if f"{module}.{key}" in tensors}  # fmt: skip
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        found[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].double().numpy()
+    return found
+
+
+def linear_modules(folder: Path) -> set[str]:
+    """Modules whose matrix has no scale and is no embedding."""
+    tensors = tensors_of(folder)
+    stems = {name.rpartition(".")[0] for name, tensor in tensors.items() if name.endswith(".weight")
+             and len(tensor.shape) == 2 and not name.endswith("embed.weight")}  # fmt: skip
+    return {stem for stem in stems if f"{stem}.weight_scale" not in tensors}
