@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from dsv4.model import load
+from dsv4.model.architectures.stack import Call
+from dsv4.model.architectures.v4 import V4
 from dsv4.model.layers import attention
-from dsv4.model.transformer import Call, Transformer
+from dsv4.model.transformer import Transformer
 
 PREFILL = 126  # tokens of the first call; then single steps
 MEDIAN_LIMIT, P90_LIMIT = 4e-3, 2e-2  # of the relative difference, over positions: what comes with the files asks for
@@ -35,19 +37,21 @@ def window_rows_by_call(position: int, count: int, first: int, window: int) -> t
 @torch.inference_mode()
 def outputs(model: Transformer, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The output of each layer, and of the MTP block, for the reference's inputs."""
-    config, tokens, count = model.config, known["tokens"].long(), len(known["h0"])
+    config, tokens, count, stack = model.config, known["tokens"].long(), len(known["h0"]), model.stack
+    assert isinstance(stack, V4)
+    stack.reserve(count)
     cache, mtp_cache = model.new_cache(1), model.new_mtp_cache(1)
     made: dict[str, list[torch.Tensor]] = {}
     spans = [(0, PREFILL), *((begin, begin + 1) for begin in range(PREFILL, count))]
     for begin, end in spans:
         call = Call(cache, [0], [end - begin], model.device)
-        for number, layer in enumerate(model._layers):
-            h = layer(known[f"h{number}"][begin:end], tokens[begin:end], call, f"layers.{number}")
+        for number, layer in enumerate(stack.layers):
+            h = layer(known[f"h{number}"][begin:end], tokens[begin:end], call, f"layers.{number}", number)
             made.setdefault(f"h{number + 1}", []).append(h)
         call.finish()
         call, following = Call(mtp_cache, [0], [end - begin], model.device), tokens[begin + 1 : end + 1]
         embedded, last = model.store.embedding(following).bfloat16(), known[f"h{config.num_hidden_layers}"]
-        made.setdefault("mtp_out", []).append(model._mtp[0](last[begin:end], embedded, following, call))
+        made.setdefault("mtp_out", []).append(stack.mtp[0](last[begin:end], embedded, following, call))
         call.finish()
     return {name: torch.cat(parts) for name, parts in made.items()}
 

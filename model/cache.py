@@ -4,6 +4,7 @@
     compressed   one key per finished block of `ratio` tokens, [length // ratio, c]
     index keys   the same at index_head_dim, on layers with an indexer
     unfinished   the raw `kv` and `g` of the tokens whose block is not finished (and of the block before, ratio 4)
+    classes      the token classes of the latest tokens, on V4.1's layers with an n-gram table
 
 A sequence has its own length, so that prompts of unequal length share a batch. A call of `forward` appends; up to
 MAX_UNDO tokens of the latest call can be taken back with `truncate`, which is what a rejected draft needs. For that,
@@ -72,21 +73,54 @@ class CompressorState:
         self.raw = self.raw[: max(0, length - self.raw_start)]
         self.entries.length = min(self.entries.length, length // self.ratio)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.raw.nbytes + self.entries.nbytes
+
+
+class TokenHistory:
+    """The classes of the latest tokens, int64 on the CPU: n-grams look back at most `reach` of them."""
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+        self.classes = torch.empty(0, dtype=torch.int64)
+        self._start = 0  # position of the first of them
+
+    def trim(self, length: int) -> None:
+        """Drop the classes that no token from position `length` on looks at."""
+        first = max(0, length - self.reach)
+        if first > self._start:
+            self.classes = self.classes[first - self._start :].clone()
+            self._start = first
+
+    def truncate(self, length: int) -> None:
+        """Remove everything from position `length` on."""
+        self.classes = self.classes[: max(0, length - self._start)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.classes.nbytes
+
 
 class LayerCache:
-    """One layer of one sequence."""
+    """One layer of one sequence: its window, and what else it has."""
 
-    def __init__(self, config: Config, layer: int, dtype: torch.dtype, device: torch.device) -> None:
-        ratio = config.ratio(layer)
-        self.window = torch.empty(0, config.head_dim, dtype=dtype, device=device)
+    def __init__(
+        self,
+        window: torch.Tensor,
+        compressor: CompressorState | None = None,
+        indexer: CompressorState | None = None,
+        history: TokenHistory | None = None,
+    ) -> None:
+        self.window = window  # of no keys yet, [0, c]
         self.window_start = 0  # position of the first key in `window`
-        self.compressor = CompressorState(ratio, config.head_dim, dtype, device) if ratio else None
-        indexed = ratio == OVERLAP_RATIO
-        self.indexer = CompressorState(ratio, config.index_head_dim, dtype, device) if indexed else None
+        self.compressor, self.indexer, self.history = compressor, indexer, history
 
-    def states(self) -> list[CompressorState]:
-        """The compressors of the layer: none, one, or two with the indexer's."""
-        return [state for state in (self.compressor, self.indexer) if state is not None]
+    def states(self) -> list[CompressorState | TokenHistory]:
+        """What the layer has beside its window."""
+        return [state for state in (self.compressor, self.indexer, self.history) if state is not None]
 
     def trim(self, length: int, window: int) -> None:
         """Drop the entries that no token from position `length` on needs."""
@@ -106,7 +140,7 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.window.nbytes + sum(state.raw.nbytes + state.entries.nbytes for state in self.states())
+        return self.window.nbytes + sum(state.nbytes for state in self.states())
 
 
 @dataclass
@@ -153,7 +187,21 @@ class Cache:
         sequence.length = length
 
 
+def empty_window(config: Config, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A window without keys, [0, c]."""
+    return torch.empty(0, config.head_dim, dtype=dtype, device=device)
+
+
+def _v4_layer(config: Config, layer: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+    ratio, window = config.ratio(layer), empty_window(config, dtype, device)
+    compressor = CompressorState(ratio, config.head_dim, dtype, device) if ratio else None
+    indexed = ratio == OVERLAP_RATIO
+    return LayerCache(
+        window, compressor, CompressorState(ratio, config.index_head_dim, dtype, device) if indexed else None
+    )
+
+
 def new_cache(config: Config, layers: range, batch_size: int, dtype: torch.dtype, device: torch.device) -> Cache:
-    """An empty cache for `batch_size` sequences over the given layers."""
-    rows = [Sequence([LayerCache(config, layer, dtype, device) for layer in layers]) for _ in range(batch_size)]
+    """An empty cache for `batch_size` sequences over the given layers of V4."""
+    rows = [Sequence([_v4_layer(config, layer, dtype, device) for layer in layers]) for _ in range(batch_size)]
     return Cache(config, rows)

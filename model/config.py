@@ -1,32 +1,19 @@
 """config.json of a DeepSeek-V4 release as one frozen dataclass, fields named as the release names them.
 
 Only what the forward pass needs is kept. Keys that would change the arithmetic must have the value that this engine
-implements (`FIXED`); anything else in the file, from generation defaults to fields of other programs, is left alone.
-The number of MTP blocks is not read from `num_nextn_predict_layers`, which is wrong in several releases, but from the
-tensor names (`weights.mtp_stages`).
+implements (`Config.FIXED`); anything else in the file, from generation defaults to fields of other programs, is left
+alone. The number of MTP blocks is not read from `num_nextn_predict_layers`, which is wrong in several releases, but
+from the tensor names (`weights.mtp_stages`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from dsv4.convert.checkpoint.config import quantization, required_number, required_weight_block
 from dsv4.convert.checkpoint.editions.table import check_config
 from dsv4.errors import InputError
 
-# The values that the forward pass implements. A config with others describes another architecture.
-FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "model_type": "deepseek_v4",
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_key_value_heads": 1,
-    "scoring_func": "sqrtsoftplus",
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-}
-COMPRESS_RATIOS = (0, 4, 128)
 OVERLAP_RATIO = 4  # the ratio whose blocks overlap and have an indexer
 
 
@@ -73,34 +60,63 @@ class Config:
     max_position_embeddings: int
     rope_scaling: RopeScaling | None
 
+    # The values that the forward pass implements. A config with others describes another architecture.
+    FIXED: ClassVar[dict[str, Any]] = {
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "model_type": "deepseek_v4",
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_key_value_heads": 1,
+        "scoring_func": "sqrtsoftplus",
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+    }
+    RATIOS: ClassVar[tuple[int, ...]] = (0, 4, 128)
+    gate_epsilon: ClassVar[float] = 0.0  # added to the sum of the chosen experts' scores
+
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
         """The parsed config.json of a checkpoint. Raises InputError for a missing, mistyped or impossible value."""
-        for key, value in FIXED.items():
+        for key, value in cls.FIXED.items():
             if key in config and config[key] != value:
                 raise InputError(f"config.json: {key} is {config[key]!r}, this engine runs {key} = {value!r}")
-        special = {"compress_ratios", "rope_scaling"}
+        special = cls._special(config)
         values = {f.name: required_number(config, f.name, f.type is int) for f in fields(cls) if f.name not in special}
-        result = cls(
-            **values,
-            compress_ratios=_ratios(config),
-            rope_scaling=_rope_scaling(config.get("rope_scaling")),
-        )
+        result = cls(**values, **special)
         check_config(config)
         if "weight_block_size" in quantization(config):
             required_weight_block(config)
-        _check(result)
+        for wrong, text in result._problems():
+            if wrong:
+                raise InputError(f"config.json: {text}")
         return result
+
+    @classmethod
+    def _special(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that are not plain numbers. Raises InputError."""
+        scaling = _rope_scaling(config.get("rope_scaling"))
+        return {"compress_ratios": _ratios(config, cls.RATIOS), "rope_scaling": scaling}
+
+    def _problems(self) -> Iterator[tuple[bool, str]]:
+        """Whether something is wrong, and what: dimensions that do not divide or that exceed one another."""
+        yield len(self.compress_ratios) < self.num_hidden_layers, "compress_ratios has fewer entries than layers"
+        yield self.num_attention_heads % self.o_groups > 0, "o_groups does not divide num_attention_heads"
+        yield self.qk_rope_head_dim % 2 > 0, "qk_rope_head_dim is odd"
+        yield self.qk_rope_head_dim > self.head_dim, "qk_rope_head_dim exceeds head_dim"
+        yield self.qk_rope_head_dim > self.index_head_dim, "qk_rope_head_dim exceeds index_head_dim"
+        yield self.index_head_dim & (self.index_head_dim - 1) > 0, "index_head_dim is not a power of two"
+        yield self.num_experts_per_tok > self.n_routed_experts, "num_experts_per_tok exceeds n_routed_experts"
 
     def ratio(self, layer: int) -> int:
         """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
         return self.compress_ratios[layer]
 
 
-def _ratios(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _ratios(config: Mapping[str, Any], known: tuple[int, ...]) -> tuple[int, ...]:
     ratios = config.get("compress_ratios")
-    if not isinstance(ratios, list) or any(r not in COMPRESS_RATIOS or isinstance(r, bool) for r in ratios):
-        raise InputError(f"config.json: compress_ratios must be a list of {COMPRESS_RATIOS}, one per layer")
+    if not isinstance(ratios, list) or any(r not in known or isinstance(r, bool) for r in ratios):
+        raise InputError(f"config.json: compress_ratios must be a list of {known}, one per layer")
     return tuple(ratios)
 
 
@@ -116,19 +132,3 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
         beta_slow=required_number(scaling, "beta_slow", False),
         original_max_position_embeddings=required_number(scaling, "original_max_position_embeddings", True),
     )
-
-
-def _check(config: Config) -> None:
-    """Raise InputError for dimensions that do not divide or that exceed one another."""
-    problems = [
-        (len(config.compress_ratios) < config.num_hidden_layers, "compress_ratios has fewer entries than layers"),
-        (config.num_attention_heads % config.o_groups, "o_groups does not divide num_attention_heads"),
-        (config.qk_rope_head_dim % 2, "qk_rope_head_dim is odd"),
-        (config.qk_rope_head_dim > config.head_dim, "qk_rope_head_dim exceeds head_dim"),
-        (config.qk_rope_head_dim > config.index_head_dim, "qk_rope_head_dim exceeds index_head_dim"),
-        (config.index_head_dim & (config.index_head_dim - 1), "index_head_dim is not a power of two"),
-        (config.num_experts_per_tok > config.n_routed_experts, "num_experts_per_tok exceeds n_routed_experts"),
-    ]
-    for wrong, text in problems:
-        if wrong:
-            raise InputError(f"config.json: {text}")

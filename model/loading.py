@@ -62,7 +62,7 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
     ranks that cannot share them equally.
     """
     refuse_foreign(checkpoint.config, checkpoint.tensors)
-    architecture = architecture_of(checkpoint.config)
+    architecture = architecture_of(checkpoint)
     config = architecture.read_config(checkpoint.config)
     stages = mtp_stages(checkpoint.tensors)
     weights = required_weights(checkpoint, config, stages)

@@ -42,20 +42,20 @@ class Transformer:
 
     def __init__(self, config: Config, stack: Stack, store: WeightStore, numerics: Numerics) -> None:
         self.config, self.store, self.numerics, self.device = config, store, numerics, store.device
-        self._stack = stack
+        self.stack = stack
 
     @property
     def has_mtp(self) -> bool:
         """Whether the checkpoint has an MTP block that `mtp_logits` can run."""
-        return bool(self._stack.mtp)
+        return bool(self.stack.mtp)
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for the main stack."""
-        return self._stack.new_cache(batch_size)
+        return self.stack.new_cache(batch_size)
 
     def new_mtp_cache(self, batch_size: int) -> Cache:
         """An empty cache for the MTP block, which has its own keys."""
-        return self._stack.new_mtp_cache(batch_size)
+        return self.stack.new_mtp_cache(batch_size)
 
     @torch.inference_mode()
     def forward(
@@ -81,11 +81,11 @@ class Transformer:
         for starts, parts in _pieces(counts):
             call = Call(cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
-            streams = self._stack(self._embed(ids), ids, call)
+            streams = self.stack(self._embed(ids), ids, call)
             call.finish()
             hidden[call.sequence, call.column] = streams.hidden
             if logits is not None:
-                _add_logits(logits, self._stack.head, streams.last, call, counts, rows)
+                _add_logits(logits, self.stack.head, streams.last, call, counts, rows)
         return Output(logits, hidden)
 
     __call__ = forward
@@ -114,7 +114,7 @@ class Transformer:
         counts = self._check(next_token_ids, mtp_cache, lengths)
         self._reserve(mtp_cache, counts)
         token_ids = next_token_ids.to(self.device)
-        logits, block = self._new_logits(token_ids, rows), self._stack.mtp[0]
+        logits, block = self._new_logits(token_ids, rows), self.stack.mtp[0]
         for starts, parts in _pieces(counts):
             call = Call(mtp_cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
@@ -125,7 +125,7 @@ class Transformer:
         return logits
 
     def _new_hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        shape = (*ids.shape, *self._stack.hidden_shape)
+        shape = (*ids.shape, *self.stack.hidden_shape)
         return torch.zeros(shape, dtype=self.numerics.dtype, device=self.device)
 
     def _new_logits(self, ids: torch.Tensor, rows: Rows) -> torch.Tensor | None:
@@ -149,7 +149,7 @@ class Transformer:
     def _reserve(self, cache: Cache, counts: list[int]) -> None:
         """Prepare the stack for the last position of a call."""
         ends = [sequence.length + count for sequence, count in zip(cache.sequences, counts, strict=True)]
-        self._stack.reserve(max(ends, default=0))
+        self.stack.reserve(max(ends, default=0))
 
     def _check_tokens(self, ids: torch.Tensor, length: int) -> None:
         wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]

@@ -5,6 +5,7 @@ A weight is kept as it is stored, packed, so a checkpoint needs about its own si
     always      norms, biases, tables, hyper-connections: a few MB per layer
     pinned      dense matrices in the order of use, as many as fit: every token needs every one of them
     the rest    of the dense matrices is read from the files at each use and dropped
+    n-gram rows read at each use: the tables of V4.1 take 200 GB, of which a token needs 24 rows a table
     experts     only those that a token chose are read; a least-recently-used cache holds as many as fit
 
 Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before it
@@ -25,8 +26,9 @@ from dsv4.progress import Reached
 
 from .config import Config
 from .parallel import SINGLE, TensorParallelGroup
-from .weights import EMBEDDING, Matrix, read_matrix, read_vector
+from .weights import EMBEDDING, Matrix, read_matrix, read_single_rows, read_vector
 
+TABLE = re.compile(r"\.engram\.embed\.weight$")  # n-gram tables: rows are read when a token needs them
 MATRIX = re.compile(r"\.weight$|hc_(attn|ffn|head)_fn$")
 
 
@@ -37,7 +39,12 @@ def stored_bytes(weight: Weight) -> int:
 
 def is_matrix(shape: tuple[int, ...], name: str) -> bool:
     """Whether a tensor is used as a matrix; the others are norms, biases, tables and position biases."""
-    return len(shape) == 2 and MATRIX.search(name) is not None
+    return len(shape) == 2 and MATRIX.search(name) is not None and not is_table(name)
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor is an n-gram table, of which no more than the rows in use is ever in memory."""
+    return TABLE.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class WeightStore:
         self._weights = held = {name: weight for name, weight in weights.items() if group.holds(name, config)}
         self._rows = {name: group.rows(name, weight.logical_shape) for name, weight in held.items()}
         matrices = [name for name, weight in held.items() if is_matrix(weight.logical_shape, name)]
-        self._vector_names = [name for name, weight in held.items() if not is_matrix(weight.logical_shape, name)]
+        self._vector_names = [name for name in held if name not in set(matrices) and not is_table(name)]
         self._experts = {name for name in matrices if is_expert_matrix(name)}
         # Bytes in the files, scale included.
         self.sizes = {n: stored_bytes(held[n]) // (group.count if self._rows[n] else 1) for n in held}
@@ -176,6 +183,12 @@ class WeightStore:
         none = self.checkpoint.read_tensor(EMBEDDING, 0, 0)
         return torch.cat([none, *rows]).to(self.device, torch.float32)
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows int64 [n] of an n-gram table -> float32 [n, width], from the files, each of them once."""
+        needed, places = torch.unique(rows, return_inverse=True)
+        found = read_single_rows(self.checkpoint, self._weights[name], needed.tolist())
+        return found[places].to(self.device)
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of weights in memory now."""
@@ -200,6 +213,10 @@ class WeightView:
     def vector(self, name: str) -> torch.Tensor:
         """See WeightStore.vector."""
         return self._store.vector(self._prefix + name)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """See WeightStore.read_rows."""
+        return self._store.read_rows(self._prefix + name, rows)
 
     def view(self, prefix: str) -> "WeightView":
         """A module inside this one."""

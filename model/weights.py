@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dsv4.convert.checkpoint.editions.v4 import Shape, mtp_stage, v4_tensors
+from dsv4.convert.checkpoint.editions.table import tensors_of
+from dsv4.convert.checkpoint.editions.v4 import Shape
 from dsv4.convert.checkpoint.names import block_of
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
@@ -30,6 +31,7 @@ PLAIN_FORMATS = {"BF16": BFLOAT16, "F32": FLOAT32}
 EMBEDDING = "embed.weight"
 MODERATE_EXPONENT = 60
 ROWS_PER_LOOK = 1024
+DAMAGED = "The file is damaged, or the conversion that wrote it overflowed."
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def required_weights(checkpoint: Checkpoint, config: Config, stages: int) -> dic
     """
     if len(config.compress_ratios) < config.num_hidden_layers + stages:
         raise InputError(f"config.json: compress_ratios has no entry for {stages} MTP block(s)")
-    shapes = v4_tensors(checkpoint.config, stages, mtp_stage)
+    shapes = tensors_of(checkpoint.config, stages)
     missing = [name for name in shapes if name not in checkpoint.tensors]
     if missing:
         raise InputError(
@@ -169,7 +171,7 @@ def read_matrix(checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | 
         exact = stored == BFLOAT16 and not _has_tiny_values(values)
         return Matrix(name, stored, shape, values, exact_products=exact)
     if weight.format is Format.FP8 and is_nan(values).any():
-        raise InputError(f"'{name}' holds a NaN", "The file is damaged, or the conversion that wrote it overflowed.")
+        raise InputError(f"'{name}' holds a NaN", DAMAGED)
     assert weight.scale is not None and weight.block is not None, "a quantized weight without fault has both"
     scale, block = _read_scale(checkpoint, weight.scale, weight.block, (start, stop))
     return Matrix(name, stored, shape, values, scale, block, _are_moderate_powers_of_two(decode_scale(scale)))
@@ -189,3 +191,24 @@ def read_vector(
     if len(wrong):
         raise InputError(f"'{weight.name}' names expert {int(wrong[0])}, there are {config.n_routed_experts}")
     return tensor.to(torch.int64)
+
+
+def _gather(checkpoint: Checkpoint, info: TensorInfo, rows: list[int]) -> torch.Tensor:
+    """Rows of a tensor in the order given, each read alone."""
+    found = checkpoint.read_rows(info, 0, 0)
+    parts = [checkpoint.read_rows(info, row, row + 1).view(torch.uint8) for row in rows]
+    return torch.cat([found.view(torch.uint8), *parts]).view(found.dtype)
+
+
+def read_single_rows(checkpoint: Checkpoint, weight: Weight, rows: list[int]) -> torch.Tensor:
+    """Rows of a weight in the order given, float32 [n, columns]. Raises InputError for a NaN or a bad scale."""
+    values, stored = _gather(checkpoint, weight.info, rows), format_of(weight)
+    assert stored is not None, "required_weights lets no other through"
+    shape = len(rows), weight.logical_shape[1]
+    if weight.scale is None or weight.block is None:
+        return Matrix(weight.name, stored, shape, values).decode()
+    if weight.format is Format.FP8 and is_nan(values).any():
+        raise InputError(f"'{weight.name}' holds a NaN", DAMAGED)
+    scale = _gather(checkpoint, weight.scale, [row // weight.block.rows for row in rows])
+    _check_scale_values(scale, weight.scale.name)
+    return Matrix(weight.name, stored, shape, values, scale, weight.block._replace(rows=1)).decode()

@@ -78,7 +78,7 @@ class V4:
         self._rotaries = rotaries = {
             kind: Rotary(rotary_frequencies(config, kind), store.device, numerics.kernels) for kind in (False, True)
         }
-        self._layers = [
+        self.layers = [
             Block(config, i, store.view(f"layers.{i}."), rotaries[config.ratio(i) > 0], numerics)
             for i in range(config.num_hidden_layers)
         ]
@@ -112,6 +112,6 @@ class V4:
         """See `stack.Stack`. The MTP block goes on from the streams that the head reads."""
         h = embedded.unsqueeze(1).expand(-1, self._config.hc_mult, -1).contiguous()
         call.trace("embed", h)
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             h = layer(h, token_ids, call, f"layers.{number}", number)
         return Streams(h, h)

@@ -13,6 +13,8 @@ import torch
 
 from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
+SMALLEST_SIMILARITY = 1e-6  # of a token and its n-gram, before the root
+
 
 def inverse_rms(
     x: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt, total: Elementwise = tree_sum
@@ -135,3 +137,25 @@ def pool(
     """kv and gate float32 [..., tokens] -> [...]: the sum of kv, weighted by the softmax of the gates."""
     weights = exp(gate - gate.amax(-1, keepdim=True))
     return total(kv * (weights / total(weights).unsqueeze(-1)))
+
+
+def engram_gate(
+    h: torch.Tensor,
+    keys: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    exp: Elementwise = exp,
+    sqrt: Elementwise = sqrt,
+    total: Elementwise = tree_sum,
+) -> torch.Tensor:
+    """How much of an n-gram's value each stream takes: streams h and keys [T, n, D], weight float32 [n, D] -> [T, n].
+
+    The product of both, each over its root mean square and weighted per dimension, over sqrt(D); then the sigmoid of
+    its square root, with its sign.
+    """
+    wide, wide_keys = h.to(torch.float32), keys.to(torch.float32)
+    dot = total(wide * weight * wide_keys)
+    norms = inverse_rms(wide, eps, sqrt=sqrt, total=total) * inverse_rms(wide_keys, eps, sqrt=sqrt, total=total)
+    similarity = dot * norms * h.shape[-1] ** -0.5
+    return sigmoid(torch.sign(similarity) * sqrt(similarity.abs().clamp(min=SMALLEST_SIMILARITY)), exp)

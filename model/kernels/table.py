@@ -41,6 +41,7 @@ class KernelTable:
     swiglu: Callable[..., torch.Tensor] = small.swiglu
     sqrtsoftplus: Callable[[torch.Tensor], torch.Tensor] = small.sqrtsoftplus
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.pool
+    engram_gate: Callable[..., torch.Tensor] = small.engram_gate
 
 
 REFERENCE = KernelTable()
@@ -77,6 +78,7 @@ TORCH_DEVICE = KernelTable(
     swiglu=partial(small.swiglu, exp=torch.exp),
     sqrtsoftplus=partial(small.sqrtsoftplus, softplus=torch.nn.functional.softplus, sqrt=torch.sqrt),
     pool=partial(small.pool, exp=torch.exp, total=_device_sum),
+    engram_gate=partial(small.engram_gate, exp=torch.exp, sqrt=torch.sqrt, total=_device_sum),
 )
 
 CUDA = replace(TORCH_DEVICE, linear=partial(torch_device.linear, product=torch_device.product_cuda))

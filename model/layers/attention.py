@@ -56,11 +56,72 @@ def finished_blocks(position: int, count: int, blocks: int, ratio: int) -> torch
     return torch.where(block < finished[:, None], block, -1).to(torch.int32)
 
 
-class Attention:
-    """One attention sublayer."""
+class WindowAttention:
+    """The parts of an attention sublayer that all architectures have. Their own are the two forms at the end."""
+
+    def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """The input [T, D] as `queries` and `keys` take it."""
+        return self._numerics.quantize(x)
+
+    def queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantized x [T, D] -> the low-rank query [T, q_lora_rank] and the rotated queries [T, H, c]."""
+        config, numerics = self._config, self._numerics
+        qr = numerics.product(x, self._weights.matrix("wq_a.weight"))
+        qr = numerics.kernels.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
+        q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
+        return qr, self._rotary.rotate(self._normed(torch.unflatten(q, -1, (-1, config.head_dim))), positions)
+
+    def keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Quantized x [T, D] -> rotated keys [T, c], as the cache holds them."""
+        kv = self._numerics.product(x, self._weights.matrix("wkv.weight"))
+        kv = self._numerics.kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), self._config.rms_norm_eps)
+        return self._stored(self._rotary.rotate(kv, positions))
+
+    def _attend_cached(
+        self, q: torch.Tensor, segment: Segment, cache: LayerCache, compressed: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """q [count, H, c] over the window of `cache` and the rows `chosen` int32 [count, most] of compressed keys."""
+        window = window_rows(segment.position, segment.count, cache.window_start, self._config.sliding_window)
+        chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
+        index = torch.cat((window.to(q.device), chosen.to(q.device)), dim=1)
+        return self.attend(q, cache.window, compressed, index)
+
+    def attend(
+        self, q: torch.Tensor, window: torch.Tensor, compressed: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries [S, H, c] over the keys that `index` lists, see the kernel `sparse_attention`; [S, H, c]."""
+        sink, scale = self._weights.vector("attn_sink"), self._config.head_dim**-0.5
+        return self._numerics.kernels.sparse_attention(q, window, compressed, index, sink, scale)
+
+    def project(self, output: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[T, H, c] -> [T, D]: rotated back; each group of heads through its rows of wo_a, all groups through wo_b."""
+        output = self._rotary.rotate(output, positions, inverse=True)
+        numerics, rank = self._numerics, self._config.o_lora_rank
+        matrix, ranks = self._weights.matrix("wo_a.weight"), self._numerics.group
+        count = self._config.o_groups // ranks.count
+        groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
+        linear, dtype = numerics.kernels.linear, numerics.dtype
+        parts = [linear(groups[:, g], matrix, g * rank, (g + 1) * rank, dtype) for g in range(count)]
+        low = ranks.all_gather(torch.cat(parts, dim=-1))
+        return ranks.all_gather(numerics.quantized_linear(low, self._weights.matrix("wo_b.weight")))
+
+    def _normed(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries [T, H, c] before their rotation."""
+        return q
+
+    def _stored(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [T, c] as the cache would hold them."""
+        return keys
+
+
+class Attention(WindowAttention):
+    """One attention sublayer of V4."""
 
     def __init__(self, config: Config, layer: int, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
-        self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
+        super().__init__(config, weights, rotary, numerics)
         self._ratio = config.ratio(layer)
         self._compressor = self._indexer = None
         if self._ratio:
@@ -72,9 +133,9 @@ class Attention:
         self, x: torch.Tensor, positions: torch.Tensor, segments: list[Segment], caches: list[LayerCache]
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
-        quantized = self._numerics.quantize(x)
-        qr, q = self._queries(quantized, positions)
-        kv = self._keys(quantized, positions)
+        quantized = self.quantize(x)
+        qr, q = self.queries(quantized, positions)
+        kv = self.keys(quantized, positions)
         raw = None if self._compressor is None else self._compressor.raw(x, positions)
         index = None
         if self._indexer is not None:
@@ -85,22 +146,15 @@ class Attention:
             if self._compressor is not None and raw is not None and cache.compressor is not None:
                 self._compressor.advance(cache.compressor, raw[segment.rows], segment.position)
             chosen = self._compressed_rows(segment, cache, index)
-            output[segment.rows] = self._attend(q[segment.rows], segment, cache, chosen)
-        return self._project(self._rotary.rotate(output, positions, inverse=True))
+            compressed = cache.window[:0] if cache.compressor is None else cache.compressor.entries.rows()
+            output[segment.rows] = self._attend_cached(q[segment.rows], segment, cache, compressed, chosen)
+        return self.project(output, positions)
 
-    def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config, numerics, kernels = self._config, self._numerics, self._numerics.kernels
-        qr = numerics.product(x, self._weights.matrix("wq_a.weight"))
-        qr = kernels.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
-        q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
-        normed = kernels.head_norm(torch.unflatten(q, -1, (-1, config.head_dim)), config.rms_norm_eps)
-        return qr, self._rotary.rotate(normed, positions)
+    def _normed(self, q: torch.Tensor) -> torch.Tensor:
+        return self._numerics.kernels.head_norm(q, self._config.rms_norm_eps)
 
-    def _keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        config = self._config
-        kv = self._numerics.product(x, self._weights.matrix("wkv.weight"))
-        kv = self._numerics.kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), config.rms_norm_eps)
-        return simulate_key(self._rotary.rotate(kv, positions), config.qk_rope_head_dim, self._numerics)
+    def _stored(self, keys: torch.Tensor) -> torch.Tensor:
+        return simulate_key(keys, self._config.qk_rope_head_dim, self._numerics)
 
     def _compressed_rows(
         self,
@@ -116,23 +170,3 @@ class Attention:
         if cache.compressor is None:
             return torch.empty(segment.count, 0, dtype=torch.int32)
         return finished_blocks(segment.position, segment.count, cache.compressor.entries.length, self._ratio)
-
-    def _attend(self, q: torch.Tensor, segment: Segment, cache: LayerCache, chosen: torch.Tensor) -> torch.Tensor:
-        config = self._config
-        window = window_rows(segment.position, segment.count, cache.window_start, config.sliding_window)
-        chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
-        compressed = cache.window[:0] if cache.compressor is None else cache.compressor.entries.rows()
-        index = torch.cat((window.to(q.device), chosen.to(q.device)), dim=1)
-        sink, scale = self._weights.vector("attn_sink"), config.head_dim**-0.5
-        return self._numerics.kernels.sparse_attention(q, cache.window, compressed, index, sink, scale)
-
-    def _project(self, output: torch.Tensor) -> torch.Tensor:
-        """[T, H, c] -> [T, D]: each group of heads through its rows of wo_a, all groups through wo_b."""
-        numerics, rank = self._numerics, self._config.o_lora_rank
-        matrix, ranks = self._weights.matrix("wo_a.weight"), self._numerics.group
-        count = self._config.o_groups // ranks.count
-        groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
-        linear, dtype = numerics.kernels.linear, numerics.dtype
-        parts = [linear(groups[:, g], matrix, g * rank, (g + 1) * rank, dtype) for g in range(count)]
-        low = ranks.all_gather(torch.cat(parts, dim=-1))
-        return ranks.all_gather(numerics.quantized_linear(low, self._weights.matrix("wo_b.weight")))

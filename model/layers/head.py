@@ -9,18 +9,26 @@ from .hyper_connection import stream_mixes
 from .numerics import Numerics
 
 
-class Head:
-    """The head of the main stack or of an MTP block; `shared` has the output matrix, which both use."""
+class OutputHead:
+    """Norm and output matrix, which `shared` has: every stack ends in the same one."""
 
     def __init__(self, config: Config, weights: WeightView, shared: WeightView, numerics: Numerics) -> None:
         self._config, self._weights, self._shared, self._numerics = config, weights, shared, numerics
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D] -> logits float32 [T, V]. The vocabulary is what tensor parallelism splits here."""
+        x = self._numerics.kernels.rms_norm(x, self._weights.vector("norm.weight"), self._config.rms_norm_eps)
+        return self._numerics.group.all_gather(self._numerics.linear(x, self._shared.matrix("head.weight")))
+
+
+class Head(OutputHead):
+    """The head of V4's main stack or of an MTP block, whose streams a hyper-connection makes one."""
+
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """h [T, n, D] -> logits float32 [T, V]. The vocabulary is what tensor parallelism splits here."""
+        """h [T, n, D] -> logits float32 [T, V]."""
         config = self._config
         mixes = stream_mixes(h, self._weights.matrix("hc_head_fn"), self._numerics, config.rms_norm_eps)
         scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
         kernels = self._numerics.kernels
         x = kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)
-        x = kernels.rms_norm(x, self._weights.vector("norm.weight"), config.rms_norm_eps)
-        return self._numerics.group.all_gather(self._numerics.linear(x, self._shared.matrix("head.weight")))
+        return super().__call__(x)

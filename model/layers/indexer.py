@@ -4,6 +4,8 @@ Small FP4 queries and keys of their own score every block that lies fully in the
 attended to. Ties, which bfloat16 scores do have, go to the older block, so that the choice depends on nothing else.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from dsv4.model.cache import LayerCache
@@ -33,12 +35,19 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
     return torch.where(values > -torch.inf, rows, -1).to(torch.int32)
 
 
-class Indexer:
-    """The indexer of one layer: scores every block, chooses the best."""
+class IndexQueries:
+    """The queries of an indexer: `simulate` quantizes them as the release does."""
 
-    def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        weights: WeightView,
+        rotary: Rotary,
+        numerics: Numerics,
+        simulate: Callable[[torch.Tensor, Numerics], torch.Tensor],
+    ) -> None:
         self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
-        self.compressor = Compressor(config, weights.view("compressor."), rotary, numerics, index=True)
+        self._simulate = simulate
 
     def queries(self, x: torch.Tensor, qr: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D] and the attention's low-rank query [T, q_lora_rank] -> q [T, heads, d], head weights [T, heads]."""
@@ -47,7 +56,15 @@ class Indexer:
         q = self._rotary.rotate(torch.unflatten(q, -1, (config.index_n_heads, config.index_head_dim)), positions)
         scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weights = self._numerics.linear(x, self._weights.matrix("weights_proj.weight")).to(dtype)
-        return simulate_index(q, self._numerics), (weights * scale).to(dtype)
+        return self._simulate(q, self._numerics), (weights * scale).to(dtype)
+
+
+class Indexer(IndexQueries):
+    """The indexer of one layer of V4: scores every block, chooses the best."""
+
+    def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
+        super().__init__(config, weights, rotary, numerics, simulate_index)
+        self.compressor = Compressor(config, weights.view("compressor."), rotary, numerics, index=True)
 
     def choose(self, cache: LayerCache, q: torch.Tensor, weights: torch.Tensor, position: int) -> torch.Tensor:
         """The blocks that each query of one sequence attends to, int32 [S, most], best first, then -1.

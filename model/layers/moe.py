@@ -2,7 +2,8 @@
 
 The gate scores are `sqrt(softplus(W x))`. On the first `num_hash_layers` layers a table says which experts a token id
 uses; elsewhere the top k of score + bias are chosen. In both cases an expert's weight is its score WITHOUT the bias,
-over the sum of the chosen scores, and it multiplies the activation BEFORE the expert's last matrix.
+over the sum of the chosen scores (V4.1 adds 1e-20 to it), and it multiplies the activation BEFORE the expert's last
+matrix.
 Experts are added up in the order of their number. Ranks that compute together have whole experts each, and bring the
 outputs together before anything is added, so that the order is the same for any number of ranks.
 """
@@ -36,7 +37,9 @@ class Gate:
             biased = scores + self._weights.vector("bias")
             experts = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self._config.num_experts_per_tok]
         chosen = scores.gather(1, experts)
-        return experts, chosen / tree_sum(chosen).unsqueeze(-1) * self._config.routed_scaling_factor
+        return experts, chosen / (
+            tree_sum(chosen).unsqueeze(-1) + self._config.gate_epsilon
+        ) * self._config.routed_scaling_factor
 
 
 def by_expert(experts: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:

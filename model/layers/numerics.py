@@ -22,6 +22,8 @@ class Numerics:
     simulation: bool
     kernels: KernelTable
     group: TensorParallelGroup = SINGLE  # of the ranks that compute together
+    fp8_group: int = FP8_GROUP  # of the inputs of quantized layers
+    released_index_keys: bool = False  # V4.1: hand over index keys at single steps as the released code does
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,8 +31,8 @@ class Numerics:
         return torch.bfloat16 if self.simulation else torch.float32
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] as quantized layers see it: the release quantizes their input to FP8 in groups of 128."""
-        return self.kernels.simulate_fp8(x, FP8_GROUP) if self.simulation else x
+        """x [..., n] as quantized layers see it: the release quantizes their input to FP8, in groups of 128 or 32."""
+        return self.kernels.simulate_fp8(x, self.fp8_group) if self.simulation else x
 
     def product(self, quantized: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """A quantized layer on input that `quantize` returned: [T, in] -> [T, out] in `dtype`."""

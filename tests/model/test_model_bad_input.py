@@ -72,7 +72,11 @@ CONFIGS = [
     ({"index_head_dim": 96}, "index_head_dim is not a power of two"),
     ({"qk_rope_head_dim": 63}, "qk_rope_head_dim is odd"),
     ({"scoring_func": "softmax"}, "scoring_func is 'softmax', this engine runs scoring_func = 'sqrtsoftplus'"),
-    ({"model_type": "deepseek_v41"}, "model_type is 'deepseek_v41'"),
+    ({"model_type": "deepseek_v9"}, "model_type is 'deepseek_v9', this engine runs deepseek_v41, deepseek_v4, "),
+    (
+        {"model_type": "deepseek_v41"},
+        r"describes V4.1 \(model_type is 'deepseek_v41'\), '.*(hc_head_fn|ape|tid2eid)' is a tensor of V4",
+    ),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling must be of type 'yarn', it is 'linear'"),
     ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
     ({"quantization_config": {"weight_block_size": [128]}}, r"weight_block_size is \[128\], two counts expected"),

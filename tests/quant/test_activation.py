@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4.quant.activation import group_scale, hadamard, quantize_fp4, quantize_fp8, simulate_fp4, simulate_fp8
+from dsv4.quant.activation import (
+    group_scale,
+    hadamard,
+    quantize_fp4,
+    quantize_fp4_e4m3,
+    quantize_fp8,
+    simulate_fp4,
+    simulate_fp4_e4m3,
+    simulate_fp8,
+)
 
 
 def smallest_power_of_two(amax: float, largest: float) -> float:
@@ -63,7 +72,20 @@ def test_fp4_codes_and_scales() -> None:
         assert (codes[row, col * 32 : (col + 1) * 32].numpy() == expected).all()
 
 
-@pytest.mark.parametrize("simulate", [simulate_fp8, simulate_fp4])
+def test_fp4_codes_with_e4m3_scales() -> None:
+    x = awkward_rows(64)
+    codes, scale = quantize_fp4_e4m3(x)
+    groups = x.to(torch.float32).numpy().reshape(len(x), -1, 16)
+    for row, col in np.ndindex(groups.shape[:2]):
+        amax = max(np.abs(groups[row, col]).max(), np.float32(6 * 2.0**-9))
+        expected_scale = np.minimum(amax / np.float32(6), np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
+        assert float(scale[row, col]) == float(expected_scale)
+        scaled = np.clip(groups[row, col] / np.float32(expected_scale), -6, 6)
+        expected = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+        assert (codes[row, col * 16 : (col + 1) * 16].numpy() == expected).all()
+
+
+@pytest.mark.parametrize("simulate", [simulate_fp8, simulate_fp4, simulate_fp4_e4m3])
 def test_simulating_is_exact_in_bfloat16_and_stable(simulate: object) -> None:
     x = awkward_rows(128)
     once = simulate(x)  # type: ignore[operator]

@@ -4,19 +4,22 @@ A new edition is a new row of EDITIONS and, where its blocks are new, a file of 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from dsv4.convert.checkpoint.config import Config, config_count, config_string
 from dsv4.errors import InputError
 
+from . import v41
 from .spellings import contradictions
 from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
 
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
 # Draft stages, vision, and the router biases of the vision edition.
-V4_OPTIONAL = re.compile(r"mtp\..*|(vision|aligner)\..*|image_.*|.*\.ffn\.gate\.bias(_vl)?")
+OPTIONAL = re.compile(r"mtp\..*|(vision|aligner)\..*|image_.*|.*\.ffn\.gate\.bias(_vl)?")
+V4_SIGNS = re.compile(r"(?:.*\.)?hc_head_fn|.*\.compressor\.ape|.*\.gate\.tid2eid")
+V41_SIGNS = re.compile(r".*\.engram\..*|.*\.indexer\.(?:wk|k_norm)\.weight")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Edition:
     (rows, columns). tensors: from the config and the number of draft stages, every weight that must be there with its
     shape in elements, or InputError for what the config lacks; None where nobody has written them down.
     optional: names that a checkpoint of the edition may have or not, beside them. missing_keys: what the config must
-    say and does not. architecture: the file of the forward pass in `model/architectures/`; "" where there is none.
+    say and does not. signs: names of tensors that no edition of another architecture has. architecture: the file of
+    the forward pass in `model/architectures/`; "" where there is none.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Edition:
     tensors: Callable[[Config, int], dict[str, Shape]] | None = None
     optional: re.Pattern[str] = re.compile("")
     missing_keys: Callable[[Config], list[str]] = lambda config: []
+    signs: re.Pattern[str] = re.compile("")
     architecture: str = ""
 
     def describes(self, config: Config) -> bool:
@@ -51,22 +56,33 @@ ENGRAM_BLOCKS = ((re.compile(r"(?:.*\.)?engram\.embed\.weight"), (1, 32)),)
 
 # The first row that describes a config counts.
 EDITIONS = (
-    Edition("V4.1", ("deepseek_v41",), blocks=ENGRAM_BLOCKS),
+    Edition(
+        "V4.1",
+        ("deepseek_v41",),
+        blocks=ENGRAM_BLOCKS,
+        tensors=v41.v41_tensors,
+        optional=OPTIONAL,
+        missing_keys=v41.missing_keys,
+        signs=V41_SIGNS,
+        architecture="v41",
+    ),
     Edition(
         "V4 with DSpark",
         V4_TYPES,
         "dspark_block_size",
         tensors=partial(v4_tensors, stage_tensors=dspark_stage),
-        optional=V4_OPTIONAL,
+        optional=OPTIONAL,
         missing_keys=missing_keys,
+        signs=V4_SIGNS,
         architecture="v4",
     ),
     Edition(
         "V4",
         V4_TYPES,
         tensors=partial(v4_tensors, stage_tensors=mtp_stage),
-        optional=V4_OPTIONAL,
+        optional=OPTIONAL,
         missing_keys=missing_keys,
+        signs=V4_SIGNS,
         architecture="v4",
     ),
 )
@@ -77,6 +93,29 @@ UNKNOWN = Edition("unknown", blocks=tuple(row for edition in EDITIONS for row in
 def edition_of(config: Config) -> Edition:
     """The edition that a config describes; UNKNOWN if there is none."""
     return next((edition for edition in EDITIONS if edition.describes(config)), UNKNOWN)
+
+
+def tensors_of(config: Config, stages: int) -> dict[str, Shape]:
+    """Every weight that the edition of a config asks for, with its shape; of one that is not known, as V4.
+
+    Raises InputError for what the config lacks.
+    """
+    tensors = edition_of(config).tensors
+    return v4_tensors(config, stages, mtp_stage) if tensors is None else tensors(config, stages)
+
+
+def check_signs(config: Config, names: Iterable[str]) -> None:
+    """Raises InputError, naming both, for tensors of another architecture than the one that the config describes."""
+    described = edition_of(config)
+    others = [e for e in EDITIONS if described.architecture and e.architecture != described.architecture]
+    for name in names:
+        for edition in others:
+            if edition.signs.fullmatch(name):
+                raise InputError(
+                    f"config.json describes {described.name} (model_type is {config.get('model_type')!r}), "
+                    f"'{name}' is a tensor of {edition.name}",
+                    "The config belongs to another checkpoint: copy the one that came with the tensors.",
+                )
 
 
 def describes_v4(config: Config) -> bool:

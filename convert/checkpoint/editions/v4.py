@@ -96,14 +96,20 @@ def _experts(hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape]]:
         yield "ffn.gate.tid2eid", (d.vocab_size, d.num_experts_per_tok)
     else:
         yield "ffn.gate.bias", (d.n_routed_experts,)
-    for expert in ("shared_experts", *(f"experts.{i}" for i in range(d.n_routed_experts))):
-        yield f"ffn.{expert}.w1.weight", (d.moe_intermediate_size, d.hidden_size)
-        yield f"ffn.{expert}.w2.weight", (d.hidden_size, d.moe_intermediate_size)
-        yield f"ffn.{expert}.w3.weight", (d.moe_intermediate_size, d.hidden_size)
+    yield from experts(d.n_routed_experts, d.hidden_size, d.moe_intermediate_size)
 
 
-def _hyper_connection(name: str, rows: int, scales: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}_fn", (rows, d.hc_mult * d.hidden_size)
+def experts(count: int, hidden: int, inner: int) -> Iterator[tuple[str, Shape]]:
+    """The shared expert and `count` routed ones of a block, `hidden` wide outside and `inner` inside."""
+    for expert in ("shared_experts", *(f"experts.{i}" for i in range(count))):
+        yield f"ffn.{expert}.w1.weight", (inner, hidden)
+        yield f"ffn.{expert}.w2.weight", (hidden, inner)
+        yield f"ffn.{expert}.w3.weight", (inner, hidden)
+
+
+def hyper_connection(name: str, rows: int, scales: int, width: int) -> Iterator[tuple[str, Shape]]:
+    """The parameters of a hyper-connection over streams of `width` elements together."""
+    yield f"{name}_fn", (rows, width)
     yield f"{name}_base", (rows,)
     yield f"{name}_scale", (scales,)
 
@@ -113,7 +119,7 @@ def _block(ratio: int, hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape
     yield "attn_norm.weight", (d.hidden_size,)
     yield "ffn_norm.weight", (d.hidden_size,)
     for part in ("attn", "ffn"):
-        yield from _hyper_connection(f"hc_{part}", (2 + d.hc_mult) * d.hc_mult, 3, d)
+        yield from hyper_connection(f"hc_{part}", (2 + d.hc_mult) * d.hc_mult, 3, d.hc_mult * d.hidden_size)
     yield from _attention(ratio, d)
     yield from _experts(hashed, d)
 
@@ -121,7 +127,7 @@ def _block(ratio: int, hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape
 def _head(d: Dimensions) -> Iterator[tuple[str, Shape]]:
     """The end of a stack: its last norm, and the hyper-connection that makes one stream of several."""
     yield "norm.weight", (d.hidden_size,)
-    yield from _hyper_connection("hc_head", d.hc_mult, 1, d)
+    yield from hyper_connection("hc_head", d.hc_mult, 1, d.hc_mult * d.hidden_size)
 
 
 def _globals(d: Dimensions) -> Iterator[tuple[str, Shape]]:
@@ -162,12 +168,19 @@ def dspark_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iter
         yield "markov_head.markov_w2.weight", (d.vocab_size, rank)
 
 
-def _ratios(config: Config, layers: int) -> tuple[int, ...]:
+def ratios_of(config: Config, layers: int) -> tuple[int, ...]:
+    """The compress ratios, one for each of `layers` layers at least. Raises InputError."""
     ratios = compress_ratios(config)
     if ratios is None or len(ratios) < layers:
         found = "no list of counts" if ratios is None else f"{len(ratios)} entries"
         raise InputError(f"compress_ratios: {found}; one for each of {layers} layers needed")
     return ratios
+
+
+def require_believable(blocks: int, experts: int) -> None:
+    """Raise InputError for more experts than any model has, in all blocks together."""
+    if blocks * max(experts, 1) > MAX_EXPERTS:
+        raise InputError(f"{blocks} layers of {experts} experts are not believable")
 
 
 def v4_tensors(config: Config, stages: int, stage_tensors: Stage) -> dict[str, Shape]:
@@ -176,10 +189,9 @@ def v4_tensors(config: Config, stages: int, stage_tensors: Stage) -> dict[str, S
     Raises InputError for what the config lacks, and for dimensions that no model has.
     """
     d = Dimensions.read(config)
-    ratios = _ratios(config, d.num_hidden_layers)
+    ratios = ratios_of(config, d.num_hidden_layers)
     blocks = d.num_hidden_layers + stages
-    if blocks * max(d.n_routed_experts, 1) > MAX_EXPERTS:
-        raise InputError(f"{blocks} layers of {d.n_routed_experts} experts are not believable")
+    require_believable(blocks, d.n_routed_experts)
     found = dict(_globals(d))
     for layer in range(d.num_hidden_layers):
         block = _block(ratios[layer], layer < d.num_hash_layers, d)

@@ -68,5 +68,5 @@ def open_source(folder: str, out: Output) -> Source:
         checkpoint = open_checkpoint(path, headers)
     for note in checkpoint.notes:
         out.warn(note)
-    config = architecture_of(checkpoint.config).read_config(checkpoint.config)
+    config = architecture_of(checkpoint).read_config(checkpoint.config)
     return Source(folder, checkpoint, config, mtp_stages(checkpoint.tensors) > 0)

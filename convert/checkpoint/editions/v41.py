@@ -1,0 +1,166 @@
+"""DeepSeek-V4.1: what a config must say, and which tensors follow from it.
+
+What is new against V4: compressed keys live in a few source layers that the others read, the indexer has lists of its
+own in some layers, n-gram tables (engram) stand in front of two layers, and no stack ends in a hyper-connection.
+One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsv4.convert.checkpoint.config import Config, config_count, config_value
+from dsv4.errors import InputError
+
+from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, experts, hyper_connection, ratios_of, require_believable
+
+# What no engine can know or guess.
+KEYS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "kv_source_layer_ids",
+    "index_source_layer_ids", "index_n_heads", "index_head_dim", "index_topk", "candidate_source_layer_id",
+    "candidate_topk_blocks", "candidate_block_size", "n_routed_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps",
+    "rms_norm_eps", "rope_theta", "compress_rope_theta", "max_position_embeddings", "engram_layer_ids",
+    "engram_num_embeddings", "engram_max_ngram_size", "engram_n_heads", "engram_head_dim", "engram_vocab_size",
+    "engram_pad_token_id", "engram_compressed_vocab_size", *SCALING_KEYS,
+)  # fmt: skip
+
+
+def missing_keys(config: Config) -> list[str]:
+    """Keys that a V4.1 checkpoint cannot be computed without and that the config does not say."""
+    return [key for key in KEYS if config_value(config, key) is None]
+
+
+def _layer_ids(config: Config, key: str) -> tuple[int, ...]:
+    """A list of layers or counts. Raises InputError."""
+    value = config.get(key)
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        raise InputError(f"config.json: {key} must be a list of counts", COPY_CONFIG)
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The widths that the shapes follow from, under the names of config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    n_routed_experts: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    index_n_heads: int
+    index_head_dim: int
+    hc_mult: int
+    engram_max_ngram_size: int
+    engram_n_heads: int
+    engram_head_dim: int
+
+    @classmethod
+    def read(cls, config: Config) -> "Dimensions":
+        """The dimensions that a config says. Raises InputError naming the keys that are missing or not counts."""
+        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
+        missing = [key for key, value in values.items() if value is None]
+        zero = ("o_groups",) if values["o_groups"] == 0 else ()
+        if missing or zero:
+            raise InputError(f"config.json lacks {', '.join([*missing, *zero])}", COPY_CONFIG)
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+
+def _attention(d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    heads = d.num_attention_heads * d.head_dim
+    yield "attn.attn_sink", (d.num_attention_heads,)
+    yield "attn.q_norm.weight", (d.q_lora_rank,)
+    yield "attn.kv_norm.weight", (d.head_dim,)
+    yield "attn.wq_a.weight", (d.q_lora_rank, d.hidden_size)
+    yield "attn.wq_b.weight", (heads, d.q_lora_rank)
+    yield "attn.wkv.weight", (d.head_dim, d.hidden_size)
+    yield "attn.wo_a.weight", (d.o_groups * d.o_lora_rank, heads // d.o_groups)
+    yield "attn.wo_b.weight", (d.hidden_size, d.o_groups * d.o_lora_rank)
+
+
+def _kv_source(ratio: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    yield "attn.compressor.norm.weight", (d.head_dim,)
+    yield "attn.compressor.wkv.weight", (d.head_dim, d.hidden_size)
+    if ratio > 1:
+        yield "attn.compressor.wgate.weight", (d.head_dim, d.hidden_size)
+    yield "attn.indexer.wk.weight", (d.index_head_dim, d.head_dim)
+    yield "attn.indexer.k_norm.weight", (d.index_head_dim,)
+
+
+def _index_source(d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    yield "attn.indexer.wq_b.weight", (d.index_n_heads * d.index_head_dim, d.q_lora_rank)
+    yield "attn.indexer.weights_proj.weight", (d.index_n_heads, d.hidden_size)
+
+
+def _engram(rows: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    columns = (d.engram_max_ngram_size - 1) * d.engram_n_heads
+    yield "engram.embed.weight", (rows, d.engram_head_dim)
+    yield "engram.q_weight", (d.hc_mult, d.hidden_size)
+    yield "engram.k_weight", (d.hc_mult, d.hidden_size)
+    yield "engram.wkv.weight", ((d.hc_mult + 1) * d.hidden_size, columns * d.engram_head_dim)
+
+
+def _block(experts_count: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    """What every block has, without `layers.{L}.` before the names."""
+    yield "attn_norm.weight", (d.hidden_size,)
+    yield "ffn_norm.weight", (d.hidden_size,)
+    for part in ("attn", "ffn"):
+        yield from hyper_connection(f"hc_{part}", (2 + d.hc_mult) * d.hc_mult, 3, d.hc_mult * d.hidden_size)
+    yield from _attention(d)
+    yield "ffn.gate.weight", (experts_count, d.hidden_size)
+    yield "ffn.gate.bias", (experts_count,)
+    yield from experts(experts_count, d.hidden_size, d.moe_intermediate_size)
+
+
+def _layer(config: Config, layer: int, ratio: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    yield from _block(d.n_routed_experts, d)
+    if layer in _layer_ids(config, "kv_source_layer_ids"):
+        yield from _kv_source(ratio, d)
+    if layer in _layer_ids(config, "index_source_layer_ids"):
+        yield from _index_source(d)
+    tables = zip(_layer_ids(config, "engram_layer_ids"), _layer_ids(config, "engram_num_embeddings"), strict=False)
+    if layer in (rows_of := dict(tables)):
+        yield from _engram(rows_of[layer], d)
+
+
+def _stage(config: Config, stage: int, stages: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
+    """Draft stage `stage` of `stages`, without `mtp.{M}.` before the names. Raises InputError for a missing key."""
+    keys = ("dspark_n_routed_experts", "dspark_markov_rank")
+    experts_count, rank = (config_count(config, key) for key in keys)
+    if experts_count is None or rank is None:
+        raise InputError(f"config.json lacks {keys[0] if experts_count is None else keys[1]}", COPY_CONFIG)
+    yield from _block(experts_count, d)
+    if stage == 0:
+        targets = _layer_ids(config, "dspark_target_layer_ids")
+        yield "main_norm.weight", (d.hidden_size,)
+        yield "main_proj.weight", (d.hidden_size, len(targets) * d.hidden_size)
+    if stage == stages - 1:
+        yield "norm.weight", (d.hidden_size,)
+        yield "confidence_head.proj.weight", (1, d.hidden_size + rank)
+        yield "markov_head.embed.weight", (d.vocab_size, rank)
+        yield "markov_head.head.weight", (d.vocab_size, rank)
+
+
+def v41_tensors(config: Config, stages: int) -> dict[str, Shape]:
+    """Every weight that a V4.1 checkpoint with `stages` draft stages must have, by name, with its shape in elements.
+
+    Raises InputError for what the config lacks, and for dimensions that no model has.
+    """
+    d = Dimensions.read(config)
+    ratios = ratios_of(config, d.num_hidden_layers)
+    require_believable(d.num_hidden_layers + stages, d.n_routed_experts)
+    found: dict[str, Shape] = {
+        "embed.weight": (d.vocab_size, d.hidden_size),
+        "head.weight": (d.vocab_size, d.hidden_size),
+        "norm.weight": (d.hidden_size,),
+    }
+    for layer in range(d.num_hidden_layers):
+        found |= {f"layers.{layer}.{name}": shape for name, shape in _layer(config, layer, ratios[layer], d)}
+    for stage in range(stages):
+        found |= {f"mtp.{stage}.{name}": shape for name, shape in _stage(config, stage, stages, d)}
+    return found

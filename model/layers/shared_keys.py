@@ -1,0 +1,145 @@
+"""V4.1's compressed keys and top-k lists, which a few source layers make and the layers after them read.
+
+A KV source compresses groups of 1 or 2 tokens of its own input into one key each, without overlap: of 2 tokens the sum
+weighted per dimension by the softmax of their gates. From the same vector, before its rotation, comes the group's index
+key. An index source chooses for every query the groups that it and the layers up to the next index source attend to.
+The candidate source also keeps some blocks of groups, and later index sources choose inside of these.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4.model.cache import CompressorState, LayerCache
+from dsv4.model.config import Config
+from dsv4.model.weight_store import WeightView
+from dsv4.quant.activation import simulate_fp4, simulate_fp4_e4m3
+
+from .indexer import IndexQueries, best
+from .numerics import Numerics
+from .rotary import Rotary
+
+
+def simulate_index_fp4(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """A query or key of the indexer [..., d] as FP4; V4.1 does not rotate it before."""
+    return simulate_fp4(x) if numerics.simulation else x
+
+
+class KeySource:
+    """The compressor of a KV source: the groups' keys and index keys."""
+
+    def __init__(self, config: Config, weights: WeightView, ratio: int, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._weights, self._ratio = config, weights, ratio
+        self._rotary, self._numerics = rotary, numerics
+
+    def raw(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D] -> float32 [T, 2, c]: what each token gives to its group, and its gate (0 where it is alone)."""
+        kv = self._numerics.linear(x, self._weights.matrix("compressor.wkv.weight"))
+        alone = self._ratio == 1
+        gate = self._numerics.linear(x, self._weights.matrix("compressor.wgate.weight")) if not alone else kv * 0
+        return torch.stack((kv, gate), dim=1)
+
+    def advance(self, cache: LayerCache, raw: torch.Tensor, position: int) -> None:
+        """Add the raw tokens of one sequence, the first at `position`, and compress the groups they finish."""
+        state, index = cache.compressor, cache.indexer
+        assert state is not None and index is not None, "a KV source has both"
+        state.raw = torch.cat((state.raw, raw))
+        first, last = state.entries.length, (position + len(raw)) // self._ratio
+        if last > first:
+            keys, index_keys = self._compress(_groups(state, first, last), first)
+            state.entries.append(keys)
+            index.entries.append(index_keys)
+
+    def _compress(self, groups: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Groups float32 [n, 2, c, ratio], the first of which is number `first` -> keys [n, c], index keys [n, d]."""
+        numerics, eps = self._numerics, self._config.rms_norm_eps
+        norm, weights = numerics.kernels.rms_norm, self._weights
+        pooled = numerics.kernels.pool(groups[:, 0], groups[:, 1]).to(numerics.dtype)
+        z = norm(pooled, weights.vector("compressor.norm.weight"), eps)
+        starts = torch.arange(first, first + len(z), device=z.device) * self._ratio
+        index = numerics.linear(z, weights.matrix("indexer.wk.weight")).to(numerics.dtype)
+        index = norm(index, weights.vector("indexer.k_norm.weight"), eps)
+        keys = self._rotary.rotate(z, starts)
+        if numerics.simulation:
+            keys = simulate_fp4_e4m3(keys)
+        return keys, simulate_index_fp4(self._rotary.rotate(index, starts), numerics)
+
+
+def _groups(state: CompressorState, first: int, last: int) -> torch.Tensor:
+    """The raw tokens of groups [first, last): float32 [groups, 2, c, ratio]."""
+    ratio, start = state.ratio, state.raw_start
+    own = torch.unflatten(state.raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
+    return own.permute(0, 2, 3, 1)
+
+
+@dataclass
+class Selection:
+    """Of one sequence in one call: what the latest index source chose, and the groups that candidate blocks leave.
+
+    chosen: int32 [count, most], ascending, then -1. candidates: bool [count, groups]; None before there are any.
+    """
+
+    chosen: torch.Tensor
+    candidates: torch.Tensor | None = None
+
+
+def nothing_chosen(count: int) -> Selection:
+    """The selection of `count` queries before the first index source."""
+    return Selection(torch.empty(count, 0, dtype=torch.int32))
+
+
+def in_ascending_order(chosen: torch.Tensor) -> torch.Tensor:
+    """int32 [T, k] with -1 where there is none -> the same numbers in ascending order, then -1."""
+    last = torch.iinfo(torch.int32).max
+    ordered = torch.where(chosen < 0, last, chosen).sort(dim=-1).values
+    return torch.where(ordered == last, -1, ordered)
+
+
+def candidate_groups(scores: torch.Tensor, visible: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
+    """The groups in the best blocks of `size` groups: scores [T, N], -inf where out of reach -> bool [T, N].
+
+    A block counts as its best group; the block of the newest of a query's `visible` [T] groups is always kept.
+    """
+    groups = scores.shape[1]
+    padded = torch.nn.functional.pad(scores, (0, -groups % size), value=-torch.inf)
+    by_block = torch.unflatten(padded, 1, (-1, size)).amax(-1)
+    newest = torch.div(visible - 1, size, rounding_mode="floor")
+    number = torch.arange(by_block.shape[1], device=scores.device)
+    kept = best(by_block.masked_fill(number == newest[:, None], torch.inf), blocks).to(torch.int64)
+    mask = torch.zeros(len(scores), by_block.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    mask.scatter_(1, torch.where(kept < 0, by_block.shape[1], kept), True)
+    return mask[:, :-1].repeat_interleave(size, 1)[:, :groups]
+
+
+class IndexSource(IndexQueries):
+    """The indexer of an index source. `is_candidate_source`: it decides which blocks later ones choose from."""
+
+    def __init__(
+        self,
+        config: Config,
+        weights: WeightView,
+        ratio: int,
+        rotary: Rotary,
+        numerics: Numerics,
+        candidates: tuple[int, int] | None,
+    ) -> None:
+        """candidates: blocks to keep and groups per block, for the candidate source alone."""
+        super().__init__(config, weights, rotary, numerics, simulate_index_fp4)
+        self._ratio, self._candidates = ratio, candidates
+
+    def choose(
+        self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, position: int, before: Selection
+    ) -> Selection:
+        """The groups for the queries [S, heads, d] of one sequence, the first at `position`, over index keys [N, d].
+
+        before: of the index source before this one.
+        """
+        visible = (torch.arange(position, position + len(q), device=q.device) + 1) // self._ratio
+        out_of_reach = torch.arange(len(keys), device=q.device) >= visible[:, None]
+        scores = self._numerics.kernels.index_scores(q, weights, keys).masked_fill(out_of_reach, -torch.inf)
+        candidates = before.candidates
+        if self._candidates is not None:
+            candidates = candidate_groups(scores, visible, *self._candidates)
+        elif candidates is not None:
+            scores = scores.masked_fill(~candidates, -torch.inf)
+        return Selection(in_ascending_order(best(scores, self._config.index_topk)), candidates)

@@ -1,0 +1,104 @@
+"""Engram's parts against Python integers, a sieve and the rules of the release."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsv4.errors import InputError
+from dsv4.model.layers.engram.hashing import (
+    RELEASED_CLASSES,
+    RELEASED_MULTIPLIERS,
+    Engrams,
+    NGramHash,
+    look_back,
+    multipliers,
+    primes_of_tables,
+)
+from dsv4.model.layers.engram.token_classes import class_key, number_classes
+
+RELEASED = Engrams((1, 14), (384006168, 384016682), 4, 8, 256, 16000000, 2, RELEASED_CLASSES)
+SMALL = Engrams((1, 4), (1362, 1552), 4, 2, 64, 211, 2, 409)
+
+
+def test_released_multipliers_are_those_of_the_generator() -> None:
+    for layer, frozen in RELEASED_MULTIPLIERS.items():
+        drawn = np.random.default_rng(10007 * layer).integers(0, (2**63 - 1) // RELEASED_CLASSES // 2, 4)
+        assert frozen == tuple(int(2 * v + 1) for v in drawn)
+        assert multipliers(layer, RELEASED_CLASSES, 4).tolist() == list(frozen)
+    assert all(m % 2 and m * (RELEASED_CLASSES - 1) < 2**63 for frozen in RELEASED_MULTIPLIERS.values() for m in frozen)
+
+
+@pytest.mark.parametrize("engrams", [RELEASED, SMALL])
+def test_primes(engrams: Engrams) -> None:
+    """The first primes from the vocabulary size on, by a sieve; the rows of a table are their sum."""
+    end = engrams.vocabulary + 2000
+    sieve = np.ones(end, dtype=bool)
+    sieve[:2] = False
+    for d in range(2, int(end**0.5) + 1):
+        if sieve[d]:
+            sieve[d * d :: d] = False
+    primes = [int(p) for p in engrams.vocabulary + np.flatnonzero(sieve[engrams.vocabulary :])]
+    found = primes_of_tables(engrams)
+    assert torch.stack(found).flatten().tolist() == primes[: 2 * engrams.columns]
+    assert tuple(int(table.sum()) for table in found) == engrams.rows
+
+
+def test_rows_are_those_of_python_integers() -> None:
+    engrams, table = RELEASED, 1
+    classes = torch.randint(0, engrams.classes, (50, 4), generator=torch.Generator().manual_seed(3))
+    found = NGramHash(engrams, table).rows(classes)
+    primes = primes_of_tables(engrams)[table].flatten().tolist()
+    for token, row in zip(classes.tolist(), found.tolist(), strict=True):
+        expected = []
+        for n in (2, 3, 4):
+            joined = 0
+            for value, multiplier in zip(token[:n], RELEASED_MULTIPLIERS[14], strict=False):
+                joined ^= value * multiplier
+            for head in range(8):
+                column = (n - 2) * 8 + head
+                expected.append(joined % primes[column] + sum(primes[:column]))
+        assert row == expected
+    assert int(found.max()) < engrams.rows[table] and int(found.min()) >= 0
+
+
+def test_a_table_of_another_size_is_refused() -> None:
+    with pytest.raises(InputError, match=r"says 1363 rows for layer 1, its primes .* make 1362"):
+        NGramHash(Engrams((1, 4), (1363, 1552), 4, 2, 64, 211, 2, 409), 0)
+
+
+@pytest.mark.parametrize("known", [0, 1, 2, 3, 7])
+def test_look_back_does_not_depend_on_the_call(known: int) -> None:
+    classes = torch.arange(100, 110)
+    whole = [[int(classes[t - i]) if t >= i else 9 for i in range(4)] for t in range(len(classes))]
+    # A cache keeps three classes at least.
+    kept = classes[max(0, known - 3) : known]
+    assert look_back(kept, classes[known:], 4, 9).tolist() == whole[known:]
+    assert look_back(classes[:known], classes[known:], 4, 9).tolist() == whole[known:]
+
+
+# Text of a token, its entry in the vocabulary, and what stands for its class.
+KEYS = [
+    (" The", "ĠThe", "the"),
+    ("the", "the", "the"),
+    ("Ｔｈｅ", "x", "the"),  # full width
+    ("café", "x", "cafe"),
+    ("e\u0301", "x", "e"),
+    (" \t ", "x", " "),
+    ("\n\n", "ĊĊ", " "),
+    ("a \n b", "x", "a b"),
+    ("\u3000ab\u00a0", "x", "ab"),
+    ("\x1cab\x1f", "x", "\x1cab\x1f"),  # Python would strip these
+    ("\u0301", "x", "\u0301"),  # a mark alone: nothing is left, so the text itself
+    ("\v", "x", "\v"),  # white space, but no blank
+    ("\ufffd", "Ã", "Ã"),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "token", "key"), KEYS, ids=[repr(k[0]) for k in KEYS])
+def test_class_keys(text: str, token: str, key: str) -> None:
+    assert class_key(text, token) == key
+
+
+def test_classes_are_numbered_by_first_appearance() -> None:
+    assert number_classes(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
