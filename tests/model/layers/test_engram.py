@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dsv4.errors import InputError
+from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE, KernelTable
 from dsv4.model.layers.engram.hashing import (
     RELEASED_CLASSES,
     RELEASED_MULTIPLIERS,
@@ -102,3 +103,21 @@ def test_class_keys(text: str, token: str, key: str) -> None:
 
 def test_classes_are_numbered_by_first_appearance() -> None:
     assert number_classes(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, TORCH_DEVICE], ids=["reference", "torch"])
+def test_gate(kernels: KernelTable) -> None:
+    """The formula in float64; float32 sums of 160 products are off by some 1e-6 of their terms."""
+    generator = torch.Generator().manual_seed(4)
+    h, keys = (torch.randn(20, 4, 160, generator=generator) for _ in range(2))
+    h[0], keys[1], keys[2] = 0, 0, h[2] * 30
+    weight = torch.randn(4, 160, generator=generator)
+    wide, wide_keys = h.double(), keys.double()
+
+    def inverse_rms(x: torch.Tensor) -> torch.Tensor:
+        return (x.square().mean(-1) + 1e-20).rsqrt()
+
+    dot = (wide * weight * wide_keys).sum(-1) * inverse_rms(wide) * inverse_rms(wide_keys) / 160**0.5
+    expected = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
+    assert expected[0].tolist() == [0.5] * 4, "no similarity, no sign: half"
+    assert (kernels.engram_gate(h, keys, weight, 1e-20).double() - expected).abs().max() < 1e-5
