@@ -1,39 +1,15 @@
-"""Quantized tensors: codes and the scales of their blocks, to values and back.
+"""Quantized tensors: codes and the scales of their blocks, to values and back. The blocks are those of `blocks`.
 
-Three geometries occur in the releases, always over the last two dimensions [rows, columns] = [out, in]:
-
-    FP4   1 x 32    one E8M0 scale per 32 consecutive elements of a row
-    FP8   128 x 128 E8M0 scales (instruct checkpoints) or float32 ones (Base)
-    FP8   32 x 32   the same, in younger members of the family
-
-A block at the right or lower edge may be ragged: the scale tensor has ceil(rows / height) x ceil(columns / width)
-entries. Scales are powers of two by convention; a power of two scales a code without rounding, so dequantizing to
-float32 is exact as long as the product is a float32 (it always is for E8M0 scales up to 2**119).
+Scales are powers of two by convention; a power of two scales a code without rounding, so dequantizing to float32 is
+exact as long as the product is a float32 (it always is for E8M0 scales up to 2**119).
 """
-
-from typing import NamedTuple
 
 import torch
 
 from . import e2m1, e4m3, e8m0
-
-
-class Block(NamedTuple):
-    """Height (rows) and width (columns) of the elements that share one scale."""
-
-    rows: int
-    columns: int
-
-
-FP4_BLOCK = Block(1, e2m1.GROUP_SIZE)
-
-
-def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """Shape of the scale tensor of a weight of `shape` [..., rows, columns]. Raises ValueError below rank 2."""
-    if len(shape) < 2:
-        raise ValueError(f"block scales need at least two dimensions, the shape is {list(shape)}")
-    *batch, rows, columns = shape
-    return (*batch, -(-rows // block.rows), -(-columns // block.columns))
+from .blocks import FP4_BLOCK as FP4_BLOCK
+from .blocks import Block as Block
+from .blocks import scale_shape as scale_shape
 
 
 def decode_scale(scale: torch.Tensor) -> torch.Tensor:

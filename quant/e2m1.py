@@ -11,6 +11,8 @@ Two codes share a byte, the element with the even index in the low nibble:
 
 import torch
 
+from .blocks import GROUP_SIZE as GROUP_SIZE
+
 MAGNITUDES = (
     0.0,  # 0b0_00_0  zero
     0.5,  # 0b0_00_1  subnormal: 0.5 * 2**0
@@ -24,7 +26,6 @@ MAGNITUDES = (
 MAX = 6.0
 SIGN = 0b1_00_0
 NEGATIVE_ZERO = 0b1_00_0
-GROUP_SIZE = 32  # elements of a row that share one E8M0 scale
 
 VALUES = MAGNITUDES + tuple(-magnitude for magnitude in MAGNITUDES)
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from dsv4.errors import InputError
-from dsv4.quant.block_scales import Block
+from dsv4.quant.blocks import Block
 
 from .names import expert_of
 

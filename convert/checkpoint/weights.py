@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
+from dsv4.quant.blocks import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
 from .editions.table import block_by_name

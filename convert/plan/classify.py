@@ -6,7 +6,7 @@ from dsv4.convert.checkpoint.config import checked_expert_dtype, required_weight
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
 from dsv4.errors import InputError
-from dsv4.quant.block_scales import FP4_BLOCK, Block
+from dsv4.quant.blocks import FP4_BLOCK, Block
 
 
 def fp8_block(config: dict[str, Any]) -> Block:

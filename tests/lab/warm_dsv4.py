@@ -13,8 +13,11 @@ import os
 import sys
 import time
 
-import dsv4.convert.write.run  # noqa: F401  # torch and all that a conversion needs
+import torch  # noqa: F401
+
+import dsv4.convert.write.run  # noqa: F401
 from dsv4 import cli, signals
+from dsv4.quant import fp4_to_fp8, fp4_to_fp8_compiled, fp8_to_fp4, to_bf16  # noqa: F401  # all that a conversion needs
 
 
 def run(job: dict[str, object]) -> int:

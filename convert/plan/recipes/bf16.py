@@ -6,14 +6,11 @@ the scales only. Codes are read where a scale lies near the ends of the range or
 
 from typing import Any
 
-import torch
-
+from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.config_edit import without_expert_dtype
 from dsv4.convert.plan.settings import Settings
-from dsv4.quant import to_bf16
-from dsv4.quant.block_scales import decode_scale
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import damaged_scale, read_codes, read_rows, read_scale, source_rows, tiles, typed_scale
@@ -39,13 +36,15 @@ class ToBf16(Recipe):
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Count the elements that change, unless the scales prove that none does."""
+        from dsv4.quant.block_scales import decode_scale
+
         weight = piece.tensor.weight
         assert weight.scale is not None and weight.block is not None
         start, stop = source_rows(piece)
         over = start // weight.block.rows, -(-stop // weight.block.rows)
         raw = read_rows(checkpoint, weight.scale, *over)
         try:
-            if to_bf16.always_exact(decode_scale(typed_scale(raw, weight.scale))):
+            if quant.to_bf16.always_exact(decode_scale(typed_scale(raw, weight.scale))):
                 return Scan()
         except ValueError as error:
             raise damaged_scale(weight.scale, error) from None
@@ -53,6 +52,8 @@ class ToBf16(Recipe):
 
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """Values of some rows, as int16 with the bits of BF16."""
+        import torch
+
         weight = piece.tensor.weight
         assert weight.scale is not None and weight.block is not None
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
@@ -63,9 +64,9 @@ class ToBf16(Recipe):
             over = scale[tile.scale_rows, tile.scale_columns].contiguous()
             if weight.format is Format.FP4:
                 packed = codes[tile.rows, tile.columns.start // 2 : tile.columns.stop // 2].contiguous()
-                form = to_bf16.from_fp4(packed, over)
+                form = quant.to_bf16.from_fp4(packed, over)
             else:
-                form = to_bf16.from_fp8(codes[tile.rows, tile.columns].contiguous(), over, weight.block)
+                form = quant.to_bf16.from_fp8(codes[tile.rows, tile.columns].contiguous(), over, weight.block)
             values[tile.rows, tile.columns] = form.values.view(torch.int16)
             counts.changed += form.changed
         return PieceResult(values.numpy(), raw, counts)

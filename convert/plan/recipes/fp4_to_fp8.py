@@ -5,22 +5,25 @@ where the group scales of a piece do not prove that the reference's block scales
 """
 
 from dataclasses import fields
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import check_groups, fp8_block
 from dsv4.convert.plan.config_edit import with_expert_dtype, without_expert_dtype
 from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.plan.settings import Settings
-from dsv4.quant import e2m1, e4m3, e8m0, fp4_to_fp8, fp4_to_fp8_compiled
-from dsv4.quant.block_scales import Block, scale_shape
-from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
+from dsv4.quant.blocks import GROUP_SIZE, Block, scale_shape
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale, tiles
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
 MAX_NAMED = 20  # blocks of a tensor that a message lists; the manifest counts them all
 
@@ -31,12 +34,13 @@ def _block_of(tensor: OutputTensor) -> Block:
 
 
 class Fp4ToFp8(Recipe):
-    """FP4 experts to FP8. cast: the form of the cast that is used."""
+    """FP4 experts to FP8."""
 
     cast_format = Format.FP4
 
-    def __init__(self, cast: CastInto) -> None:
-        self._cast = cast
+    @cached_property
+    def _cast(self) -> "CastInto":
+        return quant.fp4_to_fp8_compiled.fastest()
 
     def takes(self, weight: Weight) -> bool:
         """FP4 experts."""
@@ -62,11 +66,13 @@ class Fp4ToFp8(Recipe):
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Choose the scales of the blocks."""
+        import torch
+
         weight, block = piece.tensor.weight, _block_of(piece.tensor)
         assert weight.scale is not None
         groups = torch.from_numpy(read_rows(checkpoint, weight.scale, piece.start, piece.stop))
         try:
-            scales = fp4_to_fp8.scales_if_safe(groups, block)
+            scales = quant.fp4_to_fp8.scales_if_safe(groups, block)
         except ValueError as error:
             raise damaged_scale(weight.scale, error) from None
         if scales is None:
@@ -77,10 +83,12 @@ class Fp4ToFp8(Recipe):
             rescaled_blocks=int(scales.moved.sum()),
             inexact_blocks=int(scales.inexact.sum()),
         )
-        return Scan(counts, {f.name: getattr(scales, f.name) for f in fields(BlockScales)})
+        return Scan(counts, {f.name: getattr(scales, f.name) for f in fields(scales)})
 
     def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
         """Its blocks, and how each would change."""
+        import torch
+
         blocks = [(int(row), int(column)) for row, column in torch.nonzero(scan.needed["inexact"])]
         lines = [_block_change(checkpoint, tensor, scan, at) for at in blocks[:MAX_NAMED]]
         if len(blocks) > MAX_NAMED:
@@ -90,10 +98,12 @@ class Fp4ToFp8(Recipe):
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """Codes of some rows of blocks, or all scales."""
         assert scan is not None
-        scales = BlockScales(**scan.needed)
+        scales = quant.fp4_to_fp8.BlockScales(**scan.needed)
         return _scale(piece, scales) if piece.tensor.is_scale else self._codes(checkpoint, piece, scales)
 
-    def _codes(self, checkpoint: Checkpoint, piece: Piece, scales: BlockScales) -> PieceResult:
+    def _codes(self, checkpoint: Checkpoint, piece: Piece, scales: "BlockScales") -> PieceResult:
+        import torch
+
         block = _block_of(piece.tensor)
         group_bytes = torch.from_numpy(read_scale(checkpoint, piece))
         raw = read_codes(checkpoint, piece)
@@ -132,65 +142,71 @@ class Fp4ToFp8(Recipe):
         return {key: value for key, value in config.items() if key != "expert_dtype"}
 
 
-def _scale(piece: Piece, scales: BlockScales) -> PieceResult:
+def _scale(piece: Piece, scales: "BlockScales") -> PieceResult:
     chosen = scales.scale_bytes
-    return PieceResult((chosen if piece.tensor.dtype == "F8_E8M0" else e8m0.decode(chosen)).numpy())
+    return PieceResult((chosen if piece.tensor.dtype == "F8_E8M0" else quant.e8m0.decode(chosen)).numpy())
 
 
 def _count_changed(
-    packed: torch.Tensor, group_bytes: torch.Tensor, chosen: torch.Tensor, block: Block, data: torch.Tensor
+    packed: "torch.Tensor", group_bytes: "torch.Tensor", chosen: "torch.Tensor", block: Block, data: "torch.Tensor"
 ) -> int:
     """Elements whose value is not the source's. Arguments as for `fp4_to_fp8.cast`, and the codes that it gave."""
+    import torch
+
     changed = 0
     for tile in tiles(data.shape, block):
         left, right = tile.columns.start, tile.columns.stop
-        exact = fp4_to_fp8.exact_values(
+        exact = quant.fp4_to_fp8.exact_values(
             packed[tile.rows, left // 2 : right // 2].contiguous(),
-            group_bytes[tile.rows, left // e2m1.GROUP_SIZE : -(-right // e2m1.GROUP_SIZE)].contiguous(),
+            group_bytes[tile.rows, left // GROUP_SIZE : -(-right // GROUP_SIZE)].contiguous(),
             chosen[tile.scale_rows, tile.scale_columns].contiguous(),
             block,
         )
-        changed += int(torch.count_nonzero(exact != e4m3.decode(data[tile.rows, tile.columns])))
+        changed += int(torch.count_nonzero(exact != quant.e4m3.decode(data[tile.rows, tile.columns])))
     return changed
 
 
-def _choose_by_codes(checkpoint: Checkpoint, piece: Piece, groups: torch.Tensor) -> BlockScales:
+def _choose_by_codes(checkpoint: Checkpoint, piece: Piece, groups: "torch.Tensor") -> "BlockScales":
     """Block scales where group scales prove nothing, a tile at a time."""
+    import torch
+
     tensor, block = piece.tensor, _block_of(piece.tensor)
     packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, piece.start, piece.stop))
     shape = scale_shape((len(groups), tensor.shape[1]), block)
-    scales = BlockScales(
+    scales = quant.fp4_to_fp8.BlockScales(
         *(torch.empty(shape, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.bool, torch.bool))
     )
     for tile in tiles((len(groups), tensor.shape[1]), block):
         left, right = tile.columns.start, tile.columns.stop
-        found = fp4_to_fp8.choose_block_scales(
+        found = quant.fp4_to_fp8.choose_block_scales(
             packed[tile.rows, left // 2 : right // 2].contiguous(),
-            groups[tile.rows, left // e2m1.GROUP_SIZE : -(-right // e2m1.GROUP_SIZE)].contiguous(),
+            groups[tile.rows, left // GROUP_SIZE : -(-right // GROUP_SIZE)].contiguous(),
             block,
         )
-        for f in fields(BlockScales):
+        for f in fields(scales):
             getattr(scales, f.name)[tile.scale_rows, tile.scale_columns] = getattr(found, f.name)
     return scales
 
 
 def _block_change(checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan, at: tuple[int, int]) -> str:
     """How one block without an exact form would change under the reference's scale."""
+    import torch
+
     block, (row, column) = _block_of(tensor), at
     assert tensor.weight.scale is not None
     top, bottom = row * block.rows, min((row + 1) * block.rows, tensor.shape[0])
-    wide, half = block.columns // e2m1.GROUP_SIZE, block.columns // 2
+    wide, half = block.columns // GROUP_SIZE, block.columns // 2
     packed = torch.from_numpy(read_rows(checkpoint, tensor.weight.info, top, bottom))
     groups = torch.from_numpy(read_rows(checkpoint, tensor.weight.scale, top, bottom))
     packed = packed[:, column * half : (column + 1) * half].contiguous()
     groups = groups[:, column * wide : (column + 1) * wide].contiguous()
     chosen = scan.needed["scale_bytes"][row : row + 1, column : column + 1]
-    old = fp4_to_fp8.exact_values(packed, groups, chosen, block)
-    new = e4m3.decode(fp4_to_fp8.cast(packed, groups, chosen, block)).double()
+    old = quant.fp4_to_fp8.exact_values(packed, groups, chosen, block)
+    new = quant.e4m3.decode(quant.fp4_to_fp8.cast(packed, groups, chosen, block)).double()
     changed, lost = int(torch.count_nonzero(old != new)), int(torch.count_nonzero((old != 0) & (new == 0)))
     worst = float(((old - new) / old)[old != 0].abs().max())
     span = int(scan.needed["span"][row, column])
     return f"block ({row}, {column}) spans 2^{span}: {changed} elements change, {lost} to zero, by up to {worst:.0%}"
 
 
-RECIPE = Fp4ToFp8(fp4_to_fp8_compiled.fastest())
+RECIPE = Fp4ToFp8()

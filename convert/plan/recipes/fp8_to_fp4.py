@@ -4,22 +4,22 @@ The scan must look at every code. It hands the group scales that it found on to 
 as there is memory for them; pieces without them cast their codes once more.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import check_groups
 from dsv4.convert.plan.config_edit import with_expert_dtype
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
-from dsv4.quant import fp8_to_fp4
-from dsv4.quant.block_scales import FP4_BLOCK, scale_shape
-from dsv4.quant.e2m1 import GROUP_SIZE
+from dsv4.quant.blocks import FP4_BLOCK, GROUP_SIZE, scale_shape
 
 from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import read_codes, read_scale, tiles, typed_scale
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Fp8ToFp4(Recipe):
@@ -50,8 +50,10 @@ class Fp8ToFp4(Recipe):
             ),
         ]  # fmt: skip
 
-    def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, torch.Tensor, torch.Tensor, Counts]:
+    def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, "torch.Tensor", "torch.Tensor", Counts]:
         """The source rows of a piece, their packed codes, their group scales, and what changed."""
+        import torch
+
         weight = piece.tensor.weight
         assert weight.scale is not None and weight.block is not None
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
@@ -63,11 +65,11 @@ class Fp8ToFp4(Recipe):
         for tile in tiles(codes.shape, weight.block):
             some = codes[tile.rows, tile.columns].contiguous()
             over = scale[tile.scale_rows, tile.scale_columns].contiguous()
-            form = fp8_to_fp4.cast(some, over, weight.block)
+            form = quant.fp8_to_fp4.cast(some, over, weight.block)
             packed[tile.rows, tile.columns.start // 2 : tile.columns.stop // 2] = form.packed
             groups[tile.rows, tile.columns.start // GROUP_SIZE : -(-tile.columns.stop // GROUP_SIZE)] = form.scale_bytes
             if not form.exact.all():
-                counts.add(Counts(**fp8_to_fp4.error(form, some, over, weight.block)._asdict()))
+                counts.add(Counts(**quant.fp8_to_fp4.error(form, some, over, weight.block)._asdict()))
         return raw, packed, groups, counts
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:

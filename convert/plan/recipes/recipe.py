@@ -5,22 +5,27 @@ It scans the weight before its shard is written, because the header of the shard
 exists. And it computes the output, a piece at a time. A piece is a range of rows of one output tensor; pieces do not
 know of each other, so any number of workers, in any order, gives the same bytes.
 
+Planning reads headers only and does without torch, which takes a second to import: `scan` and `compute` import it, and
+take the modules of `dsv4.quant` as its attributes.
+
 A new kind of conversion is a new file with a subclass of `Recipe`, and a row of CONVERSIONS in settings.py.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.rank_layout import Slice
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
-from dsv4.quant.block_scales import Block
+from dsv4.quant.blocks import Block
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE_BYTES = 8 * 2**20  # of a piece, read or written: an expert matrix of V4-Flash is one
 WORD = 8  # bytes; a multiple of the size of every scale
@@ -151,8 +156,8 @@ class Scan:
     """
 
     counts: Counts = field(default_factory=Counts)
-    needed: dict[str, torch.Tensor] = field(default_factory=dict)
-    spared: dict[str, torch.Tensor] = field(default_factory=dict)
+    needed: dict[str, "torch.Tensor"] = field(default_factory=dict)
+    spared: dict[str, "torch.Tensor"] = field(default_factory=dict)
 
     @property
     def is_exact(self) -> bool:
@@ -165,7 +170,9 @@ class Scan:
         return sum(tensor.nbytes for tensor in self.spared.values())
 
 
-def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _joined(parts: Sequence[dict[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor"]:
+    import torch
+
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

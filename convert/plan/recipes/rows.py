@@ -1,18 +1,20 @@
 """Reading rows of source tensors for the recipes, and refusing what a source should not hold."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.errors import InputError
-from dsv4.quant import e4m3, e8m0
-from dsv4.quant.block_scales import Block
+from dsv4.quant.blocks import Block
 
 from .recipe import PIECE_BYTES, WORD, Array, Piece
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE_BYTES = 2**21  # output bytes that the compiled cast computes at once: they stay in cache, calls are few
 TILE_ELEMENTS = 2**19  # elements that torch computes at once; intermediate tensors take up to 60 bytes for each
@@ -87,7 +89,7 @@ def tiles(shape: tuple[int, ...], block: Block) -> Iterator[Tile]:
 
 def check_scale(raw: Array, info: TensorInfo) -> None:
     """Raises InputError if block scales (bytes of a scale tensor) hold NaN, zero, negative values or infinity."""
-    bad = np.count_nonzero(raw == e8m0.NAN) if info.dtype == "F8_E8M0" else 0
+    bad = np.count_nonzero(raw == quant.e8m0.NAN) if info.dtype == "F8_E8M0" else 0
     if info.dtype == "F32":
         values = raw.view(np.float32)
         bad = values.size - np.count_nonzero(np.isfinite(values) & (values > 0))
@@ -104,15 +106,17 @@ def damaged_scale(info: TensorInfo, error: ValueError) -> InputError:
     return InputError(f"'{info.name}': {error}", "Download its shard again.")
 
 
-def typed_scale(raw: Array, info: TensorInfo) -> torch.Tensor:
+def typed_scale(raw: Array, info: TensorInfo) -> "torch.Tensor":
     """Bytes of block scales as float32, or as E8M0 bytes (uint8)."""
+    import torch
+
     tensor = torch.from_numpy(raw)
     return tensor.view(torch.float32) if info.dtype == "F32" else tensor
 
 
 def count_nan(raw: Array) -> int:
     """NaN codes among E4M3 codes."""
-    return int(np.count_nonzero((raw & e4m3.NAN) == e4m3.NAN))
+    return int(np.count_nonzero((raw & quant.e4m3.NAN) == quant.e4m3.NAN))
 
 
 def _refuse_nan(checkpoint: Checkpoint, weight: Weight, raw: Array) -> None:

@@ -10,8 +10,8 @@ exact where all scales of a block are equal, as they are if the weight came from
 from typing import Any
 
 import numpy as np
-import torch
 
+from dsv4 import quant
 from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.editions.table import block_by_name
 from dsv4.convert.checkpoint.forms.form import MX_BLOCK
@@ -19,8 +19,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
-from dsv4.quant import e8m0
-from dsv4.quant.block_scales import Block, scale_shape
+from dsv4.quant.blocks import Block, scale_shape
 
 from .copy import copied, copied_scale
 from .recipe import Array, OutputTensor, Piece, PieceResult, Recipe, Scan
@@ -59,21 +58,25 @@ class Scales(Recipe):
 
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """Scales of some rows. Raises InputError for a float32 scale that is no power of two."""
+        import torch
+
         info = piece.tensor.source
         if piece.tensor.block is not None:
             return PieceResult(_joined(checkpoint, piece, piece.tensor.block))
         raw = read_rows(checkpoint, info, piece.start, piece.stop)
         check_scale(raw, info)
         if info.dtype == "F8_E8M0":
-            return PieceResult(e8m0.decode(torch.from_numpy(raw)).numpy(), raw)
+            return PieceResult(quant.e8m0.decode(torch.from_numpy(raw)).numpy(), raw)
         try:
-            return PieceResult(e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy(), raw)
+            return PieceResult(quant.e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy(), raw)
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "Keep float32 scales: --scale-dtype f32.") from None
 
 
 def _joined(checkpoint: Checkpoint, piece: Piece, block: Block) -> Array:
     """One scale for each block of some rows of blocks. Raises InputError if a block has several."""
+    import torch
+
     info, wide = piece.tensor.source, block.columns // MX_BLOCK[1]
     rows = []
     for row in range(piece.start, piece.stop):
@@ -87,7 +90,7 @@ def _joined(checkpoint: Checkpoint, piece: Piece, block: Block) -> Array:
             )
         rows.append(first)
     scales = np.concatenate(rows)
-    return e8m0.decode(torch.from_numpy(scales)).numpy() if piece.tensor.dtype == "F32" else scales
+    return quant.e8m0.decode(torch.from_numpy(scales)).numpy() if piece.tensor.dtype == "F32" else scales
 
 
 RECIPE = Scales()

@@ -11,8 +11,6 @@ from threading import Condition
 from types import TracebackType
 from typing import Self, TypeVar
 
-import torch
-
 from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
 
 from .resources import Resources
@@ -25,6 +23,13 @@ def _nothing() -> None:
     """For callers of `map` with no need to know that everything is submitted."""
 
 
+def _compute_alone() -> None:
+    """Torch uses no threads of its own: the pieces are what runs in parallel."""
+    import torch  # only now: a dry run does without
+
+    torch.set_num_threads(1)
+
+
 class Workers:
     """A pool of threads and two accounts: pieces that are alive, and results of scans that are kept.
 
@@ -32,7 +37,7 @@ class Workers:
     """
 
     def __init__(self, resources: Resources) -> None:
-        self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=lambda: torch.set_num_threads(1))
+        self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=_compute_alone)
         self._count, self._window, self._spared_bytes = resources.workers, resources.window, resources.spared_bytes
         self._changed = Condition()
         self._maps = 0  # calls of `map` that are under way; each has an equal share of the window

@@ -5,11 +5,12 @@ scale, repeated. So the result is exact, whatever the codes, unless a float32 bl
 `--on-inexact round` quantizes the weight anew.
 """
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from dsv4 import quant
 from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
@@ -27,8 +28,12 @@ from dsv4.convert.plan.recipes.rows import (
 )
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
-from dsv4.quant import e4m3, e8m0, fp4_to_fp8_compiled
-from dsv4.quant.block_scales import FP4_BLOCK, expand_scale, quantize_fp8, scale_shape
+from dsv4.quant.blocks import FP4_BLOCK, scale_shape
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv4.quant.fp4_to_fp8 import CastInto
 
 SCALE_SUFFIX = ".weight_scale"
 
@@ -52,7 +57,10 @@ class MxRecipe(Recipe):
     """E4M3 with scales of 1 x 32, under the release's name of the weight and `weight_scale`. Subclasses add to it."""
 
     cast_format = Format.FP4
-    _cast = staticmethod(fp4_to_fp8_compiled.fastest())
+
+    @cached_property
+    def _cast(self) -> "CastInto":
+        return quant.fp4_to_fp8_compiled.fastest()
 
     def takes(self, weight: Weight) -> bool:
         """Every quantized weight."""
@@ -105,6 +113,8 @@ class MxRecipe(Recipe):
         return self._from_fp4(checkpoint, piece)
 
     def _from_fp4(self, checkpoint: Checkpoint, piece: Piece) -> PieceResult:
+        import torch
+
         scale = torch.from_numpy(read_scale(checkpoint, piece))
         raw = read_codes(checkpoint, piece)
         packed, counts = torch.from_numpy(raw), Counts()
@@ -127,17 +137,17 @@ class MxRecipe(Recipe):
         return {key: value for key, value in config.items() if key != "expert_dtype"}
 
 
-def _float_scale(checkpoint: Checkpoint, piece: Piece) -> torch.Tensor:
+def _float_scale(checkpoint: Checkpoint, piece: Piece) -> "torch.Tensor":
     """The block scales over the rows of a piece, float32."""
     scale = piece.tensor.weight.scale
     assert scale is not None
     typed = typed_scale(read_scale(checkpoint, piece), scale)
-    return typed if scale.dtype == "F32" else e8m0.decode(typed)
+    return typed if scale.dtype == "F32" else quant.e8m0.decode(typed)
 
 
-def _powers_of_two(scale: torch.Tensor) -> bool:
+def _powers_of_two(scale: "torch.Tensor") -> bool:
     try:
-        e8m0.exact(scale)
+        quant.e8m0.exact(scale)
     except ValueError:
         return False
     return True
@@ -145,22 +155,31 @@ def _powers_of_two(scale: torch.Tensor) -> bool:
 
 def _spread(checkpoint: Checkpoint, piece: Piece) -> Array:
     """The scale of each 32 elements of some rows: the scale of their block, as E8M0 bytes."""
+    import torch
+
     weight, (start, stop) = piece.tensor.weight, source_rows(piece)
     scale, block = weight.scale, weight.block
     assert scale is not None and block is not None
     raw = read_rows(checkpoint, scale, start // block.rows, -(-stop // block.rows))
     check_scale(raw, scale)
-    exponents = raw if scale.dtype == "F8_E8M0" else e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy()
+    exponents = raw if scale.dtype == "F8_E8M0" else quant.e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy()
     wide = np.repeat(exponents, max(1, block.columns // FP4_BLOCK.columns), axis=1)[:, : piece.tensor.shape[1]]
     return np.ascontiguousarray(np.repeat(wide, block.rows, axis=0)[: stop - start])
 
 
-def _requantized(checkpoint: Checkpoint, piece: Piece, scale: torch.Tensor) -> tuple[Array, Array, Counts]:
+def _requantized(checkpoint: Checkpoint, piece: Piece, scale: "torch.Tensor") -> tuple[Array, Array, Counts]:
     """Codes and scales of rows whose block scales have no exact form, and how many elements change."""
+    import torch
+
+    from dsv4.quant.block_scales import expand_scale
+
     weight = piece.tensor.weight
     assert weight.block is not None
     codes = torch.from_numpy(read_codes(checkpoint, piece))
-    exact = e4m3.decode(codes).double() * expand_scale(scale, tuple(codes.shape), weight.block).double()
-    found, scales = quantize_fp8(exact.float(), FP4_BLOCK)
-    back = e4m3.decode(found).double() * expand_scale(e8m0.decode(scales), tuple(codes.shape), FP4_BLOCK).double()
+    exact = quant.e4m3.decode(codes).double() * expand_scale(scale, tuple(codes.shape), weight.block).double()
+    found, scales = quant.quantize_fp8(exact.float(), FP4_BLOCK)
+    back = (
+        quant.e4m3.decode(found).double()
+        * expand_scale(quant.e8m0.decode(scales), tuple(codes.shape), FP4_BLOCK).double()
+    )
     return found.numpy(), scales.numpy(), Counts(changed=int(torch.count_nonzero(back != exact)))
