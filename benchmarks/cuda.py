@@ -33,6 +33,7 @@ from run import EXPERT_IMPLEMENTATIONS, Theirs, flash  # noqa: E402
 from dsv4.convert import convert  # noqa: E402
 from dsv4.convert.synthetic.checkpoint import make_checkpoint  # noqa: E402
 from dsv4.model import load  # noqa: E402
+from dsv4.model.architectures.v4 import V4  # noqa: E402
 from dsv4.model.evaluate.logits import teacher_forced  # noqa: E402
 from dsv4.model.kernels.table import TORCH_DEVICE  # noqa: E402
 from dsv4.model.layers.numerics import Numerics  # noqa: E402
@@ -57,7 +58,8 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def noise_of(model: Transformer, expected: torch.Tensor) -> float:
     """How far the CPU's simulated logits move when torch's own products add in another order."""
     numerics = Numerics(True, TORCH_DEVICE)
-    return difference(logits_of(Transformer(model.config, 0, model.store, numerics)), expected)
+    stack = V4(model.config, 0, model.store, numerics)
+    return difference(logits_of(Transformer(model.config, stack, model.store, numerics)), expected)
 
 
 def check_logits(folder: Path) -> bool:

@@ -3,7 +3,7 @@
     REFERENCE      the plain forms that define the result to the bit
     CPU            compiled C with the same bits, where a library can be built (`cpu.library`)
     TORCH_DEVICE   every other device: torch's own functions, the same within the noise of float32
-    CUDA           the same, with products of bfloat16 on the tensor cores
+    CUDA           the same, with products of bfloat16 on the tensor cores and Triton's kernels (`cuda.py`)
 
 One row is selected, once, when a model is loaded. Nothing else in the engine asks which device it computes on.
 """
@@ -11,6 +11,7 @@ One row is selected, once, when a model is loaded. Nothing else in the engine as
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
@@ -81,12 +82,30 @@ TORCH_DEVICE = KernelTable(
     engram_gate=partial(small.engram_gate, exp=torch.exp, sqrt=torch.sqrt, total=_device_sum),
 )
 
-CUDA = replace(TORCH_DEVICE, linear=partial(torch_device.linear, product=torch_device.product_cuda))
-DEVICES = {"cuda": CUDA}
+
+def _cuda() -> KernelTable:
+    """Tensor cores for products, and Triton's kernels where there is Triton; torch's CUDA builds bring it."""
+    if find_spec("triton") is None:
+        return replace(TORCH_DEVICE, linear=partial(torch_device.linear, product=torch_device.product_cuda))
+    from . import cuda
+
+    return replace(
+        TORCH_DEVICE,
+        linear=cuda.linear,
+        simulate_fp8=cuda.simulate_fp8,
+        inverse_rms=cuda.inverse_rms,
+        rms_norm=cuda.rms_norm,
+        hc_split_sinkhorn=cuda.hc_split_sinkhorn,
+        hc_pre=cuda.hc_pre,
+        hc_post=cuda.hc_post,
+        swiglu=cuda.swiglu,
+    )
 
 
 def select_kernels(device: torch.device) -> KernelTable:
     """The fastest row that works for `device` on this machine."""
+    if device.type == "cuda":
+        return _cuda()
     if device.type != "cpu":
-        return DEVICES.get(device.type, TORCH_DEVICE)
+        return TORCH_DEVICE
     return REFERENCE if cpu.library() is None else CPU
