@@ -1,230 +1,242 @@
-"""How do shared conversions and runs scale? Measured with one and two processes; a model for 8 and 64.
+"""How does `convert` grow with the number of cores? One process with 1, 2, 4, … workers, each on as many cores.
 
-    python benchmarks/scaling.py [FOLDER] [--layers 3] [--experts 16] [--tokens 24] [--rounds 3]
+    python benchmarks/scaling.py [FOLDER] [--gigabytes G] [--most-workers N]
 
-Makes a checkpoint of V4-Flash's layer dimensions (few layers, experts and words) in FOLDER and runs, in turns, with one
-and with two processes of one thread each, under torchrun: `dsv4 convert` (bytes written per second; the time of the
-slowest part, and the check at the end) and `dsv4 run` (tokens per second, prefill and decode).
+Makes a checkpoint of FP4 experts of V4-Flash's dimensions in FOLDER (default: /dev/shm, where the disk is memory) and
+converts it to FP8 with 1, 2, 4, … workers. Each run has a process of its own that is bound to as many cores as it has
+workers, and is timed without the imports. Beside it in the same table: `cp` of the result's shards, as many processes
+on the same cores, which is what the machine can do with these bytes.
 
-Then a model, from dimensions alone. Its count of exchanges is compared with what the engine does on a small checkpoint,
-and the program ends with an error if they are not equal. On a machine that others use too, look at ratios only.
+Then the cost of each stage on one core, measured on pieces of the same size, and what follows for other numbers of
+cores: the time of a core for each GB, divided by the cores, unless memory is slower. Where there are only two cores,
+the model is all that there is for more.
+
+Needs no network, no compiler and no hub library: numpy, torch, blake3 and psutil, and the command line's packages.
 """
 
 import argparse
-import contextlib
+import hashlib
 import json
 import os
-import random
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import psutil
 import torch
+from blake3 import blake3
 
-from dsv4.convert.checkpoint.editions.v4 import Shape, mtp_stage, v4_tensors
-from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.convert.synthetic.geometry import config as config_json
-from dsv4.model import load
-from dsv4.model.config import OVERLAP_RATIO, Config
-from dsv4.model.parallel import TensorParallelGroup
+from dsv4.convert.checkpoint.header import build_header
+from dsv4.machine import usable_cores
+from dsv4.quant import fp4_to_fp8, fp4_to_fp8_compiled
+from dsv4.quant.block_scales import Block
 
-FLASH = Geometry(
-    vocab_size=129280, hidden_size=4096, compress_ratios=(0, 0, *(4, 128) * 20, 4, 0), num_hash_layers=3,
-    n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048, num_attention_heads=64, head_dim=512,
-    q_lora_rank=1024, o_groups=8, o_lora_rank=1024, index_n_heads=64, index_topk=512,
-)  # fmt: skip
-PRO = Geometry(
-    vocab_size=129280, hidden_size=7168, compress_ratios=(128, 128, *(4, 128) * 29, 4, 0), num_hash_layers=3,
-    n_routed_experts=384, num_experts_per_tok=6, moe_intermediate_size=3072, num_attention_heads=128, head_dim=512,
-    q_lora_rank=1536, o_groups=16, o_lora_rank=1024, index_n_heads=64, index_topk=1024,
-)  # fmt: skip
-FP8_NAMES = ("wq_a", "wq_b", "attn.wkv", "wo_a", "wo_b", "shared_experts", "e_proj", "h_proj")
-FP4, FP8 = 0.5 + 1 / 32, 1 + 1 / 128**2  # bytes per element, scale included
-SHARD_BYTES = 5e9  # --max-shard-size
-PROCESSES = (1, 2, 8, 64)
-DRAWS = 2000
-Exchange = tuple[str, int]  # gather or combine, bytes of the whole result
-
-
-def torchrun(count: int, *arguments: object) -> dict[str, Any]:
-    """The JSON that a command prints as `count` ranks of one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "dsv4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [*map(str, arguments), "--json"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    return dict(json.loads(done.stdout))
-
-
-def middle(found: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each number."""
-    return {key: statistics.median(entry[key] for entry in found) for key in found[0]}
-
-
-def measure_convert(source: Path, output: Path, count: int) -> dict[str, float]:
-    """MB written per second."""
-    found = torchrun(
-        count, "convert", source, output, "--max-workers", 1, "--max-shard-size", "30MB", "--overwrite"
-    )  # fmt: skip
-    return {"convert, MB/s": found["output_bytes"] / found["seconds"] / 1e6}
+ROWS, COLUMNS = 2048, 4096  # an expert matrix of V4-Flash: one piece
+BLOCK = Block(128, 128)
+PIECE = ROWS * COLUMNS  # bytes of FP8
+SOURCE_BYTES = PIECE // 2 + PIECE // 32
+GIGABYTES_A_CORE = 0.6  # of FP4: several shards for each worker
+SECONDS = 140  # no further run is begun after so many
+CONFIG = {
+    "model_type": "deepseek_v4",
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+}
+# Runs in a process of its own: bound to cores before torch counts them, timed after the imports.
+CHILD = """
+import json, os, sys, time
+source, output, workers, shard_bytes = sys.argv[1:]
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(workers)])
+from dsv4.convert import convert
+from dsv4.convert.write.shards.resources import keep_freed_memory
+from dsv4.machine import peak_memory
+import dsv4.convert.plan.recipes.fp4_to_fp8
+keep_freed_memory()
+wall, cpu = time.perf_counter(), time.process_time()
+convert(source, output, max_workers=int(workers), max_shard_size=int(shard_bytes))
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, peak_memory()]))
+"""
 
 
-def measure_run(source: Path, tokens: int, count: int) -> dict[str, float]:
-    """Tokens per second."""
-    prompt = ",".join(str(2 + i % 1000) for i in range(64))
-    options = ["--tokens", prompt, "--temperature", 0, "--max-new-tokens", tokens]
-    found = torchrun(count, "run", source, *options)["statistics"]
-    names = {"prefill, tokens/s": "prefill_tokens_per_second", "decode, tokens/s": "decode_tokens_per_second"}
-    return {name: found[key] for name, key in names.items()}
+def make_source(folder: Path, gigabytes: float) -> int:
+    """A checkpoint of FP4 experts in shards of at most 64 of them; the bytes repeat. Returns the number of matrices."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    count = max(4, round(gigabytes * 1e9 / SOURCE_BYTES))
+    scales = random.integers(119, 122, (ROWS, COLUMNS // 32), dtype=np.uint8)
+    codes = [random.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8) for _ in range(4)]
+    starts, weight_map = range(0, count, 64), {}
+    for number, start in enumerate(starts, 1):
+        file = f"model-{number:05d}-of-{len(starts):05d}.safetensors"
+        stems = [f"layers.{e // 256}.ffn.experts.{e % 256}.w1" for e in range(start, min(start + 64, count))]
+        scale_infos = {f"{stem}.scale": ("F8_E8M0", (ROWS, COLUMNS // 32)) for stem in stems}
+        infos = scale_infos | {f"{stem}.weight": ("I8", (ROWS, COLUMNS // 2)) for stem in stems}
+        with (folder / file).open("wb") as out:
+            out.write(build_header(infos))
+            for _ in stems:
+                out.write(scales)
+            for i, _ in enumerate(stems):
+                out.write(codes[i % 4])
+        weight_map |= dict.fromkeys(infos, file)
+    index = {"metadata": {"total_size": count * SOURCE_BYTES}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return count
 
 
-def measure(work: Callable[[int], dict[str, float]], rounds: int) -> None:
-    """One and two processes in turns."""
-    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for count in found:
-            found[count].append(work(count))
-    one, two = middle(found[1]), middle(found[2])
-    for name in one:
-        print(f"{name:20} {one[name]:9.1f} {two[name]:9.1f}   x {two[name] / one[name]:.2f}", flush=True)
+def convert_once(source: Path, output: Path, workers: int, shard_bytes: int) -> tuple[float, float, int]:
+    """(seconds, processor seconds, peak bytes of memory) of one conversion into a fresh folder."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-c", CHILD, *map(str, (source, output, workers, shard_bytes))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds, processor, peak = json.loads(done.stdout)
+    return seconds, processor, peak
 
 
-def exchanges(config: Config) -> list[Exchange]:
-    """Those for one token of the main stack, from the dimensions alone."""
-    hidden, activation = config.hidden_size, 2  # bfloat16
-    found: list[Exchange] = [("combine", 4 * hidden)]  # embedding, float32
-    for layer in range(config.num_hidden_layers):
-        if config.ratio(layer) == OVERLAP_RATIO:
-            found.append(("gather", activation * config.index_n_heads * config.index_head_dim))
-        found.append(("gather", activation * config.o_groups * config.o_lora_rank))
-        found.append(("gather", activation * hidden))  # after wo_b
-        found.append(("combine", activation * hidden * config.num_experts_per_tok))  # outputs of the routed experts
-        found.append(("gather", activation * config.moe_intermediate_size))  # shared expert, inside
-        found.append(("gather", activation * hidden))  # and out of it
-    return [*found, ("gather", 4 * config.vocab_size)]
+def copy_once(folder: Path, output: Path, processes: int) -> float:
+    """Seconds that `cp` of all shards takes, so many at a time, on as many cores."""
+    output.mkdir()
+    shards = "\n".join(map(str, sorted(folder.glob("*.safetensors"))))
+    command = ["xargs", "-P", str(processes), "-I", "{}", "cp", "{}", str(output)]
+    if taskset := shutil.which("taskset"):
+        cores = sorted(os.sched_getaffinity(0))[:processes]
+        command = [taskset, "-c", ",".join(map(str, cores)), *command]
+    started = time.perf_counter()
+    subprocess.run(command, input=shards, check=True, text=True)
+    taken = time.perf_counter() - started
+    shutil.rmtree(output)
+    return taken
 
 
-def count_exchanges(folder: Path, count: int) -> list[Exchange]:
-    """The same as the engine does it: one rank's calls, without the others."""
-    found: list[Exchange] = []
-
-    class Counting(TensorParallelGroup):
-        def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-            found.append(("gather", x.nbytes * self.count))
-            return torch.cat([x] * self.count, dim=-1)
-
-        def all_reduce_disjoint(self, x: torch.Tensor) -> torch.Tensor:
-            found.append(("combine", x.nbytes))
-            return x
-
-    model = load(folder, group=Counting(0, count))
-    model.forward(torch.tensor([[1]]), model.new_cache(1))
-    return found
+def _processor_time(work: Callable[[], object]) -> float:
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
 
 
-def sent_bytes(found: list[Exchange], count: int) -> float:
-    """What each rank sends: its part of a gathered result to all others; a ring's two rounds of a combined one."""
-    return sum(size * (2 if kind == "combine" else 1) for kind, size in found) * (count - 1) / count
+def seconds_per_gigabyte(work: Callable[[], object], moved: int) -> float:
+    """Time of a core, the least of some calls that handle so many bytes."""
+    work()
+    return min(_processor_time(work) for _ in range(9)) / moved * 1e9
 
 
-def stored_bytes(name: str, shape: Shape) -> float:
-    """Bytes of a tensor in the release."""
-    elements = float(torch.Size(shape).numel())
-    if ".ffn.experts." in name:
-        return elements * FP4
-    if name.endswith("weight") and any(part in name for part in FP8_NAMES) and "compressor" not in name:
-        return elements * FP8
-    return elements * (8 if name.endswith("tid2eid") else 4 if "hc_" in name or "bias" in name else 2)
+def stages(folder: Path) -> dict[str, tuple[float, float]]:
+    """By stage: seconds of one core for each GB that it handles, and how many GB that is for each GB written."""
+    torch.set_num_threads(1)
+    packed = torch.randint(0, 256, (ROWS, COLUMNS // 2), dtype=torch.uint8)
+    groups = torch.randint(119, 122, (ROWS, COLUMNS // 32), dtype=torch.uint8)
+    scales = fp4_to_fp8.scales_if_safe(groups, BLOCK)
+    assert scales is not None
+    made, other = torch.empty(ROWS, COLUMNS, dtype=torch.uint8), np.ones(PIECE, np.uint8)
+    cast, read = fp4_to_fp8_compiled.fastest(), np.ones(PIECE // 2, np.uint8)
+    file = folder / "piece"
+    file.write_bytes(bytes(PIECE))
+    descriptor = os.open(file, os.O_RDWR)
+
+    def cast_piece() -> None:
+        for top in range(0, ROWS, 512):
+            rows = slice(top, top + 512)
+            cast(packed[rows], groups[rows], scales.scale_bytes[top // 128 : top // 128 + 4], BLOCK, made[rows])
+
+    share = SOURCE_BYTES / PIECE
+    costs = {
+        "read": (seconds_per_gigabyte(lambda: os.preadv(descriptor, [read], 0), read.nbytes), share),
+        "BLAKE3 of source tensors": (seconds_per_gigabyte(lambda: blake3(read), read.nbytes), share),
+        "cast": (seconds_per_gigabyte(cast_piece, PIECE), 1.0),
+        "BLAKE3 of output tensors": (seconds_per_gigabyte(lambda: blake3(made.numpy()), PIECE), 1.0),
+        "copy into blocks": (seconds_per_gigabyte(lambda: np.copyto(other, made.numpy().reshape(-1)), PIECE), 1.0),
+        "SHA-256 of shards": (seconds_per_gigabyte(lambda: hashlib.sha256(other), PIECE), 1.0),
+        "write": (seconds_per_gigabyte(lambda: os.pwrite(descriptor, other, 0), PIECE), 1.0),
+    }
+    os.close(descriptor)
+    file.unlink()
+    return costs
 
 
-def rank_bytes(config: Config, shapes: dict[str, Shape], count: int) -> tuple[float, float]:
-    """What one of `count` ranks holds, and reads for one token on average."""
-    group, held, read = TensorParallelGroup(0, count), 0.0, 0.0
-    for name, shape in shapes.items():
-        if group.holds(name, config):
-            size = stored_bytes(name, shape) / (count if group.rows(name, shape) else 1)
-            held += size
-            if name.startswith("mtp") or name == "embed.weight" or name.endswith("tid2eid"):
-                continue  # not read, or a row of it, for a token
-            read += size * config.num_experts_per_tok / config.n_routed_experts if ".ffn.experts." in name else size
-    return held, read
+def memory_rate(threads: int) -> float:
+    """GB/s that so many threads copy together."""
+    pairs = [(np.ones(64 << 20, np.uint8), np.ones(64 << 20, np.uint8)) for _ in range(threads)]
+
+    def copy(pair: tuple[np.ndarray, np.ndarray]) -> None:
+        for _ in range(4):
+            np.copyto(*pair)
+
+    with ThreadPoolExecutor(threads) as pool:
+        taken = []
+        for _ in range(3):
+            started = time.perf_counter()
+            list(pool.map(copy, pairs))
+            taken.append(time.perf_counter() - started)
+    return threads * 4 * (64 << 20) / min(taken) / 1e9
 
 
-def busiest(config: Config, count: int) -> float:
-    """Experts of one token on the rank that has most of them, on average: the others wait for it."""
-    draw, each = random.Random(0), config.n_routed_experts // count
-    total = 0
-    for _ in range(DRAWS):
-        owners = [e // each for e in draw.sample(range(config.n_routed_experts), config.num_experts_per_tok)]
-        total += max(owners.count(owner) for owner in owners)
-    return total / DRAWS
+def print_model(folder: Path, cores: int) -> None:
+    """Cost of each stage on one core, and the throughput that follows for so many cores."""
+    costs = stages(folder)
+    print("\nstage                        s/GB handled   GB handled per GB written   s per GB written")
+    for name, (cost, share) in costs.items():
+        print(f"{name:28} {cost:12.3f} {share:27.2f} {cost * share:18.3f}")
+    total = sum(cost * share for cost, share in costs.values())
+    sha, rate = costs["SHA-256 of shards"][0], memory_rate(cores)
+    print(f"{'all':28} {'':12} {'':27} {total:18.3f}   ({total / (SOURCE_BYTES / PIECE):.2f} per GB of FP4)")
+    print(f"{cores} threads copy {rate:.1f} GB/s; a conversion moves each byte about four times as far as a copy does")
+    print("\ncores   GB/s written by the model   shards in flight that keep up with it")
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        print(f"{count:5} {count / total:27.1f} {max(1, round(count / total * sha + 0.5)):39}")
 
 
-def tell_run(name: str, config: Config, shapes: dict[str, Shape]) -> None:
-    """What each rank of a run holds, reads and sends per token."""
-    found = exchanges(config)
-    print(f"\nrun {name}: {len(found)} exchanges per token, one after the other")
-    print("ranks   held each   read per token   busiest rank's experts   sent by each per token")
-    for count in sorted({*PROCESSES, config.o_groups}):
-        if config.o_groups % count:
-            print(f"{count:5}   no: {config.o_groups} groups of heads cannot be shared")
+def counts(most: int) -> list[int]:
+    """1, 2, 4, … and the largest."""
+    return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
+
+
+def measure(work: Path, gigabytes: float, most: int) -> None:
+    """The table of measured runs."""
+    began, source, output = time.perf_counter(), work / "source", work / "output"
+    matrices = make_source(source, gigabytes)
+    written = matrices * PIECE / 1e9
+    shard_bytes = max(2 * PIECE, round(written * 1e9 / (4 * most)))
+    where = "compiled" if fp4_to_fp8_compiled.is_compiled() else "in torch"
+    print(f"{matrices * SOURCE_BYTES / 1e9:.1f} GB of FP4 experts, {written:.1f} GB of FP8 in shards of", end=" ")
+    print(f"{shard_bytes / 1e6:.0f} MB; cast {where}; {usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
+    print("\nworkers   seconds   GB/s written   CPU s/GB of FP4   peak memory   cp: GB/s   convert/cp   load")
+    for workers in counts(most):
+        if time.perf_counter() - began > SECONDS:
+            print(f"{workers:7}   left out: {SECONDS} s are over")
             continue
-        held, read = rank_bytes(config, shapes, count)
-        experts, sent = f"{busiest(config, count):.1f} of {config.num_experts_per_tok}", sent_bytes(found, count) / 1e3
-        print(f"{count:5} {held / 1e9:8.1f} GB {read / 1e9:13.2f} GB {experts:>24} {sent:21.0f} kB")
-
-
-def tell_convert(name: str, shapes: dict[str, Shape]) -> None:
-    """The largest part's share of a conversion to FP8."""
-    source = sum(stored_bytes(name, shape) for name, shape in shapes.items())
-    experts = sum(stored_bytes(name, shape) for name, shape in shapes.items() if ".ffn.experts." in name)
-    output = source + experts * (FP8 / FP4 - 1)
-    shards = round(output / SHARD_BYTES)
-    print(f"\nconvert {name}: {source / 1e9:.0f} GB read, {output / 1e9:.0f} GB written in {shards} shards", end="")
-    print(" and read again; no messages but three barriers")
-    for count in PROCESSES:
-        largest = -(-shards // count) / shards
-        moved = largest * (source + 2 * output) / 1e9
-        print(f"{count:5} ranks: the largest part is {100 * largest:5.1f} %, {moved:.0f} GB")
-
-
-def model(folder: Path) -> None:
-    """Print the model, after a check of its exchanges against the engine."""
-    make_checkpoint(folder)
-    small = Config.from_json(json.loads((folder / "config.json").read_text()))
-    if sorted(exchanges(small)) != sorted(count_exchanges(folder, 2)):
-        sys.exit("the model's exchanges are not those of the engine")
-    for name, geometry in (("Flash", FLASH), ("Pro", PRO)):
-        values = config_json(geometry)
-        shapes = v4_tensors(values, 1, mtp_stage)
-        tell_convert(name, shapes)
-        tell_run(name, Config.from_json(values), shapes)
+        seconds, processor, peak = convert_once(source, output, workers, shard_bytes)
+        copied = written / copy_once(output, work / "copy", workers)
+        print(
+            f"{workers:7} {seconds:9.2f} {written / seconds:14.2f} {processor / (matrices * SOURCE_BYTES / 1e9):17.2f}"
+            f" {peak / 1e6:10.0f} MB {copied:10.2f} {written / seconds / copied:12.2f} {os.getloadavg()[0]:6.1f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ratios = (*((0, 4, 128)[i % 3] for i in range(arguments.layers)), 0)
-        geometry = Geometry(**{
-            **vars(FLASH), "vocab_size": 16384, "compress_ratios": ratios, "num_hash_layers": 1,
-            "n_routed_experts": arguments.experts,
-        })  # fmt: skip
-        make_checkpoint(folder / "source", geometry=geometry)
-        print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n{'processes':20} {1:9} {2:9}")
-        measure(lambda count: measure_convert(folder / "source", folder / "output", count), arguments.rounds)
-        measure(lambda count: measure_run(folder / "source", arguments.tokens, count), arguments.rounds)
-        model(folder / "small")
+    memory = Path("/dev/shm")
+    parser.add_argument("folder", nargs="?", type=Path, default=memory if memory.is_dir() else None)
+    parser.add_argument("--gigabytes", type=float, help="of FP4; default: by cores and free space")
+    parser.add_argument("--most-workers", type=int, default=usable_cores())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        room = min(shutil.disk_usage(name).free, psutil.virtual_memory().available) / 1e9
+        gigabytes = options.gigabytes or min(GIGABYTES_A_CORE * options.most_workers, room / 8)
+        measure(Path(name), gigabytes, options.most_workers)
+        print_model(Path(name), options.most_workers)
 
 
 if __name__ == "__main__":

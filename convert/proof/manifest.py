@@ -1,5 +1,7 @@
 """`dsv4.json`, if a checkpoint has one: the sizes and hashes that were recorded when the checkpoint was written.
 
+Files have SHA-256; tensors have BLAKE3, or SHA-256 in manifests of format 1.
+
 Only used when a checkpoint is verified alone. With the source at hand, the manifest proves nothing that the tensors do
 not prove.
 """
@@ -9,13 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from blake3 import blake3
+
 from .config import file_hash, read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
 from .schedule import ALONE, Share
 
 MANIFEST = "dsv4.json"
-FORMAT = 1
+# Digest of a tensor's bytes, by the manifest's format: its key, and the hash.
+TENSOR_DIGESTS: dict[Any, tuple[str, Callable[[], Any]]] = {1: ("sha256", hashlib.sha256), 2: ("blake3", blake3)}
+HASH_NAMES = {"sha256": "SHA-256", "blake3": "BLAKE3"}
 MAX_BYTES = 10**9  # about 400 for each tensor: 50 MB for V4-Pro, more where every rank has hashes of its own
 _CHUNK = 1 << 20
 
@@ -28,6 +34,7 @@ class Manifest:
     files: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
     own_files: dict[str, int] = field(default_factory=dict)  # name -> size
+    format: int = 1
     understood: bool = True
 
     @property
@@ -45,14 +52,14 @@ def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | No
     if value is None:
         return Manifest(understood=False)
     parts = [value.get(key, {}) for key in ("shards", "files", "tensors")]
-    if value.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
+    if value.get("format") not in (1, 2) or not all(isinstance(part, dict) for part in parts):
         checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
         return Manifest(understood=False)
     shards, files, tensors = parts
     said = {**shards, **files}
     names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
     own = share.of(names, [sizes[name] for name in names])
-    return Manifest(shards, files, tensors, {name: sizes[name] for name in own})
+    return Manifest(shards, files, tensors, {name: sizes[name] for name in own}, value["format"])
 
 
 def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, str]:
@@ -75,29 +82,32 @@ def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, i
     return False
 
 
-def _tensor_hash(checkpoint: Checkpoint, entry: Entry) -> str:
-    digest = hashlib.sha256()
+def _tensor_hash(checkpoint: Checkpoint, entry: Entry, new: Callable[[], Any]) -> str:
+    digest = new()
     for start in range(0, entry.size, _CHUNK):
         buffer = bytearray(min(_CHUNK, entry.size - start))
         checkpoint.files.read_into(entry.shard, entry.offset + start, memoryview(buffer))
         digest.update(buffer)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
-def _check_tensor(checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool) -> None:
+def _check_tensor(
+    checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool, manifest_format: int
+) -> None:
     """Compare dtype and shape; in a shard whose hash is wrong also the tensor's hash, to find which tensor changed."""
     if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
         claimed = f"{said.get('dtype')} {said.get('shape')}"
         text = f"{entry.name} is {entry.dtype} {list(entry.shape)}, the manifest says {claimed}"
         checkpoint.problem("manifest", text)
-    if shard_differs and "sha256" in said and _tensor_hash(checkpoint, entry) != said["sha256"]:
-        checkpoint.problem("manifest", f"{entry.name} has another SHA-256 than the manifest says")
+    key, new = TENSOR_DIGESTS[manifest_format]
+    if shard_differs and key in said and _tensor_hash(checkpoint, entry, new) != said[key]:
+        checkpoint.problem("manifest", f"{entry.name} has another {HASH_NAMES[key]} than the manifest says")
 
 
-def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str]) -> None:
+def _check_tensors(checkpoint: Checkpoint, manifest: Manifest, broken: set[str]) -> None:
     """The manifest must list exactly the checkpoint's tensors. Slices of ranks are not compared one by one."""
     there = checkpoint.tensors.keys() | checkpoint.unreadable.keys()
-    listed = {canonical(name): value for name, value in said.items()}
+    listed = {canonical(name): value for name, value in manifest.tensors.items()}
     for name in sorted(listed.keys() - there):
         checkpoint.problem("manifest", f"lists {name}, which is not there")
     for name in sorted(there - listed.keys()):
@@ -105,7 +115,7 @@ def _check_tensors(checkpoint: Checkpoint, said: dict[str, Any], broken: set[str
     for name, tensor in checkpoint.tensors.items():
         value = listed.get(name)
         if isinstance(value, dict) and len(tensor.parts) == 1 and not tensor.copies:
-            _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards))
+            _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards), manifest.format)
 
 
 def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:
@@ -118,4 +128,4 @@ def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str,
         _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {name}")
-    _check_tensors(checkpoint, manifest.tensors, broken)
+    _check_tensors(checkpoint, manifest, broken)

@@ -2,7 +2,8 @@
 
 The first line binds the journal to one job: source, settings, version. Each further line is one finished shard with
 its size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run
-reads every shard it names again and compares the hash before it relies on it. A torn last line is ignored.
+reads every shard it names again and compares the hash before it relies on it. A torn last line is ignored. Of a journal
+in an older format only the job counts: the same job begins anew in its place.
 """
 
 import json
@@ -14,10 +15,11 @@ from typing import Any
 from dsv4.errors import UsageError
 from dsv4.files import PREFIX
 
-from .atomic_file import AppendLog, read_small, remove
+from .atomic_file import AppendLog, read_small, remove, write_file
 
 _STEM, _ENDING = PREFIX + "journal", ".jsonl"
 MAX_JOURNAL_BYTES = 2 * 10**9
+FORMAT = 2  # of journal and manifest. 1: tensors had SHA-256
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,15 @@ def _read_one(path: Path) -> JournalContents | None:
         job, owned, started = dict(entries[0]["job"]), list(entries[0]["owned"]), int(entries[0]["started_ns"])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
-    shards = [shard for shard in map(_shard, entries[1:]) if shard is not None]
+    lines_of_shards = entries[1:] if job.get("format") == FORMAT else []
+    shards = [shard for shard in map(_shard, lines_of_shards) if shard is not None]
     return JournalContents([job], owned, started, {shard.file: shard for shard in shards})
+
+
+def _can_go_on(path: Path) -> bool:
+    """Whether lines may be added to a journal."""
+    contents = _read_one(path) if path.is_file() else None
+    return contents is not None and contents.jobs[0].get("format") == FORMAT
 
 
 def read_journal(folder: Path) -> JournalContents | None:
@@ -111,7 +120,8 @@ def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The old job, with the new one's `on_inexact` if its own was "error": what that let through is exact anyway."""
+    """The old job in the new one's format, with its `on_inexact` if that was "error": what it let through is exact."""
+    old = {**old, "format": new.get("format")}
     options, wanted = old.get("options"), new.get("options")
     if not isinstance(options, dict) or not isinstance(wanted, dict) or options.get("on_inexact") != "error":
         return old
@@ -133,12 +143,10 @@ class Journal:
 
     def __init__(self, folder: Path, job: dict[str, Any], owned: list[str], part: str = "") -> None:
         self._path = folder / journal_name(part)
-        fresh = not self._path.is_file() or _read_one(self._path) is None
-        if fresh:
-            remove(self._path)
+        if not _can_go_on(self._path):  # an older one is ours until this one is there
+            first = json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()})
+            write_file(self._path, [first.encode() + b"\n"])
         self._log = AppendLog(self._path)
-        if fresh:
-            self._log.append(json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()}))
 
     def add(self, shard: FinishedShard) -> None:
         """Record a shard that is durable under its final name."""

@@ -1,5 +1,9 @@
 """`dsv4.json`, the record of a finished conversion: from what, how, and the hash of everything that was written.
 
+Files have SHA-256, which hubs list and `sha256sum` prints: it tells whether a file is whole. Tensors have BLAKE3, four
+times as fast: it tells which tensor of a damaged file changed, and which tensors two conversions share, whatever shards
+they lie in. "digests" names both.
+
 It holds no dates, host names or paths: the same source and options give the same bytes anywhere.
 """
 
@@ -15,10 +19,10 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 
 from .atomic_file import read_small
-from .journal import FinishedShard
+from .journal import FORMAT, FinishedShard
 
 MANIFEST_NAME = "dsv4.json"
-MANIFEST_FORMAT = 1
+READABLE_FORMATS = (1, FORMAT)
 MAX_MANIFEST_BYTES = 10**9
 
 
@@ -28,7 +32,7 @@ def describe_job(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
     shards = {s.name: {"size": s.size, "header_sha256": s.header_sha256} for s in checkpoint.shards.values()}
     source = {**checkpoint.storage.identity(), "config_sha256": hashlib.sha256(config).hexdigest(), "shards": shards}
     return {
-        "format": MANIFEST_FORMAT,
+        "format": FORMAT,
         "dsv4_version": __version__,
         "source": source,
         "options": settings.to_json(),
@@ -55,20 +59,20 @@ def summarize(tensors: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 
 def _with_slice(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    hashes = first.get("sha256_by_shard", {first["shard"]: first["sha256"]}) | {entry["shard"]: entry["sha256"]}
+    hashes = first.get("blake3_by_shard", {first["shard"]: first["blake3"]}) | {entry["shard"]: entry["blake3"]}
     counts: dict[str, int] = {
         key: first.get(key, 0) + entry.get(key, 0)
         for key in ("nan_codes", "changed_elements")
         if key in first or key in entry
     }
-    return {**first, **counts, "sha256_by_shard": hashes}
+    return {**first, **counts, "blake3_by_shard": hashes}
 
 
 def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:
     """The entries of all tensors by name.
 
     In the reference engine's layout a name can be in several shards, as copies or as slices. The entry is then the
-    first shard's; slices add their counts to it, and `sha256_by_shard` has the hash of each.
+    first shard's; slices add their counts to it, and `blake3_by_shard` has the hash of each.
     """
     merged: dict[str, dict[str, Any]] = {}
     for shard in shards:
@@ -86,6 +90,7 @@ def make_manifest(
     tensors = merge_shards(shards)
     return {
         **job,
+        "digests": {"files": "sha256", "tensors": "blake3"},
         "summary": summarize(tensors),
         "kept_tensors": kept,
         "shards": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards},
@@ -109,7 +114,7 @@ def dump_manifest(manifest: dict[str, Any]) -> list[bytes]:
 
 def _is_manifest(value: Any) -> bool:
     """Whether the parts that this program relies on are there."""
-    if not isinstance(value, dict) or value.get("format") != MANIFEST_FORMAT:
+    if not isinstance(value, dict) or value.get("format") not in READABLE_FORMATS:
         return False
     if not all(isinstance(value.get(key), dict) for key in ("shards", "files", "tensors", "summary")):
         return False

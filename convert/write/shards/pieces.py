@@ -1,10 +1,14 @@
-"""What a worker does: compute a piece by its recipe, and hash it while it lies in the cache."""
+"""What a worker does: compute a piece by its recipe, and hash it while it lies in the cache.
 
-import hashlib
+Tensors are hashed with BLAKE3, which takes a third of the time that SHA-256 does where the processor has instructions
+for SHA-256, and a tenth where it has none. SHA-256 is for files, because hubs list it (pipeline.py).
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import Piece, PieceResult, Scan
@@ -16,8 +20,8 @@ class HashedPiece:
 
     piece: Piece
     result: PieceResult
-    sha256: str = ""
-    source_sha256: str = ""
+    digest: str = ""
+    source_digest: str = ""
 
 
 def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
@@ -30,7 +34,7 @@ def compute_piece(checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> Ha
     result = piece.tensor.recipe.compute(checkpoint, piece, scan)
     hashed = HashedPiece(piece, result)
     if piece.is_whole:
-        hashed.sha256 = hashlib.sha256(bytes_of(result.data)).hexdigest()
+        hashed.digest = blake3(bytes_of(result.data)).hexdigest()
         if result.source is not None:
-            hashed.source_sha256 = hashlib.sha256(bytes_of(result.source)).hexdigest()
+            hashed.source_digest = blake3(bytes_of(result.source)).hexdigest()
     return hashed

@@ -5,12 +5,13 @@ blocks, which two more threads hash and write (see pipeline.py). The pieces that
 with them the memory, whatever the size of the shard.
 """
 
-import hashlib
 from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, split
@@ -30,8 +31,8 @@ from .workers import Workers
 class _TensorState:
     """Running digests and counts of the tensor being written."""
 
-    sha256: Any = field(default_factory=hashlib.sha256)
-    source_sha256: Any = field(default_factory=hashlib.sha256)
+    output: Any = field(default_factory=blake3)
+    source: Any = field(default_factory=blake3)
     counts: Counts = field(default_factory=Counts)
 
     def add(self, hashed: HashedPiece) -> None:
@@ -39,15 +40,15 @@ class _TensorState:
         self.counts.add(hashed.result.counts)
         if hashed.piece.is_whole:
             return
-        self.sha256.update(bytes_of(hashed.result.data))
+        self.output.update(bytes_of(hashed.result.data))
         if hashed.result.source is not None:
-            self.source_sha256.update(bytes_of(hashed.result.source))
+            self.source.update(bytes_of(hashed.result.source))
 
     def digests(self, last: HashedPiece) -> tuple[str, str]:
-        """SHA-256 of the tensor and of its source, "" if that is not hashed; `last` is its last piece."""
+        """BLAKE3 of the tensor and of its source, "" if that is not hashed; `last` is its last piece."""
         if last.piece.is_whole:
-            return last.sha256, last.source_sha256
-        return self.sha256.hexdigest(), "" if last.result.source is None else self.source_sha256.hexdigest()
+            return last.digest, last.source_digest
+        return self.output.hexdigest(), "" if last.result.source is None else self.source.hexdigest()
 
 
 class ManifestBuilder:
@@ -67,10 +68,10 @@ class ManifestBuilder:
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "shard": self._scanned.shard.file,
-            "sha256": digests[0],
+            "blake3": digests[0],
         }
         if digests[1]:
-            entry["source_sha256"] = digests[1]
+            entry["source_blake3"] = digests[1]
         if tensor.part:
             entry["slice"] = {"dim": tensor.part.dim, "index": tensor.part.index, "count": tensor.part.count}
         return entry | tensor.recipe.entry(tensor, counts, self._scanned.scan_of(tensor))
@@ -85,12 +86,12 @@ class ManifestBuilder:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """The entries of all tensors by name; those without elements, which have no pieces, come last."""
-        nothing = hashlib.sha256().hexdigest(), ""
+        nothing = blake3().hexdigest(), ""
         for tensor in self._scanned.shard.tensors:
             if not tensor.nbytes:
                 self._entries[tensor.name] = self._entry(tensor, Counts(), nothing)
             elif tensor.made_by_scan_of:
-                self._entries[tensor.name]["source_sha256"] = self._entries[tensor.made_by_scan_of]["source_sha256"]
+                self._entries[tensor.name]["source_blake3"] = self._entries[tensor.made_by_scan_of]["source_blake3"]
         return self._entries
 
 

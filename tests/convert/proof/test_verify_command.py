@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import reference_converter
+from blake3 import blake3
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
 from dsv4.cli import run
@@ -221,14 +222,15 @@ def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
     assert set(threading.enumerate()) <= before  # no thread goes on reading
 
 
-def write_manifest(folder: Path) -> dict[str, Any]:
+def write_manifest(folder: Path, manifest_format: int = 2) -> dict[str, Any]:
+    digest = {1: "sha256", 2: "blake3"}[manifest_format]
     shards = read_folder(folder)
     tensors = {
         name: {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "shard": shard,
-            "sha256": hashlib.sha256(tensor.data).hexdigest(),
+            digest: {"sha256": hashlib.sha256, "blake3": blake3}[digest](tensor.data).hexdigest(),
         }
         for shard, found in shards.items()
         for name, tensor in found.items()
@@ -242,7 +244,7 @@ def write_manifest(folder: Path) -> dict[str, Any]:
         if path.is_file()
     }
     manifest = {
-        "format": 1,
+        "format": manifest_format,
         "shards": {name: files.pop(name) for name in shards},
         "files": files,
         "tensors": tensors,
@@ -251,9 +253,12 @@ def write_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def test_one_checkpoint_alone(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("manifest_format", "digest"), [(1, "SHA-256"), (2, "BLAKE3")])
+def test_one_checkpoint_alone(
+    manifest_format: int, digest: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(pair[0], tmp_path / "alone")
-    write_manifest(tmp_path / "alone")
+    write_manifest(tmp_path / "alone", manifest_format)
     code, out, err = command(capsys, tmp_path / "alone")
     assert (code, out.splitlines()[-1]) == (0, "SOUND: structure, config, codes and hashes agree")
     assert err.splitlines()[-1] == f"run it: dsv4 run {tmp_path / 'alone'} -p Hello"
@@ -265,8 +270,9 @@ def test_one_checkpoint_alone(pair: tuple[Path, Path], tmp_path: Path, capsys: p
         position = before.index(data)
         (tmp_path / "alone" / shard).write_bytes(before[:position] + bytes([data[0] ^ 1]) + before[position + 1 :])
         code, out, _ = command(capsys, tmp_path / "alone")
-        assert code == 1 and f"manifest: {name} has another SHA-256" in out
-        assert out.count("has another SHA-256") == 2  # the shard and the tensor, no other
+        assert code == 1 and f"manifest: {name} has another {digest}" in out
+        assert f"manifest: {shard} has another SHA-256" in out
+        assert out.count(" has another ") == 2  # the shard and the tensor, no other
         (tmp_path / "alone" / shard).write_bytes(before)
     (tmp_path / "alone" / "tokenizer.json").write_text("{}")
     assert "manifest: tokenizer.json has " in command(capsys, tmp_path / "alone")[1]

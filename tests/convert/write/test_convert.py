@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from checkpoint_variants import SMALL, V41_BLOCK, VARIANTS, odd_scales, strangers, upcast
 from exact_values import (
     INDEX,
@@ -107,7 +108,8 @@ def check_files(output: Path) -> None:
 def check_manifest(output: Path, source: Path) -> None:
     """Every hash of dsv4.json, computed again from the files."""
     manifest, made, given = read_json(output / "dsv4.json"), tensors_of(output), tensors_of(source)
-    assert (manifest["format"], manifest["dsv4_version"]) == (1, package.__version__)
+    assert (manifest["format"], manifest["dsv4_version"]) == (2, package.__version__)
+    assert manifest["digests"] == {"files": "sha256", "tensors": "blake3"}
     for name, said in {**manifest["shards"], **manifest["files"]}.items():
         data = (output / name).read_bytes()
         assert said == {"size": len(data), "sha256": sha256(data)}, name
@@ -118,10 +120,10 @@ def check_manifest(output: Path, source: Path) -> None:
         tensor, old = made[name], given[entry["source_name"]]
         assert (entry["dtype"], entry["shape"]) == (tensor.dtype, list(tensor.shape))
         assert (entry["source_dtype"], entry["source_shape"]) == (old.dtype, list(old.shape))
-        assert entry["sha256"] == sha256(tensor.data)
+        assert entry["blake3"] == blake3(tensor.data).hexdigest()
         assert name in read_file(output / entry["shard"])
-        if "source_sha256" in entry:
-            assert entry["source_sha256"] == sha256(old.data), name
+        if "source_blake3" in entry:
+            assert entry["source_blake3"] == blake3(old.data).hexdigest(), name
         elif entry["dtype"] == entry["source_dtype"] and not (scale_of(name, given) and tensor.data != old.data):
             assert tensor.data == old.data, name
     for name, shard in manifest["source"]["shards"].items():

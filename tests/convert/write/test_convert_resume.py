@@ -344,6 +344,19 @@ class TestFinished:
         code, _, err = dsv4("convert", source, output, *SHARDS)
         assert code == 3 and f"{name} is missing" in err
 
+    def test_in_an_older_format(self, source: Path, whole: Path, tmp_path: Path) -> None:
+        """What was finished when tensors had SHA-256 is finished."""
+        output = Path(shutil.copytree(whole, tmp_path / "out"))
+        manifest = read_json(output / "dsv4.json")
+        manifest["format"] = 1
+        del manifest["digests"]
+        for entry in manifest["tensors"].values():
+            entry["sha256"] = entry.pop("blake3")
+        (output / "dsv4.json").write_text(json.dumps(manifest))
+        assert "nothing to do" in convert(source, output, *SHARDS)
+        code, _, err = dsv4("convert", source, output, *SHARDS, "--to", "bf16")
+        assert code == 2 and "options.to" in err
+
     def test_no_file_of_ours_is_left_but_the_result(self, whole: Path) -> None:
         assert not [path for path in whole.rglob("*") if path.name.startswith(".")]
 
@@ -362,7 +375,15 @@ class TestForeignFolders:
         assert code == 2 and "not a folder" in err and (tmp_path / "out").read_text() == "mine"
 
     @pytest.mark.parametrize(
-        "text", ['{"format": "mine"}', "[]", '{"format": 1}', '{"format": 1, "shards": {"a": 1}, "files": {}}', "{"]
+        "text",
+        [
+            '{"format": "mine"}',
+            '{"format": 3}',
+            "[]",
+            '{"format": 1}',
+            '{"format": 1, "shards": {"a": 1}, "files": {}}',
+            "{",
+        ],
     )
     def test_somebody_elses_manifest(self, text: str, source: Path, tmp_path: Path) -> None:
         (tmp_path / "dsv4.json").write_text(text)

@@ -1,5 +1,6 @@
 """The journal of an unfinished conversion: torn anywhere it costs work, never a byte; and it holds for one job only."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ def unfinished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Interrupted by the last bytes of the last shard: all others are written and in the journal."""
     output = tmp_path_factory.mktemp("journal") / "unfinished"
     job = job_of(source, SETTINGS, output)
+    job = replace(job, resources=replace(job.resources, shards=1))
     left = sum(shard.data_bytes for shard in job.plan.shards)
 
     def advance(count: int) -> None:
@@ -157,3 +159,27 @@ class TestAnotherJob:
     def test_shards_of_the_source(self, begun: Path, tmp_path: Path) -> None:
         source = make_checkpoint(tmp_path / "source", geometry=replace(GEOMETRY, n_routed_experts=3))
         check_refused(source, begun, "source.")
+
+
+def as_format_1(path: Path) -> None:
+    """A journal as it was when tensors had SHA-256."""
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    first["job"]["format"] = 1
+    for line in others:
+        for entry in line["tensors"].values():
+            entry["sha256"] = entry.pop("blake3")
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+
+
+def test_the_same_job_in_an_older_format_begins_anew(
+    source: Path, whole: dict[str, str], unfinished: Path, tmp_path: Path
+) -> None:
+    """Its entries have other digests, so no shard of it is kept; the folder stays ours all the time."""
+    output = Path(shutil.copytree(unfinished, tmp_path / "out"))
+    as_format_1(output / journal_name())
+    contents = read_journal(output)
+    assert contents is not None and not contents.shards and contents.owned
+    code, _, err = dsv4("convert", source, output, *OPTIONS, "--to", "bf16")
+    assert code == 2 and "options.to" in err
+    assert "were there already" not in convert(source, output, *OPTIONS)
+    assert tree(output) == whole

@@ -1,6 +1,6 @@
 """What does the engine do on a GPU? Logits against the CPU's noise, speed against transformers, memory, waits.
 
-    python benchmarks/cuda.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512]
+    python benchmarks/gpu.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512]
 
 For a machine with a CUDA GPU; with two GPUs it also shares the model between them. Takes under four minutes and ends
 with 1 if the logits are off. The checkpoint has the layer dimensions of V4-Flash, as in run.py, few layers and experts.
@@ -22,22 +22,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-FOLDER_OF_THIS_FILE = sys.path.pop(0)  # torch imports a package named cuda, and must not find this file
+import torch
+from run import EXPERT_IMPLEMENTATIONS, Theirs, flash
 
-import torch  # noqa: E402
-
-sys.path.insert(0, FOLDER_OF_THIS_FILE)
-
-from run import EXPERT_IMPLEMENTATIONS, Theirs, flash  # noqa: E402
-
-from dsv4.convert import convert  # noqa: E402
-from dsv4.convert.synthetic.checkpoint import make_checkpoint  # noqa: E402
-from dsv4.model import load  # noqa: E402
-from dsv4.model.architectures.v4 import V4  # noqa: E402
-from dsv4.model.evaluate.logits import teacher_forced  # noqa: E402
-from dsv4.model.kernels.table import TORCH_DEVICE  # noqa: E402
-from dsv4.model.layers.numerics import Numerics  # noqa: E402
-from dsv4.model.transformer import Transformer  # noqa: E402
+from dsv4.convert import convert
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.model import load
+from dsv4.model.architectures.v4 import V4
+from dsv4.model.evaluate.logits import teacher_forced
+from dsv4.model.kernels.table import TORCH_DEVICE
+from dsv4.model.layers.numerics import Numerics
+from dsv4.model.transformer import Transformer
 
 PROMPT = [7 * i % 16384 for i in range(160)]
 PREFILL = 156
