@@ -1,9 +1,10 @@
 """What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder, one more for each part of it.
 
-The first line binds the journal to one job: source, settings, version. Each further line is one finished shard with
-its size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run
-reads every shard it names again and compares the hash before it relies on it. A torn last line is ignored. Of a journal
-in an older format only the job counts: the same job begins anew in its place.
+The first line binds the journal to one job: source, settings, version. It fills whole blocks of the disk, so that no
+later line can damage it: without it, the folder would be nobody's. Each further line is one finished shard with its
+size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run reads
+every shard it names again and compares the hash before it relies on it. A torn last line is ignored. Of a journal in an
+older format only the job counts: the same job begins anew in its place.
 """
 
 import json
@@ -19,6 +20,7 @@ from .atomic_file import AppendLog, read_small, remove, write_file
 
 _STEM, _ENDING = PREFIX + "journal", ".jsonl"
 MAX_JOURNAL_BYTES = 2 * 10**9
+BLOCK_BYTES = 4096  # of a disk, which may lose all of one that it writes when the power goes
 FORMAT = 2  # of journal and manifest. 1: tensors had SHA-256
 
 
@@ -144,8 +146,8 @@ class Journal:
     def __init__(self, folder: Path, job: dict[str, Any], owned: list[str], part: str = "") -> None:
         self._path = folder / journal_name(part)
         if not _can_go_on(self._path):  # an older one is ours until this one is there
-            first = json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()})
-            write_file(self._path, [first.encode() + b"\n"])
+            first = json.dumps({"job": job, "owned": owned, "started_ns": time.time_ns()}).encode()
+            write_file(self._path, [first.ljust(-(len(first) + 1) % BLOCK_BYTES + len(first)) + b"\n"])
         self._log = AppendLog(self._path)
 
     def add(self, shard: FinishedShard) -> None:

@@ -9,12 +9,14 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from exact_values import convert, tree
-from fault_lab import GEOMETRY
+from fault_lab import GEOMETRY, SlowSha256
 from hostile import INDEX
 
 from dsv4 import cli
@@ -24,6 +26,7 @@ from dsv4.convert.write.atomic_file import PREFIX
 from dsv4.convert.write.shards import pipeline
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
+FOUR = ("--max-shard-size", "50KB", "--max-workers", "4")
 SEEDS = 40
 
 
@@ -155,6 +158,13 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     yield operations
 
 
+def most_open(operations: list[tuple[Any, ...]]) -> int:
+    """How many shards were begun and not published, at most."""
+    change = {"create": 1, "replace": -1}
+    steps = [change.get(kind, 0) for kind, path, *_ in operations if ".safetensors." in path]
+    return max(accumulate(steps))
+
+
 def check_promises(output: Path, whole: dict[str, str]) -> None:
     """Whatever has a final name is whole; what loaders look for is there only with all the rest."""
     found = {name: data for name, data in tree(output).items() if not Path(name).name.startswith(PREFIX)}
@@ -167,22 +177,33 @@ def check_promises(output: Path, whole: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direct", [False, True], ids=["through the page cache", "past it"])
+@pytest.mark.parametrize(
+    ("direct", "options"),
+    [(False, OPTIONS), (True, OPTIONS), (True, FOUR)],
+    ids=["through the page cache", "past it", "while four shards are open"],
+)
 def test_promises_hold_after_power_loss_at_any_moment(
-    direct: bool, record: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    direct: bool,
+    options: tuple[str, ...],
+    record: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**13)  # the shards are small: many writes all the same
     if direct:  # as large shards are written
         monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)
+    if options == FOUR:
+        monkeypatch.setattr(pipeline, "hashlib", SimpleNamespace(sha256=SlowSha256))
     source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
     output = tmp_path / "output"
     record.clear()
-    assert cli.run(["convert", str(source), str(output), *OPTIONS, "-q"]) == 0
+    assert cli.run(["convert", str(source), str(output), *options, "-q"]) == 0
     monkeypatch.undo()
     operations = [operation for operation in record if operation[1].startswith(str(output))]
     whole = tree(output)
     assert sum(operation[0] == "fsync" for operation in operations) > 10
+    assert options != FOUR or most_open(operations) >= 4
     for seed in range(SEEDS):
         chance = random.Random(seed)
         disk = Disk()
@@ -191,7 +212,7 @@ def test_promises_hold_after_power_loss_at_any_moment(
         restored = tmp_path / f"restored-{seed}"
         disk.restore(chance, output, restored)
         check_promises(restored, whole)
-        convert(source, restored, *OPTIONS)
+        convert(source, restored, *options)
         assert tree(restored) == whole, f"seed {seed}"
 
 

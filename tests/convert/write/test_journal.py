@@ -183,3 +183,9 @@ def test_the_same_job_in_an_older_format_begins_anew(
     assert code == 2 and "options.to" in err
     assert "were there already" not in convert(source, output, *OPTIONS)
     assert tree(output) == whole
+
+
+def test_the_line_that_makes_the_folder_ours_shares_no_block_with_others(unfinished: Path) -> None:
+    """A disk that loses power while it adds a line may lose the whole block."""
+    first, *others = (unfinished / journal_name()).read_bytes().splitlines(keepends=True)
+    assert len(first) % 4096 == 0 and len(others) > 1
