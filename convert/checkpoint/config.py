@@ -1,7 +1,6 @@
-"""What config.json says, key by key. No other module of dsv4 looks into the file of a release for itself.
+"""Typed access to the keys of config.json. No other module of dsv4 reads keys from the raw file.
 
-A config comes in the release's keys (spellings.py) and is untrusted input. Two kinds of readers want two kinds of
-answers:
+A config has the release's keys (editions/spellings.py) and is untrusted input. There are two groups of functions:
 
     describing   `config_count`, `config_string`, `weight_block`, … give None for a key that is absent or mistyped
     computing    `required_number`, `required_weight_block`, … raise InputError, which names the key
@@ -65,7 +64,7 @@ OPTIONAL_KEYS = {
 
 
 def config_value(config: Config, path: str) -> Any:
-    """The value of a key, such as `rope_scaling.factor`; None if there is none."""
+    """The value at a path of keys, such as `rope_scaling.factor`; None if it is absent."""
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None

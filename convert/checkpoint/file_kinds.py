@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says: told by its first bytes, so that a message can say it."""
+"""Recognises by its first bytes a file that is not what its name says, for the error message."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ MAX_POINTER_BYTES = 1024  # by git-LFS's own specification
 PULL = "Fetch the files themselves: git lfs pull"
 AGAIN = "Download the file again."
 
-# First bytes (of text in lower case): what the file is, what to do.
+# First bytes (of text in lower case): kind of file, hint.
 KINDS = (
     (POINTER, "a git-LFS pointer, not the file it stands for", PULL),
     (b"<!doctype html", "a web page, such as a proxy or a login sends", AGAIN),

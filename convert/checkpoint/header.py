@@ -1,9 +1,9 @@
-"""The safetensors header, read as strictly as a file from a stranger deserves.
+"""Reads and writes the safetensors header. Headers are untrusted input and validated in full.
 
 A file is: 8 bytes little-endian length N, N bytes of JSON, the data. The JSON maps each tensor name to its dtype,
-shape and [begin, end) in the data. The format's own rules (its README and the checks of its Rust reader) and the
-ones that its reader lets through but a converter must not: duplicate names, names that look like paths or hold
-control characters, names that differ only by case.
+shape and [begin, end) in the data. The format's own rules are checked (its README and its Rust reader). Beyond them,
+these are refused: duplicate names, names that look like paths or hold control characters, names that differ only by
+case.
 """
 
 import json
@@ -51,7 +51,7 @@ class Header:
 
 
 def strict_json(raw: bytes | str, what: str, hint: str = "Download the file again.") -> Any:
-    """Parse JSON without its leniencies: no duplicate keys, NaN or bad UTF-8; bounded depth. Raises InputError."""
+    """Parse JSON strictly: no duplicate keys, no NaN, no bad UTF-8, bounded depth. Raises InputError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)

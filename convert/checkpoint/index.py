@@ -1,8 +1,8 @@
 """The safetensors index decides which tensors a checkpoint consists of and which shard each is read from.
 
-Loaders follow the index, so dsv4 does, and says in a line what it ignores: files that the index does not name, older
-copies of a tensor in other shards than the index says (a newer shard overlays them), tensors of a shard that the index
-does not name, and names that no shard has. Of the last two, a tensor that the model needs is an error.
+Loaders follow the index, and so does dsv4. It reports in one line each what it ignores: files that the index does not
+name, older copies of a tensor in other shards than the index says (a newer shard overlays them), tensors of a shard
+that the index does not name, and names that no shard has. Of the last two, a tensor that the model needs is an error.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def shown(names: list[str]) -> str:
-    """A few of many names, for a message."""
+    """The first three names and how many more there are, for a message."""
     return some_of(names, 3)
 
 
@@ -53,14 +53,14 @@ def shards_of(weight_map: Mapping[str, str], sizes: Mapping[str, int], label: st
 
 
 def ignored_files(shards: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
-    """A line about .safetensors files beside the shards, [] if there are none."""
+    """One line that names the .safetensors files outside the index, [] if there are none."""
     others = sorted({name for name in sizes if "/" not in name and name.endswith(".safetensors")} - set(shards))
     return [f"ignored, because no index names it: {shown(others)}"] if others else []
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The tensors that an index chooses, and a line about each kind of what it leaves out.
+    """The tensors that an index chooses, and one line for each kind of tensor that it leaves out.
 
     absent: names of the index that no shard has. unlisted: tensors of the shards that the index does not name.
     """
@@ -74,7 +74,7 @@ class Selection:
 def select(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T]], where: str) -> Selection:
     """Choose tensors as an index says. `shards`: what each holds, by tensor name.
 
-    Raises InputError if a tensor is not in the shard that the index names, but in another.
+    Raises InputError if a tensor is in another shard than the index names.
     """
     holders: dict[str, int] = {}
     for tensors in shards.values():
@@ -96,7 +96,7 @@ def select(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T]],
 
 
 def _needed(names: list[str], all_names: Iterable[str], config: Config) -> list[str]:
-    """Those that a model of this config needs. Of an edition that is not written down: all but scales.
+    """The names that a model of this config needs; for an unknown edition all names except scales.
 
     Whether a scale is missing follows from its weight, see weights.py.
     """

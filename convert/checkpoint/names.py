@@ -1,4 +1,4 @@
-"""Names of tensors and of files, and what follows from a name alone. No other module of dsv4 takes a name apart.
+"""Parses names of tensors and files. No other module of dsv4 does, except the independent proof.
 
 The release calls tensors `embed.weight`, `head.weight`, `norm.weight`, `layers.{L}.attn.wkv.weight`,
 `layers.{L}.ffn.experts.{E}.w1.weight` and, in draft stage M, `mtp.{M}.…`. The block scale of `<stem>.weight` is
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class BlockName(NamedTuple):
-    """`layers.3.attn.wkv.weight` taken apart: stack `layers`, number 3, inner name `attn.wkv.weight`."""
+    """`layers.3.attn.wkv.weight` parsed: stack `layers`, number 3, inner name `attn.wkv.weight`."""
 
     stack: Stack
     number: int
@@ -38,7 +38,7 @@ class BlockName(NamedTuple):
 
 
 class ExpertName(NamedTuple):
-    """`layers.3.ffn.experts.7.w1.weight` taken apart: module `layers.3.ffn`, number 7, inner name `w1.weight`."""
+    """`layers.3.ffn.experts.7.w1.weight` parsed: module `layers.3.ffn`, number 7, inner name `w1.weight`."""
 
     module: str
     number: int
@@ -63,7 +63,7 @@ def block_of(name: str) -> BlockName | None:
 
 @lru_cache(maxsize=_CACHED_NAMES)
 def expert_of(name: str) -> ExpertName | None:
-    """The numbered expert that a tensor belongs to, in whatever module; None for any other tensor."""
+    """The numbered expert that a tensor belongs to, in any module; None for any other tensor."""
     match = _EXPERT.fullmatch(name)
     return ExpertName(match[1], int(match[2]), match[3]) if match else None
 
@@ -97,7 +97,7 @@ def count_draft_stages(names: Iterable[str]) -> int:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a tensor holds scales. `hc_attn_scale` and its like are parameters and end differently."""
+    """Whether a tensor holds scales. `hc_attn_scale` and similar names are parameters."""
     return name.endswith((*SCALE_SUFFIXES, *FOREIGN_SCALE_SUFFIXES))
 
 
@@ -107,7 +107,7 @@ def scale_name(weight: str) -> str:
 
 
 def scales_of(weight: str, tensors: Mapping[str, T]) -> list[T]:
-    """What `tensors` has under the names of a weight's block scale. More than one is a fault of the checkpoint."""
+    """The tensors that have the names of a weight's block scale. More than one is a fault of the checkpoint."""
     if not weight.endswith(WEIGHT_SUFFIX):
         return []
     stem = weight.removesuffix(WEIGHT_SUFFIX)
@@ -129,7 +129,7 @@ def weight_of_scale(scale: str) -> str:
 
 
 def rank_file(file: str) -> RankFile | None:
-    """The rank and the number of ranks that a file name of the reference engine's layout says; None for another."""
+    """Rank and number of ranks from a file name of the reference engine's layout; None for any other name."""
     match = _RANK_FILE.fullmatch(file)
     return RankFile(int(match[1]), int(match[2])) if match else None
 
@@ -140,6 +140,6 @@ def rank_file_name(rank: int, ranks: int) -> str:
 
 
 def pattern_of(name: str) -> str:
-    """`layers.3.ffn.experts.7.w1.weight` -> `layers.{L}.ffn.experts.{E}.w1.weight`: one text for all its like."""
+    """`layers.3.ffn.experts.7.w1.weight` -> `layers.{L}.ffn.experts.{E}.w1.weight`: one pattern for all."""
     name = re.sub(r"\bexperts\.\d+\.", "experts.{E}.", name)
     return re.sub(r"\b(layers|mtp)\.\d+\.", lambda m: f"{m[1]}.{{{'L' if m[1] == 'layers' else 'M'}}}.", name)

@@ -1,7 +1,7 @@
 """The reference engine's rank files, `model{i}-mp{N}.safetensors`, read as the one checkpoint that they are slices of.
 
-Every tensor has its whole shape and an extent in each file that holds a slice of it, so whoever reads needs to know
-nothing of the layout: the number of readers may be another one than N. All N files must be there.
+Every tensor has its whole shape and one extent in each file that holds a slice of it, so readers need not know the
+layout, and their number may differ from N. All N files must be present.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .storage import Storage
 
 
 def _slices(name: str, found: list[TensorInfo], count: int, label: str) -> list[TensorInfo]:
-    """Those of the ranks' tensors of one name that make it whole.
+    """Of the tensors with one name, one per rank, those that together make the whole tensor.
 
     Raises InputError if a slice is missing or several ranks have the same expert.
     """
@@ -37,7 +37,7 @@ def _slices(name: str, found: list[TensorInfo], count: int, label: str) -> list[
 
 
 def _whole(name: str, slices: list[TensorInfo], label: str) -> TensorInfo:
-    """What a tensor is when its slices are put together. Raises InputError if they do not fit."""
+    """The whole tensor that slices make. Raises InputError if dtypes or shapes do not fit."""
     first = slices[0]
     if len(slices) == 1:
         return first

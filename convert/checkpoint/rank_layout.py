@@ -1,7 +1,7 @@
 """The reference engine's layout, `model{i}-mp{N}.safetensors`: names, and which slice each rank holds.
 
-Rank i gets a whole model for itself: its share of the routed experts (under their global numbers), equal slices of
-what is tensor parallel, and a copy of everything else. The rules are the reference converter's, kept as data.
+Rank i gets its share of the routed experts (under their global numbers), equal slices of the tensor parallel weights,
+and a copy of everything else. The rules are those of the reference converter, as tables.
 """
 
 import re
@@ -24,9 +24,9 @@ SLICED_ROWS = re.compile(
     r"|\.indexer\.weights_proj\.|\.markov_w[12]\."
 )
 SLICED_COLUMNS = re.compile(r"\.attn\.wo_b\.")
-VISION = re.compile(r"^(vision|aligner)\.")  # has an `mlp` of its own: nothing is renamed in there
-# Copies of embedding and head in a draft block are not written. The older converter leaves out every name with `emb`
-# or a last `head.weight`, the younger one names the two, for the sake of a Markov head with an embedding of its own.
+VISION = re.compile(r"^(vision|aligner)\.")  # its `mlp` keeps its name
+# Copies of embedding and head in a draft block are not written. The older converter drops every name with `emb` or a
+# last `head.weight`; the newer one names the two, because a Markov head has an embedding too.
 DRAFT_COPY = re.compile(r"^mtp\.(?!.*\.markov_head\.).*(emb|head\.weight$)")
 NOT_ESTABLISHED = re.compile(r"\.engram\.")
 
@@ -40,11 +40,11 @@ class Slice:
     count: int
 
     def apply_to(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the part."""
+        """Shape of the slice."""
         return (*shape[: self.dim], shape[self.dim] // self.count, *shape[self.dim + 1 :])
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """[start, stop) of the part in a dimension of `length`."""
+        """[start, stop) of the slice in a dimension of `length`."""
         step = length // self.count
         return self.index * step, (self.index + 1) * step
 
@@ -76,7 +76,7 @@ def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice 
 
 
 def check_blocks(name: str, shape: tuple[int, ...], part: Slice, block: Block) -> None:
-    """Raises InputError if a slice of a weight in scaled blocks would cut one: its scale could not be divided."""
+    """Raises InputError if a slice of a block-scaled weight would cut a block: its scale cannot be divided."""
     if shape[part.dim] // part.count % block[part.dim]:
         raise InputError(
             f"'{name}' has shape {list(shape)}: {part.count} ranks would cut its blocks of "
@@ -86,7 +86,7 @@ def check_blocks(name: str, shape: tuple[int, ...], part: Slice, block: Block) -
 
 
 def count_experts(names: list[str]) -> dict[str, int]:
-    """Number of routed experts of each layer or draft block, by the part of the name before `.experts.`."""
+    """Number of routed experts of each layer or draft block, by the name before `.experts.`."""
     counts: dict[str, int] = {}
     for name in names:
         if expert := expert_of(name):

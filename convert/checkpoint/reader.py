@@ -1,7 +1,7 @@
 """The read side of a checkpoint: config, index and every header, validated once before any work.
 
 `Checkpoint.open` reads headers only, a few MB even for the 865 GB of V4-Pro. Bytes of tensors are read on demand, by
-rows, so that the caller decides about memory. Where index and shards do not agree, the index decides (index.py).
+rows, so that the caller decides about memory. Where index and shards disagree, the index decides (index.py).
 """
 
 import hashlib
@@ -34,7 +34,7 @@ MAX_CONFIG_BYTES = 10_000_000
 
 
 def row_count(shape: tuple[int, ...], nbytes: int) -> int:
-    """Rows that a tensor can be read by: its first dimension; 1 for a scalar, and where rows are not whole bytes."""
+    """Number of rows that can be read one by one: the first dimension; 1 for a scalar or rows of partial bytes."""
     return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
 
 
@@ -51,8 +51,8 @@ class Extent:
 class TensorInfo:
     """What a header declares of a tensor, and where its bytes are.
 
-    A tensor of the Hugging Face layout lies in one extent. One that the ranks of the reference engine share has an
-    extent for each rank: rows one after the other, or, with `by_columns`, columns side by side.
+    A tensor of the Hugging Face layout lies in one extent. One that is split over the rank files has an extent for
+    each rank: rows one after the other, or, with `by_columns`, columns side by side.
     """
 
     name: str
@@ -132,7 +132,7 @@ def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, str] | Non
 
 
 def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, TensorInfo]]:
-    """One safetensors file: what it is, and where its tensors are. Raises InputError."""
+    """Read the header of one safetensors file: the shard and its tensors by name. Raises InputError."""
     header, digest = read_header(storage, name, size)
     tensors = {
         tensor: TensorInfo(
@@ -146,7 +146,7 @@ def read_file(storage: Storage, name: str, size: int) -> tuple[Shard, dict[str, 
 def read_files(
     storage: Storage, names: list[str], sizes: dict[str, int], progress: Reached
 ) -> tuple[dict[str, Shard], dict[str, dict[str, TensorInfo]]]:
-    """Several safetensors files: what each is, and where the tensors of each are. Raises InputError."""
+    """Read the headers of several files: shards, and by file name their tensors. Raises InputError."""
     shards: dict[str, Shard] = {}
     tensors: dict[str, dict[str, TensorInfo]] = {}
     for number, name in enumerate(names, 1):
@@ -167,7 +167,7 @@ def under_released_names(form: Form, tensors: dict[str, TensorInfo], where: str)
 
 
 def open_source(source: Path | str | Storage, build: Callable[[Storage], "Checkpoint"]) -> "Checkpoint":
-    """Build a checkpoint from a Storage, or from a folder, whose files are closed again if that fails."""
+    """Build a checkpoint from a Storage or a folder. If that fails, the folder's files are closed."""
     if not isinstance(source, str | Path):
         return build(source)
     storage = Folder(Path(source))
@@ -190,7 +190,7 @@ class Checkpoint:
     files: dict[str, int]  # every file and its size
     shards: dict[str, Shard]
     tensors: dict[str, TensorInfo]
-    notes: list[str] = field(default_factory=list)  # what was ignored, a line each
+    notes: list[str] = field(default_factory=list)  # one line for each thing that was ignored
     form: Form = RELEASED
 
     @cached_property
@@ -210,7 +210,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: Path | str | Storage, progress: Reached = ignore) -> "Checkpoint":
-        """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError for what is wrong with it."""
+        """Open a folder (or any Storage) in the Hugging Face layout. Raises InputError if it is not valid."""
         return open_source(source, lambda storage: cls._read(storage, progress))
 
     @classmethod

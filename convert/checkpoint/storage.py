@@ -1,7 +1,7 @@
-"""Where the bytes of a checkpoint come from: a folder now, a hub through the same four methods elsewhere.
+"""Access to the files of a checkpoint: the Protocol, and its implementation for a local folder.
 
-Everything is read by `pread` into memory that the caller bounds. Nothing is mapped: a file that shrinks under a map
-is a SIGBUS, and mapped pages hide how much memory a run needs.
+The one for a hub is in convert/hub/storage.py. Files are read with `pread` into memory that the caller allocates, and
+not mapped: a mapped file that shrinks raises SIGBUS, and mapped pages hide how much memory a run needs.
 """
 
 import os
@@ -28,7 +28,7 @@ def check_component(name: str, what: str) -> None:
 class Storage(Protocol):
     """Read access to the files of one checkpoint. Safe to use from several threads."""
 
-    label: str  # how messages call it: a path or a repository
+    label: str  # its name in messages: a path or a repository
 
     def sizes(self) -> dict[str, int]:
         """Name and size of each file, names relative with `/` for sub-folders."""
@@ -43,7 +43,7 @@ class Storage(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What names this source for good, such as repository and commit; {} for a folder, which may move."""
+        """What identifies this source permanently, such as repository and commit; {} for a folder, which may move."""
         ...
 
     def changed_ns(self, name: str) -> int:
@@ -55,7 +55,7 @@ class Storage(Protocol):
         ...
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
-        """Make the shards in `now` readable, begin with `upcoming`, and let go of all others: for remote sources."""
+        """Make the shards in `now` readable, start to fetch `upcoming`, release all others: for remote sources."""
         ...
 
     def is_ready(self, names: Collection[str]) -> bool:
@@ -63,11 +63,11 @@ class Storage(Protocol):
         ...
 
     def disk_bytes(self) -> int:
-        """Disk that reading the shards needs beside the output."""
+        """Bytes of disk that reading needs besides the output."""
         ...
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files and stop transfers."""
         ...
 
 
@@ -104,7 +104,7 @@ class Folder:
     def _open(self, name: str) -> int:
         path = self.path / name
         try:
-            # A FIFO would block the open; O_NONBLOCK lets us look at it and refuse.
+            # Opening a FIFO would block; with O_NONBLOCK it returns, and the file is refused by its type.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise InputError(f"{self.label}: {name} is missing", "Download it again.") from None
@@ -114,7 +114,7 @@ class Folder:
         return descriptor
 
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
-        """See Storage."""
+        """Fill `buffer` from `offset`; threads may share the descriptor. Raises InputError if the file ends before."""
         descriptor, done = self._descriptor(name), 0
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
@@ -123,35 +123,35 @@ class Folder:
             done += count
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """See Storage."""
+        """`length` bytes from `offset`. Raises InputError if the file ends before."""
         buffer = bytearray(length)
         self.read_into(name, memoryview(buffer), offset)
         return bytes(buffer)
 
     def identity(self) -> dict[str, Any]:
-        """See Storage."""
+        """Nothing: the folder may move, and its shards are named by their headers and sizes."""
         return {}
 
     def changed_ns(self, name: str) -> int:
-        """See Storage. The inode's change time: unlike the modification time, it cannot be set back."""
+        """The inode's change time, ns: unlike the modification time, it cannot be set back."""
         return os.fstat(self._descriptor(name)).st_ctime_ns
 
     def choose_shards(self, names: Collection[str]) -> None:
-        """See Storage."""
+        """Nothing to do: no file is fetched."""
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
-        """See Storage. A local file is always there."""
+        """Nothing to do: local files are readable at any time."""
 
     def is_ready(self, names: Collection[str]) -> bool:
-        """See Storage."""
+        """True: local files are readable at any time."""
         return True
 
     def disk_bytes(self) -> int:
-        """See Storage."""
+        """0: nothing is fetched."""
         return 0
 
     def close(self) -> None:
-        """See Storage."""
+        """Close the descriptors."""
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)

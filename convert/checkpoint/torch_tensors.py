@@ -1,4 +1,4 @@
-"""Where bytes of a file become torch tensors. The other modules of this room work without torch."""
+"""Turns bytes of a file into torch tensors. The other modules of this folder work without torch."""
 
 import torch
 

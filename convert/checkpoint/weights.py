@@ -1,14 +1,14 @@
-"""What each tensor is: how its elements are stored, and which scale belongs to it. One decision for all commands.
+"""Classifies tensors: how the elements are stored, and which scale belongs to a weight. All commands use this result.
 
-Declared dtypes, names and shapes decide; bytes are never looked at. A quantized weight is `<stem>.weight` with its
+Declared dtypes, names and shapes decide; no data is read. A quantized weight is `<stem>.weight` with its
 block scale beside it, in the same shard or in another:
 
     FP8   F8_E4M3, with one scale per block: the config says which block, or the edition for a tensor by its name
     FP4   I8 as released, or F4, which counts elements; U8, as other tools write it, where the scale has the shape of
           one per 32 elements: two codes to a byte
 
-Scales are F8_E8M0 or, of FP8 weights, F32; U8 of the right shape is read as F8_E8M0. Everything else is plain and
-keeps its bytes, whatever its name: that is how checkpoints with tensors unknown to us convert too.
+Scales are F8_E8M0 or, of FP8 weights, F32; U8 of the right shape is read as F8_E8M0. Every other tensor is plain
+and keeps its bytes, so checkpoints with unknown tensors convert too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ from .editions.table import block_by_name
 from .names import WEIGHT_SUFFIX, block_of, is_expert_matrix, is_wo_a, scale_name, scales_of
 from .reader import TensorInfo
 
-RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, where no config says it
+RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, if the config does not name one
 DAMAGED = "Download the checkpoint again, or convert it again from the release."
 _FP4_DTYPES = ("I8", "F4")
 _FP8_DTYPE = "F8_E4M3"
@@ -40,7 +40,7 @@ class Format(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a quantized weight cannot be read: the tensor that is wrong, what is wrong with it, and what to do."""
+    """Why a quantized weight cannot be read: the tensor at fault, the fault, and what to do."""
 
     tensor: str
     text: str
@@ -53,10 +53,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor that is not the scale of another, with its scale and the block that one scale is for.
+    """A tensor that is not a scale, with its block scale and the block size.
 
-    `info` and `scale` have the release's dtypes: I8 and F8_E8M0 where the file says U8. With a `fault`, the rest is
-    what it would be without.
+    `info` and `scale` have the release's dtypes: I8 and F8_E8M0 where the file says U8. If there is a `fault`, the
+    other fields are as if there were none.
     """
 
     info: TensorInfo
@@ -93,7 +93,7 @@ class Weight:
 
     @property
     def stored(self) -> str:
-        """For people: fp4, fp8, bf16, or the dtype of anything else."""
+        """fp4, fp8, bf16, or the dtype of any other tensor, for messages."""
         if self.format is Format.PLAIN:
             return "bf16" if self.info.dtype == "BF16" else self.info.dtype
         return str(self.format.value)
@@ -112,7 +112,7 @@ def _as_e8m0(scale: TensorInfo) -> TensorInfo:
 
 
 def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault | None:
-    """What is wrong with the dtype or the shape of a scale, None if nothing is."""
+    """The fault in dtype or shape of a scale; None if it is right."""
     scale, block, shape = weight.scale, weight.block, weight.logical_shape
     assert scale is not None and block is not None
     if len(shape) != 2:
@@ -142,7 +142,7 @@ def _fp4(info: TensorInfo, scale: TensorInfo) -> Weight:
 
 
 def _without_scale(info: TensorInfo) -> Weight:
-    """A tensor that has no scale: plain, unless its dtype and name say that one is missing."""
+    """A tensor without a scale: plain, or a fault if its dtype and name require one."""
     fp4 = info.dtype in _FP4_DTYPES and is_expert_matrix(info.name)
     if not info.name.endswith(WEIGHT_SUFFIX) or not (fp4 or info.dtype == _FP8_DTYPE):
         return Weight(info, Format.PLAIN)
@@ -177,19 +177,19 @@ def find_weights(tensors: Mapping[str, TensorInfo], config: Config) -> dict[str,
 
 
 class ExpertFormats(NamedTuple):
-    """How the matrices of the routed experts are stored, see `Weight.stored`: in the main stack, in draft stages."""
+    """The `Weight.stored` values of the routed experts' matrices: in the main stack, in draft stages."""
 
     main: frozenset[str]
     drafts: frozenset[str]
 
     @property
     def every(self) -> frozenset[str]:
-        """All of them."""
+        """The formats of both."""
         return self.main | self.drafts
 
     @property
     def drafts_differ(self) -> bool:
-        """Whether the draft stages are alike, and the main stack is, but not each like the other."""
+        """Whether the draft stages have one format and the main stack has one other."""
         return len(self.main) == len(self.drafts) == 1 and self.main != self.drafts
 
 

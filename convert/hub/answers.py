@@ -1,7 +1,7 @@
-"""Telling a hub from whatever else may answer in its place: a proxy, a firewall, the login page of a network.
+"""Detects answers that do not come from a hub but from a proxy, a firewall or the login page of a network.
 
-Such an answer has the status 200 like a good one. A web page is noticed as soon as it arrives (`note`). Nothing, `{}`
-or `[]` is noticed by whoever cannot use it, and `not_a_hub` says what the last answer was.
+Such answers have status 200. `note` refuses a web page as soon as it arrives. An empty body, `{}` or `[]` is refused
+where a listing or a file was expected; `not_a_hub` makes the error, which describes the last answer.
 """
 
 import re
@@ -24,7 +24,7 @@ EMPTY_JSON_BYTES = 2  # `{}` and `[]`
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer. `body` returns as much of it as is at hand, "" if nothing is; `length` is what it announced."""
+    """An HTTP answer. `body` returns the part that was received, "" if none was; `length` is the announced one."""
 
     url: str
     status: int
@@ -39,7 +39,7 @@ class Answer:
         return self.status < 300 and self.content_type.lower().startswith("text/html") and not wants_page
 
     def describe(self) -> str:
-        """In a few words, for a message."""
+        """A few words for a message, such as "a web page titled 'Log in'"."""
         text = self.body()
         if title := _TITLE.search(text):
             return f"a web page titled '{title[1][:MOST_SHOWN]}'"
@@ -53,7 +53,7 @@ class Answer:
 
 
 class Page(BaseException):
-    """Ends a call of a library that got a web page; no library may take it for something to retry."""
+    """Raised inside a library that received a web page. A BaseException, so that no library retries it."""
 
     def __init__(self, error: NetworkError) -> None:
         super().__init__(str(error))
@@ -68,7 +68,7 @@ _last = _Last()
 
 
 def not_a_hub(label: str, wanted: str) -> NetworkError:
-    """The error for an answer that no hub gives. `wanted` is what was asked for; the last answer is this thread's."""
+    """The error for this thread's last answer, which no hub gives. `wanted`: what was asked for."""
     answer, hint = _last.answer, "Check HTTPS_PROXY, NO_PROXY, HF_ENDPOINT and MODELSCOPE_ENDPOINT."
     if answer is None:
         return NetworkError(f"{label}: the answer does not come from a hub, {wanted} was asked for", hint)
@@ -82,7 +82,7 @@ def not_a_hub(label: str, wanted: str) -> NetworkError:
 
 
 def note(answer: Answer) -> None:
-    """Keep an answer as the last one of this thread. Raises Page for a web page."""
+    """Record an answer as the last one of this thread. Raises Page for a web page."""
     _last.answer = answer
     if answer.is_page:
         raise Page(not_a_hub("the hub", "a file or a listing"))
@@ -95,7 +95,7 @@ def _is_nothing(size: int) -> bool:
 
 
 def check_listed(listed: list[Item], label: str) -> list[Item]:
-    """A list of files that is not empty. Raises NetworkError if no hub answered, InputError if it lists nothing."""
+    """`listed`, if it is not empty. Raises NetworkError if no hub answered, InputError for an empty repository."""
     if not listed and _is_nothing(size=-1):
         raise not_a_hub(label, "a list of files")
     if not listed:
@@ -105,7 +105,7 @@ def check_listed(listed: list[Item], label: str) -> list[Item]:
 
 @contextmanager
 def file_expected(label: str, file: RemoteFile) -> Iterator[None]:
-    """While a file is fetched: one that is bad because no hub answered is no bad file. Raises NetworkError then."""
+    """While a file is fetched: raises NetworkError in place of BadFile if the answer came from no hub."""
     try:
         yield
     except BadFile:
@@ -130,5 +130,5 @@ def cut(chunks: Iterable[bytes], skip: int, length: int, file: RemoteFile, url: 
 
 
 def forget() -> None:
-    """A new question is asked: no answer has come yet."""
+    """Forget the last answer of this thread, before a new request."""
     _last.answer = None

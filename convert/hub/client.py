@@ -1,8 +1,9 @@
 """The two hubs behind one small interface: resolve a revision, list files, read a range, fetch a file.
 
 The client libraries do the network work (`huggingface.py`, `modelscope.py`), so their caches, tokens, mirrors, proxies
-and retries are what a user already knows. Here is what both have in common: what a listed file is, which names are
-acceptable, and how the bytes on disk are compared with what the hub listed.
+and retries are what a user already knows. This
+module holds what both share: the entry of a listed file, which names are acceptable, and how bytes on disk are compared
+with the listing.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from dsv4.progress import Progress
 
 from .source import HubName, HubSource
 
-STAGING = ".dsv4-incoming"  # inside the target folder; a file moves out of it when it has been checked
+STAGING = ".dsv4-incoming"  # inside the target folder; checked files move out of it
 RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are
 _CHUNK_BYTES = 4 << 20
 _BAD = "It was fetched twice. Try again later."
@@ -30,19 +31,19 @@ Result = TypeVar("Result")
 
 
 class NetworkError(MachineError):
-    """The hub did not answer, or answered that it cannot now or will not. Another hub, or a later run, may do."""
+    """The hub did not answer, or refused. Another hub or a later run may succeed."""
 
 
 class Busy(NetworkError):
-    """The hub answered that it cannot right now (429, 5xx): worth another try within seconds."""
+    """The hub is overloaded (429, 5xx): worth another try within seconds."""
 
 
 class BadFile(InputError):
-    """A file that arrived is not the one that the hub lists. Fetching it once more may help."""
+    """The size or hash of a fetched file is not what the hub lists. A second fetch may help."""
 
 
 class NoRepository(InputError):
-    """The hub knows no such repository, or does not show it to this token."""
+    """The repository does not exist, or this token may not see it."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ class RemoteFile:
 class Hub(Protocol):
     """One hub, with one token. Methods raise NoRepository, InputError, NetworkError or MachineError.
 
-    The progress of a transfer is called in the thread that fetches, with the bytes that arrived, and with a negative
-    number when the library starts a file again. What it raises ends the transfer.
+    The progress of a transfer is called in the fetching thread with the number of bytes received, negative when the
+    library restarts a file. An exception that it raises ends the transfer.
     """
 
     prefix: HubName
     title: str
 
     def offline(self) -> bool:
-        """The library was told not to use the network."""
+        """Whether the library is set not to use the network."""
         ...
 
     def cached_files(self, repository: str, revision: str | None, cache: Path | None) -> tuple[str, list[RemoteFile]]:
@@ -106,26 +107,26 @@ class Hub(Protocol):
         ...
 
     def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
-        """Note in the library's own cache what the revision pointed to, so that it is found without a network."""
+        """Record in the library's own cache which commit the revision points to, for later use without a network."""
         ...
 
     def abort(self) -> None:
-        """End the transfers that the progress cannot end."""
+        """End transfers that do not call their progress."""
         ...
 
     def similar(self, repository: str) -> list[str]:
-        """Repositories with names like this one, best first; empty if the hub cannot say."""
+        """Repositories with names like this one, best first; [] if the hub does not answer."""
         ...
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says of an error, on one line. Some speak Chinese; then the error's name has to do."""
+    """The first line of an exception's message, or its class name if that is not ASCII (some are Chinese)."""
     line = next(iter(str(error).splitlines()), "")
     return line if line and line.isascii() else type(error).__name__
 
 
 def with_patience(action: Callable[[], Result]) -> Result:
-    """`action`, tried again after 1 and 2 seconds when the hub is busy: the libraries do so for files only."""
+    """Call `action`, and again after 1 and 2 seconds while the hub is busy: the libraries retry files only."""
     for attempt in range(_ATTEMPTS - 1):
         try:
             return action()
@@ -135,7 +136,7 @@ def with_patience(action: Callable[[], Result]) -> Result:
 
 
 def check_remote_name(name: str, label: str) -> None:
-    """Refuse a listed name that would leave the folder, or that no careful repository has."""
+    """Refuse a listed name that leads out of the folder or is not valid on every file system. Raises InputError."""
     parts = name.split("/")
     bad = (
         not name.isprintable()

@@ -1,7 +1,7 @@
 """`dsv4 download`: the files of one commit, whole and checked, into a folder or the hub library's own cache.
 
-What is already there is checked and kept, so an interrupted download goes on where it was. There is no state file
-that could be wrong: what counts is the bytes. The commit goes into a small record beside the files.
+Files that are on disk already are checked and kept, so an interrupted download continues with the rest. No state file
+is needed for that: the bytes are compared with the listing. A small record beside the files names the commit.
 """
 
 import fnmatch
@@ -22,19 +22,19 @@ from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError
 from dsv4.progress import Progress
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
-from .fetch import Place, fetch_checked, is_checked, remove_partials, sync
+from .fetch import Destination, fetch_checked, is_checked, remove_partials, sync
 from .open import open_hub, open_snapshot, other_hub
 from .source import HubSource
 from .transfers import FileMeter, Transfers
 
-_SPARE_BYTES = 64 << 20  # left free for what else happens on the disk
+_SPARE_BYTES = 64 << 20  # left free for other programs
 
 
 def choose(files: dict[str, RemoteFile], include: Sequence[str], exclude: Sequence[str]) -> list[RemoteFile]:
     """The files that match a pattern of `include` (all if there is none) and none of `exclude`, in the hub's order.
 
     Patterns are shell patterns, and `folder/` means everything in it, as in `hf download`. Raises UsageError for a
-    pattern of `include` that matches nothing: it is a typing mistake more often than a wish.
+    pattern of `include` that matches no file.
     """
 
     def matches(name: str, pattern: str) -> bool:
@@ -60,10 +60,10 @@ def free_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download will do. `missing` is decided by size alone; the bytes are compared when it runs."""
+    """The files of a download. `missing` is decided by size alone; hashes are compared when it runs."""
 
     snapshot: Snapshot
-    place: Place
+    destination: Destination
     files: tuple[RemoteFile, ...]
     missing: tuple[RemoteFile, ...]
     free: int
@@ -81,7 +81,7 @@ class DownloadPlan:
     @property
     def root(self) -> Path:
         """Where the files will be."""
-        return self.place.root(self.snapshot)
+        return self.destination.root(self.snapshot)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -101,17 +101,17 @@ class DownloadPlan:
 
 
 def plan_download(
-    snapshot: Snapshot, place: Place, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    snapshot: Snapshot, destination: Destination, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> DownloadPlan:
-    """Decide which files are already in place and which are missing. Writes nothing."""
+    """Decide which files are on disk already and which are missing. Writes nothing."""
     files = choose(snapshot.files, include, exclude)
 
     def absent(file: RemoteFile) -> bool:
-        path = place.path(snapshot, file.name)
+        path = destination.path(snapshot, file.name)
         return not path.is_file() or path.stat().st_size != file.size
 
     missing = tuple(f for f in files if absent(f))
-    return DownloadPlan(snapshot, place, tuple(files), missing, free_bytes(place.root(snapshot)))
+    return DownloadPlan(snapshot, destination, tuple(files), missing, free_bytes(destination.root(snapshot)))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -124,16 +124,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_folder(plan: DownloadPlan) -> None:
-    """Refuse a folder that another repository was downloaded into: its files would be replaced. Raises UsageError."""
-    record = read_record(plan.place.folder) if plan.place.folder else None
+    """Refuse a folder that holds another repository: its files would be replaced. Raises UsageError."""
+    record = read_record(plan.destination.folder) if plan.destination.folder else None
     source = plan.snapshot.source
     if record is not None and str(record.get("source")).partition(":")[2] != source.repository:
-        text = f"{plan.place.folder} holds files of {record.get('source')}"
+        text = f"{plan.destination.folder} holds files of {record.get('source')}"
         raise UsageError(text, "Choose another folder.")
 
 
 def check_space(plan: DownloadPlan) -> None:
-    """Refuse what cannot fit. Raises MachineError with both numbers."""
+    """Raises MachineError, with both numbers, if the disk is too small."""
     need = plan.missing_bytes + _SPARE_BYTES if plan.missing else 0
     if need > plan.free:
         raise MachineError(
@@ -144,7 +144,7 @@ def check_space(plan: DownloadPlan) -> None:
 
 @dataclass
 class Fallback:
-    """The other hub, opened when it is needed for the first time."""
+    """The same repository on the other hub, opened at the first use."""
 
     source: HubSource
     token: str | None = None
@@ -153,7 +153,7 @@ class Fallback:
 
     @classmethod
     def of(cls, source: HubSource, token: str | None = None) -> "Fallback":
-        """The same repository on the other hub; its default branch, because commits are each hub's own."""
+        """The repository's default branch on the other hub: the hubs number commits differently."""
         return cls(HubSource(other_hub(source.hub), source.repository), token)
 
     def snapshot(self) -> Snapshot:
@@ -163,20 +163,20 @@ class Fallback:
                 self._snapshot = open_snapshot(self.source, self.token)
             return self._snapshot
 
-    def twin(self, file: RemoteFile) -> RemoteFile:
-        """The other hub's entry for a file. Raises InputError if it is not the same file."""
-        twin = self.snapshot().files.get(file.name)
-        if twin is None:
+    def same_file(self, file: RemoteFile) -> RemoteFile:
+        """The other hub's entry for the same file. Raises InputError if size or hash differ."""
+        other = self.snapshot().files.get(file.name)
+        if other is None:
             raise InputError(f"{self.source}: does not have {file.name}")
-        same = twin.size == file.size and (not twin.sha256 or not file.sha256 or twin.sha256 == file.sha256)
+        same = other.size == file.size and (not other.sha256 or not file.sha256 or other.sha256 == file.sha256)
         if not same:
             raise InputError(f"{self.source}: lists another {file.name} (size or SHA-256 differ)")
-        return twin
+        return other
 
 
 @dataclass
 class DownloadResult:
-    """What happened: names of files that were fetched, that were there already, and that came from the other hub."""
+    """Names of files that were fetched, that were on disk already, and that came from the other hub."""
 
     fetched: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -184,7 +184,7 @@ class DownloadResult:
 
 
 class _Download:
-    """One running download. `warn` gets words for the user."""
+    """One running download. `warn` is called with a line for the user."""
 
     def __init__(
         self, plan: DownloadPlan, fallback: Fallback | None, transfers: Transfers, warn: Callable[[str], None]
@@ -194,17 +194,17 @@ class _Download:
         self._first_hub_is_down = threading.Event()
 
     def obtain(self, file: RemoteFile) -> None:
-        """Bring one file to its place, unless it is there."""
-        snapshot, place = self.plan.snapshot, self.plan.place
+        """Fetch one file, unless a checked copy is on disk."""
+        snapshot, destination = self.plan.snapshot, self.plan.destination
         meter = FileMeter(file.size, self.transfers)
-        if is_checked(place.path(snapshot, file.name), file, snapshot.label):
+        if is_checked(destination.path(snapshot, file.name), file, snapshot.label):
             meter.finish()
             self.result.kept.append(file.name)
             return
         try:
             if self._first_hub_is_down.is_set():
                 raise NetworkError(f"{snapshot.source}: gave up on it")
-            fetch_checked(snapshot, file, place, meter, self.warn)
+            fetch_checked(snapshot, file, destination, meter, self.warn)
         except (NetworkError, BadFile) as error:
             self._from_other_hub(file, meter, error)
         self.result.fetched.append(file.name)
@@ -216,14 +216,14 @@ class _Download:
             self._first_hub_is_down.set()
             self.warn(f"{error}. Going on with {self.fallback.source}.")
         meter.restart()
-        self.fallback.twin(file)
+        self.fallback.same_file(file)
         # Checked against the first hub's listing, whatever the other one says.
-        fetch_checked(self.fallback.snapshot(), file, self.plan.place, meter, self.warn)
+        fetch_checked(self.fallback.snapshot(), file, self.plan.destination, meter, self.warn)
         self.result.from_fallback.append(file.name)
 
 
 def _recorded(source: HubSource, token: str | None, folder: Path) -> Snapshot | None:
-    """The listing that an earlier run of the same download left in the folder."""
+    """The listing that an earlier run of the same download recorded in the folder."""
     record = read_record(folder)
     wanted = (f"{source.hub}:{source.repository}", source.revision)
     if record is None or (record.get("source"), record.get("revision")) != wanted:
@@ -233,21 +233,20 @@ def _recorded(source: HubSource, token: str | None, folder: Path) -> Snapshot | 
 
 
 def open_with_fallback(
-    source: HubSource, token: str | None, place: Place, fallback: bool, warn: Callable[[str], None]
+    source: HubSource, token: str | None, destination: Destination, fallback: bool, warn: Callable[[str], None]
 ) -> tuple[Snapshot, Fallback | None]:
     """The snapshot to download, and the other hub if `fallback` asks for it.
 
-    When the first hub cannot even list its files, the listing of an earlier run in the same folder says what they
-    must be; without one the other hub's listing is all there is, and the whole download comes from there. `token` is
-    for the first hub only.
+    If the first hub does not list its files, the listing that an earlier run recorded in the folder is used. Without
+    one, everything comes from the other hub and is compared with that hub's listing only. `token` is for the first hub.
     """
     other = Fallback.of(source) if fallback else None
     try:
-        return open_snapshot(source, token, place.cache), other
+        return open_snapshot(source, token, destination.cache), other
     except NetworkError as error:
         if other is None:
             raise
-        known = _recorded(source, token, place.folder) if place.folder else None
+        known = _recorded(source, token, destination.folder) if destination.folder else None
         if known is not None:
             return known, other
         warn(f"{error}. Taking everything from {other.source}: hashes are compared with its own listing only.")
@@ -256,7 +255,7 @@ def open_with_fallback(
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """A staging folder that belongs to this process alone; removed at the end if everything moved out of it."""
+    """Lock the staging folder for this process, and remove it at the end. Raises MachineError if it is locked."""
     staging = folder / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     try:
@@ -271,7 +270,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _write_record(plan: DownloadPlan) -> None:
-    """Note repository, commit and hashes in the folder; a folder may hold several downloads of one commit."""
+    """Write repository, commit and hashes into the folder; a folder may hold several downloads of one commit."""
     folder = plan.root
     value = {
         "source": f"{plan.snapshot.source.hub}:{plan.snapshot.source.repository}",
@@ -288,7 +287,7 @@ def _write_record(plan: DownloadPlan) -> None:
 
 
 def _raise_bad_files(futures: list[Future[None]]) -> None:
-    """All bad files in one error."""
+    """Raise one error that names all files that failed the check."""
     faults = [error for f in futures if isinstance(error := f.exception(), BadFile)]
     if len(faults) == 1:
         raise faults[0]
@@ -297,7 +296,7 @@ def _raise_bad_files(futures: list[Future[None]]) -> None:
 
 
 def _run_all(download: _Download, progress: Progress) -> None:
-    """Obtain every file. The first error ends the run, except that bad files are named together at the end."""
+    """Obtain every file. The first error ends the run, except that files that fail the check are named at the end."""
     # Large files first: the last one to finish decides how long it takes.
     ordered = sorted(download.plan.files, key=lambda f: -f.size)
     futures = [download.transfers.start(download.obtain, file) for file in ordered]
@@ -317,19 +316,19 @@ def download(
 ) -> DownloadResult:
     """Carry out a plan. `progress` is called with bytes in the calling thread, `warn` with a line of text.
 
-    Raises BadFile naming every file that is bad on both attempts, NetworkError, MachineError, OSError; what was
-    finished stays, and the same call goes on from there.
+    Raises BadFile naming every file that failed the check twice, NetworkError, MachineError, OSError. Finished
+    files stay, and the same call continues with the rest.
     """
     check_folder(plan)
     check_space(plan)
-    snapshot, place = plan.snapshot, plan.place
+    snapshot, destination = plan.snapshot, plan.destination
     with ExitStack() as stack:
-        if place.folder is not None:
-            stack.enter_context(_only_one(place.folder))
-            _write_record(plan)  # before the files: if the hub goes away, it says what they must be
+        if destination.folder is not None:
+            stack.enter_context(_only_one(destination.folder))
+            _write_record(plan)  # first: if the hub fails later, this listing still has the hashes
         transfers = stack.enter_context(closing(Transfers(workers, snapshot.hub.abort)))
         running = _Download(plan, fallback, transfers, warn)
         _run_all(running, progress)
-    if place.folder is None:
-        snapshot.hub.remember(snapshot.source.repository, snapshot.source.revision, snapshot.commit, place.cache)
+    if destination.folder is None:
+        snapshot.hub.remember(snapshot.source.repository, snapshot.source.revision, snapshot.commit, destination.cache)
     return running.result

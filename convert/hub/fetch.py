@@ -1,7 +1,7 @@
-"""One file from a hub to its place on disk, checked before anybody sees it under its final name.
+"""Fetch one file from a hub and check it before it gets its final name.
 
 In a folder of the user's, a file arrives in a hidden sub-folder and is renamed when size, hash and header are right.
-In a library's own cache the library decides the names; there a file that turns out bad is removed.
+In a library's own cache the library decides the names; a file that fails the check is removed there.
 """
 
 import os
@@ -15,7 +15,7 @@ from .transfers import FileMeter
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where files go: `folder`, or the library's own cache (at `cache`, None for where the library keeps it)."""
 
     folder: Path | None = None
@@ -36,7 +36,7 @@ class Place:
 
 
 def is_checked(path: Path, file: RemoteFile, label: str) -> bool:
-    """The file is on disk and is what the hub lists."""
+    """Whether the file is on disk with the size and hash that the hub lists."""
     if not path.is_file():
         return False
     try:
@@ -47,7 +47,7 @@ def is_checked(path: Path, file: RemoteFile, label: str) -> bool:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed run of huggingface_hub left half-fetched: it never continues such files."""
+    """Remove partial files of a killed run: huggingface_hub never resumes them."""
     for partial in (folder / STAGING / ".cache" / "huggingface").rglob("*.incomplete"):
         partial.unlink(missing_ok=True)
 
@@ -76,11 +76,15 @@ def _publish(staged: Path, final: Path) -> Path:
     return final
 
 
-def _stage(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, again: bool) -> Path:
-    """The file in the hidden sub-folder: copied from the library's cache if it is there, else fetched."""
-    assert place.folder is not None
-    staging = place.folder / STAGING
-    cached = None if again else snapshot.hub.cached(snapshot.source.repository, snapshot.commit, file.name, place.cache)
+def _stage(snapshot: Snapshot, file: RemoteFile, destination: Destination, meter: FileMeter, again: bool) -> Path:
+    """Put the file into the hidden sub-folder: copied from the library's cache if it is there, else fetched."""
+    assert destination.folder is not None
+    staging = destination.folder / STAGING
+    cached = (
+        None
+        if again
+        else snapshot.hub.cached(snapshot.source.repository, snapshot.commit, file.name, destination.cache)
+    )
     if cached is None:
         return snapshot.hub.fetch_to_folder(snapshot.source.repository, snapshot.commit, file, staging, meter, again)
     staged = staging / file.name
@@ -89,40 +93,42 @@ def _stage(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter,
     return staged
 
 
-def _arrive(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, again: bool) -> Path:
-    """The file on disk, unchecked: in the cache, or in the hidden sub-folder."""
+def _arrive(snapshot: Snapshot, file: RemoteFile, destination: Destination, meter: FileMeter, again: bool) -> Path:
+    """Fetch without a check: into the cache, or into the hidden sub-folder. Returns the path."""
     try:
-        if place.folder is not None:
-            return _stage(snapshot, file, place, meter, again)
-        return snapshot.hub.fetch_to_cache(snapshot.source.repository, snapshot.commit, file, place.cache, meter, again)
+        if destination.folder is not None:
+            return _stage(snapshot, file, destination, meter, again)
+        return snapshot.hub.fetch_to_cache(
+            snapshot.source.repository, snapshot.commit, file, destination.cache, meter, again
+        )
     except OSError as error:
-        if error.filename is None:  # a full disk, met in the middle of a library
-            error.filename = str(place.root(snapshot) / file.name)
+        if error.filename is None:  # the libraries do not name the file when the disk is full
+            error.filename = str(destination.root(snapshot) / file.name)
         raise
 
 
-def _attempt(snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, again: bool) -> Path:
-    path = _arrive(snapshot, file, place, meter, again)
+def _attempt(snapshot: Snapshot, file: RemoteFile, destination: Destination, meter: FileMeter, again: bool) -> Path:
+    path = _arrive(snapshot, file, destination, meter, again)
     try:
         check_file(path, file, snapshot.label)
     except BadFile:
         discard(path)
         raise
-    return path if place.folder is None else _publish(path, place.folder / file.name)
+    return path if destination.folder is None else _publish(path, destination.folder / file.name)
 
 
 def fetch_checked(
-    snapshot: Snapshot, file: RemoteFile, place: Place, meter: FileMeter, warn: Callable[[str], None]
+    snapshot: Snapshot, file: RemoteFile, destination: Destination, meter: FileMeter, warn: Callable[[str], None]
 ) -> Path:
-    """Fetch a file to its place, check it, and fetch it once more if it is bad. Returns its path.
+    """Fetch a file, check it, and fetch it a second time if the check fails. Returns its path.
 
-    Raises BadFile if the second copy is bad too (nothing stays under the final name), NetworkError, MachineError.
+    Raises BadFile if the second copy fails too (no file gets the final name), NetworkError, MachineError.
     """
     try:
-        path = _attempt(snapshot, file, place, meter, again=False)
+        path = _attempt(snapshot, file, destination, meter, again=False)
     except BadFile as error:
         warn(f"{error}. Fetching it once more.")
         meter.restart()
-        path = _attempt(snapshot, file, place, meter, again=True)
+        path = _attempt(snapshot, file, destination, meter, again=True)
     meter.finish()
     return path

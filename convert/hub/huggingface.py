@@ -1,7 +1,7 @@
 """Hugging Face through `huggingface_hub`: its cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, proxies and retries.
 
-What it does not do and `client.check_file` adds: it compares sizes but no hashes. It also starts a file again
-instead of resuming it, so what a second run saves are whole files.
+The library compares sizes but no hashes; `client.check_file` adds these. It restarts a partial file instead of resuming
+it, so a second run saves whole files only.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def _transfer_failed(error: Exception, label: str) -> Dsv4Error:
 
 
 def _has_wrong_size(error: BaseException) -> bool:
-    """The library compares sizes, and has no type for this error."""
+    """The library compares sizes, but raises a plain OSError when they differ."""
     return isinstance(error, OSError) and error.errno is None and "Consistency check" in str(error)
 
 
@@ -105,7 +105,7 @@ def _no_metadata(error: Exception, label: str) -> Dsv4Error:
 
 
 def _another_form(error: Exception, label: str) -> Dsv4Error:
-    """The library took an answer apart that is not what it expects."""
+    """The library could not parse the answer."""
     return not_a_hub(label, "a listing")
 
 
@@ -133,14 +133,14 @@ _OTHERS: tuple[tuple[Callable[[BaseException], bool], Meaning], ...] = (
 
 
 def _wrapped(error: BaseException) -> BaseException | None:
-    """The error behind "cannot find it in the cache either": what matters is why the hub failed."""
+    """The cause of "cannot find it in the cache either": why the hub itself failed."""
     wraps = isinstance(error, errors.LocalEntryNotFoundError | ValueError)
     own = isinstance(error, errors.HfHubHTTPError | JSONDecodeError)
     return error.__cause__ or error.__context__ if wraps and not own else None
 
 
 def explain(error: BaseException, label: str) -> Dsv4Error | None:
-    """What a library exception means to a user; None for a fault of the machine or of dsv4, which passes through."""
+    """A library exception as a Dsv4Error; None for errors of the machine or of dsv4, which pass through."""
     if isinstance(error, Dsv4Error):
         return error
     behind = _wrapped(error)
@@ -154,7 +154,7 @@ def explain(error: BaseException, label: str) -> Dsv4Error | None:
 
 def _bar_for(progress: Progress) -> "type[tqdm[NoReturn]]":
     class Bar(tqdm):  # type: ignore[type-arg]
-        """A bar that is never drawn; the library's bytes go to the progress."""
+        """A bar that is never drawn: it calls our progress with the library's byte counts."""
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
@@ -163,7 +163,7 @@ def _bar_for(progress: Progress) -> "type[tqdm[NoReturn]]":
             progress(int(n or 0))
             return None
 
-        # Xet storage reports twice, what it received and what it wrote. With these two it asks for one bar only.
+        # Xet storage reports received and written bytes. With these two methods it asks for one bar only.
         def update_transfer(self, n: float | None = 1) -> None:
             pass
 
@@ -197,7 +197,7 @@ def _note_answer(response: Any) -> None:
 
 
 def _watch_answers() -> None:
-    """See the answers that the library gets. It makes a new client after some errors."""
+    """Install the response hook. The library makes a new client after some errors, so this runs before every call."""
     forget()
     hooks = huggingface_hub.get_session().event_hooks["response"]
     if _note_answer not in hooks:
@@ -205,7 +205,7 @@ def _watch_answers() -> None:
 
 
 class HuggingFace:
-    """See client.Hub."""
+    """Hugging Face through huggingface_hub; the methods of client.Hub."""
 
     prefix: HubName = "hf"
     title = "Hugging Face"
@@ -219,7 +219,7 @@ class HuggingFace:
         )  # its retries are reported by us if they do not help
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
-        """What the library does, with its errors as ours."""
+        """Call the library and translate its exceptions into Dsv4Error."""
         _watch_answers()
         try:
             return action()
@@ -232,11 +232,11 @@ class HuggingFace:
             raise explained from error
 
     def offline(self) -> bool:
-        """See Hub."""
+        """Whether HF_HUB_OFFLINE is set."""
         return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
 
     def cached_files(self, repository: str, revision: str | None, cache: Path | None) -> tuple[str, list[RemoteFile]]:
-        """See Hub. In this cache a file is a link to a blob that is named by its hash."""
+        """Commit and files of a cached snapshot. In this cache a file is a link to a blob that is named by its hash."""
         try:
             folder = huggingface_hub.snapshot_download(
                 repository, revision=revision, cache_dir=cache, local_files_only=True
@@ -248,7 +248,7 @@ class HuggingFace:
         ]
 
     def resolve(self, repository: str, revision: str | None) -> str:
-        """See Hub."""
+        """The commit that a branch or tag points to now; the default branch for None."""
         wanted = revision or huggingface_hub.constants.DEFAULT_REVISION
         commit = self._call(repository, lambda: self._api.model_info(repository, revision=wanted).sha)
         if not commit or not file_download.REGEX_COMMIT_HASH.fullmatch(commit):
@@ -256,7 +256,7 @@ class HuggingFace:
         return commit
 
     def files(self, repository: str, commit: str) -> list[RemoteFile]:
-        """See Hub."""
+        """Every file of a commit, with the hash that the hub lists."""
         listed = self._call(
             repository, lambda: list(self._api.list_repo_tree(repository, revision=commit, recursive=True))
         )
@@ -269,7 +269,7 @@ class HuggingFace:
         ]
 
     def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
-        """See Hub. A server that ignores Range sends the file from its start: we stop where we have enough."""
+        """`length` bytes by a range request. If the server ignores Range, the bytes before `offset` are skipped."""
         url = huggingface_hub.hf_hub_url(repository, file.name, revision=commit)
         headers = build_hf_headers(token=self._token)
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
@@ -292,7 +292,7 @@ class HuggingFace:
         folder: Path | None = None,
         cache: Path | None = None,
     ) -> Path:
-        """Into a folder, or else into a cache."""
+        """Fetch a file into `folder`, or into the library's cache at `cache` (None: its default place)."""
         with file_expected(f"hf:{repository}", file):
             path = self._call(
                 repository,
@@ -306,17 +306,17 @@ class HuggingFace:
     def fetch_to_folder(
         self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool
     ) -> Path:
-        """See Hub."""
+        """Fetch a file to `folder`/name. `again` ignores every copy that is already on disk."""
         return self._download(repository, commit, file, progress, again, folder=folder)
 
     def fetch_to_cache(
         self, repository: str, commit: str, file: RemoteFile, cache: Path | None, progress: Progress, again: bool
     ) -> Path:
-        """See Hub."""
+        """Fetch a file into the library's cache and return its path there."""
         return self._download(repository, commit, file, progress, again, cache=cache)
 
     def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
-        """See Hub."""
+        """The path of a file in the library's cache; None if it is not there."""
         found = huggingface_hub.try_to_load_from_cache(repository, name, cache_dir=cache, revision=commit)
         return Path(found) if isinstance(found, str) else None
 
@@ -325,11 +325,11 @@ class HuggingFace:
         return root / file_download.repo_folder_name(repo_id=repository, repo_type="model")
 
     def snapshot_folder(self, repository: str, commit: str, cache: Path | None) -> Path:
-        """See Hub."""
+        """The folder of a commit in the library's cache."""
         return self._cache_folder(repository, cache) / "snapshots" / commit
 
     def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
-        """See Hub. The cache's documented layout: refs/<branch> holds the commit."""
+        """Write the commit to refs/<branch> in the cache, as its documentation describes."""
         wanted = revision or huggingface_hub.constants.DEFAULT_REVISION
         if wanted != commit:
             reference = self._cache_folder(repository, cache) / "refs" / wanted
@@ -337,14 +337,14 @@ class HuggingFace:
             reference.write_text(commit)
 
     def abort(self) -> None:
-        """See Hub. Xet transfers run outside Python and end only this way."""
+        """Stop Xet transfers: they run outside Python and do not call the progress."""
         with contextlib.suppress(ImportError):
             from huggingface_hub.utils._xet import abort_xet_session
 
             abort_xet_session()  # type: ignore[no-untyped-call]
 
     def similar(self, repository: str) -> list[str]:
-        """See Hub."""
+        """At most three repositories with names like this one, best first; [] if the hub does not answer."""
         owner, name = repository.split("/")
         try:
             found = {m.id for m in self._api.list_models(author=owner, limit=100)}

@@ -1,11 +1,11 @@
-"""ModelScope through `modelscope_hub`, the client that the `modelscope` package itself is made of.
+"""ModelScope through `modelscope_hub`, the client inside the `modelscope` package.
 
 The client is used directly because importing `modelscope` takes 1.7 s and this takes 0.3 s. It resumes partial files
 and checks SHA-256 itself, which the hub lists for every file.
 
-The hub's API has no call that resolves a branch. Each listed file carries the commit that last changed it; the newest
-of them is the branch's commit, which is believed only if listing that commit gives the same files as the branch.
-Otherwise the branch name stays, and the hashes of the first listing are what pins the content.
+The hub's API has no call that resolves a branch. Each listed file names the commit that last changed it. The newest of
+these is taken for the branch's commit if listing it gives the same files as the branch. Otherwise the branch name is
+kept, and the hashes of the first listing pin the content.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from .source import HubName
 
 _LOGIN = "Log in with `modelscope login`, set MODELSCOPE_API_TOKEN, or give --token."
 _DEFAULT_BRANCH = "master"
-PAGE_BYTES = 2**14  # of a page that is no answer of a hub: enough to find its title
+PAGE_BYTES = 2**14  # read of a web page: enough to find its title
 
 Result = TypeVar("Result")
 
@@ -61,7 +61,7 @@ def _no_answer(error: Exception, label: str) -> Dsv4Error:
 
 
 def _another_form(error: Exception, label: str) -> Dsv4Error:
-    """The library took an answer apart that is not what it expects."""
+    """The library could not parse the answer."""
     return not_a_hub(label, "a listing")
 
 
@@ -81,7 +81,7 @@ _MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[
 
 
 def explain(error: BaseException, label: str) -> Dsv4Error | None:
-    """What a library exception means to a user; None for a fault of the machine or of dsv4, which passes through."""
+    """A library exception as a Dsv4Error; None for errors of the machine or of dsv4, which pass through."""
     if isinstance(error, Dsv4Error):
         return error
     return next((meaning(error, label) for types, meaning in _MEANINGS if isinstance(error, types)), None)
@@ -108,7 +108,7 @@ def _note_answer(response: requests.Response, *_: Any, **__: Any) -> None:
 
 
 def _watched(api: modelscope_hub.HubApi) -> modelscope_hub.HubApi:
-    """The same client, whose answers we see."""
+    """`api` with response hooks that record its answers."""
     for session in (api.legacy._session, api.legacy._read_session, api.openapi._session):
         session.hooks["response"].append(_note_answer)
     return api
@@ -120,19 +120,19 @@ def _remote_file(entry: dict[str, Any]) -> RemoteFile:
 
 
 class ModelScope:
-    """See client.Hub."""
+    """ModelScope through modelscope_hub; the methods of client.Hub."""
 
     prefix: HubName = "ms"
     title = "ModelScope"
 
     def __init__(self, token: str | None) -> None:
         self._api = _watched(modelscope_hub.HubApi(token=token))
-        # The client draws a bar of its own for every file, also where nobody looks; ours counts all of them.
+        # The client draws a bar for every file, also where stderr is no terminal; our bar counts all files.
         vars(client_download)["tqdm"] = functools.partial(tqdm, disable=True)
         logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
 
     def _call(self, repository: str, action: Callable[[], Result]) -> Result:
-        """What the library does, with its errors as ours."""
+        """Call the library and translate its exceptions into Dsv4Error."""
         forget()
         try:
             return action()
@@ -145,7 +145,7 @@ class ModelScope:
             raise explained from error
 
     def _entries(self, repository: str, revision: str) -> list[dict[str, Any]]:
-        """What the hub says of each file of a revision."""
+        """The hub's entry for each file of a revision."""
 
         def listed() -> list[dict[str, Any]]:
             entries = self._api.legacy.list_repo_files(repository, "model", revision)
@@ -154,15 +154,15 @@ class ModelScope:
         return check_listed(self._call(repository, listed), f"ms:{repository}@{revision}")
 
     def offline(self) -> bool:
-        """See Hub. This library has no such switch."""
+        """False: this library has no offline switch."""
         return False
 
     def cached_files(self, repository: str, revision: str | None, cache: Path | None) -> tuple[str, list[RemoteFile]]:
-        """See Hub. Never called: see `offline`."""
+        """Not available in this library. Raises MachineError; not called, because `offline` is False."""
         raise MachineError(f"ms:{repository}: cannot be listed without a network")
 
     def resolve(self, repository: str, revision: str | None) -> str:
-        """See Hub, and the module's docstring."""
+        """The commit that a branch or tag points to now, or the branch itself: see the module's docstring."""
         self._endpoint_for(repository)
         wanted = revision or _DEFAULT_BRANCH
         entries = self._entries(repository, wanted)
@@ -183,12 +183,12 @@ class ModelScope:
             self._api = _watched(modelscope_hub.HubApi(endpoint=endpoint, token=self._api.legacy.token))
 
     def files(self, repository: str, commit: str) -> list[RemoteFile]:
-        """See Hub."""
+        """Every file of a commit or branch, with the hash that the hub lists."""
         entries = self._entries(repository, commit)
         return self._call(repository, lambda: [_remote_file(entry) for entry in entries])
 
     def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
-        """See Hub. A server that ignores Range sends the file from its start: we stop where we have enough."""
+        """`length` bytes by a range request. If the server ignores Range, the bytes before `offset` are skipped."""
         return with_patience(
             lambda: self._call(repository, lambda: self._read(repository, commit, file, offset, length))
         )
@@ -218,17 +218,17 @@ class ModelScope:
     def fetch_to_folder(
         self, repository: str, commit: str, file: RemoteFile, folder: Path, progress: Progress, again: bool
     ) -> Path:
-        """See Hub."""
+        """Fetch a file to `folder`/name. `again` ignores every copy that is already on disk."""
         return self._fetch(repository, commit, file, progress, again, local_dir=folder)
 
     def fetch_to_cache(
         self, repository: str, commit: str, file: RemoteFile, cache: Path | None, progress: Progress, again: bool
     ) -> Path:
-        """See Hub."""
+        """Fetch a file into the library's cache and return its path there."""
         return self._fetch(repository, commit, file, progress, again, cache_dir=cache)
 
     def cached(self, repository: str, commit: str, name: str, cache: Path | None) -> Path | None:
-        """See Hub."""
+        """The path of a file in the library's cache; None if it is not there."""
         try:
             return Path(
                 self._api.downloader.download_file(
@@ -239,18 +239,18 @@ class ModelScope:
             return None
 
     def snapshot_folder(self, repository: str, commit: str, cache: Path | None) -> Path:
-        """See Hub."""
+        """The folder of a commit in the library's cache."""
         root = cache or modelscope_hub.get_default_config().cache_dir
         return Path(root) / "models" / repository.replace("/", "--") / "snapshots" / commit
 
     def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
-        """See Hub. This cache has no place for it."""
+        """Nothing to do: this cache does not record branches."""
 
     def abort(self) -> None:
-        """See Hub. The progress ends its transfers."""
+        """Nothing to do: an exception from the progress ends every transfer of this library."""
 
     def similar(self, repository: str) -> list[str]:
-        """See Hub."""
+        """At most three repositories with names like this one, best first; [] if the hub does not answer."""
         owner, name = repository.split("/")
         try:
             found = {str(m.repo_id) for m in self._api.list_repos("model", owner=owner, page_size=100).items}

@@ -16,8 +16,8 @@ DEFAULT_SCRATCH = 2
 class HubOptions:
     """How a command reads a repository. `scratch`: shards on disk at once. `keep`: leave them in the library's cache.
 
-    warn, detail: called with a line for the user. headers: called with the number of shards whose first bytes have
-    arrived, and of all. progress: called while something is waited for; what it raises ends the work.
+    warn, detail: called with a line for the user. headers: called with (shards whose first bytes arrived, all shards).
+    progress: called while the work waits; an exception that it raises ends the work.
     """
 
     token: str | None = None

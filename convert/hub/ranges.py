@@ -1,8 +1,7 @@
-"""Parts of a commit's files by range requests: what can be read before any shard is on disk.
+"""Reads parts of a commit's files by range requests, before any shard is on disk.
 
-Planning needs headers only. The first bytes of every shard arrive at once, several requests side by side, and are kept.
-Small files are read whole, compared with the hub's listing, and kept too. What the hub library's cache has is read from
-there.
+Planning needs headers only. The first bytes of all shards are fetched by parallel requests and kept in memory. Small
+files are read whole, compared with the hub's listing, and kept too. Files in the library's cache are read from there.
 """
 
 import time
@@ -17,7 +16,7 @@ HEAD_BYTES = 192 * 1024  # one request gets the whole header of a shard of V4-Fl
 
 
 class Ranges:
-    """The files of one commit, a few bytes at a time. For one thread: the one that made it."""
+    """Ranges of the files of one commit. Use it from the thread that created it."""
 
     def __init__(self, snapshot: Snapshot, options: HubOptions) -> None:
         self._snapshot, self._options = snapshot, options
@@ -38,12 +37,12 @@ class Ranges:
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of a file, unchecked. Raises InputError if the file ends before."""
         if not length:
-            return b""  # no range request can ask for nothing
+            return b""  # a range of HTTP has at least one byte
         arriving = self._transfers.start(self._fetch, self._snapshot.files[name], offset, length)
         return self._transfers.result(arriving, self._options.progress)
 
     def fetch_heads(self, names: Sequence[str]) -> None:
-        """Fetch and keep the first bytes of some shards. Calls `headers` of the options as they arrive."""
+        """Fetch and keep the first HEAD_BYTES of some shards. Calls `headers` of the options as they arrive."""
         started = time.monotonic()
         files = [self._snapshot.files[name] for name in names if name not in self._heads]
         arriving = [self._transfers.start(self._fetch, file, 0, min(HEAD_BYTES, file.size)) for file in files]
@@ -53,14 +52,14 @@ class Ranges:
         self._head_seconds += time.monotonic() - started
 
     def head(self, name: str, length: int = 0) -> bytes:
-        """What is known of a shard's first bytes: at least `length` of them, fetched if need be."""
+        """The first bytes of a shard that are in memory, at least `length`; the missing ones are fetched."""
         head = self._heads.get(name, b"")
         if len(head) < length:
             head = self._heads[name] = head + self.read(name, len(head), length - len(head))
         return head
 
     def small_file(self, name: str) -> bytes:
-        """A whole file, compared with the hub's listing, and fetched once more if it is bad. Raises BadFile."""
+        """A whole file, compared with the hub's listing; fetched a second time if it differs. Raises BadFile."""
         if name not in self._small:
             self._small[name] = self._checked(name)
         return self._small[name]
@@ -81,6 +80,6 @@ class Ranges:
         self._transfers.close()
 
     def seconds_for(self, count: int) -> float:
-        """A rough guess of the time to fetch so many bytes, from how fast the first ones came."""
+        """Estimated seconds to fetch `count` bytes at the rate at which the headers arrived."""
         came = sum(map(len, self._heads.values()))
         return count * self._head_seconds / came if came else 0.0

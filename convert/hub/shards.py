@@ -15,7 +15,7 @@ from dsv4.convert.checkpoint.storage import Folder
 from dsv4.errors import UsageError
 
 from .client import Snapshot
-from .fetch import Place, fetch_checked, is_checked, remove_partials
+from .fetch import Destination, fetch_checked, is_checked, remove_partials
 from .open import HubOptions
 from .transfers import FileMeter, Transfers
 
@@ -23,9 +23,9 @@ SHARDS_AT_ONCE = 2
 
 
 class Shards:
-    """The shards of one commit. `scratch` is made when the first one is fetched into it.
+    """The shards of one commit. `scratch` is created at the first fetch.
 
-    check: called with the name and the path of a shard that arrived, in the thread that fetched it.
+    check: called with name and path of each shard that arrived, in the thread that fetched it.
     """
 
     def __init__(
@@ -47,23 +47,25 @@ class Shards:
         path = snapshot.hub.cached(snapshot.source.repository, snapshot.commit, name, self._options.cache)
         return path if path is not None and is_checked(path, snapshot.files[name], snapshot.label) else None
 
-    def _bring(self, name: str, place: Place) -> Path:
+    def _fetch(self, name: str, destination: Destination) -> Path:
         file = self._snapshot.files[name]
         self._options.detail(f"fetching {name}, {file.size} bytes")
-        return fetch_checked(self._snapshot, file, place, FileMeter(file.size, self._transfers), self._options.warn)
+        return fetch_checked(
+            self._snapshot, file, destination, FileMeter(file.size, self._transfers), self._options.warn
+        )
 
     def _to_scratch(self, name: str) -> Path:
         path = self._scratch / name
         if is_checked(path, self._snapshot.files[name], self._snapshot.label):
             return path
-        return self._bring(name, Place(self._scratch, self._options.cache))
+        return self._fetch(name, Destination(self._scratch, self._options.cache))
 
     def _obtain(self, name: str) -> Path:
-        """A checked copy of a file on disk."""
+        """The path of a checked copy: in the library's cache, else fetched there or to the scratch area."""
         path = self._cached(name)
         if path is None:
             to_cache = self._options.keep
-            path = self._bring(name, Place(cache=self._options.cache)) if to_cache else self._to_scratch(name)
+            path = self._fetch(name, Destination(cache=self._options.cache)) if to_cache else self._to_scratch(name)
         self._check(name, path)
         return path
 
@@ -81,23 +83,25 @@ class Shards:
         """A checked copy of a small file in the library's cache."""
         return self._transfers.result(self._transfers.start(self._obtain, name), self._options.progress)
 
-    def _let_go(self, wanted: set[str]) -> None:
+    def _release(self, wanted: set[str]) -> None:
         for name in [n for n in self._held if n not in wanted]:
             future = self._held.pop(name)
             folder = self._folders.pop(name, None)
             if folder is not None:
                 folder.close()
             if not future.cancel():
-                self._transfers.finish(future, self._options.progress)  # what still arrives cannot be removed
+                self._transfers.finish(
+                    future, self._options.progress
+                )  # a file that is still being written cannot be removed
         if self._scratch.is_dir():
             for path in self._scratch.iterdir():
                 if path.is_file() and path.name not in wanted:
                     path.unlink()
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
-        """See Storage."""
+        """Wait for the shards in `now`, start to fetch `upcoming` as the scratch area allows, remove all others."""
         after = [name for name in upcoming if name not in now]
-        self._let_go({*now, *after})
+        self._release({*now, *after})
         for name in now:
             self._start(name)
         for name in after:
@@ -110,11 +114,11 @@ class Shards:
             self._finish()
 
     def are_ready(self, names: Collection[str]) -> bool:
-        """Whether these shards have all arrived; never, if there is no room for so many."""
+        """Whether all of these shards have arrived. False for more shards than the scratch area holds."""
         return all(name in self._held and self._held[name].done() for name in names)
 
     def _finish(self) -> None:
-        """Every shard was read."""
+        """After the last shard: remove the scratch area, or record the commit in the library's cache."""
         if self._scratch.is_dir():
             shutil.rmtree(self._scratch)
         if self._options.keep:
@@ -131,7 +135,7 @@ class Shards:
             )
 
     def close(self) -> None:
-        """Stop what is under way. Shards in the scratch folder stay for the next run, unless all were let go of."""
+        """Stop transfers and close files. Shards in the scratch folder stay for the next run."""
         self._transfers.close()
         for folder in self._folders.values():
             folder.close()

@@ -5,10 +5,10 @@
     hf:deepseek-ai/DeepSeek-V4-Flash@main   Hugging Face, with a branch, tag or commit
     ms:deepseek-ai/DeepSeek-V4-Flash        ModelScope
 
-and, as people paste them, `hf://org/name@rev`, `https://huggingface.co/org/name/tree/rev`, addresses of files in
+and, as users paste them, `hf://org/name@rev`, `https://huggingface.co/org/name/tree/rev`, addresses of files in
 there, the same of `modelscope.cn/models/…`, and those of the mirror that HF_ENDPOINT names.
 
-Nothing is looked up here and no hub library is imported.
+This module looks nothing up and imports no hub library.
 """
 
 import os
@@ -96,7 +96,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _is_missing_folder(text: str) -> bool:
-    """Whether `a/b` is more likely a folder that is not there than a repository: there is a folder `a`."""
+    """Whether `a/b` is more likely a missing folder than a repository: the folder `a` exists."""
     return "@" not in text and Path(text).parent.is_dir()
 
 
@@ -113,7 +113,7 @@ def _parse(text: str, remote: bool) -> Path | HubSource:
             raise UsageError(f"'{text}': dsv4 knows no hub called '{scheme[1]}'", _HOW)
         return _repository("hf" if scheme[1] == "hf" else "ms", text[scheme.end() :], text)
     if _looks_like_path(text.partition("@")[0]):
-        return path  # whoever opens it says that it does not exist
+        return path  # opening it reports that it does not exist
     if "/" not in text:
         raise UsageError(f"'{text}' is neither a folder that exists nor a repository", _HOW)
     return path if not remote and _is_missing_folder(text) else _repository("hf", text, text)
@@ -122,8 +122,8 @@ def _parse(text: str, remote: bool) -> Path | HubSource:
 def parse_source(text: str, revision: str | None = None, remote: bool = False) -> Path | HubSource:
     """The folder or repository that `text` names.
 
-    revision: what `--revision` says. remote: only a repository is of use, so `a/b` is one unless it exists. Raises
-    UsageError for text that is neither, and for a revision that is given twice or to a folder.
+    revision: what `--revision` says. remote: the command takes repositories only, so `a/b` is one unless it exists.
+    Raises UsageError for text that is neither, and for a revision that is given twice or to a folder.
     """
     source = _parse(text, remote or revision is not None)
     if revision is None:
@@ -136,7 +136,7 @@ def parse_source(text: str, revision: str | None = None, remote: bool = False) -
 
 
 def missing_folder(text: str) -> InputError:
-    """The error for a folder that is not there, or is none; the hint says what to write for a repository."""
+    """The error for a path that does not exist or is no folder; the hint says how a repository is written."""
     path = Path(text)
     hint = "Name the folder that holds config.json and the shards."
     if _REPOSITORY.fullmatch(text):
@@ -146,7 +146,7 @@ def missing_folder(text: str) -> InputError:
 
 
 def require_folder(text: str) -> Path:
-    """A folder, where a repository will not do. Raises InputError; the hint says how to fetch a repository."""
+    """A folder, for commands that take no repository. Raises InputError; the hint says how to fetch one."""
     path = Path(text)
     if path.is_dir():
         return path

@@ -21,9 +21,9 @@ from .source import HubSource, missing_folder, parse_source
 
 
 class HubStorage:
-    """See Storage. `scratch` is the folder for shards; it is made when the first one is fetched.
+    """The files of one commit, as a Storage. `scratch` is the folder for shards, created at the first fetch.
 
-    Prepared shards may be read by several threads at once; the rest one at a time.
+    Several threads may read prepared shards at once; reads of other files wait for each other.
     """
 
     def __init__(self, snapshot: Snapshot, scratch: Path, options: HubOptions) -> None:
@@ -40,16 +40,16 @@ class HubStorage:
         return {name: self._snapshot.files[name].size for name in names}
 
     def identity(self) -> dict[str, Any]:
-        """See Storage."""
+        """Hub, repository and commit."""
         source = self._snapshot.source
         return {"hub": source.hub, "repository": source.repository, "commit": self._snapshot.commit}
 
     def changed_ns(self, name: str) -> int:
-        """See Storage. A commit does not change."""
+        """0: a commit does not change."""
         return 0
 
     def choose_shards(self, names: Collection[str]) -> None:
-        """See Storage."""
+        """Name the shards whose headers are fetched; without a call all .safetensors files of the top folder."""
         self._names = list(names)
 
     @property
@@ -61,7 +61,7 @@ class HubStorage:
         self._ranges.fetch_heads(self._shard_names)
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes of a file that is not on disk. The first question about a shard fetches the headers of all."""
+        """Bytes of a file that is not on disk. The first read of a shard fetches the headers of all shards."""
         stop = offset + length
         if not name.endswith(".safetensors"):
             keep = self._options.keep
@@ -74,7 +74,7 @@ class HubStorage:
         return self._ranges.read(name, offset, length)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """See Storage."""
+        """`length` bytes from `offset`, from disk or by range request. Raises InputError if the file ends before."""
         if name not in self._snapshot.files:
             raise InputError(f"{self.label}: {name} is missing")
         size = self._snapshot.files[name].size
@@ -87,7 +87,7 @@ class HubStorage:
             return self._read(name, offset, length)
 
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
-        """See Storage. Bytes of a shard that was not prepared come by range request, unchecked: for a look only."""
+        """Fill `buffer` from `offset`. Bytes of a shard that is not prepared come by range request, without a hash."""
         folder = self._shards.folder_of(name)
         if folder is not None:
             folder.read_into(name, buffer, offset)
@@ -95,19 +95,22 @@ class HubStorage:
             buffer.cast("B")[:] = self.read(name, offset, len(buffer))
 
     def _compare_head(self, name: str, path: Path) -> None:
-        """The plan was made from bytes that came without a hash; now there is one."""
+        """Compare the checked shard with the header that planning read without a hash. Raises MachineError."""
         head = self._ranges.head(name)
         with path.open("rb") as stream:
             if stream.read(len(head)) != head:
                 raise MachineError(f"{self.label}/{name}: the header arrived damaged", "Run it again.")
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
-        """See Storage. Raises UsageError if `now` is more than the scratch area may hold."""
+        """Wait for the shards in `now`, start to fetch `upcoming`, remove all others.
+
+        Raises UsageError if `now` exceeds the scratch area.
+        """
         self.check_needs([now])
         self._shards.prepare(now, upcoming)
 
     def is_ready(self, names: Collection[str]) -> bool:
-        """See Storage."""
+        """Whether all of these shards have arrived."""
         return self._shards.are_ready(names)
 
     def check_needs(self, groups: Iterable[Collection[str]]) -> None:
@@ -119,21 +122,21 @@ class HubStorage:
         return sorted((self._snapshot.files[name].size for name in self._shard_names), reverse=True)
 
     def disk_bytes(self) -> int:
-        """See Storage."""
+        """Bytes of the largest shards that the scratch area holds at once; 0 if they go to the library's cache."""
         return 0 if self._options.keep else sum(self._shard_sizes[: self._options.scratch])
 
     def seconds_to_fetch(self) -> float:
-        """A rough guess of the time to fetch all shards, from how fast their headers came."""
+        """Estimated seconds to fetch all shards, from the rate at which their headers arrived."""
         return self._ranges.seconds_for(sum(self._shard_sizes))
 
     def close(self) -> None:
-        """See Storage. Shards in the scratch area stay for the next run, unless `prepare` has let go of all."""
+        """Stop transfers and close files. Shards in the scratch area stay for the next run."""
         self._ranges.close()
         self._shards.close()
 
 
 class HubFiles:
-    """What `verify` sees of a HubStorage: see proof.files.RemoteFiles. Its own code reads what the bytes mean."""
+    """A HubStorage with the methods of proof.files.RemoteFiles: bytes only, because `verify` parses them by itself."""
 
     def __init__(self, storage: HubStorage) -> None:
         self._storage = storage
@@ -144,7 +147,7 @@ class HubFiles:
         return self._storage.sizes()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """From the shard on disk if it was fetched, else by a range request."""
+        """Fill `buffer` from the shard on disk if it was fetched, else by a range request."""
         self._storage.read_into(name, buffer, offset)
 
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
@@ -155,7 +158,7 @@ class HubFiles:
             raise UsageError(str(error), "Give a larger --scratch if the disk has room for it.") from None
 
     def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
-        """Wait for the shards in `now`, begin to fetch `upcoming`, and remove all others from the disk."""
+        """Wait for the shards in `now`, start to fetch `upcoming`, and remove all others from the disk."""
         self._storage.prepare(now, upcoming)
 
 

@@ -1,8 +1,8 @@
-"""Transfers in threads of their own, watched by the thread that asked for them.
+"""Downloads in worker threads.
 
-The libraries block until a file has arrived, so every call of theirs runs in a thread. The thread that waits calls its
-progress several times a second with the bytes that arrived meanwhile; if that raises, because of Ctrl-C or an error,
-the transfers end at the next bytes that arrive.
+The libraries block until a file has arrived, so each of their calls runs in a worker. The calling thread waits and
+calls its progress ten times a second with the bytes that arrived since the last call. If the progress raises, because
+of Ctrl-C or an error, each transfer ends when its next bytes arrive.
 """
 
 import threading
@@ -12,20 +12,20 @@ from typing import Any, ParamSpec, TypeVar
 
 from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
 
-SECONDS_TO_STOP = 0.5  # of waiting for transfers that were stopped; a server that says nothing more may take minutes
+SECONDS_TO_STOP = 0.5  # how long `close` waits for transfers to end; a silent server may take minutes
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class Stopped(BaseException):
-    """Ends a transfer from within when the run is over; no library may take it for something to retry."""
+class TransferCancelled(BaseException):
+    """Raised inside a transfer when the run is over. A BaseException, so that no library retries it."""
 
 
 class Transfers:
-    """Threads that fetch. `abort` ends transfers that do not call their meter.
+    """A pool of threads that fetch. `abort` ends transfers that do not call their meter.
 
-    Methods are for the thread that made it, except that other threads may use the meters.
+    Call the methods from the thread that created it; the meters may be used in any thread.
     """
 
     def __init__(self, threads: int, abort: Callable[[], None]) -> None:
@@ -73,7 +73,7 @@ class Transfers:
         self._report(progress)
 
     def close(self) -> None:
-        """Stop what is under way, and wait a moment for it to end. May be called again."""
+        """Stop all transfers and wait up to SECONDS_TO_STOP for them to end. May be called again."""
         self.stopped.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         running = {future for future in self._started if not future.done()}
@@ -83,26 +83,26 @@ class Transfers:
 
 
 class FileMeter:
-    """The progress of one file's transfer: bytes are added to the sum of all, and never more than the file has.
+    """The progress of one file: adds the bytes received to the total, never more than the size of the file.
 
-    The libraries call it in the thread that fetches, with a negative number when they start a file again.
+    The libraries call it in the fetching thread, with a negative number when they restart a file.
     """
 
     def __init__(self, size: int, transfers: Transfers) -> None:
         self._size, self._transfers, self._done = size, transfers, 0
 
     def __call__(self, count: int) -> None:
-        """`count` more bytes arrived. Raises Stopped when the run is over."""
+        """`count` more bytes arrived. Raises TransferCancelled when the run is over."""
         if self._transfers.stopped.is_set():
-            raise Stopped
+            raise TransferCancelled
         self._set(self._done + count)
 
     def restart(self) -> None:
-        """The file starts again."""
+        """Count the file from 0 again."""
         self._set(0)
 
     def finish(self) -> None:
-        """The file is there, however it came."""
+        """Count the whole file as received, whether it was fetched or found."""
         self._set(self._size)
 
     def _set(self, done: int) -> None:

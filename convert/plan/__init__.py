@@ -1,1 +1,1 @@
-"""What a conversion will write, as data: settings, formats, output tensors, sizes, configs."""
+"""The plan of a conversion, as data: settings, formats, output tensors, sizes, configs."""

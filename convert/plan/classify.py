@@ -1,4 +1,4 @@
-"""What each tensor of a checkpoint is, where a conversion needs to be sure: the first fault is an error."""
+"""Classifies the tensors of a checkpoint for a conversion: the first fault raises an error."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _check_config(weights: list[Weight], config: dict[str, Any]) -> None:
     declared = checked_expert_dtype(config)
     for weight in weights:
         if not weight.is_routed_expert or weight.is_draft or declared is None or weight.format is Format.PLAIN:
-            continue  # a draft stage may be stored in another way than what the config declares
+            continue  # draft stages may have another format than the config declares
         if weight.format.value != declared:
             raise InputError(
                 f"config.json says expert_dtype '{declared}', but '{weight.name}' holds {weight.format.value}",

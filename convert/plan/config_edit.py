@@ -1,6 +1,6 @@
-"""Edits of a config: what the experts are stored as, with every other key as it was, in its order.
+"""Edits of a config for the recipes: the format of the experts changes, every other key and the order stay.
 
-The recipes use them. Also the reference engine's own config, whose keys are the release's under other names.
+Also makes the reference engine's config, which has the release's values under other keys.
 """
 
 import json

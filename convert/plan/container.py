@@ -1,7 +1,7 @@
 """The format of the files that tensors are written into. There is one so far, safetensors.
 
-A container decides how the tensors of a file are ordered, what stands before their data, what the files are called,
-and which file, written last, tells a loader where each tensor is. Another format is another class like `Safetensors`.
+A container decides the order of the tensors in a file, the header before their data, the names of the files, and the
+index file, which is written last. Another format is another class like `Safetensors`.
 """
 
 import json
@@ -33,7 +33,7 @@ class Container(Protocol):
         ...
 
     def header(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-        """Everything before the data. tensors: dtype and shape by name, in data order."""
+        """The bytes before the data. tensors: dtype and shape by name, in data order."""
         ...
 
     def index(self, tensors: Mapping[str, dict[str, Any]]) -> bytes:

@@ -2,7 +2,7 @@
 
 The names that `--target` and `dsv4 doctor --for` take, and the sizes that `dsv4 inspect` lists, come from ENGINES, so
 a new engine is a new row. Each row says in `evidence` what was executed, with which version and when; docs/engines.md
-has the evidence rule by rule.
+gives the evidence for each rule.
 """
 
 from collections.abc import Set
@@ -32,7 +32,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the rules of an engine were checked against: its version, the month, and what of it was executed."""
+    """How the rules of an engine were checked: its version, the month, and the parts of it that were executed."""
 
     version: str
     date: str
@@ -44,7 +44,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How a checkpoint is stored, as far as caveats ask.
+    """The formats in a checkpoint that caveats depend on.
 
     experts, wo_a: formats (fp4, fp8, bf16) of the routed experts and of attn.wo_a. quantized: whether any weight is.
     mtp: whether there are draft blocks.
@@ -59,7 +59,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Caveat:
-    """Something to know before starting an engine on a checkpoint that is stored in a certain way.
+    """A warning about starting an engine on a checkpoint with certain formats.
 
     rule: the rule of `doctor` that reports it. layout, experts: it concerns checkpoints of this layout whose experts
     are all in this format; "" for any. wo_a: it concerns quantized checkpoints whose attn.wo_a is in this format.

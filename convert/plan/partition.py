@@ -1,10 +1,10 @@
-"""What one run does of a conversion: all of it, one part of its shards, or publishing what parts have written.
+"""The work of one run: the whole conversion, one part of its shards, or publishing what all parts have written.
 
-Several processes or machines can share a conversion. Each makes the same plan from the same headers, so nothing needs
-to be sent: shards are assigned by size, the largest first, each to the part that has least so far. The parts write
-into one folder, each under a lock and a journal of its own, and any later run, with another number of parts or with
-one, takes over what all journals say. Publishing (manifest, index, config) is one process's job, after everything has
-been read again: by `--finish` after `--part`, by the first rank of a torchrun.
+Several processes or machines can share a conversion. Each makes the same plan from the same headers, so they exchange
+no messages: shards are assigned by size, the largest first, each to the part with the fewest bytes so far. All parts
+write into one folder, each with its own lock and journal. A later run, with any number of parts, reuses the shards that
+the journals list. One process publishes (manifest, index, config) after it has read all shards again: `--finish` after
+`--part`, or the first rank of a torchrun.
 """
 
 import re
@@ -71,5 +71,5 @@ def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
 
 
 def shards_of(plan: Plan, work: Work) -> Sequence[OutputShard]:
-    """The shards that a run has to write, or to find written."""
+    """The shards that a run must write or find written."""
     return assign_shards(plan, work.count)[work.index] if isinstance(work, Part) else plan.shards

@@ -1,7 +1,7 @@
-"""What will be written, as data: output shards, their tensors in file order, exact sizes. Nothing is read or written.
+"""The plan of a conversion: output shards, their tensors in file order, exact sizes. No data is read or written.
 
-`make_plan` turns the headers of a checkpoint and the Settings into a Plan in seconds, however large the model. What
-`--dry-run` prints, what disk space is asked for and what the workers do all come from it, so they cannot disagree.
+`make_plan` makes a Plan from the headers of a checkpoint and the Settings, in seconds for any size of model. The output
+of `--dry-run`, the required disk space and the work itself all come from the plan, so they agree.
 """
 
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ class Plan:
 
     @property
     def piece_memory(self) -> int:
-        """Memory that a piece of any of its tensors takes at most, see `piece_memory`."""
+        """Most bytes of memory that one piece takes, see `piece_memory`."""
         return max((piece_memory(tensor) for shard in self.shards for tensor in shard.tensors), default=1)
 
     @property
     def spared_bytes(self) -> int:
-        """Bytes of a shard that its scan can make at once, at most."""
+        """Most bytes of one shard that its scan can compute and keep."""
         return max((sum(t.nbytes for t in shard.tensors if t.made_by_scan_of) for shard in self.shards), default=0)
 
     @property
@@ -57,9 +57,9 @@ class Plan:
 
 
 def _check_experts(weights: list[Weight], settings: Settings) -> None:
-    """Raises InputError if experts are neither FP4 nor FP8: they would stay, and the config would say otherwise.
+    """Raises InputError if experts are neither FP4 nor FP8: they would stay as they are, against the new config.
 
-    Those of draft stages may be stored in another way than the others; they stay as they are.
+    Experts of draft stages may have another format than the others and are copied.
     """
     if recipe_of(settings.to).cast_format is None:
         return
@@ -73,7 +73,7 @@ def _check_experts(weights: list[Weight], settings: Settings) -> None:
 
 
 def _notes(weights: list[Weight], settings: Settings) -> list[str]:
-    """What a user should know about this source and these settings together."""
+    """Lines for the user about this source with these settings."""
     notes = []
     wanted = recipe_of(settings.to).cast_format
     if wanted is not None and wanted not in {w.format for w in weights if w.is_routed_expert}:

@@ -1,7 +1,6 @@
-"""What to convert to: the options of one run, completed by what the target engine needs.
+"""The settings of a conversion: the options of one run, completed by what the target engine needs.
 
-`Settings` is decided once from the command line and passed in; the rest of the converter never asks which engine it
-works for.
+`Settings` is made once from the command line and passed in; the rest of the converter does not know the engine.
 """
 
 from collections.abc import Iterable
@@ -22,10 +21,10 @@ DEFAULT_TARGET: TargetName = "base"
 class Conversion:
     """A value of `--to`.
 
-    recipe: the module of the folder recipes/ that does it. keeps_codes: codes stay as they are, and so do scales and
+    recipe: its module in the folder recipes/. keeps_codes: codes stay as they are, and so do scales and
     wo_a unless a target or an option names them. quantized: the output has FP8 weights and block scales.
     scale_dtype: of the block scales where no target is named, None for that of the usual target.
-    rank_files: whether the reference engine can run the result. way_back: it undoes another conversion, and is only
+    rank_files: whether the reference engine can run the result. way_back: it reverses another conversion, and is only
     offered for checkpoints with experts that it casts.
     instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
     form of another tool, which fixes dtypes and has no place for a weight in another format.
@@ -59,7 +58,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides the bytes of the output. Two runs with equal settings and source write equal files.
+    """The options that decide the bytes of the output. Two runs with equal settings and source write equal files.
 
     model_parallel: number of rank files, 1 for a Hugging Face folder. scale_dtype, wo_a: None leaves them as the source
     has them. max_shard_bytes: largest output shard; 0 for rank files, which have no limit.
@@ -75,7 +74,7 @@ class Settings:
     max_shard_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """For manifest and journal, by the names of the command line's options."""
+        """The settings for manifest and journal, under the names of the command line's options."""
         return {
             "to": self.to,
             "layout": self.layout,

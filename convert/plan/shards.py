@@ -1,8 +1,8 @@
 """Output shards: which tensors go into which file, for each layout.
 
-`hf`: one folder of shards. They are filled up to a limit in the order of the source, so that a source that arrives
-shard by shard is consumed in order. `mp`: one file for each rank of the reference engine, with its share of the
-experts, its slices of what is tensor parallel, and a copy of everything else.
+`hf`: one folder of shards. They are filled up to a limit in the order of the source, so that a source that is fetched
+shard by shard is read in order. `mp`: one file for each rank of the reference engine, with its share of the experts,
+its slices of the tensor parallel weights, and a copy of everything else.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,8 +22,8 @@ from .container import Container
 from .engines import Layout
 from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 
-# Unless larger shards than usual are asked for, one draws on at most two source shards: a source that arrives shard by
-# shard then needs room for two, whatever their sizes.
+# At the default size limit a shard reads at most two source shards: a source that is fetched shard by shard then needs
+# disk for two.
 MAX_SOURCE_SHARDS = 2
 
 
@@ -42,7 +42,7 @@ class OutputShard:
 
     @cached_property
     def header(self) -> bytes:
-        """Everything before the data."""
+        """The bytes before the data."""
         return self.container.header({t.name: (t.dtype, t.shape) for t in self.tensors})
 
     @property
@@ -57,7 +57,7 @@ class OutputShard:
 
     @property
     def source_shards(self) -> tuple[str, ...]:
-        """The source shards that must be there to make this one, sorted."""
+        """The source shards that this one is made from, sorted."""
         return tuple(sorted({info.shard for t in self.tensors for info in t.reads}))
 
     def keeping(self, names: set[str], layout: Layout) -> "OutputShard":
@@ -97,7 +97,7 @@ def hf_shards(
 
 
 def _rank_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
-    """One rank's part of a tensor, under the reference engine's name and dtype tag."""
+    """One rank's slice of a tensor, under the reference engine's name and dtype tag."""
     part = mp_slice(output.name, output.shape, rank, ranks)
     packed = output.format is Format.FP4
     dtype = "F4" if packed else output.dtype

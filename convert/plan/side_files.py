@@ -1,7 +1,7 @@
-"""The files beside the shards: what is copied into the output, and what is written new.
+"""The files beside the shards: which are copied into the output, and which are written anew.
 
-A loader wants the tokenizer, the generation config and the `encoding/` folder beside the weights; a person wants the
-licence and the model card. Which files those are is an allow-list: a downloads folder may hold anything.
+Loaders need the tokenizer, the generation config and the `encoding/` folder; people need the licence and the model
+card. An allow-list names them, because a folder of downloads may hold any file.
 """
 
 import re
@@ -44,7 +44,7 @@ def read_side_file(checkpoint: Checkpoint, name: str, plan: Plan) -> bytes:
 
 
 def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
-    """The reference engine's config.json: the source's own inference config where it ships one, else made."""
+    """The reference engine's config.json: the source's inference config if it has one, else made from config.json."""
     if INFERENCE_CONFIG in checkpoint.files:
         return read_side_file(checkpoint, INFERENCE_CONFIG, plan)
     planned = (tensor for shard in plan.shards for tensor in shard.tensors)
@@ -65,9 +65,9 @@ def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> 
 
 
 def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Make the config files once before the work, not only after it.
+    """Make the config files before the work starts, so that a fault shows at once.
 
-    Raises InputError for what they lack, and for a file to copy that is a git-LFS pointer.
+    Raises InputError for a missing key, and for a file to copy that is a git-LFS pointer.
     """
     copied = {name: checkpoint.files[name] for name in copied_files(checkpoint, plan)}
     for name in lfs_pointers(checkpoint.storage, copied):

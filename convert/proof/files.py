@@ -115,7 +115,7 @@ class RemoteFiles(Files, Protocol):
         """Raises UsageError if one of the groups has more shards than can be on disk at the same time."""
 
     def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
-        """Make the shards in `now` readable, begin to fetch `upcoming`, and let go of all others."""
+        """Make the shards in `now` readable, start to fetch `upcoming`, and release all others."""
 
 
 class LocalFiles:
@@ -143,7 +143,7 @@ class LocalFiles:
         return self._sizes
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See Files."""
+        """Fill `buffer` with the bytes from `offset` on. Raises InputError if the file ends before."""
         descriptor = self._open.get(name)
         if descriptor is None:
             # Two threads may both open; setdefault keeps one, the other descriptor is closed at once.

@@ -1,15 +1,14 @@
-"""config.json as other programs write it, in the release's keys: one view for all who read it.
+"""Translates config.json of other programs into the release's keys, once for all readers.
 
-Three programs write the same facts in other words:
+Three programs write the same values under other keys:
 
     V4.1                  nests the language model's keys in `text_config`
     transformers 5        `rope_parameters`, `layer_types` with `compress_rates`, `mlp_layer_types`, `dtype`,
                           `partial_rotary_factor` where releases say `rope_scaling`, `compress_ratios`,
                           `num_hash_layers`, `torch_dtype`, `qk_rope_head_dim`
-    the reference engine  names of its own, beside its rank files: INFERENCE_KEYS
+    the reference engine  its own keys, beside its rank files: INFERENCE_KEYS
 
-A key that the file itself has is never replaced. Where both spellings are there and say different things,
-`contradictions` names them.
+A key that the file has is never replaced. If it has both spellings with different values, `contradictions` names them.
 """
 
 from collections.abc import Iterator
@@ -143,9 +142,9 @@ def _from_engine_config(config: Config) -> dict[str, Any]:
 
 
 def release_view(config: Config) -> dict[str, Any]:
-    """The config with every key that releases have, as far as the file says it in one spelling or another.
+    """The config with every key of the releases that the file has in any spelling.
 
-    Never raises: a key that cannot be made out of the file stays as it is.
+    Never raises: a key that cannot be derived stays as it is.
     """
     if is_engine_config(config):
         return _from_engine_config(config)
@@ -175,7 +174,7 @@ def _same(key: str, stated: Any, value: Any) -> bool:
 
 
 def contradictions(view: Config) -> list[str]:
-    """What a `release_view` says in two spellings that differ, or in one that no release has, in words."""
+    """A sentence for each key of a `release_view` whose two spellings differ, or whose value no release has."""
     found = [
         f"{source} and {key} contradict each other"
         for source, key, value in _derived(view)

@@ -24,14 +24,13 @@ V41_SIGNS = re.compile(r".*\.engram\..*|.*\.indexer\.(?:wk|k_norm)\.weight")
 
 @dataclass(frozen=True)
 class Edition:
-    """What tells an edition, and what follows from it.
+    """How an edition is recognised, and what its checkpoint must contain.
 
     model_types: values of `model_type`. key: a count that the config has and that of another edition of the same type
     has not. blocks: FP8 weights whose block is not the config's `weight_block_size`: a pattern of the whole name, and
-    (rows, columns). tensors: from the config and the number of draft stages, every weight that must be there with its
-    shape in elements, or InputError for what the config lacks; None where nobody has written them down.
-    optional: names that a checkpoint of the edition may have or not, beside them. missing_keys: what the config must
-    say and does not. signs: names of tensors that no edition of another architecture has. architecture: the file of
+    (rows, columns). tensors: from the config and the number of draft stages, every required weight with its shape in
+    elements; raises InputError if the config lacks a key; None if they are not known. optional: names of further
+    weights that a checkpoint may have. missing_keys: required keys that a config lacks. signs: names of tensors that no edition of another architecture has. architecture: the file of
     the forward pass in `model/architectures/`; "" where there is none.
     """
 
@@ -86,7 +85,7 @@ EDITIONS = (
         architecture="v4",
     ),
 )
-# Where the config says nothing that is known, a name that is known still means what it means.
+# For a config of no known edition, known tensor names keep their meaning.
 UNKNOWN = Edition("unknown", blocks=tuple(row for edition in EDITIONS for row in edition.blocks))
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V4, Flash and Pro, their Base and DSpark editions: what a config must say, and which tensors follow from it.
+"""DeepSeek-V4, Flash and Pro, Base and DSpark: the keys that a config must have, and the tensors that follow from them.
 
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
@@ -13,7 +13,7 @@ from .spellings import YARN_KEYS
 
 MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
 COPY_CONFIG = "Copy config.json from the release."
-# What no engine can know or guess. The keys of `rope_scaling` are needed as soon as a layer compresses.
+# Keys without which no engine can compute the model; those of `rope_scaling` only if a layer compresses.
 KEYS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
     "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "index_n_heads", "index_head_dim",
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 def missing_keys(config: Config) -> list[str]:
-    """Keys that a V4 checkpoint cannot be computed without and that the config does not say."""
+    """Keys that computing a V4 checkpoint requires and the config lacks."""
     ratios = compress_ratios(config)
     keys = KEYS if ratios is not None and not any(ratios) else (*KEYS, *SCALING_KEYS)
     return [key for key in keys if config_value(config, key) is None]
@@ -55,7 +55,7 @@ class Dimensions:
 
     @classmethod
     def read(cls, config: Config) -> "Dimensions":
-        """The dimensions that a config says. Raises InputError naming the keys that are missing or not counts."""
+        """The dimensions in a config. Raises InputError naming the keys that are missing or not counts."""
         values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
         missing = [key for key, value in values.items() if value is None]
         zero = ("o_groups",) if values["o_groups"] == 0 else ()
@@ -125,7 +125,7 @@ def _block(ratio: int, hashed: bool, d: Dimensions) -> Iterator[tuple[str, Shape
 
 
 def _head(d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    """The end of a stack: its last norm, and the hyper-connection that makes one stream of several."""
+    """The end of a stack: its last norm, and the hyper-connection that joins the streams."""
     yield "norm.weight", (d.hidden_size,)
     yield from hyper_connection("hc_head", d.hc_mult, 1, d.hc_mult * d.hidden_size)
 
@@ -141,7 +141,7 @@ Stage = Callable[[Config, Dimensions, int, int], Iterator[tuple[str, Shape]]]
 
 
 def mtp_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iterator[tuple[str, Shape]]:
-    """What a draft stage of Flash and Pro has beside its block; names without `mtp.{M}.`."""
+    """Tensors of a draft stage of Flash and Pro besides its block; names without `mtp.{M}.`."""
     yield "e_proj.weight", (d.hidden_size, d.hidden_size)
     yield "h_proj.weight", (d.hidden_size, d.hidden_size)
     yield "enorm.weight", (d.hidden_size,)
@@ -150,7 +150,7 @@ def mtp_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iterato
 
 
 def dspark_stage(config: Config, d: Dimensions, stage: int, stages: int) -> Iterator[tuple[str, Shape]]:
-    """What stage `stage` of the `stages` of a DSpark edition has beside its block; names without `mtp.{M}.`.
+    """Tensors of stage `stage` of the `stages` of a DSpark edition besides its block; names without `mtp.{M}.`.
 
     Raises InputError naming a key of the config that is missing.
     """

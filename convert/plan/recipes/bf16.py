@@ -72,7 +72,7 @@ class ToBf16(Recipe):
         return PieceResult(values.numpy(), raw, counts)
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
-        """No quantization; but weights that were kept are still described by the source's config."""
+        """Without quantization_config, unless weights were kept: the source's config still describes those."""
         if some_kept:
             return config
         return {key: value for key, value in without_expert_dtype(config).items() if key != "quantization_config"}

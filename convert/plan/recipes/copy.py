@@ -1,4 +1,4 @@
-"""Tensors that keep their bytes: plain ones, whatever they are, and quantized weights with the scale as it is."""
+"""Copies tensors byte for byte: plain ones, and quantized weights with their scales."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .rows import check_scale, count_nan, read_rows, read_words, slice_columns, 
 
 
 class Copy(Recipe):
-    """Byte for byte. Scales of quantized weights are checked on the way, NaN codes are counted."""
+    """Byte for byte. Scales of quantized weights are checked, NaN codes are counted."""
 
     def takes(self, weight: Weight) -> bool:
         """Any weight can be copied."""
@@ -36,7 +36,7 @@ class Copy(Recipe):
         return PieceResult(data, counts=counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """How many NaN codes the source holds, if any."""
+        """The number of NaN codes in the source, if there are any."""
         return {"nan_codes": counts.nan} if counts.nan else {}
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dsv4.quant.fp4_to_fp8 import BlockScales, CastInto
 
-MAX_NAMED = 20  # blocks of a tensor that a message lists; the manifest counts them all
+MAX_NAMED = 20  # blocks that a message lists per tensor; the manifest has the number of all
 
 
 def _block_of(tensor: OutputTensor) -> Block:
@@ -119,7 +119,7 @@ class Fp4ToFp8(Recipe):
         return PieceResult(data.numpy(), raw, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """Of the codes: negative zeros, elements that changed, and what was chosen for the blocks."""
+        """For the codes: negative zeros, changed elements, and statistics of the chosen block scales."""
         if tensor.is_scale:
             return {}
         entry = {"negative_zeros": counts.negative_zeros, **super().entry(tensor, counts, scan)}
@@ -167,7 +167,7 @@ def _count_changed(
 
 
 def _choose_by_codes(checkpoint: Checkpoint, piece: Piece, groups: "torch.Tensor") -> "BlockScales":
-    """Block scales where group scales prove nothing, a tile at a time."""
+    """Block scales from the codes, tile by tile, where the group scales alone do not decide."""
     import torch
 
     tensor, block = piece.tensor, _block_of(piece.tensor)

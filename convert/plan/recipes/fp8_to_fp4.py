@@ -1,7 +1,7 @@
 """Routed experts from FP8 back to FP4: exact where every group of 32 has a scale that makes it so.
 
-The scan must look at every code. It hands the group scales that it found on to the pieces of the scale tensor, as far
-as there is memory for them; pieces without them cast their codes once more.
+The scan reads every code. It passes its group scales on to the pieces of the scale tensor while memory allows; pieces
+that get none cast their codes again.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Fp8ToFp4(Recipe):
         ]  # fmt: skip
 
     def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, "torch.Tensor", "torch.Tensor", Counts]:
-        """The source rows of a piece, their packed codes, their group scales, and what changed."""
+        """Cast the source rows of a piece: rows, packed codes, group scales, and the error."""
         import torch
 
         weight = piece.tensor.weight
@@ -92,7 +92,7 @@ class Fp8ToFp4(Recipe):
         return PieceResult(scales.numpy()) if piece.tensor.is_scale else PieceResult(packed.numpy(), raw, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """How many elements changed, and by how much."""
+        """The number of changed elements, and the error."""
         entry = super().entry(tensor, counts, scan)
         if counts.squared_value:
             entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
@@ -104,7 +104,7 @@ class Fp8ToFp4(Recipe):
         return with_expert_dtype(config, "fp4")
 
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """FP4 experts, said at the end."""
+        """FP4 experts; the key comes last."""
         return {**{key: value for key, value in config.items() if key != "expert_dtype"}, "expert_dtype": "fp4"}
 
 

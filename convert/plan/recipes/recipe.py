@@ -1,9 +1,9 @@
-"""What a kind of conversion is: the Protocol that planning and writing know, and the data that passes through it.
+"""The base class of conversions, and the data that planning and writing exchange with it.
 
-A recipe does three things. It says which output tensors a weight becomes, with exact shapes, before anything is read.
-It scans the weight before its shard is written, because the header of the shard depends on whether an exact form
-exists. And it computes the output, a piece at a time. A piece is a range of rows of one output tensor; pieces do not
-know of each other, so any number of workers, in any order, gives the same bytes.
+A recipe does three things. It lists the output tensors of a weight, with exact shapes, before any data is read. It
+scans the weight before its shard is written, because the shard's header depends on whether an exact form exists. And
+it computes the output piece by piece. A piece is a range of rows of one output tensor. Pieces are independent, so any
+number of workers in any order gives the same bytes.
 
 Planning reads headers only and does without torch, which takes a second to import: `scan` and `compute` import it, and
 take the modules of `dsv4.quant` as its attributes.
@@ -35,14 +35,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: what it is in the output, and how it is made from which source tensors.
+    """One tensor to write: its name, dtype and shape in the output, its source tensors, and how it is computed.
 
     reads: the source tensors that are needed; rows of the first correspond to rows of this one.
     format: how its elements are stored; a scale is PLAIN. is_scale: it is the scale of the weight, not its codes.
     scanned: whether its pieces are scanned before the shard is written.
-    row_unit: a piece begins at a multiple of so many rows. bytewise: unless it is a slice, it may be cut anywhere.
+    row_unit: pieces begin at multiples of this number of rows. bytewise: unless it is a slice, it may be cut anywhere.
     block: the block of an FP8 cast. part: the slice of one tensor-parallel rank.
-    made_by_scan_of: the output tensor whose scan makes this one, if memory allows; the hash of its source is there.
+    made_by_scan_of: the output tensor whose scan computes this one while memory allows; its source hash is there.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Piece(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of the tensor."""
+        """Whether the piece is the whole tensor."""
         return self.start == 0 and self.stop == self.tensor.rows
 
 
@@ -149,10 +149,10 @@ class PieceResult:
 
 @dataclass(frozen=True)
 class Scan:
-    """What the scan of some rows of a weight found.
+    """The result of scanning some rows of a weight.
 
-    needed: tensors that `compute` cannot do without. spared: tensors that save it work; they are dropped where
-    memory is short. All have one row for each row, or row of blocks, that was scanned.
+    needed: tensors that `compute` requires. spared: tensors that save it work; they are dropped if memory is short.
+    All have one row for each scanned row, or row of blocks.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -185,15 +185,15 @@ def join_scans(scans: Sequence[Scan]) -> Scan:
 
 
 class Recipe(Protocol):
-    """One kind of conversion. Subclass it; what is implemented here suits a kind that is always exact.
+    """One kind of conversion. Subclass it; the defaults here are for a kind that is always exact.
 
-    cast_format: format of the routed experts that it casts, None if it has no need of experts in a certain format.
+    cast_format: format of the routed experts that it casts, None if any will do.
     """
 
     cast_format: Format | None = None
 
     def takes(self, weight: Weight) -> bool:
-        """Whether it converts a quantized weight. What it does not take keeps its codes."""
+        """Whether it converts a quantized weight. Other weights keep their codes."""
         ...
 
     def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
@@ -203,12 +203,12 @@ class Recipe(Protocol):
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """Read and compute one piece. `scan`: of the whole weight, if one of its outputs is `scanned`.
 
-        Raises InputError for scales and codes that the source should not hold.
+        Raises InputError for scales and codes that are not valid.
         """
         ...
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
-        """Look at the source rows of a piece of a `scanned` tensor. Raises InputError as `compute` does."""
+        """Read the source rows of a piece of a `scanned` tensor. Raises InputError as `compute` does."""
         return Scan()
 
     def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
@@ -216,7 +216,7 @@ class Recipe(Protocol):
         return f"{scan.counts.changed} elements change"
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """What the manifest says of a finished tensor beside names, dtypes, shapes and hashes."""
+        """Further keys of a finished tensor's manifest entry, besides names, dtypes, shapes and hashes."""
         return {"changed_elements": counts.changed} if counts.changed else {}
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:

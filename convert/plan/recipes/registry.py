@@ -1,4 +1,4 @@
-"""Which recipe a weight gets. Recipes are loaded when a plan is made: they need torch, command lines do not."""
+"""Finds the recipe of a conversion. Recipes are imported when a plan is made: they need torch, command lines do not."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reading rows of source tensors for the recipes, and refusing what a source should not hold."""
+"""Reads rows of source tensors for the recipes, and refuses invalid scales and codes."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,7 +37,7 @@ def read_words(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) 
 
 
 def source_rows(piece: Piece) -> tuple[int, int]:
-    """Rows of the source that a piece, possibly of a rank's slice of rows, stands for."""
+    """The source rows of a piece, which may belong to a rank's slice of rows."""
     part = piece.tensor.part
     if part is None or part.dim != 0:
         return piece.start, piece.stop
@@ -62,7 +62,7 @@ def cache_blocks(rows: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
 
 
 class Tile(NamedTuple):
-    """Some rows and columns of a matrix, in elements, and the same of the tensor of its block scales."""
+    """A range of rows and columns of a matrix, in elements, and the corresponding range of its block scales."""
 
     rows: slice
     columns: slice
@@ -120,7 +120,7 @@ def count_nan(raw: Array) -> int:
 
 
 def _refuse_nan(checkpoint: Checkpoint, weight: Weight, raw: Array) -> None:
-    """Decoded, a NaN code would become an ordinary-looking part of the output: refuse, counting all of the tensor."""
+    """Raise InputError with the number of NaN codes of the whole tensor: decoded, they would look like values."""
     if weight.format is not Format.FP8 or not count_nan(raw):
         return
     rows = weight.info.shape[0]

@@ -1,4 +1,4 @@
-"""Quantized weights that keep their codes, with block scales in the dtype that is asked for.
+"""Quantized weights that keep their codes, with block scales in the requested dtype.
 
 E8M0 bytes become float32 powers of two, and float32 powers of two become E8M0 bytes. Both ways are exact; a float32
 scale that is no power of two is an error. Group scales of FP4 weights are E8M0 in every release and stay so.

@@ -151,12 +151,12 @@ def download(options: DownloadOptions) -> None:
     """
     out = output.configure(options.json, options.quiet, options.verbose)
     from dsv4.convert.hub.download import open_with_fallback, plan_download
-    from dsv4.convert.hub.fetch import Place
+    from dsv4.convert.hub.fetch import Destination
 
-    place, source = Place(options.target, options.cache_dir), _source(options)
+    destination, source = Destination(options.target, options.cache_dir), _source(options)
     with _suggesting_the_other_hub(options):
-        snapshot, other = open_with_fallback(source, options.token, place, options.fallback, out.warn)
-        plan = plan_download(snapshot, place, options.include or (), options.exclude or ())
+        snapshot, other = open_with_fallback(source, options.token, destination, options.fallback, out.warn)
+        plan = plan_download(snapshot, destination, options.include or (), options.exclude or ())
         _show_plan(out, plan, options.dry_run)
         if options.dry_run:
             out.result({"dry_run": True, **plan.as_json()})
