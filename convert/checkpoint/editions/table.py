@@ -30,8 +30,9 @@ class Edition:
     has not. blocks: FP8 weights whose block is not the config's `weight_block_size`: a pattern of the whole name, and
     (rows, columns). tensors: from the config and the number of draft stages, every required weight with its shape in
     elements; raises InputError if the config lacks a key; None if they are not known. optional: names of further
-    weights that a checkpoint may have. missing_keys: required keys that a config lacks. signs: names of tensors that no edition of another architecture has. architecture: the file of
-    the forward pass in `model/architectures/`; "" where there is none.
+    weights that a checkpoint may have. missing_keys: required keys that a config lacks. signs: names of tensors that no
+    edition of another architecture has. architecture: the file of the forward pass in `model/architectures/`; "" if
+    there is none.
     """
 
     name: str
