@@ -83,6 +83,7 @@ class WeightStore:
         self._rows = {name: group.rows(name, weight.logical_shape) for name, weight in held.items()}
         matrices = [name for name, weight in held.items() if is_matrix(weight.logical_shape, name)]
         self._vector_names = [name for name in held if name not in set(matrices) and not is_table(name)]
+        self._matrix_count = len(matrices)
         self._experts = {name for name in matrices if is_expert_matrix(name)}
         # Bytes in the files, scale included.
         self.sizes = {n: stored_bytes(held[n]) // (group.count if self._rows[n] else 1) for n in held}
@@ -190,6 +191,11 @@ class WeightStore:
         return found[places].to(self.device)
 
     @property
+    def keeps_everything(self) -> bool:
+        """Whether every matrix stays in memory, so that several can be used at once."""
+        return len(self._pinned) == self._matrix_count
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of weights in memory now."""
         held = sum(m.nbytes for m in self._pinned.values()) + self._recent_bytes
@@ -217,6 +223,11 @@ class WeightView:
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """See WeightStore.read_rows."""
         return self._store.read_rows(self._prefix + name, rows)
+
+    @property
+    def keep_everything(self) -> bool:
+        """See WeightStore.keeps_everything."""
+        return self._store.keeps_everything
 
     def view(self, prefix: str) -> "WeightView":
         """A module inside this one."""

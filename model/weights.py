@@ -10,7 +10,8 @@ name, never of the stored format: it is part of the model, and a BF16 conversion
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ class Matrix:
     scale: torch.Tensor | None = None
     block: Block = FP4_BLOCK
     exact_products: bool = True  # with bfloat16, in float32: few significant bits and no underflow
+    # What kernels keep about this object, such as its description for C; a copy with other tensors starts without.
+    kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -19,10 +20,12 @@ import torch
 from dsv4.errors import UsageError
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, Matrix
 from dsv4.quant import compiled
+from dsv4.quant.activation import FP4_GROUP
 
 from . import reference
 from . import reference_small as small
 from .deterministic import ELEMENTS_PER_STEP, paired
+from .reference import Product
 
 VARIABLE = "DSV4_KERNELS"
 BEST = "native"  # value of the variable: the best form that this processor has
@@ -54,7 +57,7 @@ class _Product(ctypes.Structure):
     """struct product of products.h."""
 
     _fields_ = [
-        ("w", ctypes.POINTER(_Matrix)),
+        ("w", ctypes.c_void_p),  # struct matrix *
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("m_count", ctypes.c_int64),
@@ -90,6 +93,9 @@ _OPERATIONS = {
     "dsv4_hc_pre": "ppplllii",
     "dsv4_hc_post": "ppppplllii",
     "dsv4_swiglu": "ppppllfii",
+    "dsv4_sqrtsoftplus": "ppli",
+    "dsv4_pool": "pppplli",
+    "dsv4_simulate_index": "ppplllii",
 }
 # The same of those that return an int64: what C alone knows about scratch (bytes) and limits.
 _SIZES = {
@@ -97,6 +103,7 @@ _SIZES = {
     "dsv4_sparse_attention_scratch": "lll",
     "dsv4_index_scores_scratch": "lll",
     "dsv4_row_scratch": "ll",
+    "dsv4_pool_scratch": "ll",
     "dsv4_most_streams": "",
 }
 
@@ -171,18 +178,22 @@ def _loaded() -> SimpleNamespace:
 
 
 def _describe(matrix: Matrix) -> _Matrix:
-    quantized = matrix.scale is not None
-    return _Matrix(
-        values=matrix.values.data_ptr(),
-        scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
-        rows=matrix.shape[0],
-        columns=matrix.shape[1],
-        block_rows=matrix.block.rows if quantized else 1,
-        block_columns=matrix.block.columns if quantized else matrix.shape[1],
-        scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
-        format=FORMATS[matrix.format],
-        scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
-    )
+    """A matrix as C sees it, made once."""
+    found: _Matrix | None = matrix.kept.get("c")
+    if found is None:
+        quantized = matrix.scale is not None
+        found = matrix.kept["c"] = _Matrix(
+            values=matrix.values.data_ptr(),
+            scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
+            rows=matrix.shape[0],
+            columns=matrix.shape[1],
+            block_rows=matrix.block.rows if quantized else 1,
+            block_columns=matrix.block.columns if quantized else matrix.shape[1],
+            scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
+            format=FORMATS[matrix.format],
+            scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
+        )
+    return found
 
 
 def _is_bfloat16(x: torch.Tensor) -> bool:
@@ -219,28 +230,41 @@ def _whole_steps(matrix: Matrix) -> bool:
     return columns > 0 and columns % step == 0 and (matrix.scale is None or matrix.block.columns % step == 0)
 
 
-def _product(x: torch.Tensor, matrix: Matrix, start: int, stop: int, y: torch.Tensor) -> _Product:
+def _product(product: Product, y: torch.Tensor) -> _Product:
+    """A product as C sees it. `y` must stay until C has returned, as must x and the matrix."""
+    x, matrix, start, _ = product
+    rounded = x.dtype == torch.bfloat16
     # Eight significant bits times eight at most: a product that float32 holds exactly.
-    exact = _is_bfloat16(x) and matrix.format != FLOAT32 and matrix.exact_products
+    exact = rounded and matrix.format != FLOAT32 and matrix.exact_products
     return _Product(
-        ctypes.pointer(_describe(matrix)), x.data_ptr(), y.data_ptr(), len(x), x.stride(0), y.stride(0), start, stop,
-        _is_bfloat16(x), _is_bfloat16(y), exact,
+        ctypes.addressof(_describe(matrix)), x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), y.stride(0),
+        start, start + y.shape[1], rounded, y.dtype == torch.bfloat16, exact,
     )  # fmt: skip
+
+
+def _rows_together(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def linears(products: Sequence[Product], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Several of `linear` in one call, whose threads share out the rows of all; see KernelTable.linears."""
+    if not all(_whole_steps(product.matrix) for product in products):
+        return [reference.linear(*product, dtype) for product in products]
+    products = [product._replace(x=_rows_together(product.x)) for product in products]
+    stops = [p.matrix.shape[0] if p.stop is None else p.stop for p in products]
+    results = [torch.empty(p.x.shape[0], stop - p.start, dtype=dtype) for p, stop in zip(products, stops, strict=True)]
+    count, work = len(products), sum(y.numel() * p.x.shape[1] for p, y in zip(products, results, strict=True))
+    listed = (_Product * count)(*map(_product, products, results))
+    loaded, threads = _loaded(), _threads(work)
+    loaded.dsv4_linears(listed, count, _scratch(loaded.dsv4_linears_scratch(listed, count, threads)), threads)
+    return results
 
 
 def linear(
     x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """See reference.linear."""
-    if not _whole_steps(matrix):
-        return reference.linear(x, matrix, start, stop, dtype)
-    stop = matrix.shape[0] if stop is None else stop
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    result = torch.empty(len(x), stop - start, dtype=dtype)
-    product, threads = _product(x, matrix, start, stop, result), _threads(result.numel() * x.shape[1])
-    scratch = _scratch(_loaded().dsv4_linears_scratch(product, 1, threads))
-    _loaded().dsv4_linears(product, 1, scratch, threads)
-    return result
+    return linears([Product(x, matrix, start, stop)], dtype)[0]
 
 
 def sparse_attention(
@@ -379,5 +403,36 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, share: torch.Tens
     _loaded().dsv4_swiglu(
         gate.data_ptr(), up.data_ptr(), None if share is None else share.data_ptr(), result.data_ptr(),
         rows, columns, limit, _is_bfloat16(gate), _threads_for(gate),
+    )  # fmt: skip
+    return result
+
+
+def sqrtsoftplus(x: torch.Tensor) -> torch.Tensor:
+    """See reference_small.sqrtsoftplus."""
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    _loaded().dsv4_sqrtsoftplus(x.data_ptr(), result.data_ptr(), x.numel(), _threads_for(x))
+    return result
+
+
+def simulate_index(x: torch.Tensor) -> torch.Tensor:
+    """See reference_small.simulate_index."""
+    x, columns, threads = x.contiguous(), x.shape[-1], _threads_for(x)
+    if columns < 1 or columns & (columns - 1):
+        return small.simulate_index(x)
+    result, scratch = torch.empty_like(x), _row_scratch(columns, threads)
+    _loaded().dsv4_simulate_index(
+        x.data_ptr(), result.data_ptr(), scratch, x.numel() // columns, columns, FP4_GROUP, _is_bfloat16(x), threads
+    )
+    return result
+
+
+def pool(kv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """See reference_small.pool."""
+    kv, gate, threads = kv.contiguous(), gate.contiguous(), _threads_for(kv)
+    result, tokens = torch.empty(kv.shape[:-1], dtype=torch.float32), kv.shape[-1]
+    _loaded().dsv4_pool(
+        kv.data_ptr(), gate.data_ptr(), result.data_ptr(), _scratch(_loaded().dsv4_pool_scratch(tokens, threads)),
+        result.numel(), tokens, threads,
     )  # fmt: skip
     return result

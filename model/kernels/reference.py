@@ -8,6 +8,8 @@ The reference forms, here and in reference_small.py, define the result to the bi
 of sums); `cpu.py` has the same bits, faster.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from dsv4.model.weights import Matrix
@@ -34,6 +36,15 @@ def linear(
         for row in range(0, len(values), rows):
             result[row : row + rows, first - start : last - start] = lane_dot(values[row : row + rows], weight)
     return result.to(dtype)
+
+
+class Product(NamedTuple):
+    """x [M, in] times rows [start, stop) of a matrix; see `linear`."""
+
+    x: torch.Tensor
+    matrix: Matrix
+    start: int = 0
+    stop: int | None = None
 
 
 def _attend(

@@ -11,6 +11,8 @@ in their place for other devices.
 
 import torch
 
+from dsv4.quant.activation import hadamard, simulate_fp4
+
 from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
 SMALLEST_SIMILARITY = 1e-6  # of a token and its n-gram, before the root
@@ -124,6 +126,11 @@ def swiglu(
     if share is not None:
         activation = share.unsqueeze(-1) * activation
     return activation.to(gate.dtype)
+
+
+def simulate_index(x: torch.Tensor) -> torch.Tensor:
+    """A query or key of the indexer [..., d]: Hadamard rotation, rounded to x's dtype, then through FP4, x's dtype."""
+    return simulate_fp4(hadamard(x))
 
 
 def sqrtsoftplus(x: torch.Tensor, *, softplus: Elementwise = softplus, sqrt: Elementwise = sqrt) -> torch.Tensor:

@@ -8,7 +8,7 @@
 One row is selected, once, when a model is loaded. Nothing else in the engine asks which device it computes on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from dsv4.quant.activation import simulate_fp8
 
 from . import cpu, reference, torch_device
 from . import reference_small as small
+from .reference import Product
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,8 +29,10 @@ class KernelTable:
     """One row of the table. Signatures, shapes and dtypes are those of the reference forms, which are the defaults."""
 
     linear: Callable[..., torch.Tensor] = reference.linear
+    at_once: Callable[[Sequence[Product], torch.dtype], list[torch.Tensor]] | None = None  # several products
     sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
+    simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
     simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
     inverse_rms: Callable[[torch.Tensor, float], torch.Tensor] = small.inverse_rms
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = small.rms_norm
@@ -44,11 +47,19 @@ class KernelTable:
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.pool
     engram_gate: Callable[..., torch.Tensor] = small.engram_gate
 
+    def linears(self, products: Sequence[Product], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """Products that do not depend on each other, each as `linear` computes it: [M, out] of each."""
+        return [self.linear(*p, dtype) for p in products] if self.at_once is None else self.at_once(products, dtype)
+
 
 REFERENCE = KernelTable()
 
 CPU = KernelTable(
     linear=cpu.linear,
+    at_once=cpu.linears,
+    simulate_index=cpu.simulate_index,
+    sqrtsoftplus=cpu.sqrtsoftplus,
+    pool=cpu.pool,
     sparse_attention=cpu.sparse_attention,
     index_scores=cpu.index_scores,
     simulate_fp8=cpu.simulate_fp8,

@@ -13,6 +13,7 @@ import torch
 
 from dsv4.model.cache import LayerCache
 from dsv4.model.config import OVERLAP_RATIO, Config
+from dsv4.model.kernels.reference import Product
 from dsv4.model.weight_store import WeightView
 
 from .compressor import Compressor, simulate_key
@@ -103,8 +104,8 @@ class WindowAttention:
         matrix, ranks = self._weights.matrix("wo_a.weight"), self._numerics.group
         count = self._config.o_groups // ranks.count
         groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
-        linear, dtype = numerics.kernels.linear, numerics.dtype
-        parts = [linear(groups[:, g], matrix, g * rank, (g + 1) * rank, dtype) for g in range(count)]
+        products = [Product(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(count)]
+        parts = numerics.kernels.linears(products, numerics.dtype)
         low = ranks.all_gather(torch.cat(parts, dim=-1))
         return ranks.all_gather(numerics.quantized_linear(low, self._weights.matrix("wo_b.weight")))
 

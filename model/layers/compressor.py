@@ -11,12 +11,13 @@ import torch
 
 from dsv4.model.cache import CompressorState
 from dsv4.model.config import Config
+from dsv4.model.kernels.reference import Product
 from dsv4.model.weight_store import WeightView
-from dsv4.quant.activation import hadamard, simulate_fp4
 
 from .numerics import Numerics
 from .rotary import Rotary
 
+RAW = ("wkv.weight", "wgate.weight")
 KEY_GROUP = 64  # FP8 group of the dimensions of a key that carry no position
 
 
@@ -30,7 +31,7 @@ def simulate_key(x: torch.Tensor, rope_dims: int, numerics: Numerics) -> torch.T
 
 def simulate_index(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
     """A query or key of the indexer [..., d]: Hadamard rotation, then FP4. Rotating both changes no dot product."""
-    return simulate_fp4(hadamard(x)) if numerics.simulation else x
+    return numerics.kernels.simulate_index(x) if numerics.simulation else x
 
 
 class Compressor:
@@ -45,9 +46,8 @@ class Compressor:
     def raw(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> float32 [T, 2, width]: kv and gate of each token."""
         ape = self._weights.vector("ape")
-        kv = self._numerics.linear(x, self._weights.matrix("wkv.weight"))
-        gate = self._numerics.linear(x, self._weights.matrix("wgate.weight")) + ape[positions % len(ape)]
-        return torch.stack((kv, gate), dim=1)
+        kv, gate = self._numerics.kernels.linears([Product(x, self._weights.matrix(name)) for name in RAW])
+        return torch.stack((kv, gate + ape[positions % len(ape)]), dim=1)
 
     def advance(self, state: CompressorState, raw: torch.Tensor, position: int) -> None:
         """Add the raw tokens of one sequence, the first at `position`, and compress the blocks they finish."""

@@ -8,17 +8,20 @@ Experts are added up in the order of their number. Ranks that compute together h
 outputs together before anything is added, so that the order is the same for any number of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
 
 from dsv4.model.config import Config
 from dsv4.model.kernels.deterministic import tree_sum
+from dsv4.model.kernels.reference import Product
 from dsv4.model.parallel import SINGLE
 from dsv4.model.weight_store import WeightView
 
 from .numerics import Numerics
+
+ROWS_TOGETHER = 64  # of tokens times experts; with more, a matrix is enough work for one call
 
 
 class Gate:
@@ -81,14 +84,37 @@ class MixtureOfExperts:
         activation = numerics.kernels.swiglu(gate, up, self._config.swiglu_limit, share)
         return ranks.all_gather(numerics.quantized_linear(ranks.all_gather(activation), weights.matrix("w2.weight")))
 
+    def _experts_together(self, rows: dict[int, torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
+        """What `_expert` gives for each routed expert's rows [t, D], in that order, by few calls of the kernels.
+
+        shares: of all rows. Returns [sum of t, D].
+        """
+        numerics, linears = self._numerics, self._numerics.kernels.linears
+        views = {expert: self._weights.view(f"experts.{expert}.") for expert in rows}
+
+        def products(inputs: Iterable[torch.Tensor], name: str) -> list[Product]:
+            return [Product(x, view.matrix(name)) for x, view in zip(inputs, views.values(), strict=True)]
+
+        both = linears([*products(rows.values(), "w1.weight"), *products(rows.values(), "w3.weight")], numerics.dtype)
+        gate, up = torch.cat(both[: len(rows)]), torch.cat(both[len(rows) :])
+        activation = numerics.quantize(numerics.kernels.swiglu(gate, up, self._config.swiglu_limit, shares))
+        parts = torch.split(activation, [len(x) for x in rows.values()])
+        return torch.cat(linears(products(parts, "w2.weight"), numerics.dtype))
+
     def _routed(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
         outputs = torch.zeros(experts.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
         mine = self._numerics.group.experts(self._config)
-        for expert, chosen in by_expert(experts, self._config.n_routed_experts):
-            if expert in mine:
+        found = by_expert(experts, self._config.n_routed_experts)
+        chosen = {expert: places for expert, places in found if expert in mine}
+        if self._weights.keep_everything and outputs.shape[0] <= ROWS_TOGETHER and chosen:
+            places = torch.cat(list(chosen.values()))
+            rows = {expert: x[places // experts.shape[1]] for expert, places in chosen.items()}
+            outputs[places] = self._experts_together(rows, shares.flatten()[places])
+        else:
+            for expert, places in chosen.items():
                 weights = self._weights.view(f"experts.{expert}.")
-                outputs[chosen] = self._expert(x[chosen // experts.shape[1]], weights, shares.flatten()[chosen])
+                outputs[places] = self._expert(x[places // experts.shape[1]], weights, shares.flatten()[places])
         return self._numerics.group.all_reduce_disjoint(outputs.view(*experts.shape, -1))
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,16 @@ INLINE float round_e4m3(float v) {
     return fabsf(v) < 0x1p-6f ? subnormal : normal;
 }
 
+/* The power of two that is at least amax * inverse, from the bits of that. */
+INLINE float group_scale(float amax, float inverse) {
+    float quotient = amax * inverse, scale;
+    uint32_t bits;
+    memcpy(&bits, &quotient, 4);
+    bits = ((bits >> 23) + ((bits & 0x7fffff) != 0)) << 23;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+
 /* x, out [rows, columns]; groups of `group` along a row; the last may be shorter. */
 INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t columns, int64_t group,
                          int32_t is_bf16) {
@@ -59,11 +69,7 @@ INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t col
                 float v = fabsf(load_as_float(x, is_bf16, at + k));
                 amax = v > amax ? v : amax;
             }
-            float quotient = amax * (1.f / 448.f);
-            uint32_t bits;
-            memcpy(&bits, &quotient, 4);
-            bits = ((bits >> 23) + ((bits & 0x7fffff) != 0)) << 23;
-            memcpy(&scale, &bits, 4);
+            scale = group_scale(amax, 1.f / 448.f);
             for (int64_t k = start; k < stop; k++) {
                 float v = load_as_float(x, is_bf16, at + k) / scale;
                 v = v < -448.f ? -448.f : v > 448.f ? 448.f : v;
@@ -326,4 +332,109 @@ void OF_FORM(dsv4_swiglu)(const void *gate, const void *up, const float *shares,
     struct rows j = {.x = gate, .y = up, .a = shares, .out = out, .columns = columns, .limit = limit,
                      .is_bf16 = is_bf16};
     share(swiglu_rows, &j, rows, threads);
+}
+
+/* log(1 + y) of y >= 0, the steps of deterministic.py. */
+INLINE double log1p_of(double y) {
+    int exponent;
+    double mantissa = frexp(1.0 + y, &exponent); /* in [0.5, 1) */
+    if (mantissa < 0x1.6a09e667f3bcdp-1) mantissa = mantissa * 2.0, exponent--;
+    int tiny = y < 0.25; /* 1 + y would round y away */
+    double s = tiny ? y / (2.0 + y) : (mantissa - 1.0) / (mantissa + 1.0), square = s * s, series = 0.0;
+    for (int k = 12; k >= 0; k--) series = series * square + 1.0 / (2 * k + 1);
+    return (tiny ? 0.0 : (double)exponent) * 0x1.62e42fefa39efp-1 + 2.0 * s * series;
+}
+
+static void sqrtsoftplus_rows(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct rows *j = job;
+    const float *x = j->x;
+    float *out = j->out;
+    (void)worker;
+    for (int64_t i = first; i < last; i++) {
+        double wide = x[i] > 700.f ? 700.0 : x[i], at_most_40 = wide > 40.0 ? 40.0 : wide;
+        float softplus = (float)(wide > 40.0 ? wide : log1p_of(exponential64(at_most_40)));
+        out[i] = (float)sqrt((double)softplus);
+    }
+}
+
+/* x, out float32 [count]. */
+void OF_FORM(dsv4_sqrtsoftplus)(const float *x, float *out, int64_t count, int32_t threads) {
+    struct rows j = {.x = x, .out = out};
+    share(sqrtsoftplus_rows, &j, count, threads);
+}
+
+/* Nearest E2M1 value, ties to even, of |v| at most 6: steps of 0.5 below 2, of 1 below 4, then of 2. */
+INLINE float round_e2m1(float v) {
+    float magnitude = fabsf(v), step = magnitude < 2.f ? .5f : magnitude < 4.f ? 1.f : 2.f;
+    return copysignf(rintf(magnitude / step) * step, v);
+}
+
+/* x times the orthonormal Hadamard matrix, rounded to x's type, then through FP4 in groups. */
+INLINE void simulate_index(const void *x, void *out, float *values, struct span rows, int64_t columns, int64_t group,
+                           int is_bf16) {
+    float orthonormal = (float)(1.0 / sqrt((double)columns));
+    for (int64_t row = rows.first; row < rows.last; row++) {
+        int64_t at = row * columns;
+        for (int64_t k = 0; k < columns; k++) values[k] = load_as_float(x, is_bf16, at + k);
+        for (int64_t half = 1; half < columns; half *= 2)
+            for (int64_t start = 0; start < columns; start += 2 * half)
+                for (int64_t k = start; k < start + half; k++) {
+                    float upper = values[k], lower = values[k + half];
+                    values[k] = upper + lower, values[k + half] = upper - lower;
+                }
+        for (int64_t k = 0; k < columns; k++) {
+            values[k] = values[k] * orthonormal;
+            if (is_bf16) values[k] = rounded_to_bf16(values[k]);
+        }
+        for (int64_t start = 0; start < columns; start += group) {
+            float amax = 6.f * 0x1p-126f;
+            for (int64_t k = start; k < least(start + group, columns); k++)
+                amax = fabsf(values[k]) > amax ? fabsf(values[k]) : amax;
+            float scale = group_scale(amax, 1.f / 6.f);
+            for (int64_t k = start; k < least(start + group, columns); k++) {
+                float v = values[k] / scale;
+                v = v < -6.f ? -6.f : v > 6.f ? 6.f : v;
+                store_as(out, is_bf16, at + k, round_e2m1(v) * scale);
+            }
+        }
+    }
+}
+
+#define CALL(is_bf16) simulate_index(j->x, j->out, scratch, mine, j->columns, j->n, is_bf16)
+SHARED(simulate_index, CALL)
+#undef CALL
+
+/* x, out [rows, columns], columns a power of two. */
+void OF_FORM(dsv4_simulate_index)(const void *x, void *out, void *scratch, int64_t rows, int64_t columns, int64_t group,
+                                  int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .out = out, .scratch = scratch, .columns = columns, .n = group, .is_bf16 = is_bf16};
+    share(simulate_index_rows, &j, rows, threads);
+}
+
+static void pool_rows(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct rows *j = job;
+    int64_t n = j->columns, whole = (n + 15) / 16 * 16;
+    float *weights = j->scratch + worker * 2 * whole, *terms = weights + whole, *out = j->out;
+    for (int64_t row = first; row < last; row++) {
+        const float *kv = j->a + row * n, *gate = j->b + row * n;
+        float largest = -INFINITY;
+        for (int64_t i = 0; i < n; i++) largest = gate[i] > largest ? gate[i] : largest;
+        for (int64_t i = 0; i < whole; i++) weights[i] = i < n ? gate[i] - largest : 0.f;
+        for (int64_t i = 0; i < n; i += 16) exponentials(weights + i);
+        memcpy(terms, weights, n * sizeof(float));
+        float sum = tree_sum(terms, n);
+        for (int64_t i = 0; i < n; i++) terms[i] = kv[i] * (weights[i] / sum);
+        out[row] = tree_sum(terms, n);
+    }
+}
+
+int64_t OF_FORM(dsv4_pool_scratch)(int64_t n, int64_t threads) {
+    return threads * 2 * ((n + 15) / 16 * 16) * (int64_t)sizeof(float);
+}
+
+/* kv, gate float32 [rows, n] -> out float32 [rows]. */
+void OF_FORM(dsv4_pool)(const float *kv, const float *gate, float *out, void *scratch, int64_t rows, int64_t n,
+                        int32_t threads) {
+    struct rows j = {.a = kv, .b = gate, .out = out, .scratch = scratch, .columns = n};
+    share(pool_rows, &j, rows, threads);
 }

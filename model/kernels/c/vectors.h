@@ -151,6 +151,18 @@ INLINE floats8 exponential8(floats8 x) {
 
 INLINE float exponential(float x) { return exponential8((floats8){x})[0]; }
 
+/* One at a time, and not rounded: exp of a float64 of at most 700. */
+INLINE double exponential64(double x) {
+    double v = x < -700.0 ? -700.0 : x, n = floor(v * 0x1.71547652b82fep+0 + 0.5);
+    double r = (v - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33, value = 1.0 / 6227020800.0, power;
+    static const double factorials[13] = {1.0,    1.0,     2.0,      6.0,       24.0,       120.0,      720.0,
+                                          5040.0, 40320.0, 362880.0, 3628800.0, 39916800.0, 479001600.0};
+    for (int k = 12; k >= 0; k--) value = value * r + 1.0 / factorials[k];
+    int64_t bits = ((int64_t)n + 1023) << 52;
+    memcpy(&power, &bits, 8);
+    return value * power;
+}
+
 INLINE void exponentials(float *x) {
     for (int i = 0; i < 16; i += 8) {
         floats8 v;

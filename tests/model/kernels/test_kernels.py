@@ -16,6 +16,7 @@ import torch
 from dsv4.errors import UsageError
 from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
+from dsv4.model.kernels.reference import Product
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
 from dsv4.model.weights import Matrix
 from dsv4.quant import compiled
@@ -147,6 +148,24 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
                 assert ((TORCH_DEVICE.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linears_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
+    """All formats in one call: products that share their x, whole and in parts, of one row, of many and of none."""
+    every = matrices(133, 224)
+    alone, many, none = (torch.randn(n, 224, generator=GENERATOR).to(dtype) for n in (1, 9, 0))
+    wide = torch.randn(3, 448, generator=GENERATOR).to(dtype)[:, 100:324]  # rows apart
+    products = [Product(x, matrix) for matrix in every for x in (alone, alone, many, none, many, wide)]
+    products += [Product(many, every[2], 7, 61), Product(alone, every[6], 130, 133), Product(alone, every[0], 5, 5)]
+    expected = REFERENCE.linears(products, dtype)
+    for threads in (1, 3):
+        with mock.patch.object(cpu, "_threads", lambda work, threads=threads: threads):
+            found = CPU.linears(products, dtype)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+    on_a_device = TORCH_DEVICE.linears(products[:-1], dtype)
+    assert [y.shape for y in on_a_device] == [y.shape for y in expected[:-1]]
+    assert CPU.linears([]) == []
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_code_by_every_way_of_decoding(count: int) -> None:
     """All codes of FP8 (NaN aside) and FP4 at scales 2**-60 to 2**60, against the tables, one code at a time."""
@@ -235,6 +254,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     h = x.to(dtype)
     rows = h[:, 0]
     positive = torch.rand(9, 4, generator=GENERATOR)
+    gates = torch.cat((torch.full((9, 4, 4), -torch.inf), h[..., :4].float()), -1)  # no block before the first
     return {
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
         "inverse_rms": [(rows, 1e-6), (h[:, :, :7], 1e-3)],
@@ -254,6 +274,9 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         ],
         "hc_pre": [(positive, h)],
         "hc_post": [(rows, h, positive, torch.rand(9, 4, 4, generator=GENERATOR))],
+        "sqrtsoftplus": [(h.float(),), (torch.linspace(-120, 120, 999),), (torch.tensor([800.0, 40.0, 0.0, -0.0]),)],
+        "pool": [(h.float(), h.float() * 3), (h[..., :8].float(), gates), (h[:0].float(), h[:0].float())],
+        "simulate_index": [(h[..., :128],), (h[..., :32] * 30,), (h[..., :16],), (h[..., :1],)],
         "swiglu": [(rows * 9, h[:, 1] * 9, 10.0, None), (rows * 9, h[:, 1] * 9, 10.0, positive[:, 0])],
     }[name]
 
@@ -268,6 +291,9 @@ SMALL = [
     "hc_pre",
     "hc_post",
     "swiglu",
+    "sqrtsoftplus",
+    "simulate_index",
+    "pool",
 ]
 
 
@@ -294,8 +320,8 @@ def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: 
 def test_every_compiled_operation_is_tested() -> None:
     names = set(table.KernelTable.__dataclass_fields__)
     compiled = {name for name in names if getattr(table.CPU, name) is not getattr(REFERENCE, name)}
-    assert compiled == {"linear", "sparse_attention", "index_scores", *SMALL}
-    assert names - compiled == {"hc_head_weights", "sqrtsoftplus", "pool", "engram_gate"}
+    assert compiled == {"linear", "at_once", "sparse_attention", "index_scores", *SMALL}
+    assert names - compiled == {"hc_head_weights", "engram_gate"}
 
 
 def test_compiled_code_rounds_every_bfloat16_to_the_e4m3_of_the_reference() -> None:
