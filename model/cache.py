@@ -201,6 +201,26 @@ def _v4_layer(config: Config, layer: int, dtype: torch.dtype, device: torch.devi
     )
 
 
+def layer_bytes(config: Config, layer: int, tokens: int, piece: int, itemsize: int) -> int:
+    """Most bytes of one layer of a sequence that grows to `tokens` in calls of `piece`; keys have `itemsize` bytes.
+
+    As if every layer with compressed keys had index keys too, and blocks that overlap.
+    """
+    ratio, in_call = config.ratio(layer), min(tokens, piece) + MAX_UNDO
+    held = (config.sliding_window + in_call) * config.head_dim * itemsize
+    if not ratio:
+        return held
+    entries = tokens // ratio * 9 // 8 + SMALLEST_GROWTH
+    raw = (in_call + 2 * ratio) * 2 * 2 * torch.float32.itemsize
+    return held + (config.head_dim + config.index_head_dim) * (entries * itemsize + raw)
+
+
+def cache_bytes(config: Config, tokens: int, piece: int, itemsize: int) -> int:
+    """Most bytes of the keys of one sequence in all layers and MTP blocks, and of the largest while it is enlarged."""
+    layers = [layer_bytes(config, i, tokens, piece, itemsize) for i in range(len(config.compress_ratios))]
+    return sum(layers) + max(layers)
+
+
 def new_cache(config: Config, layers: range, batch_size: int, dtype: torch.dtype, device: torch.device) -> Cache:
     """An empty cache for `batch_size` sequences over the given layers of V4."""
     rows = [Sequence([_v4_layer(config, layer, dtype, device) for layer in layers]) for _ in range(batch_size)]

@@ -72,7 +72,7 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Loading makes thousands of small torch calls; beside a busy process each would wait for a thread's turn."""
+    """Loading makes small torch calls only; beside a busy process each would wait for a thread's turn."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,7 +99,7 @@ def load(
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     architecture, config, stages, weights = check_loadable(checkpoint, group)
     place = find_device(device)
-    memory = None if max_memory is None else parse_size(max_memory)
+    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     store = WeightStore(checkpoint, config, weights, place, memory, group)
     with _one_thread():
         store.load(progress)

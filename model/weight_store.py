@@ -6,14 +6,16 @@ A weight is kept as it is stored, packed, so a checkpoint needs about its own si
     pinned      dense matrices in the order of use, as many as fit: every token needs every one of them
     the rest    of the dense matrices is read from the files at each use and dropped
     n-gram rows read at each use: the tables of V4.1 take 200 GB, of which a token needs 24 rows a table
-    experts     only those that a token chose are read; a least-recently-used cache holds as many as fit
+    experts     only those that a token chose are read, ahead of their use; as many as fit stay (reading/streamed.py)
 
 Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before it
 is needed. Pinning a prefix of the cycle saves exactly the part that fits. Where a weight lies changes no bit of it.
+What a weight holds is checked when it is read for the first time.
 """
 
 import re
-from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +24,15 @@ from dsv4.convert.checkpoint.names import is_expert_matrix
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import InputError, MachineError
-from dsv4.progress import Reached
+from dsv4.model.reading.arena import Arena
+from dsv4.model.reading.matrices import Memory, fresh, into, memory_of, read_matrix, read_single_rows, read_vector
+from dsv4.model.reading.meter import ReadMeter, ReadStatistics
+from dsv4.model.reading.streamed import READERS, Streamed
+from dsv4.progress import Reached, bounded_map
 
 from .config import Config
 from .parallel import SINGLE, TensorParallelGroup
-from .weights import EMBEDDING, Matrix, read_matrix, read_single_rows, read_vector
+from .weights import EMBEDDING, Matrix
 
 TABLE = re.compile(r"\.engram\.embed\.weight$")  # n-gram tables: rows are read when a token needs them
 MATRIX = re.compile(r"\.weight$|hc_(attn|ffn|head)_fn$")
@@ -89,9 +95,8 @@ class WeightStore:
         self.sizes = {n: stored_bytes(held[n]) // (group.count if self._rows[n] else 1) for n in held}
         self._pinned: dict[str, Matrix] = {}
         self._vectors: dict[str, torch.Tensor] = {}
-        self._recent: OrderedDict[str, Matrix] = OrderedDict()
-        self._recent_bytes = 0
-        self.reads = 0  # matrices read from the files since loading
+        self._exact_products: dict[str, bool] = {}  # of matrices that were read and found good
+        self._meter = ReadMeter()
         fixed = sum(self.sizes[name] for name in self._vector_names)
         self._largest = max((n for n in matrices if n != EMBEDDING), key=lambda n: self.sizes[n])
         whole = fixed + sum(self.sizes[name] for name in matrices)
@@ -99,11 +104,13 @@ class WeightStore:
         self._plan(matrices, max_memory)
 
     def _plan(self, matrices: list[str], max_memory: int | None) -> None:
-        """Decide what is pinned and how many bytes the expert cache may hold."""
-        sizes, least = self.sizes, self.need.least
+        """Decide what is pinned, and how many bytes are for experts and for the matrix in use."""
+        self._passing: Arena | None = None
+        self._streamed: Streamed | None = None
         if max_memory is None or self.need.whole <= max_memory:
-            self._pinned_names, self._recent_limit = matrices, 0
+            self._pinned_names = matrices
             return
+        sizes, least = self.sizes, self.need.least
         if least > max_memory:
             largest = sizes[self._largest]
             raise TooLittleMemory(
@@ -111,59 +118,111 @@ class WeightStore:
                 f"'{self._largest}' takes {largest}",
                 least,
             )
-        dense = [name for name in matrices if name not in self._experts]
-        left = max_memory - least  # one matrix is always in flight
+        self._pinned_names, passing, left = self._choose_pinned(matrices, max_memory)
+        on_cpu = self.device.type == "cpu"
+        self._passing = Arena(passing) if on_cpu else None
+        memory = {name: self._memory_of(name) for name in self._experts}
+        self._streamed = Streamed(self._read_passing, memory, left, on_cpu)
+
+    def _choose_pinned(self, matrices: list[str], max_memory: int) -> tuple[list[str], int, int]:
+        """Dense matrices to pin, bytes for one that passes through, and bytes for experts: together all there are."""
+        sizes = self.sizes
         # One layer's worth of chosen experts before anything is pinned, or each token would read them all again.
         expert = max((sizes[name] for name in self._experts), default=0)
-        reserve = min(left // 2, 3 * expert * self.config.num_experts_per_tok * self.config.num_hidden_layers)
-        self._pinned_names = []
+        chosen = 3 * expert * self.config.num_experts_per_tok * self.config.num_hidden_layers
+        left = max_memory - (self.need.least - sizes[self._largest])
+        reserve = min((max_memory - self.need.least) // 2, chosen)
+        dense = [name for name in matrices if name not in self._experts and name != EMBEDDING]
+        passing = sorted(((sizes[name], name) for name in dense), reverse=True)
+        pinned: list[str] = []
         for name in dense:
-            if name != EMBEDDING and sizes[name] <= left - reserve:
-                self._pinned_names.append(name)
+            largest = next((size for size, other in passing if other != name), expert)
+            if sizes[name] + max(largest, expert) + reserve <= left:
+                pinned.append(name)
+                passing.remove((sizes[name], name))
                 left -= sizes[name]
-        self._recent_limit = left
+        largest = max([expert, *(size for size, _ in passing[:1])])
+        return pinned, largest, left - largest
+
+    def _memory_of(self, name: str) -> int:
+        return memory_of(self._weights[name], self._rows[name])
 
     def load(self, progress: Reached | None = None) -> None:
-        """Read what stays in memory. `progress` is called with bytes read and bytes to read."""
+        """Read what stays in memory. `progress` is called with bytes read and bytes to read, also while it waits."""
         total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
         done = 0
-        for name in self._vector_names:
-            self._vectors[name] = self._read_vector(name)
-            done += self.sizes[name]
-        for name in self._pinned_names:
-            self._pinned[name] = self._read(name)
-            done += self.sizes[name]
+
+        def advance(nbytes: int = 0) -> None:
+            nonlocal done
+            done += nbytes
             if progress is not None:
                 progress(done, total)
 
-    def _read_vector(self, name: str) -> torch.Tensor:
-        return read_vector(self.checkpoint, self.config, self._weights[name], self._rows[name]).to(self.device)
+        for name in self._vector_names:
+            vector = read_vector(self.checkpoint, self.config, self._weights[name], self._rows[name])
+            self._vectors[name] = vector.to(self.device)
+            advance(self.sizes[name])
+        with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
+            items = self._with_memory(self._pinned_names)
+            for (name, _), matrix in bounded_map(pool, lambda item: self._read(*item), items, 2 * READERS, advance):
+                self._pinned[name] = matrix
+                advance(self.sizes[name])
 
-    def _read(self, name: str) -> Matrix:
+    def _with_memory(self, names: list[str]) -> Iterator[tuple[str, Memory]]:
+        """Each matrix and the memory to read it to; on a CPU that is where it stays."""
+        if self.device.type != "cpu":
+            yield from ((name, fresh) for name in names)
+            return
+        arena = Arena(sum(map(self._memory_of, names)))
+        for name in names:
+            part = arena.take(self._memory_of(name))
+            assert part is not None, "the arena has room for all"
+            yield name, into(part)
+
+    def _read(self, name: str, memory: Memory) -> Matrix:
+        exact = self._exact_products.get(name)
         try:
-            return read_matrix(self.checkpoint, self._weights[name], self._rows[name]).to(self.device)
+            matrix = read_matrix(self.checkpoint, self._weights[name], self._rows[name], memory, exact)
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None
+        self._exact_products[name] = matrix.exact_products
+        return matrix.to(self.device)
+
+    def _read_passing(self, name: str, memory: Memory | None) -> Matrix:
+        """Read while computing, by default to memory that is free again when the caller lets the matrix go."""
+        with self._meter.reading(self.sizes[name]):
+            return self._read(name, memory or self._passing_memory)
+
+    def _passing_memory(self, nbytes: int) -> torch.Tensor:
+        part = None if self._passing is None else self._passing.take(nbytes)
+        return fresh(nbytes) if part is None else part
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Expert matrices that are used next, in this order: those in the files are read from now on."""
+        if self._streamed is not None:
+            self._streamed.expect(names)
 
     def matrix(self, name: str) -> Matrix:
-        """A matrix, from memory if it is there, otherwise from the files."""
+        """A matrix, from memory if it is there, otherwise from the files.
+
+        One from the files is for use at once: its memory counts as free when the next but one is asked for.
+        """
         if name in self._pinned:
             return self._pinned[name]
-        if name in self._recent:
-            self._recent.move_to_end(name)
-            return self._recent[name]
-        self.reads += 1
-        matrix = self._read(name)
-        if name in self._experts and matrix.nbytes <= self._recent_limit:
-            self._remember(matrix)
-        return matrix
+        self._meter.use()
+        if self._streamed is not None and name in self._experts:
+            return self._streamed.get(name)
+        return self._read_passing(name, None)
 
-    def _remember(self, matrix: Matrix) -> None:
-        self._recent[matrix.name] = matrix
-        self._recent_bytes += matrix.nbytes
-        while self._recent_bytes > self._recent_limit:
-            _, oldest = self._recent.popitem(last=False)
-            self._recent_bytes -= oldest.nbytes
+    @property
+    def statistics(self) -> ReadStatistics:
+        """Of the matrices that are not pinned, since loading."""
+        return self._meter.statistics()
+
+    @property
+    def reads(self) -> int:
+        """Matrices read from the files since loading."""
+        return self.statistics.read
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm, bias, sink (float32) or table of expert ids (int64)."""
@@ -198,8 +257,9 @@ class WeightStore:
     @property
     def resident_bytes(self) -> int:
         """Bytes of weights in memory now."""
-        held = sum(m.nbytes for m in self._pinned.values()) + self._recent_bytes
-        return held + sum(vector.nbytes for vector in self._vectors.values())
+        streamed = 0 if self._streamed is None else self._streamed.nbytes
+        pinned = sum(matrix.nbytes for matrix in self._pinned.values())
+        return streamed + pinned + sum(vector.nbytes for vector in self._vectors.values())
 
     def view(self, prefix: str) -> "WeightView":
         """The weights whose names start with `prefix`."""
@@ -215,6 +275,10 @@ class WeightView:
     def matrix(self, name: str) -> Matrix:
         """See WeightStore.matrix."""
         return self._store.matrix(self._prefix + name)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """See WeightStore.expect."""
+        self._store.expect([self._prefix + name for name in names])
 
     def vector(self, name: str) -> torch.Tensor:
         """See WeightStore.vector."""

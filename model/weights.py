@@ -8,7 +8,6 @@ name, never of the stored format: it is part of the model, and a BF16 conversion
 `dsv4.convert.checkpoint` says which tensors there must be, how each is stored, and which scale belongs to it.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from dsv4.convert.checkpoint.editions.table import tensors_of
 from dsv4.convert.checkpoint.editions.v4 import Shape
 from dsv4.convert.checkpoint.names import block_of
-from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
 from dsv4.errors import InputError
-from dsv4.quant.block_scales import FP4_BLOCK, Block, decode_scale, dequantize_fp4, dequantize_fp8
-from dsv4.quant.e4m3 import is_nan
+from dsv4.quant.block_scales import FP4_BLOCK, Block, dequantize_fp4, dequantize_fp8
 
 from .config import Config
 
@@ -30,9 +28,6 @@ FLOAT4_E2M1FN, FLOAT8_E4M3FN, BFLOAT16, FLOAT32 = "float4_e2m1fn", "float8_e4m3f
 QUANTIZED_FORMATS = {Format.FP4: FLOAT4_E2M1FN, Format.FP8: FLOAT8_E4M3FN}
 PLAIN_FORMATS = {"BF16": BFLOAT16, "F32": FLOAT32}
 EMBEDDING = "embed.weight"
-MODERATE_EXPONENT = 60
-ROWS_PER_LOOK = 1024
-DAMAGED = "The file is damaged, or the conversion that wrote it overflowed."
 
 
 @dataclass(frozen=True)
@@ -122,96 +117,3 @@ def _check(weight: Weight, shape: Shape) -> None:
 def format_of(weight: Weight) -> str | None:
     """The format of a weight, as `Matrix.format` names it; None for one that this engine does not decode."""
     return QUANTIZED_FORMATS.get(weight.format) or PLAIN_FORMATS.get(weight.info.dtype)
-
-
-def _check_scale_values(scale: torch.Tensor, name: str) -> None:
-    try:
-        decode_scale(scale)
-    except ValueError:
-        raise InputError(f"'{name}' holds a NaN or a value that is not positive and finite") from None
-
-
-def _are_moderate_powers_of_two(scale: torch.Tensor) -> bool:
-    """Whether codes times these scales have as few significant bits as the codes, far from the ends of float32."""
-    bits = scale.view(torch.int32)
-    exponent = (bits >> 23) - 127
-    return bool(((bits & 0x7FFFFF) == 0).all() and (exponent.abs() <= MODERATE_EXPONENT).all())
-
-
-def _has_tiny_values(values: torch.Tensor) -> bool:
-    """Whether a bfloat16 matrix has values other than zero below 2**-MODERATE_EXPONENT."""
-    smallest = (127 - MODERATE_EXPONENT) << 7
-    for start in range(0, len(values), ROWS_PER_LOOK):
-        magnitude = values[start : start + ROWS_PER_LOOK].view(torch.int16) & 0x7FFF
-        if ((magnitude != 0) & (magnitude < smallest)).any():
-            return True
-    return False
-
-
-def _read_scale(
-    checkpoint: Checkpoint, info: TensorInfo, block: Block, rows: tuple[int, int]
-) -> tuple[torch.Tensor, Block]:
-    """Block scales of rows [start, stop). If `start` is inside a block, lower blocks are returned."""
-    start, stop = rows
-    scale = checkpoint.read_rows(info, start // block.rows, -(-stop // block.rows))
-    _check_scale_values(scale, info.name)
-    height = math.gcd(start, block.rows)
-    if height == block.rows:
-        return scale, block
-    used = torch.arange(start, stop, height) // block.rows - start // block.rows
-    as_bytes = scale.view(torch.uint8).view(len(scale), -1)
-    return as_bytes[used].view(scale.dtype), block._replace(rows=height)
-
-
-def read_matrix(checkpoint: Checkpoint, weight: Weight, rows: tuple[int, int] | None = None) -> Matrix:
-    """A weight as stored, or rows [start, stop) of it, from the files. Raises InputError for a NaN or a bad scale."""
-    name, stored = weight.name, format_of(weight)
-    assert stored is not None, "required_weights lets no other through"
-    start, stop = (0, weight.info.shape[0]) if rows is None else rows
-    shape = stop - start, weight.logical_shape[1]
-    values = checkpoint.read_rows(weight.info, start, stop)
-    if weight.format is Format.PLAIN:
-        exact = stored == BFLOAT16 and not _has_tiny_values(values)
-        return Matrix(name, stored, shape, values, exact_products=exact)
-    if weight.format is Format.FP8 and is_nan(values).any():
-        raise InputError(f"'{name}' holds a NaN", DAMAGED)
-    assert weight.scale is not None and weight.block is not None, "a quantized weight without fault has both"
-    scale, block = _read_scale(checkpoint, weight.scale, weight.block, (start, stop))
-    return Matrix(name, stored, shape, values, scale, block, _are_moderate_powers_of_two(decode_scale(scale)))
-
-
-def read_vector(
-    checkpoint: Checkpoint, config: Config, weight: Weight, rows: tuple[int, int] | None = None
-) -> torch.Tensor:
-    """A norm, bias, sink or other small tensor (or rows of it) as float32, or a table of expert ids as int64.
-
-    Raises InputError if a table names an expert that does not exist.
-    """
-    tensor = checkpoint.read_rows(weight.info, *(rows or (0, None)))
-    if tensor.is_floating_point():
-        return tensor.to(torch.float32)
-    wrong = tensor[(tensor < 0) | (tensor >= config.n_routed_experts)]
-    if len(wrong):
-        raise InputError(f"'{weight.name}' names expert {int(wrong[0])}, there are {config.n_routed_experts}")
-    return tensor.to(torch.int64)
-
-
-def _gather(checkpoint: Checkpoint, info: TensorInfo, rows: list[int]) -> torch.Tensor:
-    """Rows of a tensor in the order given, each read alone."""
-    found = checkpoint.read_rows(info, 0, 0)
-    parts = [checkpoint.read_rows(info, row, row + 1).view(torch.uint8) for row in rows]
-    return torch.cat([found.view(torch.uint8), *parts]).view(found.dtype)
-
-
-def read_single_rows(checkpoint: Checkpoint, weight: Weight, rows: list[int]) -> torch.Tensor:
-    """Rows of a weight in the order given, float32 [n, columns]. Raises InputError for a NaN or a bad scale."""
-    values, stored = _gather(checkpoint, weight.info, rows), format_of(weight)
-    assert stored is not None, "required_weights lets no other through"
-    shape = len(rows), weight.logical_shape[1]
-    if weight.scale is None or weight.block is None:
-        return Matrix(weight.name, stored, shape, values).decode()
-    if weight.format is Format.FP8 and is_nan(values).any():
-        raise InputError(f"'{weight.name}' holds a NaN", DAMAGED)
-    scale = _gather(checkpoint, weight.scale, [row // weight.block.rows for row in rows])
-    _check_scale_values(scale, weight.scale.name)
-    return Matrix(weight.name, stored, shape, values, scale, weight.block._replace(rows=1)).decode()

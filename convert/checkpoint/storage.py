@@ -117,7 +117,11 @@ class Folder:
         """Fill `buffer` from `offset`; threads may share the descriptor. Raises InputError if the file ends before."""
         descriptor, done = self._descriptor(name), 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                error.filename = str(self.path / name)  # the system knows a number only
+                raise
             if count == 0:
                 raise InputError(f"{self.label}: {name} ends at byte {offset + done}", "Download it again.")
             done += count

@@ -13,8 +13,8 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """The tensor of a safetensors dtype and shape that `data` holds, sharing its memory. F4: bytes of two codes each.
+def typed(data: torch.Tensor, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """Bytes (uint8, one dimension) as the tensor of a safetensors dtype and shape. F4: bytes of two codes each.
 
     Raises InputError, which names the tensor, for a dtype that torch does not have.
     """
@@ -23,6 +23,11 @@ def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...], name: str) ->
         raise InputError(f"'{name}' has dtype {dtype}, which torch cannot hold")
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
-    if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(data, dtype=torch.uint8).view(kind).view(shape)
+    return data.view(kind).view(shape) if len(data) else torch.empty(shape, dtype=kind)
+
+
+def as_tensor(data: bytearray, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """As `typed`, of a bytearray, whose memory the tensor shares."""
+    return typed(
+        torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8), dtype, shape, name
+    )

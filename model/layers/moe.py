@@ -6,6 +6,7 @@ over the sum of the chosen scores (V4.1 adds 1e-20 to it), and it multiplies the
 matrix.
 Experts are added up in the order of their number. Ranks that compute together have whole experts each, and bring the
 outputs together before anything is added, so that the order is the same for any number of ranks.
+Experts that are not in memory are read from the files while the shared expert and those before them are computed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from dsv4.model.weight_store import WeightView
 
 from .numerics import Numerics
 
+EXPERT_MATRICES = ("w1.weight", "w3.weight", "w2.weight")  # in the order of use
 ROWS_TOGETHER = 64  # of tokens times experts; with more, a matrix is enough work for one call
 
 
@@ -80,9 +82,21 @@ class MixtureOfExperts:
         Of the shared expert each rank has some rows of each matrix, of a routed one all or nothing.
         """
         numerics, ranks = self._numerics, self._numerics.group if share is None else SINGLE
-        gate, up = (numerics.product(x, weights.matrix(name)) for name in ("w1.weight", "w3.weight"))
+        *inward, outward = EXPERT_MATRICES
+        gate, up = (numerics.product(x, weights.matrix(name)) for name in inward)
         activation = numerics.kernels.swiglu(gate, up, self._config.swiglu_limit, share)
-        return ranks.all_gather(numerics.quantized_linear(ranks.all_gather(activation), weights.matrix("w2.weight")))
+        return ranks.all_gather(numerics.quantized_linear(ranks.all_gather(activation), weights.matrix(outward)))
+
+    def _mine(self, experts: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The chosen experts that this rank has, ascending: places of each in the flat list of experts [T, k].
+
+        Their matrices are read from now on, if they are in the files.
+        """
+        config = self._config
+        found, mine = by_expert(experts, config.n_routed_experts), self._numerics.group.experts(config)
+        chosen = {expert: places for expert, places in found if expert in mine}
+        self._weights.expect([f"experts.{expert}.{name}" for expert in chosen for name in EXPERT_MATRICES])
+        return chosen
 
     def _experts_together(self, rows: dict[int, torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
         """What `_expert` gives for each routed expert's rows [t, D], in that order, by few calls of the kernels.
@@ -101,26 +115,24 @@ class MixtureOfExperts:
         parts = torch.split(activation, [len(x) for x in rows.values()])
         return torch.cat(linears(products(parts, "w2.weight"), numerics.dtype))
 
-    def _routed(self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def _routed(self, x: torch.Tensor, experts: dict[int, torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
         """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
-        outputs = torch.zeros(experts.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
-        mine = self._numerics.group.experts(self._config)
-        found = by_expert(experts, self._config.n_routed_experts)
-        chosen = {expert: places for expert, places in found if expert in mine}
-        if self._weights.keep_everything and outputs.shape[0] <= ROWS_TOGETHER and chosen:
-            places = torch.cat(list(chosen.values()))
-            rows = {expert: x[places // experts.shape[1]] for expert, places in chosen.items()}
+        outputs = torch.zeros(shares.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
+        if self._weights.keep_everything and outputs.shape[0] <= ROWS_TOGETHER and experts:
+            places = torch.cat(list(experts.values()))
+            rows = {expert: x[places // shares.shape[1]] for expert, places in experts.items()}
             outputs[places] = self._experts_together(rows, shares.flatten()[places])
         else:
-            for expert, places in chosen.items():
+            for expert, places in experts.items():
                 weights = self._weights.view(f"experts.{expert}.")
-                outputs[places] = self._expert(x[places // experts.shape[1]], weights, shares.flatten()[places])
-        return self._numerics.group.all_reduce_disjoint(outputs.view(*experts.shape, -1))
+                outputs[places] = self._expert(x[places // shares.shape[1]], weights, shares.flatten()[places])
+        return self._numerics.group.all_reduce_disjoint(outputs.view(*shares.shape, -1))
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
+        mine = self._mine(experts)
         quantized = self._numerics.quantize(x)
-        total = in_order_of_experts(self._routed(quantized, experts, shares), experts)
         shared = self._expert(quantized, self._weights.view("shared_experts."), None)
+        total = in_order_of_experts(self._routed(quantized, mine, shares), experts)
         return (total + shared.to(torch.float32)).to(x.dtype), experts

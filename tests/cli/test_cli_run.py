@@ -647,6 +647,23 @@ def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
 
 # --- memory ---
 
+
+def test_what_came_from_the_files_is_reported(
+    capfd: Capture, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_json(capfd, folder, "--tokens", "0,5,9", *FEW)["statistics"]["from_files"] is None
+    assert "from the files" not in run(capfd, folder, "--tokens", "0,5,9", *FEW, "-v")[1]
+    allow_weights(monkeypatch, 400_000)
+    for more in (FEW, ("--logits", str(tmp_path / "l.safetensors"))):
+        found = run_json(capfd, folder, "--tokens", "0,5,9", *more)["statistics"]["from_files"]
+        assert 0 < found["matrices_read"] <= found["matrices_used"] and found["bytes_per_second"] > 0
+        assert found["hit_rate"] == 1 - found["matrices_read"] / found["matrices_used"]
+    line = rf"from the files: {found['matrices_used']} matrices used, \d+% of them in memory; [\d.]+ kB read at .*/s"
+    again = run(capfd, folder, "--tokens", "0,5,9", "--logits", str(tmp_path / "l.safetensors"), "-v")[1]
+    assert re.search(line, again), again
+    assert "from the files" not in run(capfd, folder, "--tokens", "0,5,9", *FEW)[1]
+
+
 # 180 MB of weights, nine tenths of them experts: more than what is left of the bound beside the interpreter and torch.
 LARGE = Geometry(
     vocab_size=2048, hidden_size=1024, compress_ratios=(0, 4, 128, 0), n_routed_experts=24, num_experts_per_tok=4,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Output
 
 VOCABULARY = 40
@@ -40,6 +41,7 @@ class FakeModel:
     def __init__(self, context: int = 100) -> None:
         self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context, num_hidden_layers=2)
         self.has_mtp = True
+        self.store = SimpleNamespace(statistics=ReadStatistics())
         self.calls = 0
         self._states: list[list[int]] = []  # what a hidden state stands for: the tokens up to its position
 

@@ -17,8 +17,8 @@ from dsv4.errors import UsageError
 from dsv4.model import loading
 from dsv4.model.config import Config
 from dsv4.model.parallel import TensorParallelGroup, check_divisible
+from dsv4.model.reading.matrices import read_matrix, read_vector
 from dsv4.model.weight_store import is_matrix
-from dsv4.model.weights import read_matrix, read_vector
 
 # Four groups of heads, a quarter of hidden_size that ends inside a block of 128 rows, a hash layer, both compressors,
 # an MTP block. Four ranks have ten heads each, no multiple of the four that a kernel computes at once.
@@ -175,14 +175,13 @@ class TestSlices:
     def test_a_rank_reads_its_own_only(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = Checkpoint.open(folder)
         read: dict[str, int] = {}
-        right = Checkpoint.read_bytes
+        right = Checkpoint.read_into
 
-        def counted(self: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> bytearray:
-            data = right(self, name, start, stop)
-            read[name] = read.get(name, 0) + len(data)
-            return data
+        def counted(self: Checkpoint, name: str, buffer: memoryview, start: int = 0) -> None:
+            right(self, name, buffer, start)
+            read[name] = read.get(name, 0) + len(buffer)
 
-        monkeypatch.setattr(Checkpoint, "read_bytes", counted)
+        monkeypatch.setattr(Checkpoint, "read_into", counted)
         loading.load(checkpoint, group=TensorParallelGroup(1, 4))
         config = Config.from_json(checkpoint.config)
         mine = TensorParallelGroup(1, 4).experts(config)

@@ -1,5 +1,8 @@
 """Weights in memory or in the files: the same bits, within the limit, and only the chosen experts are read."""
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +11,10 @@ import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.errors import MachineError
+from dsv4.errors import InputError, MachineError
 from dsv4.model import load
+from dsv4.model.reading import matrices
+from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Transformer
 from dsv4.model.weight_store import MemoryNeed, WeightStore
 
@@ -72,7 +77,7 @@ def test_the_limit_holds_at_every_module(
     """Also where the tokens choose more experts than fit."""
     least = smallest(folder)
     limit, read, right = int(least + share * (resident[1] - least)), set(), WeightStore._read
-    monkeypatch.setattr(WeightStore, "_read", lambda self, name: read.add(name) or right(self, name))
+    monkeypatch.setattr(WeightStore, "_read", lambda self, name, memory: read.add(name) or right(self, name, memory))
     model, held = load(folder, max_memory=limit), []
     cache = model.new_cache(1)
     for token in range(40):
@@ -99,7 +104,7 @@ def test_only_chosen_experts_are_read(folder: Path, monkeypatch: pytest.MonkeyPa
     model = load(folder, max_memory=smallest(folder))
     read: list[str] = []
     right = WeightStore._read
-    monkeypatch.setattr(WeightStore, "_read", lambda self, name: read.append(name) or right(self, name))
+    monkeypatch.setattr(WeightStore, "_read", lambda self, name, memory: read.append(name) or right(self, name, memory))
     chosen: dict[str, set[int]] = {}
 
     def trace(name: str, tensor: torch.Tensor) -> None:
@@ -123,6 +128,79 @@ def test_hot_experts_are_read_once(folder: Path, resident: tuple[torch.Tensor, i
         model.forward(part, model.new_cache(1))
         reads.append(model.store.reads)
     assert reads[1] - reads[0] < reads[0]
+
+
+def test_a_prompt_reads_each_chosen_expert_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = load(folder, max_memory=smallest(folder)), []
+    right = WeightStore._read
+    monkeypatch.setattr(WeightStore, "_read", lambda self, name, memory: read.append(name) or right(self, name, memory))
+    model.forward(TOKENS, model.new_cache(1))
+    experts = [name for name in read if ".experts." in name]
+    assert len(experts) > 3 * 2 * 2 and len(experts) == len(set(experts))
+
+
+def test_a_weight_is_checked_when_it_is_read_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again, however often it is read."""
+    checked, right = [], matrices.are_scales
+    monkeypatch.setattr(matrices, "are_scales", lambda scale: checked.append(scale.shape) or right(scale))
+    model = load(folder, max_memory=smallest(folder))
+    steps(model)
+    first, reads = len(checked), model.store.reads
+    steps(model)
+    assert first and len(checked) == first and model.store.reads > reads
+
+
+def test_statistics(folder: Path) -> None:
+    model = load(folder, max_memory=smallest(folder))
+    assert model.store.statistics == ReadStatistics() and model.store.statistics.hit_rate is None
+    steps(model)
+    found = model.store.statistics
+    assert 0 < found.read <= found.used and found.bytes_read > 0 and found.bytes_per_second
+    assert found.hit_rate == 1 - found.read / found.used
+    whole = load(folder)
+    steps(whole)
+    assert whole.store.statistics == ReadStatistics()
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    return folder / Checkpoint.open(folder).tensors[name].shard
+
+
+EXPERT = "layers.1.ffn.experts.3.w1.weight"
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    model = load(copy, max_memory=smallest(copy))
+    shard = shard_of(copy, EXPERT)
+    os.truncate(shard, 5000)
+    with pytest.raises(InputError, match=rf"{shard.name} ends at byte \d+"):
+        steps(model)
+
+
+def test_a_file_that_is_gone_before_it_is_read(folder: Path, tmp_path: Path) -> None:
+    """One that is open stays readable, on a system that has open files without a name."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    model = load(copy, max_memory=smallest(copy))
+    logits = steps(model)
+    for path in copy.glob("*.safetensors"):
+        path.unlink()
+    assert torch.equal(steps(model), logits)
+    model.store.checkpoint.close()
+    with pytest.raises(InputError, match=r"model-\d+-of-\d+\.safetensors is missing"):
+        steps(model)
+
+
+def test_an_error_of_the_disk_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the command line reports with exit code 4 (tests/cli)."""
+    model = load(folder, max_memory=smallest(folder))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match=r"Input/output error: '.*model-\d+-of-\d+\.safetensors'"):
+        steps(model)
 
 
 def test_progress_ends_at_its_total(folder: Path) -> None:

@@ -11,6 +11,7 @@ from dsv4.text import human_bytes, human_seconds
 
 from .options import RunOptions
 from .prompts import Dialogue, Prompt
+from .reads import reads_json, say_reads
 from .source import Source
 
 if TYPE_CHECKING:
@@ -206,8 +207,10 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
             elif show is not None:
                 out.data()
     say_statistics(out, answers.statistics, answers.generation.mtp)
+    say_reads(answers.model, out)
     result = {"answers": results, "seed": answers.generation.sampling.seed}
     if dialogue.edition is not None:
         result["edition_reason"] = dialogue.edition.reason
-    out.result({**result, "statistics": statistics_json(answers.statistics)})
+    took = {**statistics_json(answers.statistics), "from_files": reads_json(answers.model)}
+    out.result({**result, "statistics": took})
     return EXIT_DONE

@@ -15,6 +15,7 @@ from dsv4.output import Output
 
 from .answers import Generation, TokenProgress, say_statistics
 from .prompts import Dialogue, starting_messages
+from .reads import say_reads
 from .source import Source
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Chat:
             )
         self.out.data(text.rest())
         say_statistics(self.out, statistics, self.generation.mtp)
+        say_reads(self.model, self.out)
 
     def answer(self, line: str) -> None:
         """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""

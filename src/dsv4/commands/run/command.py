@@ -23,7 +23,7 @@ from .answers import BATCH, Answers, Generation, answer_prompts
 from .compare import compare_checkpoints
 from .logits import save_logits
 from .options import RunOptions
-from .placement import Placement, kind_of, load_model, place, working_memory
+from .placement import Placement, Work, kind_of, load_model, place, working_memory
 from .prompts import Dialogue, Prompt, gather
 from .source import Source, open_source
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dsv4.distributed import Ranks
     from dsv4.model.chat.tokenizer import TextTokenizer
     from dsv4.model.evaluate.trace import TraceWriter
+
+CHAT_CONTEXT = 65536  # tokens whose keys have room from the start; the keys of a longer chat come on top
 
 EPILOG = example(
     "dsv4 run ./DeepSeek-V4-Flash",
@@ -90,9 +92,9 @@ class _Run:
             self.source.check_prompt(prompt.tokens)
         return prompts
 
-    def placement(self, sequences: int, longest: int, logit_rows: int = 0) -> Placement:
-        """Where this process computes, with memory for so many tokens at once and logits of so many positions."""
-        options, working = self.options, working_memory(self.source.config, sequences, longest, logit_rows)
+    def placement(self, work: Work) -> Placement:
+        """Where this process computes, with memory for this work beside the weights."""
+        options, working = self.options, working_memory(self.source.config, work, not self.options.no_simulation)
         size = None if options.max_memory is None else parse_size(options.max_memory)
         return place(options.device, not options.no_simulation, size, self.ranks, working)
 
@@ -114,13 +116,15 @@ class _Run:
         from .chat import Chat, talk
 
         generation = self.generation()
-        model = load_model(self.source, self.placement(1, self.source.config.max_position_embeddings), self.out)
+        context = min(self.source.config.max_position_embeddings, CHAT_CONTEXT)
+        model = load_model(self.source, self.placement(Work(1, context, context)), self.out)
         return talk(Chat(model, self.source, tokenizer, self.dialogue, generation, self.out))
 
     def answer(self, prompts: list[Prompt]) -> int:
         """Answer all prompts; the exit code."""
         generation, longest = self.generation(), max(len(prompt.tokens) for prompt in prompts)
-        model = load_model(self.source, self.placement(min(len(prompts), BATCH), longest), self.out)
+        work = Work(min(len(prompts), BATCH), longest, longest + self.options.max_new_tokens)
+        model = load_model(self.source, self.placement(work), self.out)
         with _tracing(self.trace) as trace:
             return answer_prompts(Answers(model, generation, self.tokenizer, self.out), prompts, self.dialogue, trace)
 
@@ -137,7 +141,7 @@ class _Run:
     def _for_logits(self, tokens: list[int]) -> Placement:
         """With memory for the logits of every position, of both checkpoints where two are compared."""
         checkpoints = 1 if self.options.compare is None else 2
-        return self.placement(1, len(tokens), checkpoints * len(tokens))
+        return self.placement(Work(1, len(tokens), len(tokens), checkpoints * len(tokens)))
 
 
 def _single(prompts: list[Prompt]) -> list[int]:

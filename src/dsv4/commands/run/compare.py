@@ -18,6 +18,7 @@ from .answers import TokenProgress
 from .logits import say_timing
 from .options import RunOptions
 from .placement import Placement, load_model
+from .reads import say_reads
 from .source import Source
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def _run(
         fingerprints = Fingerprints(earlier, print_difference)
         evaluation = teacher_forced(model, tokens, prefill, mtp=mtp, trace=fingerprints, on_progress=bar.advance)
     say_timing(evaluation, out)
+    say_reads(model, out)
     del model
     gc.collect()
     return Run(evaluation, fingerprints)

@@ -9,6 +9,7 @@ from dsv4.output import Output
 from dsv4.text import human_bytes
 
 from .answers import TokenProgress, rate, seconds_text
+from .reads import reads_json, say_reads
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.logits import Evaluation
@@ -60,8 +61,10 @@ def save_logits(
         write_logits(evaluation, file)
     out.say(f"wrote logits of {len(tokens)} positions to {path}")
     say_timing(evaluation, out)
+    say_reads(model, out)
     shapes: dict[str, Any] = {"logits": list(evaluation.logits.shape)}
     if evaluation.mtp_logits is not None:
         shapes["mtp_logits"] = list(evaluation.mtp_logits.shape)
-    out.result({"file": path, "shapes": shapes, "statistics": timing(evaluation)})
+    took = {**timing(evaluation), "from_files": reads_json(model)}
+    out.result({"file": path, "shapes": shapes, "statistics": took})
     return EXIT_DONE

@@ -4,9 +4,9 @@ All of it is decided once, when the prompts are known and before any weight is r
 process; the engine's bound is on weights alone. What is left for weights is the bound less
 
     what the process occupies already   the interpreter, torch, the headers of all shards
-    activations and logits              by the model's widths and the tokens of one piece, see `working_memory`
+    activations, keys and logits        by the model's widths and the number of tokens, see `working_memory`
 
-of which weights get CPU_SHARE on a CPU. On another device the bound is on that device's memory.
+On another device than a CPU the bound is on that device's memory.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dsv4.model.transformer import Transformer
 
 WIDEST_TENSORS = 12  # float32 tensors of a piece's widest activation that are alive at once, as measured
-CPU_SHARE = 0.75  # of what is left, for weights: freed buffers stay with the allocator, up to a third of their size
+ROTARY_TABLES = 4  # cosines and sines of half the dimensions, with and without YaRN, while they are made longer
 FIRST_USE = 32 * 2**20  # threads' stacks and libraries that are loaded with the first layer
 
 
@@ -51,18 +51,31 @@ def kind_of(device: str) -> str:
     return device.partition(":")[0]
 
 
-def working_memory(config: "Config", sequences: int, longest: int, logit_rows: int = 0) -> int:
-    """Bytes of activations and logits at most: float32, of one layer and one piece of a call of the engine.
+@dataclass(frozen=True)
+class Work:
+    """What is computed, as far as it takes memory.
 
-    sequences: prompts computed together, the longest of which has `longest` tokens. logit_rows: positions whose
-    logits are kept, of the main model and of the MTP block.
+    sequences: prompts computed together, the longest of which has `longest` tokens and grows to `context`.
+    logit_rows: positions whose logits are kept, of the main model and of the MTP block.
     """
+
+    sequences: int
+    longest: int
+    context: int
+    logit_rows: int = 0
+
+
+def working_memory(config: "Config", work: Work, simulation: bool) -> int:
+    """Bytes at most of activations and logits of one piece of a call, and of the keys and tables of whole contexts."""
+    from dsv4.model.cache import cache_bytes
     from dsv4.model.transformer import TOKENS_PER_PIECE
 
     widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
-    tokens = sequences * min(longest, TOKENS_PER_PIECE)
-    logits = 2 * (logit_rows + tokens) if logit_rows else sequences
-    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size)
+    tokens = work.sequences * min(work.longest, TOKENS_PER_PIECE)
+    logits = 2 * (work.logit_rows + tokens) if work.logit_rows else work.sequences
+    keys = work.sequences * cache_bytes(config, work.context, TOKENS_PER_PIECE, 2 if simulation else 4)
+    tables = ROTARY_TABLES * work.context * config.qk_rope_head_dim * 4
+    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size) + keys + tables
 
 
 def device_of(device: str, ranks: "Ranks | None") -> str:
@@ -96,16 +109,11 @@ def _free_memory(device: str, ranks: "Ranks | None") -> int:
     return usable_memory() // (ranks.local_count if ranks else 1)
 
 
-def _share(device: str) -> float:
-    """The share of the memory left that weights may take."""
-    return CPU_SHARE if kind_of(device) == "cpu" else 1.0
-
-
 def memory_for_weights(max_memory: int | None, device: str, ranks: "Ranks | None", working: int) -> tuple[int, int]:
     """(bytes of weights that may stay in memory, bytes that the process needs besides); the first may be negative."""
     occupied = peak_memory() if kind_of(device) == "cpu" else 0
     free = _free_memory(device, ranks) if max_memory is None else max_memory - occupied
-    return int((free - working) * _share(device)), occupied + working
+    return free - working, occupied + working
 
 
 def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks | None", working: int) -> Placement:
@@ -148,7 +156,7 @@ def load_model(source: Source, placement: Placement, out: Output) -> "Transforme
                 placement.group,
             )
         except TooLittleMemory as error:
-            needed = placement.other_bytes + int(error.least / _share(placement.device))
+            needed = placement.other_bytes + error.least
             raise MachineError(
                 f"too little memory: the weights need {human_bytes(error.least)} at least, "
                 f"everything else {human_bytes(placement.other_bytes)}",

@@ -1,0 +1,62 @@
+"""How well weights come from the files: matrices used and read, bytes, and the time in which something was read."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReadStatistics:
+    """Of the weights that are not in memory for good. seconds: wall-clock time in which at least one was being read."""
+
+    used: int = 0
+    read: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of uses that found the matrix in memory; None if none was used."""
+        return 1 - self.read / self.used if self.used else None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """While something was read; None if nothing was."""
+        return self.bytes_read / self.seconds if self.seconds else None
+
+
+class ReadMeter:
+    """Counts reads of several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at_work, self._since = 0, 0.0
+        self._used, self._read, self._bytes, self._seconds = 0, 0, 0, 0.0
+
+    def use(self) -> None:
+        """A matrix is used, wherever it comes from."""
+        with self._lock:
+            self._used += 1
+
+    @contextmanager
+    def reading(self, nbytes: int) -> Iterator[None]:
+        """While a matrix of so many bytes is read."""
+        with self._lock:
+            self._at_work += 1
+            if self._at_work == 1:
+                self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work -= 1
+                self._read, self._bytes = self._read + 1, self._bytes + nbytes
+                if not self._at_work:
+                    self._seconds += time.perf_counter() - self._since
+
+    def statistics(self) -> ReadStatistics:
+        """So far."""
+        with self._lock:
+            return ReadStatistics(self._used, self._read, self._bytes, self._seconds)

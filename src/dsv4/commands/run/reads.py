@@ -1,0 +1,32 @@
+"""How well the weights came that are not in memory for good: for `run -v` and `--json`."""
+
+from typing import TYPE_CHECKING, Any
+
+from dsv4.output import Output
+from dsv4.text import human_bytes
+
+if TYPE_CHECKING:
+    from dsv4.model.transformer import Transformer
+
+
+def reads_json(model: "Transformer") -> dict[str, Any] | None:
+    """What was read from the files since loading; None if every weight that was used is in memory for good."""
+    found = model.store.statistics
+    if not found.used:
+        return None
+    return {
+        "matrices_used": found.used,
+        "matrices_read": found.read,
+        "hit_rate": found.hit_rate,
+        "bytes_read": found.bytes_read,
+        "bytes_per_second": found.bytes_per_second,
+    }
+
+
+def say_reads(model: "Transformer", out: Output) -> None:
+    """The same as a line of `-v`."""
+    found = model.store.statistics
+    if found.hit_rate is not None:
+        line = f"weights from the files: {found.used} matrices used, {100 * found.hit_rate:.0f}% of them in memory"
+        rate = f" at {human_bytes(found.bytes_per_second)}/s" if found.bytes_per_second else ""
+        out.detail(f"{line}; {human_bytes(found.bytes_read)} read{rate}")
