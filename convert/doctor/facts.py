@@ -37,16 +37,16 @@ from dsv4.progress import Reached, ignore
 
 @dataclass
 class Facts:
-    """One folder as the rules see it.
+    """One folder as the rules use it.
 
     checkpoint: the opened folder, for planning a conversion; None for rank files. files: names of all files.
-    experts, wo_a: formats (fp4, fp8, bf16, or the dtype of anything else) that the routed experts and attn.wo_a are
-    stored in. draft_experts: that of the draft stages' experts if it is another one than all others have, else "";
-    nothing else is about them then. expert_scales: dtypes of the experts' block scales.
+    experts, wo_a: formats (fp4, fp8, bf16, or another dtype) of the routed experts and of attn.wo_a. draft_experts:
+    the format of the draft stages' experts if it differs from that of all others, else ""; if it differs, the other
+    fields leave them out. expert_scales: dtypes of the experts' block scales.
     quantized: whether any weight is FP4 or FP8.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
-    ranks: number of rank files. problems: what is wrong with names, shapes and scales.
-    notes: what was ignored on opening. pointers: files that are git-LFS pointers.
+    ranks: number of rank files. problems: faults in names, shapes and scales.
+    notes: lines about ignored files and tensors. pointers: files that are git-LFS pointers.
     foreign: the quantization of another tool, if it has one; names, shapes and scales are not checked then.
     form: the form of another tool that it is stored in and dsv4 reads, "" for the release's.
     unreadable: why the folder cannot be read, and all the rest is empty; None if it can.
@@ -79,7 +79,7 @@ class Facts:
 
     @property
     def stored(self) -> Stored:
-        """How it is stored, for caveats."""
+        """The formats that caveats depend on."""
         return Stored(layout=self.layout, experts=self.experts, wo_a=self.wo_a, quantized=self.quantized, mtp=self.mtp)
 
     @property

@@ -1,7 +1,6 @@
 """Does this engine read this folder right? The rules compare the folder with the engine's row.
 
-Where nobody knows, the verdict is `unknown`, and `doctor` does not say yes. What a yes rests on is in the row's
-`evidence`.
+Untested combinations get the verdict `unknown` and exit 1. The row's `evidence` says how the others were tested.
 
 Many rules are about faults that no engine reports: vLLM copies E8M0 expert scales byte by byte into float32, a missing
 expert_dtype means fp4 to one engine and fp8 to another, and a weight without its scale is read as unscaled codes.
@@ -37,7 +36,7 @@ from .facts import Facts, gather
 
 Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
 
-# wrong: it loads and computes something else. refuses: it stops with an error. unknown: nobody has shown that it works.
+# wrong: it loads and computes something else. refuses: it stops with an error. unknown: not tested.
 FAILURES = ("wrong", "refuses")
 
 
@@ -53,7 +52,7 @@ class Check:
 
 
 class Advice(NamedTuple):
-    """What to do about a failure: in words, and as a command whose dry run succeeds. Each may be ""."""
+    """What to do about a failure: a sentence, and a command whose dry run succeeds. Each may be ""."""
 
     fix: str
     command: str
@@ -70,7 +69,7 @@ def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | None:
 
 @dataclass(frozen=True)
 class RuleContext:
-    """What a rule looks at: the folder, the engine that is to load it and the number of ranks, if it was given."""
+    """The input of a rule: the folder's facts, the engine, and the number of ranks if it was given."""
 
     facts: Facts
     name: EngineName
@@ -79,7 +78,7 @@ class RuleContext:
 
     @cached_property
     def convert(self) -> Advice:
-        """How to write this checkpoint for this engine."""
+        """Advice: convert this checkpoint for this engine."""
         if self.engine.layout == "mp":
             return self._rank_files(self.tensor_parallel)
         decoded = not self.facts.wo_a <= set(self.engine.wo_a)  # FP8 from BF16 would be a new quantization
@@ -87,7 +86,7 @@ class RuleContext:
 
     @cached_property
     def decode(self) -> Advice:
-        """How to write this checkpoint without quantization."""
+        """Advice: convert this checkpoint to BF16."""
         return self._advice("--to bf16", resolve("bf16"))
 
     def _rank_files(self, ranks: int | None) -> Advice:
@@ -165,7 +164,7 @@ def _experts(p: RuleContext) -> Iterator[Check]:
         yield Check("experts", "ok", stored[0])
     if p.facts.draft_experts:
         found = f"those of the draft blocks are {p.facts.draft_experts}: drafting from them was not tried"
-        # who takes rank files loads all blocks as one model; the others load the draft blocks for drafting only
+        # engines that read rank files load all blocks as one model; the others load the draft blocks for drafting only
         yield Check("experts", "note" if p.engine.layout == "hf" else "unknown", found)
 
 
@@ -342,7 +341,7 @@ RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files
 class Diagnosis:
     """All verdicts about one folder and one engine.
 
-    evidence: what the engine's rules were checked against, None if nothing was executed. start: the command that
+    evidence: how the engine's rules were checked, None if they were not. start: the command that
     starts the engine on the folder, "" if it has none.
     """
 
@@ -396,7 +395,7 @@ def diagnose(
     checks = list(_layout(context))
     if facts.unreadable is not None:
         checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
-    elif checks[0].status == "ok":  # of a layout that it does not read at all, nothing else matters
+    elif checks[0].status == "ok":  # it does not read this layout at all: no other rule applies
         rules = RULES_FOR_FOREIGN if facts.foreign else RULES_FOR_FORMS if facts.form else RULES
         checks += [check for rule in rules for check in rule(context)]
     return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context))

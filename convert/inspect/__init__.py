@@ -1,1 +1,1 @@
-"""What `dsv4 inspect` shows: parameters, cache sizes, findings, single tensors."""
+"""The facts that `dsv4 inspect` shows: parameters, cache sizes, findings, single tensors."""

@@ -1,10 +1,10 @@
-"""What looks wrong with a checkpoint that opens: its config, its headers and its side files against each other.
+"""Faults of a checkpoint that opens: compares its config, its headers and its side files with each other.
 
-`Checkpoint.open` already refuses a folder whose files do not fit together. What is left are checkpoints that load
-and compute nonsense: a config that says fp8 over packed FP4, a scale of the wrong shape, an expert that is missing.
+`Checkpoint.open` already refuses a folder whose files do not fit together. This module finds checkpoints that load
+but compute nonsense: a config that says fp8 over packed FP4, a scale of the wrong shape, an expert that is missing.
 Thousands of tensors can share one fault, so findings are grouped by the name with its numbers left out.
 
-Two levels: a problem is something an engine will trip over, a note is something worth knowing.
+Two levels: a problem makes an engine fail or compute wrongly, a note does not.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that looks wrong, and what to do about it (may be empty)."""
+    """One fault or note, and what to do about it (may be empty)."""
 
     level: Level
     text: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def _grouped(faults: Iterable[tuple[str, str]], level: Level, hint: str = "") -> Iterator[Finding]:
-    """One finding for all (tensor, what is wrong) of the same pattern and wording."""
+    """One finding for all (tensor, fault) with the same name pattern and text."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, wrong in faults:
         groups.setdefault((pattern_of(name), wrong), []).append(name)
@@ -58,7 +58,7 @@ def scale_findings(weights: Mapping[str, Weight]) -> Iterator[Finding]:
 
 
 def _mixture(formats: ExpertFormats) -> Iterator[Finding]:
-    """Draft stages in another format than the main stack are usual; both mixed within themselves are not."""
+    """Experts of mixed formats. Draft stages in another format than the main stack are usual and no fault."""
     held = ", ".join(sorted(formats.every))
     if formats.drafts_differ:
         (main,), (drafts,) = formats.main, formats.drafts
@@ -166,7 +166,7 @@ def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> l
     """Every finding about an opened checkpoint, problems first."""
     config = checkpoint.config
     foreign = foreign_quantization(config, checkpoint.tensors)
-    if foreign is not None:  # names, dtypes, shapes and scales are those of another tool
+    if foreign is not None:  # another tool's names, dtypes, shapes and scales are not checked
         return [Finding("problem", f"the checkpoint is {foreign}", HINT), *_files(checkpoint)]
     found = [
         *_spelling(checkpoint.config_json),

@@ -1,7 +1,7 @@
-"""What is in a checkpoint, from its headers alone: a few MB read, even of V4-Pro's 865 GB.
+"""The contents of a checkpoint, from its headers alone: a few MB are read, even of V4-Pro's 865 GB.
 
-`inspect_checkpoint` collects facts; printing them is the command's business. Everything is counted from the tensors
-where the tensors can say it (parameters, layer kinds, storage), and taken from config.json only where they cannot.
+`inspect_checkpoint` collects facts; the command prints them. Parameters, layer kinds and formats are counted from the
+tensors; only what tensors do not show is taken from config.json.
 """
 
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ Routing = Literal["hash", "score", "none"]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the main stack. `ratio` is None where neither the tensors nor the config say it."""
+    """One layer of the main stack. `ratio` is None if neither tensors nor config give it."""
 
     index: int
     ratio: int | None
     attention: Attention
     routing: Routing
-    experts: int  # routed experts that are there
+    experts: int  # number of routed experts present
 
     @property
     def indexed(self) -> bool:
@@ -65,7 +65,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything `dsv4 inspect` shows. For a single file `config` is empty and what needs it is None."""
+    """Everything `dsv4 inspect` shows. For a single file `config` is empty and fields that need it are None."""
 
     label: str
     form: str  # of another tool; "" for the release's own
@@ -84,7 +84,7 @@ class Inspection:
 
 
 def _label(checkpoint: Checkpoint) -> str:
-    """How the checkpoint is called: one file without a config by its own path, not its folder's."""
+    """The name to show: the path of the file if it is one file without a config, else that of the folder."""
     label = checkpoint.storage.label
     return label if checkpoint.config else f"{label}/{next(iter(checkpoint.shards))}"
 
@@ -141,11 +141,11 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
     try:
         return sizes_after_conversion(checkpoint)
     except InputError:
-        return None  # the findings say what is wrong
+        return None  # the findings name the fault
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Facts about an opened checkpoint and what looks wrong with it; of a single file only the facts."""
+    """Facts and findings about an opened checkpoint; for a single file only the facts."""
     tensors, config = checkpoint.tensors, checkpoint.config
     weights = find_weights(tensors, config)
     layers, mtp_blocks = _layers(tensors, config)

@@ -1,18 +1,18 @@
-"""Bytes of KV cache for one sequence, by the architecture's definition and the release's storage.
+"""Bytes of KV cache for one sequence, from the architecture and the formats that the release stores it in.
 
 Keys and values are one vector of `head_dim` per position. Every layer keeps the last `sliding_window` of them; a
 layer with compress ratio m keeps one more for every m tokens; a layer with an indexer keeps an index key of
-`index_head_dim` for each compressed entry as well. Stored as the release counts it:
+`index_head_dim` for each compressed entry as well. The release counts these bytes:
 
     entry      head_dim - r dims in float8_e4m3fn, the r rotary dims in bfloat16    448 + 2 * 64 = 576 bytes
     index key  float4_e2m1fn and one float8_e8m0fnu scale per 32 dims               128 / 2 + 4  =  68 bytes
 
 Scales of the FP8 part (one per 64 dims, 7 bytes an entry, 1%) and the raw state of the unfinished block of each
-compressor are not counted, as the release does not. The draft blocks keep a window each, not counted either.
+compressor are not counted, as in the release's figures. Neither is the window that each draft block keeps.
 
-The release's claim is a share of DeepSeek-V3.2's cache at a million tokens; V3.2 keeps a latent of 512 dims, 64 rotary
-dims and an index key of 128 dims per token in each of its 61 layers. How its numbers are stored decides the share, so
-all the usual ways are given.
+The release states the size as a share of DeepSeek-V3.2's cache at a million tokens. V3.2 keeps a latent of 512 dims,
+64 rotary dims and an index key of 128 dims per token in each of its 61 layers. The share depends on V3.2's format, so
+it is given for each of the usual ones.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ V3_2_STORAGE = {
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What decides the size: one compress ratio per layer (0: window only), which layers index, and the widths."""
+    """Quantities that decide the size: a compress ratio per layer (0: window only), which layers index, and the widths."""
 
     ratios: tuple[int, ...]
     indexed: tuple[bool, ...]

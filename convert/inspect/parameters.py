@@ -1,9 +1,9 @@
-"""How many parameters a checkpoint has, in total and at work for one token, counted from its headers.
+"""Counts the parameters of a checkpoint from its headers: in total, and active for one token.
 
 The release's own numbers (V4-Flash 284B / 13B, V4-Pro 1.6T / 49B) count the main stack: the draft blocks `mtp.*`
 come on top and are counted apart here. A packed FP4 byte is two parameters; block scales and the table `tid2eid`
-are bookkeeping, not parameters. A token uses everything but the routed experts that its router did not choose and
-the tables it only picks a row from (the input embedding and, in V4.1, the engram embeddings).
+are not parameters. A token uses all parameters except the routed experts that its router did not choose and the
+tables of which it reads one row (the input embedding and, in V4.1, the engram embeddings).
 """
 
 import math
@@ -46,7 +46,7 @@ def family(name: str) -> str:
 
 
 def parameters_of(weight: Weight) -> int:
-    """Parameters in one tensor: elements, FP4 unpacked; none for scales that have lost their weight and `tid2eid`."""
+    """Parameters in one tensor: elements, FP4 unpacked; none for `tid2eid` and scales without a weight."""
     if is_scale(weight.name) or weight.name.endswith(".tid2eid"):
         return 0
     return math.prod(weight.logical_shape)

@@ -1,8 +1,8 @@
-"""One tensor up close: its values, the codes and scales they are made of, and how they are distributed.
+"""The values of one tensor, their codes and scales, and the distribution of all three.
 
 The corner (first rows and columns) is shown as stored and as decoded. The distribution is over the whole tensor, read
-in pieces of bounded size: how often each FP4 code or scale byte occurs, and for everything with a floating point how
-many values lie in each power of two, [2**e, 2**(e+1)), which is the histogram that says whether a format can hold them.
+in pieces of bounded size: how often each FP4 code or scale byte occurs, and for floating point values how many lie in
+each [2**e, 2**(e+1)). That histogram shows whether a format can hold them.
 """
 
 import math
@@ -32,7 +32,7 @@ NAMES = {
 
 @dataclass
 class TensorView:
-    """What `--tensor` shows. Codes and scales are of the corner; counts are of the whole tensor."""
+    """The facts that `--tensor` shows. Codes and scales are of the corner; counts are of the whole tensor."""
 
     info: TensorInfo
     format: str
@@ -61,7 +61,7 @@ class TensorView:
 
 
 def _describe(info: TensorInfo, checkpoint: Checkpoint) -> TensorView:
-    """The tensor as its dtype and its scale say; a scale by itself is a tensor like any other."""
+    """Classify the tensor by its dtype and its scale; a scale on its own counts as plain."""
     scales = scales_of(info.name, checkpoint.tensors)
     alone = {one.name: one for one in (info, *scales)}
     weight = find_weights(alone, checkpoint.config)[info.name]

@@ -1,1 +1,1 @@
-"""Carrying out a plan: pieces, shards, journal, manifest. The only room that writes output files."""
+"""Executes a plan: pieces, shards, journal, manifest. The only room that writes output files."""

@@ -1,17 +1,16 @@
 """The only module that opens output files for writing, fsyncs and renames (lock.py takes the locks).
 
 A file appears under its final name in one step and complete: written under a temporary name in the same folder,
-length checked, fsynced, renamed, and the folder fsynced too. Whatever happens before the rename leaves at most a
-temporary file, which the next run into the folder removes. An fsync that fails is fatal and never repeated: after it
-the kernel may have dropped the pages, and a second call would report success for data that is gone.
+length checked, fsynced, renamed, and the folder fsynced too. A run that ends before the rename leaves at most a
+temporary file, which the next run into the folder removes. A failed fsync is fatal and not repeated: the kernel may
+have dropped the pages, and a second call would report success for lost data.
 
-What a system or file system cannot do is left out: space that cannot be asked for ahead, writes past the page cache,
-an fsync. Only the last one costs a promise, so `commit` says whether the file is durable.
+Operations that a system or file system lacks are left out: preallocation, O_DIRECT, fsync. Without fsync a file may be
+lost in a power cut, so `commit` returns whether the file is durable.
 
-Large files go past the page cache (O_DIRECT) where the file system can do that: writing then costs a tenth of the
-processor time, which hashing needs, does not push other things out of memory, and leaves the last fsync next to
-nothing to wait for, so that an interrupt is served at once however large the shard. Where it cannot, writing is as
-usual.
+Large files are written with O_DIRECT where the file system supports it. Writing then takes a tenth of the processor
+time, which hashing needs, and keeps other programs' pages in the page cache. The last fsync has almost nothing left to
+write, so an interrupt takes effect at once for shards of any size. Elsewhere writes go through the page cache.
 """
 
 import ctypes
@@ -34,19 +33,21 @@ from dsv4.files import PREFIX, UNSUPPORTED, fsync, fsync_folder
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
-SCRATCH_NAME = PREFIX + "scratch"  # source shards of a hub while they are read; parts have one each
+SCRATCH_NAME = PREFIX + "scratch"  # fetched source shards; each part of a conversion has its own
 _PART_SUFFIX = ".part"
-WRITE_BYTES = 8 * 2**20  # one write call at most: an interrupt is served between two of them
-DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written past the page cache, if given in whole pages
+WRITE_BYTES = 8 * 2**20  # largest write call: an interrupt takes effect between two of them
+DIRECT_BYTES = 2 * WRITE_BYTES  # files from this size on are written with O_DIRECT, if given in whole pages
 SLOW_TO_DELETE_BYTES = 6 * 2**30  # file systems need up to a tenth of a second for each GB
-FLUSH_BYTES = 64 * 2**20  # with it, the disk begins to write after so many: the last fsync has little left to do
+FLUSH_BYTES = (
+    64 * 2**20
+)  # with the page cache, write-back starts after this many bytes: little is left for the last fsync
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Have the file system set space aside. Raises OSError if there is too little; does nothing where it cannot.
+    """Reserve space in the file system. Raises OSError if there is too little; does nothing where it cannot.
 
-    By the system call and not by posix_fallocate: where the file system cannot, the C library of Linux would write a
-    byte into each block instead, and the file would cross a network twice.
+    Uses the system call and not posix_fallocate: on file systems without it, glibc writes a byte into each block, so
+    the file would cross a network twice.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if call is None:  # not on Linux
@@ -96,7 +97,7 @@ class AtomicFile:
             raise
 
     def _allocate(self) -> None:
-        """Ask for all of the space now, so that a full disk is known before hours of work."""
+        """Reserve all of the space now, so that a full disk is reported before hours of work."""
         if not self.size:
             return
         try:
@@ -106,7 +107,7 @@ class AtomicFile:
             raise
 
     def _set_direct(self, on: bool) -> bool:
-        """Write past the page cache from now on, or no longer. Returns whether the file system agreed."""
+        """Switch O_DIRECT on or off. Returns whether the file system accepted it."""
         direct = getattr(os, "O_DIRECT", 0)
         if fcntl is None or not direct:
             return False
@@ -118,13 +119,13 @@ class AtomicFile:
         return True
 
     def _write_cached(self) -> None:
-        """Leave O_DIRECT: for the last bytes, which fill no page, or because the file system wants it after all."""
+        """Switch O_DIRECT off: for the last bytes, which fill no page, or because the file system refuses the write."""
         if self._direct:
             self._set_direct(False)
             self._direct = False
 
     def _put(self, data: memoryview) -> None:
-        """Hand bytes to the kernel; short writes are continued."""
+        """Write bytes; short writes are continued."""
         while data:
             try:
                 count = os.write(self._descriptor, data[:WRITE_BYTES])
@@ -136,7 +137,7 @@ class AtomicFile:
             data = data[count:]
 
     def write(self, data: memoryview) -> None:
-        """Append bytes. A large file goes past the page cache as long as whole pages are given, where pages begin."""
+        """Append bytes. A large file is written with O_DIRECT while `data` is whole, aligned pages."""
         data = data.cast("B")
         self.written += len(data)
         if not _are_pages(data):
@@ -163,7 +164,7 @@ class AtomicFile:
         return fsync_folder(self.path.parent) and durable
 
     def abort(self, leave: bool = False) -> None:
-        """Remove what was written, unless it was committed, or is to be left to the next run."""
+        """Remove the temporary file, unless it was committed, or `leave` leaves it to the next run."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -182,9 +183,9 @@ class AtomicFile:
 
 
 def abort_all(files: Iterable[AtomicFile], error: BaseException | None = None) -> None:
-    """Remove what was written of each, unless it was committed.
+    """Remove the temporary file of each that was not committed.
 
-    An interrupt is answered within a second: files that would take longer to delete are left to the next run.
+    After an interrupt, files that would take longer than a second to delete are left to the next run.
     """
     slow = 0
     for file in files:
@@ -229,17 +230,17 @@ class AppendLog:
         fsync(self._descriptor, self._path)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 def remove(path: Path) -> None:
-    """Delete one of our own files; it may be gone already."""
+    """Delete one of our own files, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def remove_empty_folder(path: Path) -> None:
-    """Delete a folder if it is there and nothing is in it."""
+    """Delete a folder if it exists and is empty."""
     try:
         path.rmdir()
     except OSError as error:
@@ -260,13 +261,13 @@ def remove_leftovers(folder: Path, names: Iterable[str] = ("*",)) -> None:
 
 
 def remove_scratch_of_parts(folder: Path) -> None:
-    """Delete what parts that were killed had fetched. Only while holding the lock alone."""
+    """Delete source shards that killed parts had fetched. Call only while holding the lock alone."""
     for path in folder.glob(f"{SCRATCH_NAME}-*"):
         shutil.rmtree(path)
 
 
 def check_separate(source: Path, output: Path) -> None:
-    """Refuse an output that is the source, lies inside it or contains it, also by way of symlinks."""
+    """Refuse an output that is the source, lies inside it or contains it, symlinks resolved."""
     real_source, real_output = source.resolve(), output.resolve()
     if real_output == real_source or real_source in real_output.parents:
         where = "is the source" if real_output == real_source else "lies inside the source"

@@ -1,10 +1,10 @@
-"""What an unfinished conversion has done: `.dsv4-journal.jsonl` in the output folder, one more for each part of it.
+"""The finished shards of an unfinished conversion: `.dsv4-journal.jsonl` in the output folder, one file for each part.
 
 The first line binds the journal to one job: source, settings, version. It fills whole blocks of the disk, so that no
-later line can damage it: without it, the folder would be nobody's. Each further line is one finished shard with its
-size, SHA-256 and the manifest entries of its tensors. The journal is a hint, never an authority: a resumed run reads
-every shard it names again and compares the hash before it relies on it. A torn last line is ignored. Of a journal in an
-older format only the job counts: the same job begins anew in its place.
+later write can damage it: without this line dsv4 would refuse the folder. Each further line is one finished shard with
+its size, SHA-256 and the manifest entries of its tensors. The journal is a hint: a resumed run reads every listed shard
+again and compares its hash. A torn last line is ignored. Of a journal in an older format only the job is used: the same
+job starts again in its place.
 """
 
 import json
@@ -51,7 +51,7 @@ def _shard(entry: dict[str, Any]) -> FinishedShard | None:
 
 @dataclass(frozen=True)
 class JournalContents:
-    """What the journals of a folder say.
+    """The contents of all journals of a folder.
 
     jobs: the job of each journal. owned: names of all files the jobs write. started_ns: when the first began.
     """
@@ -72,7 +72,7 @@ def _journals(folder: Path) -> list[Path]:
 
 
 def _read_one(path: Path) -> JournalContents | None:
-    lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # what follows the last newline is torn
+    lines = read_small(path, MAX_JOURNAL_BYTES).split(b"\n")[:-1]  # a line without a newline is torn
     entries = [entry for entry in map(_parse, lines) if entry is not None]
     try:
         job, owned, started = dict(entries[0]["job"]), list(entries[0]["owned"]), int(entries[0]["started_ns"])
@@ -90,7 +90,7 @@ def _can_go_on(path: Path) -> bool:
 
 
 def read_journal(folder: Path) -> JournalContents | None:
-    """All journals of an unfinished conversion together; None if there is none that can be used."""
+    """All journals of an unfinished conversion together; None if there is no usable one."""
     found = [contents for contents in map(_read_one, _journals(folder)) if contents is not None]
     if not found:
         return None
@@ -103,7 +103,7 @@ def read_journal(folder: Path) -> JournalContents | None:
 
 
 def remove_journals(folder: Path) -> None:
-    """The conversion is complete, or given up."""
+    """Remove all journals: the conversion is complete, or is removed."""
     for path in _journals(folder):
         remove(path)
 
@@ -122,7 +122,7 @@ def describe_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The old job in the new one's format, with its `on_inexact` if that was "error": what it let through is exact."""
+    """The old job in the new one's format, with the new `on_inexact` if the old was "error": its shards are exact."""
     old = {**old, "format": new.get("format")}
     options, wanted = old.get("options"), new.get("options")
     if not isinstance(options, dict) or not isinstance(wanted, dict) or options.get("on_inexact") != "error":
@@ -156,10 +156,10 @@ class Journal:
         self._log.append(json.dumps(entry))
 
     def close(self) -> None:
-        """Let go of the file; it stays for the next run."""
+        """Close the file; it stays for the next run."""
         self._log.close()
 
     def discard(self) -> None:
-        """Nothing is worth remembering."""
+        """Remove the file: no shard was finished."""
         self.close()
         remove(self._path)

@@ -1,4 +1,4 @@
-"""The lock of an output folder: two runs into one folder do not mix, and the second says who has it."""
+"""The lock of an output folder: a second run into the same folder stops and names the process that holds it."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
             ) from None
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        # A file system without locks is as good as a system without them.
+        # A file system without locks is treated like a system without them.
 
 
 def _open_lock(path: Path, shared: bool) -> int:
@@ -73,8 +73,8 @@ def _hold(path: Path, shared: bool = False) -> Iterator[None]:
 def locked(folder: Path, part: str = "") -> Iterator[None]:
     """Hold the folder's lock: alone, or as one part of a conversion together with its other parts.
 
-    Raises MachineError naming the process and host that has it. The kernel drops a lock when its holder dies, so a
-    stale lock file is no obstacle; who has the folder alone removes those of parts that were killed.
+    Raises MachineError naming the process and host that has it. The kernel releases a lock when its process ends,
+    so a stale lock file does not matter; a run that holds the folder alone removes those of killed parts.
     """
     path = folder / LOCK_NAME
     if part:
@@ -88,7 +88,7 @@ def locked(folder: Path, part: str = "") -> Iterator[None]:
 
 
 def remove_stale_lock(folder: Path) -> None:
-    """Delete the lock file of a run that was killed at its very end, unless somebody holds it or nothing can be."""
+    """Delete the lock file of a run that was killed at its end, unless it is held or locks do not work here."""
     if (folder / LOCK_NAME).exists():
         with contextlib.suppress(MachineError, OSError), locked(folder):
             pass

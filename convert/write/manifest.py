@@ -1,8 +1,8 @@
-"""`dsv4.json`, the record of a finished conversion: from what, how, and the hash of everything that was written.
+"""`dsv4.json`, the record of a finished conversion: source, settings, and the hash of every file and tensor.
 
-Files have SHA-256, which hubs list and `sha256sum` prints: it tells whether a file is whole. Tensors have BLAKE3, four
-times as fast: it tells which tensor of a damaged file changed, and which tensors two conversions share, whatever shards
-they lie in. "digests" names both.
+Files have SHA-256, which hubs list and `sha256sum` prints: it shows whether a file is whole. Tensors have BLAKE3, which
+is four times as fast: it shows which tensor of a damaged file changed, and which tensors two conversions share in
+whichever shards. "digests" names both.
 
 It holds no dates, host names or paths: the same source and options give the same bytes anywhere.
 """
@@ -27,7 +27,7 @@ MAX_MANIFEST_BYTES = 10**9
 
 
 def describe_job(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
-    """What makes two conversions the same: format and program version, source, options."""
+    """The job as data: format and program version, source, options. Equal jobs give equal output."""
     config = checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     shards = {s.name: {"size": s.size, "header_sha256": s.header_sha256} for s in checkpoint.shards.values()}
     source = {**checkpoint.storage.identity(), "config_sha256": hashlib.sha256(config).hexdigest(), "shards": shards}
@@ -86,7 +86,7 @@ def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:
 def make_manifest(
     job: dict[str, Any], shards: list[FinishedShard], files: dict[str, bytes], kept: list[str]
 ) -> dict[str, Any]:
-    """The manifest of a finished output. kept: tensors left as they were for want of an exact form."""
+    """The manifest of a finished output. kept: tensors that were copied because they have no exact form."""
     tensors = merge_shards(shards)
     return {
         **job,
@@ -102,7 +102,7 @@ def make_manifest(
 
 
 def dump_manifest(manifest: dict[str, Any]) -> list[bytes]:
-    """dsv4.json in parts: one tensor a line, so that two of them can be compared with `diff`."""
+    """The bytes of dsv4.json in pieces: one tensor per line, so that `diff` compares two manifests."""
     head = {key: value for key, value in manifest.items() if key != "tensors"}
     parts = [json.dumps(head, indent=1, ensure_ascii=False)[:-2].encode(), b',\n "tensors": {\n']
     comma = b""
@@ -113,7 +113,7 @@ def dump_manifest(manifest: dict[str, Any]) -> list[bytes]:
 
 
 def _is_manifest(value: Any) -> bool:
-    """Whether the parts that this program relies on are there."""
+    """Whether it has the keys that this program reads."""
     if not isinstance(value, dict) or value.get("format") not in READABLE_FORMATS:
         return False
     if not all(isinstance(value.get(key), dict) for key in ("shards", "files", "tensors", "summary")):

@@ -1,7 +1,7 @@
-"""The state of an output folder: empty, half done, done, or somebody else's.
+"""The state of an output folder: empty, unfinished, finished, or not written by dsv4.
 
-A folder is ours if it holds our journal (unfinished) or our manifest (finished). Nothing in a folder that is not ours
-is ever touched; in ours, only the files that journal or manifest name.
+A folder was written by dsv4 if it holds a journal (unfinished) or a manifest (finished). Nothing in other folders is
+changed; in ours, only the files that journal or manifest name.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ HASH_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class OutputState:
-    """What is in the output folder: a journal (unfinished), a manifest (finished), or neither."""
+    """The contents of the output folder: a journal (unfinished), a manifest (finished), or neither."""
 
     journal: JournalContents | None = None
     manifest: dict[str, Any] | None = None
 
 
 def read_output_state(folder: Path) -> OutputState:
-    """Read what the output folder holds. Raises UsageError if it holds files and none of them says it is ours."""
+    """Read what the output folder holds. Raises UsageError if it holds files but neither of the two."""
     if not folder.is_dir():
         return OutputState()
     journal = read_journal(folder)
@@ -80,10 +80,10 @@ def owned_bytes(folder: Path, state: OutputState) -> int:
 
 
 def clear(folder: Path, state: OutputState) -> None:
-    """Remove a former conversion's files, and its sub-folders unless something else is in them.
+    """Remove a former conversion's files, and its sub-folders if they are empty then.
 
-    The config goes first, then the index, the reverse of how they are published: what is half removed must not look
-    like a model. Manifest and journal go last, when everything else is durably gone: they are what makes the rest ours.
+    The config goes first, then the index, the reverse of the order of publishing: a half removed output must not look
+    like a model. Manifest and journal go last, when the removal of the rest is durable: they mark the folder as ours.
     """
     names = owned_files(state)
     first = [name for name in (CONFIG_NAME, INDEX_NAME) if name in names]
@@ -128,7 +128,7 @@ def check_finished(
 
 
 def file_sha256(path: Path, stop: Event) -> str:
-    """SHA-256 of a file, read in small pieces; once `stop` is set, only of what was read until then."""
+    """SHA-256 of a file, read in small pieces; once `stop` is set, of the bytes read until then."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while not stop.is_set() and (block := file.read(HASH_BYTES)):
@@ -149,7 +149,7 @@ def usable_shards(
     pool: Executor,
     progress: Progress = ignore,
 ) -> dict[str, FinishedShard]:
-    """The shards of an interrupted run that can be kept: whole by their hash, and made from what the source is now.
+    """The shards of an interrupted run that can be kept: their hash is right and the source has not changed since.
 
     progress: called with the data bytes of each.
     """

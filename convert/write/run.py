@@ -1,7 +1,7 @@
-"""A conversion from end to end: look at the output folder, resume or begin, write the shards, publish.
+"""A conversion from end to end: read the output folder, resume or start, write the shards, publish.
 
-The order in which files become visible is the promise: shards first, then side files and manifest, then the index,
-then config.json. A loader that looks for the index or the config never meets half a model, wherever a run was stopped.
+Files become visible in this order: shards, side files and manifest, index, config.json. Loaders look for the index or
+the config, so they never find half a model, wherever a run was stopped.
 """
 
 import time
@@ -55,7 +55,7 @@ SPARE_DISK_BYTES = 64 * 2**20  # manifest, index, side files and the file system
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion: from which checkpoint, as planned, into which folder, with how much of the machine."""
+    """A conversion: the checkpoint, the plan, the output folder, and threads and memory to use."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -63,7 +63,7 @@ class Job:
     resources: Resources
 
     def describe(self) -> dict[str, Any]:
-        """What makes two conversions the same, see `describe_job`."""
+        """The job as data, see `describe_job`."""
         return describe_job(self.checkpoint, self.plan.settings)
 
     def side_files(self) -> list[str]:
@@ -77,7 +77,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     output: Path
     plan: Plan
@@ -109,7 +109,7 @@ class Result:
 
 
 class _Run:
-    """One run into a locked folder: its shards, which of them are finished, and how to finish the rest."""
+    """One run into a locked folder: its shards, the finished ones among them, and the work that is left."""
 
     def __init__(self, job: Job, work: Work, workers: Workers, progress: Progress) -> None:
         self.job, self.work, self.workers, self.progress = job, work, workers, progress
@@ -123,7 +123,7 @@ class _Run:
         return [shard for shard in self.shards if shard.file not in self.finished]
 
     def resume(self) -> None:
-        """Take over what interrupted runs, or other parts, of the same job finished. Reads it all to be sure."""
+        """Read the shards that earlier runs or other parts finished, and keep those with the right hash."""
         job, journal = self.job, read_journal(self.job.output)
         if journal is None:
             return
@@ -151,7 +151,7 @@ class _Run:
         return write_shard(job.checkpoint, shard, job.plan.settings, job.output, self.workers, flight)
 
     def write_pending(self, journal: Journal) -> int:
-        """Write what is not finished yet, make it final and record it. Returns how many shards were written."""
+        """Write, commit and record the pending shards. Returns how many."""
         pending, storage = self.pending, self.job.checkpoint.storage
         try:
             with InFlight(self._write, storage, self.job.resources.shards, self.progress) as in_flight:
@@ -170,7 +170,7 @@ class _Run:
         return len(pending)
 
     def kept_tensors(self) -> list[str]:
-        """Weights that kept the source's dtype for want of an exact form."""
+        """Weights that kept the source's dtype because they have no exact form."""
         planned = {t.name: t.dtype for s in self.job.plan.shards for t in s.tensors}
         entries = {n: e for s in self.finished.values() for n, e in s.tensors.items()}
         return sorted(n for n, e in entries.items() if n.endswith(".weight") and e["dtype"] != planned.get(n))
@@ -202,7 +202,7 @@ class _Run:
         return dict(manifest["summary"])
 
     def carry_out(self, result: Result) -> None:
-        """Everything that is left to do of this run's work."""
+        """Do the rest of this run's work."""
         job, part = self.job, self.work if isinstance(self.work, Part) else None
         self.resume()
         if isinstance(self.work, Publish):
@@ -231,12 +231,12 @@ class _Run:
 
 
 def _unfinished_bytes(output: Path, shards: Sequence[OutputShard]) -> int:
-    """On disk, of shards that were stopped half way; the next run removes them."""
+    """Bytes on disk of temporary files of stopped runs; the next run removes them."""
     return sum(path.stat().st_size for path in leftovers(output, [shard.file for shard in shards]))
 
 
 def _check_disk(job: Job, missing_bytes: int) -> None:
-    """Raises MachineError with both numbers if what is to be written, and what the source needs, do not fit."""
+    """Raises MachineError, with both numbers, if the disk is too small for the output and fetched source shards."""
     needed = missing_bytes + job.checkpoint.storage.disk_bytes() + SPARE_DISK_BYTES
     free = free_bytes(job.output)
     if needed > free:
@@ -268,14 +268,14 @@ def _clear(job: Job) -> None:
 
 
 def clear_output(job: Job) -> None:
-    """Remove a former conversion, for runs that share the work and cannot each do it. Errors as in `run_conversion`."""
+    """Remove a former conversion, once for all runs that share the work. Errors as in `run_conversion`."""
     if job.output.is_dir():
         with locked(job.output):
             _clear(job)
 
 
 def check_part(job: Job, part: Part, progress: Progress = ignore) -> list[str]:
-    """Read what a part has written again. Names of its shards that are whole, and made from what the source is now."""
+    """Read a part's shards again. Returns the names of those whose hash is right and whose source is unchanged."""
     journal = read_journal(job.output)
     if journal is None:
         return []
@@ -285,14 +285,14 @@ def check_part(job: Job, part: Part, progress: Progress = ignore) -> list[str]:
 
 
 def check_job(job: Job) -> None:
-    """Raises what can be known before the work: of an output that is the source, and of files that cannot be made."""
+    """Raises what can be found before the work: an output inside the source, a config that cannot be made."""
     if isinstance(job.checkpoint.storage, Folder):
         check_separate(job.checkpoint.storage.path, job.output)
     check_configs(job.checkpoint, job.plan)
 
 
 def run_conversion(job: Job, work: Work = WHOLE, progress: Progress = ignore) -> Result:
-    """Carry out a conversion or its part, or continue doing so, or find it done.
+    """Run a conversion or a part of it: start, continue, or find it finished.
 
     progress: called with bytes of data as they are written, or found whole from a former run; they add up to the data
     of the shards that the work is about.
