@@ -39,7 +39,7 @@ V3_2_STORAGE = {
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Quantities that decide the size: a compress ratio per layer (0: window only), which layers index, and the widths."""
+    """What the size depends on: a compress ratio per layer (0: window only), which layers index, and the widths."""
 
     ratios: tuple[int, ...]
     indexed: tuple[bool, ...]

@@ -1,11 +1,10 @@
 """Several shards in flight: scanned, computed, hashed and written at the same time, published in the plan's order.
 
 One core's SHA-256 is slower than a disk, and a file's hash cannot be divided among cores; so there are as many shards
-in flight as it takes to keep the workers busy, and no more, because what is in flight is lost when a run is killed. The
-next shard is begun when the last of the pieces of the one before it is submitted, or when that shard waits for its own
-hash while a worker has nothing to do. Each shard has a thread that drives it (shard.py), and the caller's thread begins
-shards, reports progress, and takes the finished ones in order: what becomes visible, and which error is raised, is the
-same as if they were written one after the other.
+in flight as keep the workers busy, and no more, because a killed run loses the shards in flight. The next shard starts
+when the last piece of the one before it is submitted, or when that shard waits for its hash while a worker is idle.
+Each shard has a thread that drives it (shard.py). The caller's thread starts shards, reports progress, and takes the
+finished ones in order, so the visible files and the error raised are those of writing one shard after the other.
 """
 
 from collections import deque
@@ -26,7 +25,7 @@ Written = tuple[AtomicFile, FinishedShard]
 
 
 class Flight:
-    """One shard in flight, as its thread sees it: where it reports, and learns that it must stop."""
+    """One shard in flight, for its thread: counts bytes written, and raises once the run has stopped."""
 
     def __init__(self, news: Event) -> None:
         self._news, self._lock = news, Lock()
@@ -45,7 +44,7 @@ class Flight:
             self._news.set()
 
     def let_next_begin(self) -> None:
-        """This shard alone does not keep the workers busy."""
+        """Allow the next shard to start: this one does not keep the workers busy."""
         if not self.next_may_begin:
             self.next_may_begin = True
             self._news.set()
@@ -67,7 +66,7 @@ class _Running:
 class InFlight:
     """Writes shards with `write`, at most `limit` of them at a time.
 
-    Use as a context manager: when it is left, no thread is at work, and files that were not committed are gone.
+    Use as a context manager: at its end all threads have ended and files that were not committed are removed.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class InFlight:
         return {name for shard in shards for name in shard.source_shards}
 
     def _prepare(self, begun: Sequence[OutputShard] = ()) -> None:
-        """Have the source shards of what is in flight ready, and the next on their way."""
+        """Prepare the source shards of the shards in flight, and start to fetch the next."""
         upcoming = self._waiting[0].source_shards if self._waiting else ()
         self._storage.prepare(self._sources(begun), upcoming)
 
     def _may_begin(self) -> bool:
-        """Whether the next shard may be begun now; no other is after one has failed."""
+        """Whether the next shard may start now; none starts after a failure."""
         if not self._waiting or not self._running:
             return bool(self._waiting)
         ended = [running.future for running in self._running if running.future.done()]
@@ -109,7 +108,7 @@ class InFlight:
         self._running.append(running)
 
     def _wait(self) -> None:
-        """Report what was done meanwhile, and wait for something to happen."""
+        """Report progress, and wait for a shard to finish or to allow the next."""
         self._progress(sum(running.flight.taken() for running in self._running))
         self._news.wait(SECONDS_BETWEEN_CALLS)
         self._news.clear()
@@ -117,7 +116,7 @@ class InFlight:
     def written(self, shards: Sequence[OutputShard]) -> Iterator[Written]:
         """Each shard with its file, complete but not yet committed, in the order of `shards`.
 
-        Raises the error of the first that failed, when those before it were taken.
+        Raises the error of the first shard that failed, after the shards before it were taken.
         """
         self._waiting.extend(shards)
         while self._waiting or self._running:

@@ -1,4 +1,4 @@
-"""What a worker does: compute a piece by its recipe, and hash it while it lies in the cache.
+"""The work of a thread: compute a piece by its recipe, and hash it while it is in the cache.
 
 Tensors are hashed with BLAKE3, which takes a third of the time that SHA-256 does where the processor has instructions
 for SHA-256, and a tenth where it has none. SHA-256 is for files, because hubs list it (pipeline.py).
@@ -30,7 +30,7 @@ def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
 
 
 def compute_piece(checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> HashedPiece:
-    """Read, compute and hash one piece. Raises InputError for what the source should not hold."""
+    """Read, compute and hash one piece. Raises InputError for invalid scales or codes."""
     result = piece.tensor.recipe.compute(checkpoint, piece, scan)
     hashed = HashedPiece(piece, result)
     if piece.is_whole:

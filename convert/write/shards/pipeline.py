@@ -1,9 +1,9 @@
 """From pieces to a file and its hash: in order, hashed in one thread and written in another.
 
-Pieces of any length are copied into a few blocks of whole pages, from which a file can be written past the page cache
-(see atomic_file.py). A full block is hashed and written while the next ones fill, and is used again when both are
-done: memory is bounded, the memory of a piece is free at once, and neither disk nor hash waits for the other. Every
-file has its own two threads: with several files in flight, several cores hash.
+Pieces of any length are copied into a few blocks of whole pages, which can be written with O_DIRECT (atomic_file.py). A
+full block is hashed and written while the next ones fill, and is used again when both are done: memory is bounded, the
+memory of a piece is free at once, and neither disk nor hash waits for the other. Every file has its own two threads:
+with several files in flight, several cores hash.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class _Block:
 
 
 class ShardPipeline:
-    """Hash and write a file in two background threads. `finish` waits for them, `stop` discards what is left.
+    """Hash and write a file in two background threads. `finish` waits for them, `stop` discards the rest.
 
     progress: called with the number of bytes written, in the caller's thread; the header does not count.
     hash_is_late: called in the caller's thread when a block is written and must still wait for its hash.
@@ -89,7 +89,7 @@ class ShardPipeline:
         return block
 
     def _submit(self) -> None:
-        """Have the block that is full hashed and written, and go on with another."""
+        """Submit the full block to be hashed and written, and take another one."""
         block = self._filling
         hashing = self._hasher.submit(self._sha256.update, block.content)
         self._submitted.append((hashing, self._writer.submit(self._write, block.content), block))
@@ -124,6 +124,6 @@ class ShardPipeline:
             thread.shutdown(wait=True, cancel_futures=True)
 
     def stop(self) -> None:
-        """Write nothing more; when this returns, the writing thread has let go of the file."""
+        """Write no more; when this returns, the writing thread no longer uses the file."""
         self._stopped = True
         self._end_threads()

@@ -1,4 +1,4 @@
-"""How much of the machine a conversion may use: threads, shards in flight, and memory for the whole process."""
+"""Decides the resources of a conversion: threads, shards in flight, and memory for the whole process."""
 
 import ctypes
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from .pipeline import BLOCK_BYTES, BLOCKS
 BASE_MEMORY = 288 * 2**20  # the interpreter, an imported torch, the cast's table
 TENSOR_MEMORY = 3000  # of the headers, the plan and the manifest, for each output tensor
 SPARED_BYTES = 256 * 2**20  # results of scans that are kept although they could be computed again, at most
-PIECES_AHEAD = 4  # submitted beyond the workers: the disk is waited for now and then, the workers go on
-PIECES_OF_A_SHARD = 2  # one that is computed, one that waits: a shard in flight has no use for less
+PIECES_AHEAD = 4  # pieces submitted beyond the workers, so that they have work while the disk is waited for
+PIECES_OF_A_SHARD = 2  # one that is computed and one that waits
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def decide_resources(
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed buffers instead of returning them. For the command line only: it cannot be taken back.
+    """Ask glibc to keep freed buffers instead of returning them. For the command line only: it cannot be undone.
 
     Pieces of a few MB come and go all the time, and fresh pages for each cost as much as converting them. Other C
     libraries are left as they are.

@@ -1,8 +1,7 @@
 """Before a shard is written: does every weight that it casts have an exact form in the target format?
 
-The answer decides the header (with `--on-inexact keep`, a tensor without one stays as it is), so it must be known
-before the first byte. The recipes look at the weights, a piece at a time; what they found is handed on to the pieces
-that are then computed.
+The answer decides the header (with `--on-inexact keep`, a tensor without one stays as it is), so it is needed before
+the first byte is written. The recipes scan the weights piece by piece; their results are passed on to the computation.
 """
 
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ class ScannedShard:
 
     @property
     def spared_bytes(self) -> int:
-        """Memory of what the scans hold although it could be computed again."""
+        """Memory of the scan results that could be computed again."""
         return sum(scan.spared_bytes for scan in self.scans.values())
 
 

@@ -1,8 +1,8 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
 Workers compute pieces; the calling thread, one for each shard in flight, takes them in file order and puts them into
-blocks, which two more threads hash and write (see pipeline.py). The pieces that are alive at a time are bounded, and
-with them the memory, whatever the size of the shard.
+blocks, which two more threads hash and write (see pipeline.py). The number of pieces in
+memory is bounded, for shards of any size.
 """
 
 from concurrent.futures import CancelledError
@@ -98,7 +98,7 @@ class ManifestBuilder:
 def _write_pieces(
     checkpoint: Checkpoint, scanned: ScannedShard, pipeline: ShardPipeline, workers: Workers, flight: Flight
 ) -> FinishedShard:
-    """Compute all pieces of a shard and put them through the pipeline; returns when they are written."""
+    """Compute, hash and write all pieces of a shard; returns when they are written."""
 
     def compute(piece: Piece) -> HashedPiece:
         return compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor))
@@ -140,7 +140,7 @@ def write_shard(
 ) -> Written:
     """Scan and write one shard; the file is complete but not yet committed.
 
-    On any error nothing is left behind. The caller commits the file and then records the shard.
+    On any error the file is removed. The caller commits the file and then records the shard.
     """
     scanned = scan_shard(checkpoint, shard, settings, workers, flight.advance)
     try:

@@ -1,6 +1,6 @@
 """The threads that compute pieces, for all shards in flight, and how many pieces may be alive at a time.
 
-hashlib, preadv, write, torch and the compiled cast all let go of the interpreter's lock, so threads are enough.
+hashlib, preadv, write, torch and the compiled cast all release the interpreter's lock, so threads suffice.
 """
 
 from collections import deque
@@ -20,11 +20,11 @@ R = TypeVar("R")
 
 
 def _nothing() -> None:
-    """For callers of `map` with no need to know that everything is submitted."""
+    """The default of `map`'s `all_submitted`."""
 
 
 def _compute_alone() -> None:
-    """Torch uses no threads of its own: the pieces are what runs in parallel."""
+    """Make torch compute in the calling thread: pieces run in parallel, operations do not."""
     import torch  # only now: a dry run does without
 
     torch.set_num_threads(1)
@@ -46,18 +46,18 @@ class Workers:
 
     @property
     def has_free(self) -> bool:
-        """Whether a thread has nothing to do."""
+        """Whether a thread is idle."""
         return self._unfinished < self._count
 
     def spare(self, count: int) -> bool:
-        """Take memory for results of a scan that need not be kept. Returns whether there was so much left."""
+        """Reserve memory for scan results that could be computed again. Returns whether enough was left."""
         with self._changed:
             fits = count <= self._spared_bytes
             self._spared_bytes -= count if fits else 0
         return fits
 
     def give_back(self, count: int) -> None:
-        """The results that `spare` had room for are gone."""
+        """Release memory that `spare` reserved."""
         with self._changed:
             self._spared_bytes += count
 
@@ -111,7 +111,7 @@ class Workers:
         """(item, result) in the order of `items`; all calls together hold no more results than the window.
 
         `progress(0)` is called before each result, and while one is waited for. all_submitted: called once, when the
-        last item is. Close the generator if it is not exhausted: what it holds of the window is free only then.
+        last item is. Close the generator if it is not exhausted: its share of the window is released only then.
         """
         pending: deque[tuple[T, Future[R]]] = deque()
 
