@@ -1,8 +1,8 @@
 """Write a small checkpoint in the release's exact format, from a seed.
 
 Names, dtypes, shapes, header layout, shard names, index, configs, tokenizer and side files are the release's; only
-the numbers are random. Everything that dsv4 promises about a real checkpoint can be tried on one of these, in
-seconds and without a download:
+the numbers are random. Every promise about a real checkpoint can be tested on one of these, in seconds and
+without a download:
 
     from dsv4.convert.synthetic.checkpoint import make_checkpoint
     make_checkpoint("small")

@@ -1,6 +1,6 @@
-"""The text of `encoding/encoding_dsv4.py` in a small checkpoint: what tells the edition, without the code.
+"""The text of `encoding/encoding_dsv4.py` in a small checkpoint: its literals identify the edition.
 
-The release keeps its prompt encoder there. The literals that it assigns say which edition's prompts a model knows.
+The release has its prompt encoder there. Its literals identify the edition.
 """
 
 FILE = "encoding/encoding_dsv4.py"

@@ -1,6 +1,6 @@
 """The dimensions of a small DeepSeek-V4 checkpoint, and the two config files that describe them.
 
-The fields carry the names of the release's config.json. The defaults keep every mechanism of the architecture
+The fields have the names of the release's config.json. The defaults keep every mechanism of the architecture
 (a hash layer and score layers, a layer without compression and both compressors, the indexer, an MTP block)
 at a size that is written and run in about a second.
 """

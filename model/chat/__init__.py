@@ -1,1 +1,1 @@
-"""From messages to tokens and from tokens to answers."""
+"""Turns messages into prompts and tokens into answers."""

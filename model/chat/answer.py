@@ -1,4 +1,4 @@
-"""From new tokens to text while they arrive, stop strings included, and to a parsed message at the end."""
+"""Decodes an answer token by token, stops at stop strings, and parses the finished answer into a message."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class AnswerText:
         return next((n for n in tails if any(s.startswith(self.text[-n:]) for s in self._stop)), 0)
 
     def add(self, token: int) -> str:
-        """Take one token and return the text that may be shown now. Sets `stopped` at a stop string."""
+        """Add one token. Returns the text that is certain by now; sets `stopped` at a stop string."""
         if token in self._stop_ids or self.stopped:
             return self.rest()
         self.text += self._stream.step(token)
@@ -37,7 +37,7 @@ class AnswerText:
         return self._show(len(self.text) - self._held_back())
 
     def rest(self) -> str:
-        """What was held back, at the end of the answer."""
+        """The text held back so far, at the end of the answer."""
         if not self.stopped:
             self.text += self._stream.rest()
         return self._show(len(self.text))
@@ -48,7 +48,7 @@ class AnswerText:
 
 
 def parse_answer(text: str, thinking_mode: str, edition: str) -> tuple[dict[str, Any] | None, str | None]:
-    """The answer's text, without its EOS, as an assistant message; or None and why it is none."""
+    """The answer's text, without its EOS, as an assistant message; or None and the reason."""
     try:
         return parse_completion(text + EOS, thinking_mode, edition=edition), None
     except InputError as error:

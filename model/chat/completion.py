@@ -1,4 +1,4 @@
-"""Read a completion: reasoning, content and tool calls, or the place where it leaves the protocol."""
+"""Parses a completion into reasoning, content and tool calls, or reports where it violates the protocol."""
 
 import json
 import re
@@ -13,7 +13,7 @@ MOST_QUOTED = 60  # characters of a value in an error message
 
 
 def _is_json(text: str) -> bool:
-    """Whether `text` is one JSON value. NaN and Infinity are none, though Python reads them."""
+    """Whether `text` is one JSON value. NaN and Infinity are not, although Python's parser accepts them."""
     try:
         json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -58,7 +58,7 @@ _PARAMETER_HEAD = re.compile(r' name="(.*?)" string="(true|false)">(.*)', re.DOT
 
 
 def _parse_parameter(reader: _Reader) -> tuple[str, str]:
-    """The name of a parameter and its value as JSON. What is written with string="false" must be JSON."""
+    """The name of a parameter and its value as JSON. A value with string="false" must be JSON."""
     start = reader.position
     text, end = reader.until(reader.end_parameter)
     match = _PARAMETER_HEAD.fullmatch(text)
@@ -132,7 +132,7 @@ def parse_completion(text: str, thinking_mode: str, *, edition: str = "preview")
 
     In thinking mode the completion starts inside the reasoning (the prompt ends with `<think>`). `edition` is
     "preview", "0731" or "v41". The arguments of every call are valid JSON text. Raises InputError that names the
-    character where the text leaves the protocol, UsageError for an unknown mode or edition.
+    character where the text violates the protocol, UsageError for an unknown mode or edition.
     """
     check_thinking_mode(thinking_mode)
     reader = _Reader(text, protocol_of(edition))

@@ -1,7 +1,7 @@
-"""Which edition's prompts a checkpoint was trained on, told from its files without running any of them.
+"""Detects which edition's prompts a checkpoint was trained on, from its files, without running any of them.
 
-The releases bring their encoder along as Python in `encoding/`. Only the literals that it assigns are read, from its
-syntax tree. A checkpoint without that folder is judged by config.json and by its name; what was assumed is said.
+The releases include their encoder as Python in `encoding/`. Only the literals that it assigns are read, from its syntax
+tree. A checkpoint without that folder is judged by config.json and its name; the assumption is then printed.
 """
 
 import ast
@@ -18,7 +18,7 @@ from .editions import PROTOCOLS
 from .protocol import Protocol
 
 MOST_ENCODER_BYTES = 1_000_000  # the releases' have 30 thousand
-UNDECIDED = "dspark_block_size"  # a key of config.json in editions that only the name of the folder may tell apart
+UNDECIDED = "dspark_block_size"  # a key of config.json in editions that only the name of the folder distinguishes
 VISION = "vision_n_layers"  # a key of Vision-Exp's flat config.json
 NEWEST_FIRST = tuple(reversed(PROTOCOLS.values()))
 ENCODERS = tuple(dict.fromkeys(protocol.signs.encoder for protocol in NEWEST_FIRST))
@@ -27,7 +27,7 @@ ASK = f"Say which edition it is: --edition {' or '.join(PROTOCOLS)}."
 
 @dataclass(frozen=True)
 class PromptEdition:
-    """The edition of a checkpoint and what it was told from. `warnings` are lines for the user."""
+    """The edition of a checkpoint and the evidence for it. `warnings` are lines for the user."""
 
     name: str
     reason: str
@@ -35,7 +35,7 @@ class PromptEdition:
 
 
 def _literal(node: ast.expr) -> object:
-    """The value of a literal, None for anything that would have to be run."""
+    """The value of a literal; None for an expression that would have to be executed."""
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -43,7 +43,7 @@ def _literal(node: ast.expr) -> object:
 
 
 def module_literals(source: str) -> dict[str, object]:
-    """Name and value of what a module assigns at its top level. Raises ValueError for what is no Python."""
+    """Name and value of the literals that a module assigns at its top level. Raises ValueError if it is not Python."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, RecursionError, MemoryError) as error:
@@ -70,7 +70,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _encoder_literals(path: Path) -> dict[str, object]:
-    """What the encoder at `path` assigns. Raises InputError if it cannot be read as Python."""
+    """The literals that the encoder at `path` assigns. Raises InputError if it is not Python."""
     try:
         if path.stat().st_size > MOST_ENCODER_BYTES:
             raise ValueError("it is too large for an encoder")
@@ -91,7 +91,7 @@ def _same(found: object, released: object) -> bool:
 def _changes(literals: Mapping[str, object], protocol: Protocol) -> tuple[str, ...]:
     """A warning for each value that the encoder assigns otherwise than the release's, or does not assign.
 
-    What is assigned but no literal cannot be compared.
+    Values that are not literals are not compared.
     """
     unknown = {name for name, value in literals.items() if value is None}
     return tuple(
@@ -103,7 +103,7 @@ def _changes(literals: Mapping[str, object], protocol: Protocol) -> tuple[str, .
 
 
 def _from_encoder(folder: Path, encoder: str) -> PromptEdition:
-    """The edition whose encoder lies in the folder. Raises InputError if it is none of them."""
+    """The edition whose encoder lies in the folder. Raises InputError if it is no known edition."""
     protocols = [protocol for protocol in NEWEST_FIRST if protocol.signs.encoder == encoder]
     literals = _encoder_literals(folder / encoder)
     for protocol in protocols:
@@ -119,7 +119,7 @@ def _assumed(edition: str, reason: str) -> PromptEdition:
 
 
 def _from_config(folder: Path, config: Mapping[str, Any]) -> PromptEdition:
-    """What config.json and the folder's name suggest, which is an assumption."""
+    """The edition that config.json and the folder's name suggest: an assumption."""
     if UNDECIDED not in config:
         return _assumed("preview", f"config.json has no {UNDECIDED}")
     if VISION in config:

@@ -1,12 +1,12 @@
-"""OpenAI-style messages to the prompt of a DeepSeek-V4 model.
+"""Builds the prompt of a DeepSeek-V4 model from OpenAI-style messages.
 
-The releases ship no chat template; the prompt is built by rules, and the models were trained on exactly these bytes.
-`prepare` turns the messages into turns; here one turn after the other is rendered. What editions have for themselves
-is in their `Protocol`.
+The releases have no chat template; rules build the prompt, and the models were trained on exactly these bytes.
+`prepare` turns the messages into turns; this module renders the turns. Rules that differ between editions are in their
+`Protocol`.
 
-Beyond what the releases' own encoders read, fields mean what they mean in the APIs of OpenAI and DeepSeek: content may
-be a list of parts in every role, `reasoning` is another name for `reasoning_content`, a tool call without `arguments`
-has none, and an answer with `prefix` is one to continue.
+Fields that the releases' own encoders do not read have the meaning of OpenAI's and DeepSeek's APIs: content may be a
+list of parts in every role, `reasoning` is another name for `reasoning_content`, a tool call may lack `arguments`, and
+the model continues an answer with `prefix`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ from .protocol import (
 
 
 def _part(turn: Turn, part: object) -> str:
-    """One part of a list content: its text, or what the model is shown in place of another type."""
+    """One part of a list content: its text, or the text that stands for a part of another type."""
     if not isinstance(part, Mapping):
         turn.fail(f"expected content parts to be objects, found {type(part).__name__}")
     return _text(turn, part.get("text"), "text") if part.get("type") == "text" else unsupported(part)
 
 
 def unsupported(part: Mapping[str, Any]) -> str:
-    """What the model is shown in place of a part that is no text."""
+    """The text that the prompt has in place of a part that is not text."""
     return f"[Unsupported {part.get('type')}]"
 
 
@@ -74,7 +74,7 @@ def _additions(turn: Turn, protocol: Protocol) -> str:
 
 
 def _arguments(turn: Turn, function: Mapping[str, Any], protocol: Protocol) -> Mapping[str, Any]:
-    """The named parameters of a tool call. Null and absent arguments are none."""
+    """The named parameters of a tool call; {} if arguments are null or absent."""
     arguments = function.get("arguments")
     try:
         return {} if arguments is None else protocol.read_arguments(arguments)
@@ -134,7 +134,7 @@ def _body(turn: Turn, index: int, how: Conversation) -> str:
 
 
 def announcement(index: int, how: Conversation) -> str:
-    """What announces the answer to a turn: nothing unless the model or an assistant message speaks next."""
+    """The text before the answer to a turn; "" unless the model or an assistant message comes next."""
     turn = how.turns[index]
     following = how.turns[index + 1].role if index + 1 < len(how.turns) else "assistant"
     if following not in ("assistant", "latest_reminder"):

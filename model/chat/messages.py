@@ -1,8 +1,8 @@
 """Message files: a list of OpenAI-style messages, or a whole request as the APIs of OpenAI and DeepSeek take it.
 
-A request has beside its messages what the protocols keep inside them: `tools` and `response_format` belong to the
-system message, `task` to the last user message. They are moved there. `thinking` and `reasoning_effort` say how to
-answer; what else a request has does not change the prompt and is listed in `Request.ignored`.
+In a request, `tools`, `response_format` and `task` stand beside the messages. The protocols have them inside: the first
+two are moved into the system message, `task` into the last user message. `thinking` and `reasoning_effort` decide how
+to answer. Other fields do not change the prompt and are listed in `Request.ignored`.
 """
 
 import sys
@@ -24,7 +24,7 @@ API_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultr
 
 @dataclass(frozen=True)
 class Request:
-    """What a message file asks for. `thinking_mode` and `reasoning_effort` are None where it does not say."""
+    """The contents of a message file. `thinking_mode` and `reasoning_effort` are None if it has none."""
 
     messages: MessageList
     thinking_mode: ThinkingMode | None = None
@@ -42,12 +42,12 @@ def read_text(path: str) -> str:
 
 
 def read_json(path: str) -> Any:
-    """The JSON value in a file, or on standard input for "-". Raises InputError if it is none."""
+    """The JSON value in a file, or on standard input for "-". Raises InputError if it is not JSON."""
     return strict_json(read_text(path), path, "Mend the file: it must hold one JSON value.")
 
 
 def _system_message(messages: MessageList) -> tuple[MessageList, dict[str, Any]]:
-    """A copy of the messages and the system message in it, a new one in front if there was none."""
+    """A copy of the messages, and the system message in it; an empty one is put first if there is none."""
     copied = [dict(message) for message in messages]
     for message in copied:
         if message.get("role") == "system":
@@ -68,7 +68,7 @@ def with_additions(messages: MessageList, tools: object = None, response_format:
 
 
 def _with_task(messages: MessageList, task: object, where: str) -> MessageList:
-    """The messages with `task` in the last of them that is a user's."""
+    """The messages with `task` in the last user message."""
     if task is None:
         return messages
     asking = [i for i, message in enumerate(messages) if message.get("role") == "user"]
@@ -80,7 +80,7 @@ def _with_task(messages: MessageList, task: object, where: str) -> MessageList:
 
 
 def _thinking_mode(request: dict[str, Any], where: str) -> ThinkingMode | None:
-    """What `thinking` says, else what `reasoning_effort` implies."""
+    """The mode in `thinking`, else the one that `reasoning_effort` implies."""
     thinking, effort = request.get("thinking"), request.get("reasoning_effort")
     kind = str(thinking.get("type")) if isinstance(thinking, dict) else ""
     if thinking is not None and kind not in THINKING_TYPES:
@@ -109,7 +109,7 @@ def _message_list(value: object, where: str) -> MessageList:
 
 
 def _response_format(value: object) -> object:
-    """The format that the prompt has to ask for: `{"type": "text"}` is none."""
+    """The format that the prompt must ask for; None for `{"type": "text"}`."""
     return None if isinstance(value, dict) and value.get("type") == "text" else value
 
 

@@ -1,7 +1,7 @@
-"""Messages as turns: what a list of messages is turned into before it is rendered.
+"""Turns a list of messages into turns, before they are rendered.
 
 Tool results become user content, neighbouring user messages share one turn, tool results take the order in which the
-assistant asked for them, and in thinking mode some old messages are dropped. No text is made here.
+assistant asked for them, and in thinking mode some old messages are dropped. Rendering is in encoding.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +16,14 @@ Message = Mapping[str, Any]
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
 TOOL_RESULT = "tool_result"
-# Parts of Anthropic's API that stand elsewhere in OpenAI's. A tool's own message may hold anything, as in the releases.
+# Parts of Anthropic's API that have another place in OpenAI's. A tool's own message may hold any part, as in the
+# releases.
 ELSEWHERE = {
     TOOL_RESULT: 'Send it as a message of its own, with the role "tool" and "tool_call_id".',
     "tool_use": 'Send it in "tool_calls" of an assistant message.',
 }
 
-# What stays, in thinking mode, of the messages before the last question; answers stay without their reasoning.
+# Roles whose messages before the last question stay in thinking mode; answers stay without their reasoning.
 # `direct_search_results` is kept as in the releases, although no rule renders it.
 KEPT_ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "direct_search_results")
 
@@ -42,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message to render, or several that share a user turn. `name` is what errors call it: `message 3`."""
+    """One message to render, or several that share a user turn. `name` is its name in errors: `message 3`."""
 
     name: str
     role: str
@@ -62,10 +63,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Everything that rendering depends on.
+    """The input of rendering.
 
     The turns before `start` were encoded earlier. `last_question` is the index of the last turn that the assistant
-    answers, -1 if there is none. `dropped` are turns that stood before it and are not shown to the model.
+    answers, -1 if there is none. `dropped` are turns before it that the prompt leaves out.
     """
 
     protocol: Protocol
@@ -86,7 +87,7 @@ def _last_question(turns: Sequence[Turn], protocol: Protocol) -> int:
 
 
 def reasoning_of(message: Message) -> tuple[object, str]:
-    """The reasoning of an assistant message and the name of the field that holds it: `reasoning` is a second name."""
+    """The reasoning of an assistant message, and the field that holds it: `reasoning_content` or `reasoning`."""
     name = "reasoning" if message.get("reasoning_content") is None else "reasoning_content"
     return message.get(name), name
 
@@ -110,7 +111,7 @@ def _refuse_images(turn: Turn, image: str) -> None:
 
 
 def _refuse_parts_from_elsewhere(turn: Turn, protocol: Protocol) -> None:
-    """Raise InputError for a part that the protocol has another place for: the model would not see what is in it."""
+    """Raise InputError for a part that belongs in another field: the prompt would leave it out."""
     content = turn.message.get("content")
     for part in content if isinstance(content, list) and turn.role != "tool" else ():
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -120,7 +121,7 @@ def _refuse_parts_from_elsewhere(turn: Turn, protocol: Protocol) -> None:
 
 
 def _turn(name: str, message: object, protocol: Protocol) -> Turn:
-    """A checked message. Raises InputError unless role, task, tool calls and parts are as they must be."""
+    """A checked message. Raises InputError unless role, task, tool calls and parts are valid."""
     if not isinstance(message, Mapping):
         raise InputError(f"{name}: expected an object, found {type(message).__name__}")
     role = message.get("role")
@@ -140,14 +141,14 @@ def _turn(name: str, message: object, protocol: Protocol) -> Turn:
 
 
 def _part_block(part: object) -> Block:
-    """A part of a user message as a block. `tool_use_id` is what Anthropic's API calls the id of the call."""
+    """A part of a user message as a block. `tool_use_id` is the id of the call in Anthropic's API."""
     if isinstance(part, Mapping) and part.get("type") == TOOL_RESULT:
         return Block(part.get("content"), True, part.get("tool_call_id") or part.get("tool_use_id"))
     return Block([part])
 
 
 def _blocks(turn: Turn, protocol: Protocol, lost_task: str | None = None) -> list[Block]:
-    """What a user or tool message adds to a user turn."""
+    """The blocks that a user or tool message adds to a user turn."""
     content = turn.message.get("content")
     if turn.role == "user" and protocol.parts_are_blocks and isinstance(content, list) and content:
         blocks = [_part_block(part) for part in content]
@@ -201,8 +202,8 @@ def prepare(
 ) -> Conversation:
     """`messages` after `context` as turns. `drop_thinking` has no effect if a message has tools.
 
-    Raises InputError for a message that has no role, an unknown task, tool calls that are no list, or a part that the
-    protocol has another place for.
+    Raises InputError for a message that has no role, an unknown task, tool calls that are no list, or a part that
+    belongs in another field.
     """
     earlier = [_turn(f"context message {i}", message, protocol) for i, message in enumerate(context)]
     new = [_turn(f"message {i}", message, protocol) for i, message in enumerate(messages)]

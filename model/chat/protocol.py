@@ -1,7 +1,7 @@
-"""What a message protocol consists of: its special tokens, its texts and the rules in which editions differ.
+"""The description of a message protocol: special tokens, texts, and the rules in which editions differ.
 
-The releases speak three protocols that share most of their rules. A `Protocol` holds what one of them has for itself;
-the folder `editions/` has one file for each. Everything here is text: the tokenizer turns special tokens into ids.
+The releases use three protocols that share most rules. A `Protocol` has the rest; the folder `editions/` has one file
+for each. Everything here is text: the tokenizer turns special tokens into ids.
 """
 
 import json
@@ -72,7 +72,7 @@ class Efforts:
     """How hard a model can be asked to think: the text at the start of the prompt for each level.
 
     `by_number` is the text for a whole number from 1 to 100, with `{number}` in it, or None if there are only levels.
-    `api_levels` are the words of DeepSeek's API that are no levels of this edition, with the level that each means.
+    `api_levels` maps further words of DeepSeek's API to levels of this edition.
     """
 
     texts: Mapping[str, str]
@@ -85,7 +85,7 @@ class Efforts:
         return self.by_number is not None and type(effort) is int and 1 <= effort <= 100
 
     def resolve(self, effort: Effort | None) -> Effort:
-        """The effort that counts: the default for None. Raises UsageError unless the edition has this effort."""
+        """The effort to use: the default for None. Raises UsageError unless the edition has this effort."""
         if effort is None or (effort == "" and self.empty_is_default):
             return self.default
         if self._is_number(effort) or (isinstance(effort, str) and effort in self.texts):
@@ -94,7 +94,7 @@ class Efforts:
         raise UsageError(f"unknown reasoning effort '{effort}', expected {levels}")
 
     def from_api(self, effort: Effort) -> Effort:
-        """What a request's `reasoning_effort` means here: the API has more words than an edition has levels."""
+        """The effort that a request's `reasoning_effort` means: the API has more words than an edition has levels."""
         return self.api_levels.get(effort, effort) if isinstance(effort, str) else effort
 
     def text(self, effort: Effort | None) -> str:
@@ -105,10 +105,10 @@ class Efforts:
 
 @dataclass(frozen=True, kw_only=True)
 class Signs:
-    """What tells that a checkpoint speaks an edition's protocol.
+    """How a checkpoint of an edition is recognised.
 
-    `encoder` is the file of the release that builds prompts, `literals` what it assigns at its top level, by name.
-    `recognises` looks at those of a file of that name, `is_config` at config.json, if that alone is certain.
+    `encoder` is the file of the release that builds prompts, `literals` the values that it assigns at its top level.
+    `recognises` decides by the literals of a file of that name, `is_config` by config.json, if that suffices.
     """
 
     encoder: str
@@ -119,7 +119,7 @@ class Signs:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """The message protocol of one edition: what its prompts and completions have for themselves.
+    """The message protocol of one edition: where its prompts and completions differ from those of other editions.
 
     `calls`, `invoke` and `parameter` are the names of the tags around tool calls. `system` stands in front of system
     messages and of the effort text; "" if they have no token. `is_question` says whether a message of a role at an

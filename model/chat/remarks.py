@@ -1,7 +1,7 @@
-"""What a prompt does not show, and what it shows in a way that no model was trained on.
+"""Reports what a prompt leaves out, and what it contains in a form that no model was trained on.
 
-Nothing here changes a prompt: its bytes are the release's, also for a conversation that the protocol cannot express
-well. `notes` names what of the messages is left out; `warnings` says what the model will see instead of what was meant.
+The prompt itself keeps the release's bytes, even for a conversation that the protocol cannot express. `notes` lists the
+fields and parts that are left out; `warnings` describes what the model sees instead of the message.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def _unsupported_parts(message: Message) -> list[str]:
 
 
 def notes(request: Request) -> list[str]:
-    """A line for each message of which the prompt leaves something out, and one for the request."""
+    """One line for each message that the prompt leaves something out of, and one for the request."""
     lines = []
     if request.ignored:
         lines.append(f"request: not in the prompt: {', '.join(request.ignored)}")
@@ -64,7 +64,7 @@ def _dropped(how: Conversation) -> Iterator[str]:
 
 
 def _unmarked_system(how: Conversation) -> Iterator[str]:
-    """System messages that come later, where the protocol has no token for them."""
+    """Later system messages in a protocol that has no token for them."""
     for before, turn in zip(how.turns, how.turns[1:], strict=False):
         if turn.role == "system" and not how.protocol.system:
             yield f"{_name(turn)}: the model sees its text right behind {_name(before)}, without any mark"
@@ -109,7 +109,7 @@ def warnings(
     *,
     edition: str = "preview",
 ) -> list[str]:
-    """A line for each place where the prompt is not what a model was trained on, with what the model will see.
+    """One line for each place where the prompt has a form that no model was trained on.
 
     The arguments are those of `encode_messages`, which has accepted them.
     """

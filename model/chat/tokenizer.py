@@ -38,7 +38,7 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included. Ids that the vocabulary lacks give nothing."""
+        """The text of `ids`, special tokens included. Ids outside the vocabulary are left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -52,13 +52,13 @@ class TextTokenizer:
         return TextStream(self)
 
 
-MOST_TOKENS_OF_A_CHARACTER = 4  # as many as UTF-8 has bytes; what is still no character then never becomes one
+MOST_TOKENS_OF_A_CHARACTER = 4  # bytes of the longest UTF-8 character; more cannot complete one
 
 
 class TextStream:
-    """Ids in, text out as soon as it is certain: a character that several tokens share waits for its last one.
+    """Decodes ids one by one. A character of several tokens appears with its last one.
 
-    Not the library's DecodeStream, which fails on bytes that are no UTF-8, as a poor model writes them.
+    The library's DecodeStream fails on bytes that are not UTF-8, which a poor model writes.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -80,7 +80,7 @@ class TextStream:
         return self._tokenizer.decode([*self._shown, *self._waiting])[len(before) :]
 
     def rest(self) -> str:
-        """The text of what is waiting, at the end."""
+        """The text of the waiting tokens, at the end."""
         text = self._text()
         self._waiting = []
         return text

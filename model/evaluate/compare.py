@@ -1,6 +1,6 @@
 """Two checkpoints on the same tokens: bit-equal, or how far apart and from which module on.
 
-They run one after the other, so that each has all the memory. Of the first run only logits and fingerprints are kept.
+They run one after the other, so that each has all the memory. Only logits and fingerprints of the first run are kept.
 """
 
 from collections.abc import Callable

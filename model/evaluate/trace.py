@@ -1,4 +1,4 @@
-"""What every module of a run computed, position by position: to a file, or as fingerprints for a comparison.
+"""Records the output of every module by position: as lines of a file, or as fingerprints for a comparison.
 
 The engine reports flat outputs, [T, ...] for the T tokens of a call. Here each report gets the position of its first
 token, so that two runs that split the same tokens differently can be compared.
@@ -63,9 +63,9 @@ def _row_digests(output: torch.Tensor) -> list[bytes]:
 class Fingerprints:
     """A trace that keeps 8 bytes per module and position: enough to say where two runs differ, for any model size.
 
-    With those of an `earlier` run, `on_difference` is called once, with the first module whose report differs and the
-    position, as soon as it is reported. Of a run with single steps, a module that comes earlier in the model may still
-    differ at a later position: `first_difference` knows all of them.
+    With the fingerprints of an `earlier` run, `on_difference` is called once, as soon as a module's report differs,
+    with the module and the position. In a run with single steps, a module earlier in the model may still differ at a
+    later position: `first_difference` considers all of them.
     """
 
     def __init__(

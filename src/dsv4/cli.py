@@ -71,11 +71,11 @@ class _Command(_Printable, typer.core.TyperCommand):
     """A command whose usage line names its arguments plainly, `SOURCE [OUTPUT]`, as every manual does."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Without Typer's braces around what is required."""
+        """Without Typer's braces around required arguments."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
-# What `dsv4 --help` says of each: short enough for one line of 80 columns.
+# The one-line help of each command: it fits 80 columns.
 for _module, _function, _help in (
     (demo, demo.demo, "See it all on a small checkpoint, made on the spot."),
     (inspect, inspect.inspect, "Show what is in a checkpoint, from its headers alone."),
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Replace standard streams that were closed when the process started: reading ends at once, words are dropped.
+    """Open /dev/null for standard streams that are closed at start: reading ends at once, output is dropped.
 
     Otherwise the next file to be opened would get the number 0, 1 or 2, and messages would be written into it.
     """
@@ -109,7 +109,7 @@ def _open_closed_streams() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process without taking the interpreter and torch apart, which alone takes half a second."""
+    """End the process without the interpreter's shutdown, which takes half a second with torch."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -2,7 +2,7 @@
 
 They use torch.distributed, whose settings are torchrun's. Ranks exchange small objects at the few points that all must
 have reached; only tensor parallelism exchanges more (model/parallel.py). A rank that fails exits with a message that
-names it. torchrun then stops the others, and those that were waiting say that another rank is gone.
+names it. torchrun then stops the others; ranks that were waiting report that another rank is gone.
 """
 
 import os
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that publishes and speaks."""
+        """Whether this is the rank that publishes and prints."""
         return self.index == 0
 
     @property
@@ -56,8 +56,9 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Wait for every rank; at the very end too, because torchrun kills the others as soon as one exits with a code
-        that is not 0."""
+        """Wait for every rank. Needed at the end too: torchrun kills the others as soon as one exits with another code
+        than 0.
+        """
         self.gather(None)
 
 
@@ -77,15 +78,17 @@ def torchrun_rank(environment: Mapping[str, str] = os.environ) -> Ranks | None:
 
 @contextmanager
 def process_group(ranks: Ranks, device: str = "cpu") -> Iterator[None]:
-    """Take part in the group of all ranks for the length of a with block. Raises MachineError if they do not meet.
+    """Join the group of all ranks for the length of a with block. Raises MachineError if that fails.
 
     device: the kind of device on which the tensors are that ranks exchange. The launcher sends a signal to all ranks;
-    one that has lost another rank to a signal, and has it too, was interrupted and did not fail.
+    a rank that lost another to the signal, and received it too, was interrupted and did not fail.
     """
     import torch.distributed as dist
 
     signals.begin_work()
-    signals.token.second_leaves = False  # the launcher passes on what the terminal sent already: two for one Ctrl-C
+    signals.token.second_leaves = (
+        False  # the launcher forwards the signal that the terminal sent too: two for one Ctrl-C
+    )
     backend = BACKENDS.get(device, "gloo")
     with peer_failures():
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=ranks.index, world_size=ranks.count)

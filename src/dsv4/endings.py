@@ -20,7 +20,8 @@ from dsv4.errors import (
     UsageError,
 )
 
-# What torch's allocators, Python's threads and the dynamic loader say when memory is refused: none raises MemoryError.
+# Messages of torch's allocators, Python's threads and the dynamic loader when memory is refused: none raises
+# MemoryError.
 NO_MEMORY = ("allocate memory", "out of memory", "can't start new thread", "failed to map segment", "bad_alloc")
 
 # What to do about an error of the operating system.
@@ -63,7 +64,7 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _report_usage(wrong: BaseException | None) -> None:
-    """Print Typer's error as the JSON object, if one was asked for. Typer has printed it as text."""
+    """Print Typer's error as the JSON object in JSON mode. Typer has printed it as text."""
     if wrong is not None and hasattr(wrong, "format_message"):
         context = getattr(wrong, "ctx", None)
         hint = f"Try: {context.command_path} --help" if context is not None else "Try: dsv4 --help"

@@ -1,9 +1,9 @@
 """Files that dsv4 writes: temporary names, fsync, and files that a user names: reports, logits, traces.
 
-A file is complete under its name or not there. It is written under a temporary name in the same folder, fsynced, and
-renamed: an older file of that name survives whatever goes wrong before. What is not an ordinary file, such as
-/dev/stdout or a pipe, is written to directly. A link stays a link: the file that it leads to is replaced. On a file
-system that cannot fsync the file is written all the same, and the caller is warned.
+A file appears under its name only when it is complete. It is written under a temporary name in the same folder,
+fsynced, and renamed: on an error an older file of that name stays. Paths that are not ordinary files, such as
+/dev/stdout or a pipe, are written to directly. A link stays a link: its target is replaced. On a file system that
+cannot fsync, the file is written and the caller is warned.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from dsv4.errors import UsageError
 
-PREFIX = ".dsv4-"  # every file of ours that is not a result starts so
+PREFIX = ".dsv4-"  # prefix of all files of dsv4 that are not results
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 NOT_DURABLE = "{folder}: its file system cannot fsync: after a power loss what is written there may be incomplete"
 
@@ -50,7 +50,7 @@ def _is_replaced(path: Path) -> bool:
 
 
 def _temporary(folder: Path) -> Path:
-    """A name in `folder` that nobody else has."""
+    """A unique name in `folder`."""
     return folder / f"{PREFIX}{uuid.uuid4().hex[:12]}.part"
 
 

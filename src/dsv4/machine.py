@@ -1,7 +1,7 @@
-"""What this machine has to give: cores, memory and disk, and the most memory that this process used.
+"""The resources of this machine: cores, memory and disk, and the peak memory of this process.
 
-psutil asks each system in its own way. It knows nothing of a container's limit on memory, nor, except on Windows, of
-the peak of a process's memory; both are read here.
+psutil has most of them for every system. It lacks a container's memory limit and, except on Windows, the peak memory of
+a process; this module reads both.
 """
 
 import os
@@ -13,7 +13,7 @@ import psutil
 
 from dsv4.errors import UsageError
 
-MARGIN = 0.8  # of the free memory; the rest is for activations, keys and everybody else
+MARGIN = 0.8  # of the free memory; the rest is for activations, keys and other programs
 
 # (limit, current use) of a container's memory, in version 2 and version 1 of control groups
 CONTROL_GROUPS = (
@@ -47,7 +47,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of memory that the machine can give without swapping, whatever this process's limit is."""
+    """Bytes of memory available without swapping, regardless of this process's limit."""
     return psutil.virtual_memory().available
 
 
@@ -77,7 +77,7 @@ def usable_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Most bytes of memory that this process occupied so far."""
+    """The largest number of bytes of memory that this process has occupied."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     status = Path("/proc/self/status")

@@ -1,7 +1,7 @@
-"""How long work reports to its caller, and how the caller stops it: a callback, called in the caller's own thread.
+"""How long-running work reports progress and is stopped: by a callback in the caller's own thread.
 
-Work calls its progress with what was done since the last call, and with 0 while it waits, at least ten times a second.
-Whatever the callback raises ends the work.
+Work calls its progress with the number of units done since the last call, and with 0 while it waits, at least ten times
+a second. An exception from the callback ends the work.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes, or other units, since the last call."""
 
 Reached = Callable[[int, int], None]
-"""For work that learns on the way how much there is: called with how much is done, and how much there is in all."""
+"""Called with (done, total), for work that learns the total on the way."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ SECONDS_BETWEEN_CALLS = 0.1
 
 
 def ignore(*counts: int) -> None:
-    """The progress of a caller that wants none."""
+    """A progress callback that does nothing."""
 
 
 def result_of(future: Future[Result], progress: Progress) -> Result:
@@ -37,7 +37,8 @@ def bounded_map(
 ) -> Iterator[tuple[Item, Result]]:
     """(item, result) in the order of the items, at most `window` of them submitted and not yet taken.
 
-    `progress(0)` is called before each of them, and while one is waited for. Whoever stops early shuts the pool down.
+    `progress(0)` is called before each of them, and while one is waited for. A caller that stops early shuts the pool
+    down.
     """
     pending: deque[tuple[Item, Future[Result]]] = deque()
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the work stops between two pieces, and the command says what is kept.
+"""SIGINT and SIGTERM: the work stops between two pieces, and the message says what is kept.
 
 Until a command's work begins, both signals have the system's default action: the process ends at once. Nothing is
 kept yet, and no import can swallow or delay the signal. `begin_work` installs a handler that only notes the signal in

@@ -1,6 +1,6 @@
 """The protocol of V4-Flash-0731, V4-Pro-0813 and the text of Vision-Exp: the preview's, with three effort texts.
 
-The levels moved by one: what the preview calls max is high here, and max has a text of its own.
+The levels are shifted by one: the preview's max is high here, and max has its own text.
 """
 
 from collections.abc import Mapping

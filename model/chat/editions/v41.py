@@ -1,7 +1,7 @@
 """The protocol of V4.1: a token in front of system messages, an effort that is a number, and other tags for tool calls.
 
-A system message that is not the first asks for an answer, as a user message does. The role developer is gone. Images
-have a token of their own, which text must not contain.
+A system message that is not the first asks for an answer, as a user message does. There is no role developer. Images
+have their own token, which text must not contain.
 """
 
 import json
@@ -35,7 +35,7 @@ V41 = Protocol(
     signs=Signs(
         encoder="encoding/encoding.py",
         literals={"DEFAULT_REASONING_EFFORT": DEFAULT, "REASONING_EFFORT_MAPPINGS": LEVELS},
-        recognises=lambda literals: True,  # the name of the file tells
+        recognises=lambda literals: True,  # the file name is specific to this edition
         is_config=lambda config: edition_of(config).name == "V4.1" or "engram_layer_ids" in config,
     ),
     efforts=Efforts(

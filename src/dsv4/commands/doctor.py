@@ -1,4 +1,4 @@
-"""`dsv4 doctor`: does an engine read a folder right, by the rules that dsv4 has for it?"""
+"""`dsv4 doctor`: checks whether an engine reads a folder right, by the rules that dsv4 has for it."""
 
 import shlex
 from typing import TYPE_CHECKING, Annotated
@@ -37,7 +37,7 @@ def _print_verdict(out: output.Output, diagnosis: "Diagnosis") -> None:
     rules = f"Rules: {evidence} ({evidence.executed})." if evidence else "Rules: not checked by running the engine."
     out.lines(wrapped(rules, WIDTH))
     for command in dict.fromkeys(check.command for check in diagnosis.checks if check.command):
-        out.text(f"  {command}")  # one line, however long: it is there to be pasted
+        out.text(f"  {command}")  # one line, however long, so that it can be pasted
 
 
 def doctor(
@@ -51,9 +51,9 @@ def doctor(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say whether a folder fits every rule that dsv4 has for an engine, and what to change if not.
+    """Check whether a folder fits every rule that dsv4 has for an engine, and say what to change if not.
 
-    Exit code 0 if it does, 1 if not or if no rule covers it. The verdict says what the rules were checked against.
+    Exit code 0 if it does, 1 if it does not or if no rule covers it. The verdict says how the rules were checked.
     """
     out = output.configure(json, quiet)
     from dsv4.convert.hub.source import require_folder

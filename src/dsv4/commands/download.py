@@ -127,7 +127,7 @@ def _show_result(out: output.Output, plan: "DownloadPlan", result: "DownloadResu
 
 @contextmanager
 def _suggesting_the_other_hub(options: DownloadOptions) -> Iterator[None]:
-    """The hint of an error of the hub names --fallback, unless it was given."""
+    """Add --fallback to the hint of a hub's error, unless it was given."""
     from dsv4.convert.hub.client import BadFile, NetworkError
 
     try:

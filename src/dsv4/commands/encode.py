@@ -25,7 +25,7 @@ __all__ = ["Mode", "ModeOption"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """What one `dsv4 encode` was asked to do. Raises UsageError for options that contradict each other."""
+    """The command line of one `dsv4 encode`. Raises UsageError for options that contradict each other."""
 
     messages: Annotated[
         str, typer.Argument(parser=named, metavar="MESSAGES.json", help="OpenAI-style messages; - reads stdin.")
@@ -54,7 +54,7 @@ class EncodeOptions:
 
     @property
     def asked(self) -> Asked:
-        """What decides how the prompt is made."""
+        """The options that decide how the prompt is made."""
         return Asked(self.mode, self.effort, self.edition)
 
 

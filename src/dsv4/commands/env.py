@@ -1,6 +1,6 @@
-"""`dsv4 env`: what to paste into a bug report.
+"""`dsv4 env`: the facts for a bug report.
 
-Nothing secret goes in: of tokens and of URLs, which may carry a password, only whether they are set.
+Secrets are left out: of tokens, and of URLs, which may contain a password, only whether they are set.
 """
 
 import os
@@ -59,7 +59,7 @@ def _accelerators() -> list[dict[str, Any]]:
 
 
 def _disk(path: Path) -> dict[str, Any]:
-    """A folder, which need not exist yet, and the room on its disk."""
+    """A folder, which need not exist yet, and the free space on its disk."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
         usage = shutil.disk_usage(there)
@@ -93,7 +93,7 @@ def compiler() -> str | None:
 
 
 def facts() -> dict[str, Any]:
-    """Everything that the command shows, as the JSON object that it prints."""
+    """All facts, as the JSON object that the command prints."""
     import torch
 
     from dsv4.model.kernels import cpu

@@ -1,6 +1,6 @@
 """How a prompt is made: decided by the options of `encode` and `run`, by a request, and by the checkpoint.
 
-What the command line says counts before what a request says, and that before the edition's own default.
+The command line has priority over a request, and a request over the edition's default.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Style:
 def choose_edition(asked: Asked, folder: str | None, out: Output) -> "PromptEdition":
     """The edition of the prompts: as asked for, as the checkpoint in `folder` tells, or preview where there is none.
 
-    Says what was chosen with -v, and always what was only assumed.
+    With -v the choice is printed; an assumption is always printed.
     """
     from dsv4.model.chat.detection import PromptEdition, prompt_edition_of
     from dsv4.model.chat.editions import protocol_of
@@ -133,7 +133,7 @@ def choose_style(asked: Asked, request: "Request", edition: str) -> Style:
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt as text. `remarks`: what it leaves out or cannot express, a line each."""
+    """A prompt as text. `remarks`: one line for each thing that it leaves out or cannot express."""
 
     text: str
     style: Style
@@ -149,7 +149,7 @@ def write_prompt(
     context: "MessageList | None" = None,
     bos: bool = True,
 ) -> Written:
-    """The prompt of a request. What it leaves out is noted, what the model will see otherwise is a warning."""
+    """The prompt of a request. Prints a note for what it leaves out, a warning for what the model sees otherwise."""
     from dsv4.model.chat.encoding import encode_messages
     from dsv4.model.chat.remarks import notes, warnings
 

@@ -206,7 +206,7 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
 
 @contextmanager
 def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int, int], None]) -> Iterator["Files"]:
-    """SOURCE: a folder, or a repository whose shards pass through a temporary folder beside OUTPUT's shards."""
+    """SOURCE: a folder, or a repository whose shards are fetched into a temporary folder."""
     from dsv4.convert.hub.source import missing_folder, parse_source
     from dsv4.convert.proof.files import LocalFiles
 
@@ -232,7 +232,7 @@ def _opened(options: VerifyOptions, out: output.Output, progress: Callable[[int,
 
 
 def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") -> "Verification":
-    """The work itself, under two bars: one over headers, then one over bytes."""
+    """Compare, with a progress bar over headers and then one over bytes."""
     from dsv4.convert.proof.files import LocalFiles
     from dsv4.convert.proof.run import verify_files
     from dsv4.convert.proof.schedule import ALONE, Share
@@ -269,7 +269,7 @@ def _suggest(out: output.Output, options: VerifyOptions) -> None:
 
 
 def _print_and_report(out: output.Output, result: "Verification", options: VerifyOptions) -> None:
-    """Verdict first, then the page: a full disk must not cost the verdict."""
+    """Print the verdict, then write the page: the verdict is printed even if the disk is full."""
     from dsv4.convert.proof.report.page import made_by
 
     found = result.to_json() | {"made_by": made_by(as_typed("dsv4 verify", options))}
@@ -285,10 +285,10 @@ def _print_and_report(out: output.Output, result: "Verification", options: Verif
 def verify(options: VerifyOptions) -> None:
     """Read all of SOURCE and OUTPUT and decide whether they hold the same model.
 
-    Trusts nothing that `convert` said and shares no code with it. Understands other people's conversions too: the
-    reference converter's `model{i}-mp{N}.safetensors`, float32 or E8M0 scales, merged or split shards, `model.` names.
-    With one checkpoint only: are its structure, config, codes and hashes sound? A source on a hub is streamed, with
-    --scratch of its shards on disk at once.
+    It shares no code with `convert` and reads other people's conversions too: the reference converter's
+    `model{i}-mp{N}.safetensors`, float32 or E8M0 scales, merged or split shards, `model.` names. With one checkpoint
+    only, it checks structure, config, codes and hashes. A source on a hub is streamed, with --scratch of its shards on
+    disk at once.
     """
     from dsv4.distributed import process_group, torchrun_rank
 

@@ -28,7 +28,7 @@ EPILOG = example(
 
 
 def _check_remote(storage: "Storage", plan: "Plan") -> dict[str, Any]:
-    """What reading from a hub takes, {} for a folder. Raises UsageError if --scratch is too little for the plan."""
+    """Repository, disk and time for a source on a hub, {} for a folder. Raises UsageError if --scratch is too small."""
     from dsv4.convert.hub.storage import HubStorage
 
     if not isinstance(storage, HubStorage):
@@ -50,7 +50,7 @@ class _Conversion:
     out: output.Output
 
     def run(self, work: "Work") -> "Result":
-        """Carry out all or part of it in this process."""
+        """Run all or part of it in this process."""
         from dsv4.convert.plan.partition import shards_of
         from dsv4.convert.write.run import run_conversion
 
@@ -62,7 +62,7 @@ class _Conversion:
         return result
 
     def check(self, part: "Part") -> list[str]:
-        """Names of a part's shards that are whole, read again."""
+        """Read a part's shards again. Returns the names of the whole ones."""
         from dsv4.convert.plan.partition import shards_of
         from dsv4.convert.write.run import check_part
 
@@ -71,9 +71,9 @@ class _Conversion:
             return check_part(self.job, part, bar.advance)
 
     def run_as_rank(self, ranks: "Ranks", overwrite: bool) -> "Result":
-        """This rank's part; when all are done, each reads its neighbour's again, and the first rank publishes.
+        """Write this rank's part. Then each rank reads its neighbour's part again, and the first rank publishes.
 
-        The neighbour's and not its own: what another machine reads is on the shared disk, and not only in a cache.
+        The neighbour's and not its own: another machine reads the shared disk and not the writer's cache.
         """
         from dsv4.convert.plan.partition import Part, Publish
         from dsv4.convert.write.run import clear_output
@@ -99,7 +99,7 @@ class _Conversion:
 
 
 def _work(options: ConvertOptions, ranks: "Ranks | None") -> "Work":
-    """What this process does. Raises UsageError for options that share the work in more ways than one."""
+    """The work of this process. Raises UsageError for options that share the work in two ways."""
     from dsv4.convert.plan.partition import All, Part, Publish, parse_part
 
     options.check_sharing(by_launcher=ranks is not None)
@@ -113,7 +113,7 @@ def _work(options: ConvertOptions, ranks: "Ranks | None") -> "Work":
 def _prepare(
     options: ConvertOptions, work: "Work", cores: int, out: output.Output, stack: ExitStack
 ) -> tuple["Job", dict[str, Any]]:
-    """The conversion that was asked for, and what reading from a hub takes. `stack` closes the source."""
+    """The conversion, and the result of `_check_remote`. `stack` closes the source."""
     from dsv4.convert.checkpoint.reader import Checkpoint
     from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.hub.storage import open_storage

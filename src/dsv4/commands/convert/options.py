@@ -27,7 +27,7 @@ from dsv4.options import (
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What one `dsv4 convert` was asked to do. Raises UsageError for options that contradict each other."""
+    """The command line of one `dsv4 convert`. Raises UsageError for options that contradict each other."""
 
     source: Annotated[
         str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")
@@ -77,7 +77,7 @@ class ConvertOptions:
     verbose: Verbose = False
 
     def settings(self) -> Settings:
-        """What decides the bytes of the output. Raises UsageError for options that exclude each other."""
+        """The options that decide the bytes of the output. Raises UsageError for options that exclude each other."""
         return resolve(
             self.to,
             layout=self.layout,
@@ -90,11 +90,11 @@ class ConvertOptions:
         )
 
     def memory(self) -> int | None:
-        """Bytes that the process may use at most; None if that was not asked for."""
+        """Most bytes of memory that the process may use; None without --max-memory."""
         return None if self.max_memory is None else parse_size(self.max_memory)
 
     def check_sharing(self, by_launcher: bool) -> None:
-        """Raise UsageError if the work is shared in more ways than one, or a shared one is to replace an output."""
+        """Raise UsageError if the work is shared in two ways, or shared with --overwrite."""
         if (self.part or self.finish) and (by_launcher or (self.part and self.finish)):
             raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
         if self.overwrite and (self.part or self.finish):

@@ -1,4 +1,4 @@
-"""What `dsv4 convert` prints: the plan of a dry run, and how a run ended."""
+"""The output of `dsv4 convert`: the plan of a dry run, and the closing lines of a run."""
 
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ def _remote_rows(remote: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]) -> None:
-    """The plan. free: bytes on the disk of the output. remote: what reading from a hub takes, {} for a folder."""
+    """The plan. free: bytes on the disk of the output. remote: see `command._check_remote`."""
     plan, resources = job.plan, job.resources
     needed = plan.output_bytes + remote.get("scratch_bytes", 0)
     rows = [
@@ -73,7 +73,7 @@ def _verdict(summary: dict[str, int], kept: list[str]) -> str:
 
 
 def _warn_of_mixture(out: output.Output, result: "Result") -> None:
-    """What --on-inexact keep leaves behind: true to the value, and of no use to an engine."""
+    """Warn of the result of --on-inexact keep: its values are right, but engines cannot load it."""
     settings, count = result.plan.settings, len(result.kept_tensors)
     if not count or CONVERSIONS[settings.to].keeps_codes:
         return
@@ -99,7 +99,7 @@ def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
 
 
 def print_result(out: output.Output, result: "Result", source: str, told: tuple[str, ...]) -> None:
-    """How a whole conversion ended. source: as `dsv4 verify` takes it. told: what to know before starting an engine."""
+    """The closing lines of a whole conversion. source: as `dsv4 verify` takes it. told: caveats of the engine."""
     next_step = f"prove it: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
     if result.already_done:
         out.say(f"nothing to do: {result.output} is complete and from this source")
@@ -119,7 +119,7 @@ def print_result(out: output.Output, result: "Result", source: str, told: tuple[
 
 
 def print_part(out: output.Output, result: "Result", part: "Part") -> None:
-    """How one part of a conversion ended."""
+    """The closing lines of one part of a conversion."""
     out.say(
         f"part {part.index + 1} of {part.count}: {result.shards_written} shards written, {result.shards_reused} were "
         f"there, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
@@ -129,7 +129,7 @@ def print_part(out: output.Output, result: "Result", part: "Part") -> None:
 
 
 def caveats(checkpoint: "Checkpoint", settings: Settings) -> tuple[str, ...]:
-    """What to know before starting the target's engine on FP8 experts."""
+    """Caveats of the target's engine for FP8 experts."""
     if settings.layout != "hf" or settings.to != "fp8":
         return ()
     mtp = bool(draft_stages(checkpoint.tensors))

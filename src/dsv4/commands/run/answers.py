@@ -1,4 +1,4 @@
-"""`dsv4 run` with prompts: load, generate in batches, show the answers and what they took."""
+"""`dsv4 run` with prompts: loads the model, generates in batches, prints the answers and statistics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Generation:
 
     @classmethod
     def of(cls, options: RunOptions, source: Source, seed: int) -> Self:
-        """As the command line says, for one checkpoint. Raises UsageError for what is out of range or not there."""
+        """From the command line, for one checkpoint. Raises UsageError for values out of range and missing features."""
         from dsv4.model.generate import Limits
         from dsv4.model.sampling import Sampling
 
@@ -62,7 +62,7 @@ class TokenProgress:
         self._bar.clear()
 
     def close(self) -> None:
-        """Wipe the bar out for good: the answer follows on the terminal."""
+        """Remove the bar: the answer follows on the terminal."""
         if not self._closed:
             self._closed = True
             self._bar.__exit__(None, None, None)
@@ -85,7 +85,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def statistics_json(statistics: "Statistics") -> dict[str, Any]:
-    """What a run took, for `--json`."""
+    """Statistics of a run, for `--json`."""
     drafted = statistics.drafted
     return {
         "prompt_tokens": statistics.prompt_tokens,

@@ -1,7 +1,7 @@
 """Interactive chat: history, commands, streaming, and Ctrl-C that stops the answer and not the program.
 
 Every turn builds the whole prompt again, because the protocol drops old reasoning. When the new prompt starts with
-what is in the cache (always in chat mode), only the rest is computed.
+the cached tokens (always in chat mode), only the rest is computed.
 """
 
 import sys
@@ -34,7 +34,7 @@ Ctrl-C stops an answer."""
 
 
 def _go_on_after(error: Interrupted) -> None:
-    """Go on after Ctrl-C. Raise the interruption again if it is SIGTERM: whoever sends it wants the program to end."""
+    """Go on after Ctrl-C. Raise the interruption again if it is SIGTERM, which ends the program."""
     if error.exit_code != EXIT_INTERRUPTED:
         raise error
     signals.token.clear()
@@ -108,7 +108,7 @@ class Chat:
         say_reads(self.model, self.out)
 
     def answer(self, line: str) -> None:
-        """One turn. An interrupted answer stays in the history as far as it came; any other error undoes the turn."""
+        """One turn. The part of an interrupted answer stays in the history; any other error undoes the turn."""
         from dsv4.model.chat.answer import AnswerText
 
         before, before_raw = list(self.messages), self.raw_text
@@ -127,7 +127,7 @@ class Chat:
         self.turns += 1
 
     def clear(self) -> None:
-        """Back to the start."""
+        """Forget the conversation."""
         self.messages, self.raw_text, self.session = starting_messages(self.dialogue), "", None
 
     def _set_effort(self, effort: str) -> None:
@@ -184,7 +184,7 @@ def _read_line(out: Output) -> str | None:
 
 
 def _turn(chat: Chat) -> bool:
-    """One line from the user and what it asks for; False to leave."""
+    """Read one line from the user and act on it; False to leave."""
     with signals.raising():
         line = _read_line(chat.out)
     if line is None:

@@ -44,7 +44,7 @@ EPILOG = example(
 
 
 def _check_ranks(options: RunOptions, ranks: "Ranks | None") -> None:
-    """Raise UsageError for what several processes cannot do together."""
+    """Raise UsageError for options that several processes do not support."""
     if ranks is not None and ":" in options.device:
         raise UsageError(f"ranks have a device each: --device {kind_of(options.device)}")
     if ranks is not None and options.is_chat:
@@ -52,7 +52,7 @@ def _check_ranks(options: RunOptions, ranks: "Ranks | None") -> None:
 
 
 def _check_outputs(options: RunOptions) -> None:
-    """Fail before hours of computing, and not after, for files that cannot be written."""
+    """Raise before the work if an output file cannot be written."""
     for path in (options.logits, options.report, options.trace):
         if path is not None:
             check_writable(path)
@@ -60,7 +60,7 @@ def _check_outputs(options: RunOptions) -> None:
 
 @contextmanager
 def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
-    """The trace that is written to `path`, if one was asked for."""
+    """The trace that is written to `path`, None without one."""
     if path is None:
         yield None
         return
@@ -72,7 +72,7 @@ def _tracing(path: str | None) -> Iterator["TraceWriter | None"]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One command line at work: in one process, or in one of several ranks, of which only the first writes."""
+    """One command line, in one process or in one of several ranks, of which only the first writes."""
 
     options: RunOptions
     ranks: "Ranks | None"
@@ -151,7 +151,7 @@ def _single(prompts: list[Prompt]) -> list[int]:
 
 
 def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> int:
-    """Do what was asked for; the exit code."""
+    """Run the command; returns the exit code."""
     from dsv4.model.chat.tokenizer import load_tokenizer
 
     source = open_source(options.checkpoint, out)
@@ -184,7 +184,7 @@ def run(options: RunOptions) -> None:
             if ranks:
                 ranks.barrier()
     except Interrupted as error:
-        error.hint = ""  # nothing is kept and there is nothing to continue
+        error.hint = ""  # no result is kept
         raise
     if code:
         raise typer.Exit(code)

@@ -1,8 +1,7 @@
 """`dsv4 run --compare`: the logits of two checkpoints on the same tokens.
 
 Two checkpoints run one after the other, each with all the memory. The fingerprints of the first run are compared while
-the second runs, so the first difference is printed as soon as it is computed, and not at the end of a run that may take
-hours.
+the second runs, so the first difference is printed as soon as it is computed and not after hours.
 """
 
 import gc
@@ -66,7 +65,7 @@ def _check_same_vocabulary(one: Source, other: Source) -> None:
 
 
 def verdict(comparison: "Comparison", tolerance: float) -> str:
-    """The one sentence that the comparison ends in."""
+    """The verdict of the comparison, one sentence."""
     if comparison.bit_equal:
         return "BIT-EQUAL: every logit of every position has the same bits in both checkpoints"
     if comparison.within(tolerance):

@@ -1,7 +1,7 @@
 """Where `dsv4 run` computes: the device of this process, its rank, and how many bytes of weights may stay in memory.
 
-All of it is decided once, when the prompts are known and before any weight is read. `--max-memory` bounds the whole
-process; the engine's bound is on weights alone. What is left for weights is the bound less
+This is decided once, when the prompts are known and before any weight is read. `--max-memory` bounds the whole
+process, the engine bounds weights only. The bound for weights is `--max-memory` less
 
     what the process occupies already   the interpreter, torch, the headers of all shards
     activations, keys and logits        by the model's widths and the number of tokens, see `working_memory`
@@ -53,7 +53,7 @@ def kind_of(device: str) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed, as far as it takes memory.
+    """The size of the computation, for its memory.
 
     sequences: prompts computed together, the longest of which has `longest` tokens and grows to `context`.
     logit_rows: positions whose logits are kept, of the main model and of the MTP block.
@@ -79,7 +79,7 @@ def working_memory(config: "Config", work: Work, simulation: bool) -> int:
 
 
 def device_of(device: str, ranks: "Ranks | None") -> str:
-    """The device of this process: where a machine has several of a kind, each rank on it takes its own."""
+    """The device of this process: if a machine has several of a kind, each rank takes another one."""
     if ranks is None or device == "cpu" or ":" in device:
         return device
     import torch
@@ -89,7 +89,7 @@ def device_of(device: str, ranks: "Ranks | None") -> str:
 
 
 def group_of(device: str, ranks: "Ranks | None") -> "TensorParallelGroup":
-    """The ranks as the engine sees them: who this one is, and whether tensors are exchanged through the CPU."""
+    """The ranks for the engine: this one's number, and whether tensors are exchanged through the CPU."""
     from dsv4.distributed import BACKENDS
     from dsv4.model.parallel import SINGLE, TensorParallelGroup
 
@@ -130,7 +130,7 @@ def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks |
 
 
 def _say_kernels(out: Output) -> None:
-    """Which form of the kernels runs; a warning if it is a slow one."""
+    """Print the form of the kernels with -v, and a warning if it is a slow one."""
     from dsv4.model.kernels import cpu
     from dsv4.quant import compiled
 

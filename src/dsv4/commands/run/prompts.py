@@ -1,4 +1,4 @@
-"""Where `dsv4 run` gets its prompts from: text, messages, a file of many, or token ids."""
+"""The prompts of `dsv4 run`: text, messages, a file of many, or token ids."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Messages = list[dict[str, Any]]
 class Dialogue:
     """How messages become prompts: mode, effort, edition, system message and file of tools.
 
-    Raw text is sent without any of that: it has no edition.
+    Raw text has none of these.
     """
 
     asked: Asked
@@ -74,7 +74,7 @@ def parse_tokens(text: str) -> list[int]:
 
 
 def starting_messages(dialogue: Dialogue) -> Messages:
-    """The system message with the tools, if any of that was asked for."""
+    """The system message with --system and --tools; [] without these options."""
     from dsv4.model.chat.messages import read_tools, with_additions
 
     messages: Messages = [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]

@@ -1,4 +1,4 @@
-"""How well the weights came that are not in memory for good: for `run -v` and `--json`."""
+"""Statistics of weights that are read from files during a run, for `run -v` and `--json`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def reads_json(model: "Transformer") -> dict[str, Any] | None:
-    """What was read from the files since loading; None if every weight that was used is in memory for good."""
+    """Reads since loading; None if every weight that was used stays in memory."""
     found = model.store.statistics
     if not found.used:
         return None

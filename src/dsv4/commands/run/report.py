@@ -60,7 +60,7 @@ def _position_labels(chart: Chart, count: int) -> None:
 
 
 def curve(values: Sequence[float], title: str) -> Chart:
-    """One value per position, on a linear or logarithmic axis. What is not finite lies at the top."""
+    """One value per position, on a linear or logarithmic axis. Values that are not finite are at the top."""
     chart = Chart(WIDTH, title, HEIGHT)
     low, high, logarithmic = _axis(values)
 
@@ -157,6 +157,6 @@ def render(
 
 
 def write_report(path: str, page: str) -> None:
-    """Write the page; an older file survives whatever goes wrong."""
+    """Write the page; on an error an older file stays."""
     with result_file(path, output.current().warn_once) as file:
         file.write(page.encode())

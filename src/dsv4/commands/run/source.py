@@ -1,7 +1,7 @@
 """The checkpoint that `dsv4 run` works on, opened and checked before its weights are read.
 
-Opening reads headers and config only, so whatever is wrong with the command line (a token out of range, a prompt that
-does not fit, drafts without an MTP block) is reported in a second, and not after minutes of loading.
+Opening reads headers and config only, so errors in the command line (a token out of range, a prompt that does not fit,
+drafts without an MTP block) are reported in a second and not after minutes of loading.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Source:
 def open_source(folder: str, out: Output) -> Source:
     """Open a checkpoint folder, in the Hugging Face layout or rank files of the reference engine.
 
-    Raises InputError for what is wrong with its headers or config.
+    Raises InputError for faults in its headers or config.
     """
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.convert.hub.source import require_folder
