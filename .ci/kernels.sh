@@ -32,6 +32,29 @@ for form in $("$python" -c 'from dsv4.model.kernels import cpu; print(*cpu.forms
     DSV4_KERNELS=$form "$python" -m pytest -q tests/model/kernels tests/model/test_model_transformers.py
 done
 
+# NEON against plain C in one program, for which no ARM machine is needed, and the same checksum as on this machine.
+compare() { # COMPILER FORM RUNNER OPTION...
+    local c=model/kernels/c out="$work/compare-$2" objects=() source
+    local options=(-O3 -std=gnu11 -ffp-contract=off -fno-math-errno -Wno-psabi -Wall -Wextra -Werror "-I$c" "${@:4}")
+    local plain=(-DFORM=plain -DNO_VECTORS)
+    for source in linear attention small; do
+        "$1" "${options[@]}" "${plain[@]}" -c "$c/$source.c" -o "$out-$source-plain.o"
+        "$1" "${options[@]}" -DFORM="$2" -c "$c/$source.c" -o "$out-$source.o"
+        objects+=("$out-$source-plain.o" "$out-$source.o")
+    done
+    "$1" "${options[@]}" "${plain[@]}" -DA=plain -DB="$2" .ci/compare_forms.c "$c/threads.c" "${objects[@]}" -static \
+        -o "$out" -lm -pthread
+    ${3:+"$3"} "$out"
+}
+if command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null; then
+    neon=$(compare aarch64-linux-gnu-gcc neon qemu-aarch64) || { echo "NEON: $neon"; exit 1; }
+    here=$(compare gcc "$(uname -m)" "")
+    echo "NEON: $neon; here: $here"
+    test "$neon" = "$here"
+else
+    echo "skipped: no aarch64-linux-gnu-gcc or no qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)"
+fi
+
 # Leaks are Python's business. --capture=sys: the sanitizers write to the file descriptor itself.
 sanitized=$(build gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer)
 PYTHONPATH="$sanitized/src" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
