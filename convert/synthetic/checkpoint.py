@@ -7,25 +7,27 @@ without a download:
     from dsv4.convert.synthetic.checkpoint import make_checkpoint
     make_checkpoint("small")
 
-Left out: Vision and V4.1 families, and the three-stage MTP of the 0731 releases.
+A geometry says which architecture it is of. Left out: Vision-Exp, and the three-stage MTP of the 0731 releases.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save
 
-from . import encoder
+from . import encoder, v41
 from .geometry import Geometry, config, inference_config
 from .tensors import TensorSource
 from .tokenizer import tokenizer_config, tokenizer_json
+from .v41 import V41Geometry
 
-__all__ = ["Geometry", "make_checkpoint"]
+__all__ = ["Geometry", "V41Geometry", "make_checkpoint"]
 
 Tensors = dict[str, torch.Tensor]
+AnyGeometry = Geometry | V41Geometry
 
 _GENERATION = {
     "_from_model_config": True,
@@ -39,14 +41,51 @@ _GENERATION = {
 _README = "---\nlicense: mit\nlibrary_name: transformers\n---\n# A small DeepSeek-V4 checkpoint with random weights\n"
 
 
-def _released_shards(source: TensorSource) -> Iterator[Tensors]:
+def _v4_shards(geometry: Geometry, seed: int, base: bool) -> Iterator[Tensors]:
     """Embedding, one shard per layer, head, one shard per MTP block."""
+    source = TensorSource(geometry, seed, base=base)
     yield dict(source.embedding())
-    for index in range(source.g.num_hidden_layers):
+    for index in range(geometry.num_hidden_layers):
         yield dict(source.layer(index))
     yield dict(source.head())
-    for index in range(source.g.num_nextn_predict_layers):
+    for index in range(geometry.num_nextn_predict_layers):
         yield dict(source.mtp(index))
+
+
+class Release(NamedTuple):
+    """How the releases of one architecture look. Functions of a geometry, and of what else their names say.
+
+    encoder: file and text of the prompt encoder. special_tokens: of the tokenizer, beside those that all have.
+    """
+
+    count: Callable[[Any], int]
+    shards: Callable[[Any, int, bool], Iterator[Tensors]]
+    config: Callable[[Any, str], dict[str, Any]]
+    inference_config: Callable[[Any, str], dict[str, Any]]
+    encoder: tuple[str, str]
+    special_tokens: tuple[str, ...] = ()
+
+
+RELEASES: dict[type, Release] = {
+    Geometry: Release(
+        lambda g: g.num_hidden_layers + 2 + g.num_nextn_predict_layers,
+        _v4_shards,
+        config,
+        inference_config,
+        (encoder.FILE, encoder.PREVIEW),
+    ),
+    V41Geometry: Release(
+        v41.count_shards,
+        v41.shards,
+        v41.config,
+        v41.inference_config,
+        (v41.ENCODER_FILE, v41.ENCODER),
+        v41.SPECIAL_TOKENS,
+    ),
+}
+
+# A geometry for each edition that `dsv4 demo` can show.
+EDITIONS: dict[str, AnyGeometry] = {"v4": Geometry(), "v4.1": V41Geometry()}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -65,17 +104,19 @@ def _write_weights(folder: Path, shards: Iterator[Tensors], count: int) -> None:
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_side_files(folder: Path, geometry: Geometry, expert_dtype: str, with_tokenizer: bool) -> None:
+def _write_side_files(folder: Path, geometry: AnyGeometry, expert_dtype: str, with_tokenizer: bool) -> None:
+    release = RELEASES[type(geometry)]
     (folder / "inference").mkdir()
     (folder / "encoding").mkdir()
-    _write_json(folder / "config.json", config(geometry, expert_dtype))
-    _write_json(folder / "inference" / "config.json", inference_config(geometry, expert_dtype))
+    _write_json(folder / "config.json", release.config(geometry, expert_dtype))
+    _write_json(folder / "inference" / "config.json", release.inference_config(geometry, expert_dtype))
     _write_json(folder / "generation_config.json", _GENERATION)
     (folder / "README.md").write_text(_README, encoding="utf-8")
     (folder / "LICENSE").write_text("MIT License\n", encoding="utf-8")
-    (folder / encoder.FILE).write_text(encoder.PREVIEW, encoding="utf-8")
+    file, text = release.encoder
+    (folder / file).write_text(text, encoding="utf-8")
     if with_tokenizer:
-        (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer_json(release.special_tokens), encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", tokenizer_config())
 
 
@@ -83,14 +124,14 @@ def make_checkpoint(
     folder: str | Path,
     *,
     seed: int = 0,
-    geometry: Geometry | None = None,
+    geometry: AnyGeometry | None = None,
     experts: Literal["fp4", "fp8"] = "fp4",
     tokenizer: bool = True,
 ) -> Path:
     """Write a checkpoint into `folder`, which must not exist or be empty, and return its path.
 
     geometry: the dimensions, by default `Geometry()` (about 6 MB). experts: "fp4" as in the instruct releases, or "fp8"
-    as in the Base releases, where everything quantized is FP8 with float32 powers of two as scales.
+    as in the Base releases of V4, where everything quantized is FP8 with float32 powers of two as scales.
     tokenizer: whether to write one. The same arguments give the same bytes. Raises FileExistsError.
     """
     geometry = geometry or Geometry()
@@ -98,8 +139,7 @@ def make_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
         raise FileExistsError(f"{path} is not empty")
-    source = TensorSource(geometry, seed, base=experts == "fp8")
-    count = geometry.num_hidden_layers + 2 + geometry.num_nextn_predict_layers
-    _write_weights(path, _released_shards(source), count)
+    release = RELEASES[type(geometry)]
+    _write_weights(path, release.shards(geometry, seed, experts == "fp8"), release.count(geometry))
     _write_side_files(path, geometry, experts, tokenizer)
     return path

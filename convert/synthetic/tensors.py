@@ -11,6 +11,7 @@ through any number of layers.
 import math
 import zlib
 from collections.abc import Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -44,17 +45,24 @@ def _fp4(name: str, rows: int, columns: int, seed: int, gain: float) -> Iterator
     yield f"{name}.scale", torch.from_numpy(bytes_.astype(np.uint8)).view(torch.float8_e8m0fnu)
 
 
+class Block(NamedTuple):
+    """Rows and columns of the elements that share a block scale."""
+
+    rows: int
+    columns: int
+
+
 def _fp8(
-    name: str, rows: int, columns: int, seed: int, float32_scale: bool, gain: float
+    name: str, rows: int, columns: int, seed: int, float32_scale: bool, gain: float, block: Block
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """An FP8 weight: E4M3 [rows, columns] and one power of two per 128 x 128 block, as E8M0 or float32.
+    """An FP8 weight: E4M3 [rows, columns] and one power of two per block, as E8M0 or float32.
 
     Blocks differ in how far down their codes reach: some have subnormals, none has a NaN.
     """
     rng = _random(seed, name)
-    blocks = (-(-rows // 128), -(-columns // 128))
+    blocks = (-(-rows // block.rows), -(-columns // block.columns))
     lower = rng.integers(0, 4, blocks)
-    deviations = np.exp2(-lower.astype(np.float32)).repeat(128, 0).repeat(128, 1)[:rows, :columns]
+    deviations = np.exp2(-lower.astype(np.float32)).repeat(block.rows, 0).repeat(block.columns, 1)[:rows, :columns]
     values = rng.standard_normal((rows, columns), dtype=np.float32) * deviations * np.float32(_E4M3_DEVIATION)
     exponents = lower + _exponent(gain / math.sqrt(columns) / _E4M3_DEVIATION)
     yield f"{name}.weight", torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -64,10 +72,36 @@ def _fp8(
         yield f"{name}.scale", torch.from_numpy((127 + exponents).astype(np.uint8)).view(torch.float8_e8m0fnu)
 
 
-class TensorSource:
-    """Draws the tensors of one checkpoint, module by module. `fp4` decides how routed experts are stored."""
+class Dimensions(Protocol):
+    """What the geometries of all architectures have."""
 
-    def __init__(self, geometry: Geometry, seed: int, *, base: bool) -> None:
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def q_lora_rank(self) -> int: ...
+    @property
+    def o_groups(self) -> int: ...
+    @property
+    def o_lora_rank(self) -> int: ...
+    @property
+    def hc_mult(self) -> int: ...
+
+
+G = TypeVar("G", bound=Dimensions)
+
+
+class ModuleSource(Generic[G]):
+    """Draws the modules that all architectures have. `base`: routed experts are FP8, all FP8 scales float32."""
+
+    fp8_block = Block(128, 128)
+
+    def __init__(self, geometry: G, seed: int, *, base: bool) -> None:
         self.g, self.seed, self.base = geometry, seed, base
 
     def _normal(
@@ -82,8 +116,10 @@ class TensorSource:
     def _bf16(self, name: str, rows: int, columns: int, gain: float = 1.0) -> tuple[str, torch.Tensor]:
         return self._normal(f"{name}.weight", (rows, columns), gain / math.sqrt(columns), dtype=torch.bfloat16)
 
-    def _fp8(self, name: str, rows: int, columns: int, gain: float = 1.0) -> Iterator[tuple[str, torch.Tensor]]:
-        return _fp8(name, rows, columns, self.seed, self.base, gain)
+    def _fp8(
+        self, name: str, rows: int, columns: int, gain: float = 1.0, block: Block | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        return _fp8(name, rows, columns, self.seed, self.base, gain, block or self.fp8_block)
 
     def _expert(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         hidden, inner = self.g.hidden_size, self.g.moe_intermediate_size
@@ -99,6 +135,29 @@ class TensorSource:
         yield from self._fp8(f"{name}.w2", hidden, inner)
         yield from self._fp8(f"{name}.w3", inner, hidden)
 
+    def _projections(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Attention without what is compressed."""
+        g = self.g
+        yield self._normal(f"{name}.attn_sink", (g.num_attention_heads,), 1.0)
+        yield self._norm(f"{name}.q_norm", g.q_lora_rank)
+        yield self._norm(f"{name}.kv_norm", g.head_dim)
+        yield from self._fp8(f"{name}.wq_a", g.q_lora_rank, g.hidden_size)
+        yield from self._fp8(f"{name}.wq_b", g.num_attention_heads * g.head_dim, g.q_lora_rank)
+        yield from self._fp8(f"{name}.wkv", g.head_dim, g.hidden_size)
+        width = g.num_attention_heads * g.head_dim // g.o_groups
+        yield from self._fp8(f"{name}.wo_a", g.o_groups * g.o_lora_rank, width, 1.5)
+        yield from self._fp8(f"{name}.wo_b", g.hidden_size, g.o_groups * g.o_lora_rank)
+
+    def _hyper_connection(self, name: str, rows: int, scales: int) -> Iterator[tuple[str, torch.Tensor]]:
+        width = self.g.hc_mult * self.g.hidden_size
+        yield self._normal(f"{name}_fn", (rows, width), 1.2 / math.sqrt(width))
+        yield self._normal(f"{name}_base", (rows,), 0.8)
+        yield self._normal(f"{name}_scale", (scales,), 0.15, 0.7)
+
+
+class TensorSource(ModuleSource[Geometry]):
+    """Draws the tensors of one V4 checkpoint, module by module."""
+
     def _compressor(self, name: str, ratio: int, width: int) -> Iterator[tuple[str, torch.Tensor]]:
         halves = 2 if ratio == 4 else 1
         yield self._normal(f"{name}.ape", (ratio, halves * width), 0.5)
@@ -113,18 +172,9 @@ class TensorSource:
         yield from self._compressor(f"{name}.compressor", 4, g.index_head_dim)
 
     def _attention(self, name: str, ratio: int) -> Iterator[tuple[str, torch.Tensor]]:
-        g = self.g
-        yield self._normal(f"{name}.attn_sink", (g.num_attention_heads,), 1.0)
-        yield self._norm(f"{name}.q_norm", g.q_lora_rank)
-        yield self._norm(f"{name}.kv_norm", g.head_dim)
-        yield from self._fp8(f"{name}.wq_a", g.q_lora_rank, g.hidden_size)
-        yield from self._fp8(f"{name}.wq_b", g.num_attention_heads * g.head_dim, g.q_lora_rank)
-        yield from self._fp8(f"{name}.wkv", g.head_dim, g.hidden_size)
-        width = g.num_attention_heads * g.head_dim // g.o_groups
-        yield from self._fp8(f"{name}.wo_a", g.o_groups * g.o_lora_rank, width, 1.5)
-        yield from self._fp8(f"{name}.wo_b", g.hidden_size, g.o_groups * g.o_lora_rank)
+        yield from self._projections(name)
         if ratio:
-            yield from self._compressor(f"{name}.compressor", ratio, g.head_dim)
+            yield from self._compressor(f"{name}.compressor", ratio, self.g.head_dim)
         if ratio == 4:
             yield from self._indexer(f"{name}.indexer")
 
@@ -142,12 +192,6 @@ class TensorSource:
         yield from self._shared_expert(f"{name}.shared_experts")
         for expert in range(self.g.n_routed_experts):
             yield from self._expert(f"{name}.experts.{expert}")
-
-    def _hyper_connection(self, name: str, rows: int, scales: int) -> Iterator[tuple[str, torch.Tensor]]:
-        width = self.g.hc_mult * self.g.hidden_size
-        yield self._normal(f"{name}_fn", (rows, width), 1.2 / math.sqrt(width))
-        yield self._normal(f"{name}_base", (rows,), 0.8)
-        yield self._normal(f"{name}_scale", (scales,), 0.15, 0.7)
 
     def _block(self, name: str, ratio: int, hashed: bool) -> Iterator[tuple[str, torch.Tensor]]:
         yield self._norm(f"{name}.attn_norm", self.g.hidden_size)

@@ -34,15 +34,15 @@ def _merges() -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def small_tokenizer() -> Tokenizer:
-    """The tokenizer itself: about 310 tokens, of which 15 are special."""
+def small_tokenizer(special: tuple[str, ...] = ()) -> Tokenizer:
+    """The tokenizer itself: about 310 tokens, of which 15 are special, and those of `special` behind them."""
     merges = _merges()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = dict.fromkeys([*FIRST_TOKENS, *letters, *("".join(pair) for pair in merges)])
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    added = [AddedToken(token, special=True, normalized=False) for token in (*FIRST_TOKENS, *LAST_TOKENS)]
+    added = [AddedToken(token, special=True, normalized=False) for token in (*FIRST_TOKENS, *LAST_TOKENS, *special)]
     tokenizer.add_special_tokens(added)
     return tokenizer
 
@@ -69,6 +69,6 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def tokenizer_json() -> str:
-    """The text of tokenizer.json."""
-    return json.dumps(json.loads(small_tokenizer().to_str()), ensure_ascii=False, indent=2) + "\n"
+def tokenizer_json(special: tuple[str, ...] = ()) -> str:
+    """The text of tokenizer.json, with more special tokens at the end."""
+    return json.dumps(json.loads(small_tokenizer(special).to_str()), ensure_ascii=False, indent=2) + "\n"

@@ -2,6 +2,7 @@
 
 import shlex
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,14 @@ from dsv4 import endings, output
 from dsv4.errors import UsageError
 from dsv4.options import as_folder, example
 
-EPILOG = example("dsv4 demo", "dsv4 demo ./demo")
+EPILOG = example("dsv4 demo", "dsv4 demo ./demo", "dsv4 demo --edition v4.1")
+
+
+class DemoEdition(StrEnum):
+    """Whose release the small checkpoint looks like."""
+
+    v4 = "v4"
+    v41 = "v4.1"
 
 
 def _steps(folder: Path) -> list[list[str]]:
@@ -39,14 +47,17 @@ def demo(
     folder: Annotated[
         Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
     ] = None,
+    edition: Annotated[
+        DemoEdition, typer.Option("--edition", help="Whose release the small checkpoint looks like.")
+    ] = DemoEdition.v4,
 ) -> None:
     """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
-    from dsv4.convert.synthetic.checkpoint import make_checkpoint
+    from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint
 
     out = output.configure()
     place = _choose_folder(folder)
     out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
-    make_checkpoint(place / "source")
+    make_checkpoint(place / "source", geometry=EDITIONS[edition.value])
     for step in _steps(place):
         out.say()
         out.say(f"$ dsv4 {shlex.join(step)}")
