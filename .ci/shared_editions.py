@@ -128,6 +128,8 @@ def check_runs(shared: Path, checkpoint: Path) -> None:
     expected = checkpoint / "expected"
     judge = [sys.executable, str(shared / "check_v41.py"), str(checkpoint)]
     subprocess.run([*judge, str(expected / "logits.exact.npz"), "--splits", "--no-drafts"], check=True)
+    released = [str(expected / "logits.exact.released-index-keys.npz"), "--run-option=--released-index-keys"]
+    subprocess.run([*judge, *released, "--no-drafts"], check=True)
     simulated = [str(expected / "logits.simulated.npz"), "--noise", str(expected / "noise.json"), "--no-drafts"]
     subprocess.run([*judge, *simulated], check=True)
 

@@ -74,6 +74,7 @@ class Config:
     }
     RATIOS: ClassVar[tuple[int, ...]] = (0, 4, 128)
     gate_epsilon: ClassVar[float] = 0.0  # added to the sum of the chosen experts' scores
+    shares_index_keys: ClassVar[bool] = False  # between layers
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:

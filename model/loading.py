@@ -11,7 +11,7 @@ from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
-from dsv4.errors import MachineError
+from dsv4.errors import MachineError, UsageError
 from dsv4.machine import parse_size
 from dsv4.model.architectures.table import Architecture, architecture_of
 from dsv4.model.kernels.table import select_kernels
@@ -88,20 +88,25 @@ def load(
     max_memory: int | str | None = None,
     progress: Reached | None = None,
     group: TensorParallelGroup = SINGLE,
+    released_index_keys: bool = False,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
     simulation: bfloat16 activations and the release's simulated quantizations; False computes in float32 without.
     max_memory: bytes that weights may occupy, or text such as "16GB"; the rest is read from the files when needed.
     progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
-    make the same calls. Raises InputError, UsageError, MachineError.
+    make the same calls. released_index_keys: of V4.1, let a layer whose group of tokens is not finished choose by the
+    index keys that another layer has published, as the released code does at single steps; logits then depend on how
+    the tokens were split into calls. Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     architecture, config, stages, weights = check_loadable(checkpoint, group)
+    if released_index_keys and not config.shares_index_keys:
+        raise UsageError("the layers of this checkpoint share no index keys", "Run without --released-index-keys.")
     place = find_device(device)
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     store = WeightStore(checkpoint, config, weights, place, memory, group)
     with _one_thread():
         store.load(progress)
-    numerics = Numerics(simulation, select_kernels(place), group)
+    numerics = Numerics(simulation, select_kernels(place), group, released_index_keys=released_index_keys)
     return Transformer(config, architecture.build(config, stages, store, numerics), store, numerics)

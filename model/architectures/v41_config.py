@@ -27,6 +27,7 @@ class V41Config(Config):
     FIXED: ClassVar[dict[str, Any]] = {**Config.FIXED, "model_type": "deepseek_v41"}
     RATIOS: ClassVar[tuple[int, ...]] = (0, 1, 2)
     gate_epsilon: ClassVar[float] = 1e-20
+    shares_index_keys: ClassVar[bool] = True
 
     @classmethod
     def _special(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -96,7 +96,8 @@ class _Run:
         """Where this process computes, with memory for this work beside the weights."""
         options, working = self.options, working_memory(self.source.config, work, not self.options.no_simulation)
         size = None if options.max_memory is None else parse_size(options.max_memory)
-        return place(options.device, not options.no_simulation, size, self.ranks, working)
+        placement = place(options.device, not options.no_simulation, size, self.ranks, working)
+        return replace(placement, released_index_keys=options.released_index_keys)
 
     def generation(self) -> Generation:
         """How answers are made. Without --seed one is drawn, the same for all ranks."""

@@ -80,6 +80,10 @@ class RunOptions:
     no_simulation: Annotated[
         bool, typer.Option("--no-simulation", help="Compute in float32, without the simulated quantizations.")
     ] = False
+    released_index_keys: Annotated[
+        bool,
+        typer.Option("--released-index-keys", help="V4.1: at single steps, choose keys as the released code does."),
+    ] = False
     max_memory: MaxMemory = None
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="cpu, cuda, mps or any other torch device.")

@@ -37,6 +37,7 @@ class Placement:
     device: as torch names it, of this process. simulation: whether the release's quantizations are simulated.
     weights_bytes: bytes of weights that may stay in memory.
     other_bytes: what the process needs besides weights. group: the ranks that hold the model together.
+    released_index_keys: see `load`.
     """
 
     device: str
@@ -44,6 +45,7 @@ class Placement:
     weights_bytes: int
     other_bytes: int
     group: "TensorParallelGroup"
+    released_index_keys: bool = False
 
 
 def kind_of(device: str) -> str:
@@ -154,6 +156,7 @@ def load_model(source: Source, placement: Placement, out: Output) -> "Transforme
                 placement.weights_bytes,
                 bar.reach,
                 placement.group,
+                placement.released_index_keys,
             )
         except TooLittleMemory as error:
             needed = placement.other_bytes + error.least
