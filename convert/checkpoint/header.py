@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dsv4.errors import InputError
@@ -20,6 +21,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1
 METADATA = "__metadata__"
+KINDS = 4096  # dtypes with shapes: V4-Pro's 145116 tensors have 50, and each is asked for several times
 
 # Bits per element. I8 with a sibling E8M0 scale is packed FP4; F4 is the reference engine's tag for the same bytes.
 DTYPE_BITS = {
@@ -31,7 +33,7 @@ DTYPE_BITS = {
 _PATH_LIKE = re.compile(r"[/\\]|^\.{1,2}$|^[A-Za-z]:")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a header: dtype tag, logical shape, [begin, end) relative to the start of the data."""
 
@@ -74,6 +76,7 @@ def strict_json(raw: bytes | str, what: str, hint: str = "Download the file agai
         raise InputError(f"{what}: not valid JSON: {reason}", hint) from None
 
 
+@lru_cache(maxsize=KINDS)
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor.
 
@@ -92,6 +95,12 @@ def check_name(name: str, what: str) -> None:
     """Refuse a tensor name that is empty, has control characters or lone surrogates, or looks like a path."""
     if not name or len(name) > 512 or not name.isprintable() or _PATH_LIKE.search(name):
         raise InputError(f"{what}: '{name[:80]}' is not a tensor name", "Names are short, printable and no paths.")
+
+
+@lru_cache(maxsize=KINDS)
+def _one_of_each(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The same objects for equal arguments: a hundred bytes less for each tensor."""
+    return dtype, shape
 
 
 def _is_count(value: Any) -> bool:
@@ -116,7 +125,7 @@ def _entry(name: str, value: Any, what: str) -> Entry:
         raise InputError(f"{where}: {dtype} {shape}: {error}") from None
     if end - begin != expected:
         raise InputError(f"{where}: {dtype} {shape} needs {expected} bytes, its offsets span {end - begin}")
-    return Entry(dtype, tuple(shape), begin, end)
+    return Entry(*_one_of_each(dtype, tuple(shape)), begin, end)
 
 
 def _check_contiguous(entries: dict[str, Entry], data_bytes: int, what: str) -> None:

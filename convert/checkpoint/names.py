@@ -9,6 +9,7 @@ The release calls tensors `embed.weight`, `head.weight`, `norm.weight`, `layers.
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from sys import intern
 from typing import Literal, NamedTuple, TypeVar
 
 Stack = Literal["layers", "mtp"]
@@ -25,6 +26,7 @@ _EXPERT_MATRIX = re.compile(r"w[123]\.weight")
 _WO_A = re.compile(r".*\.(?:self_)?attn\.wo_a\.weight")
 _RANK_FILE = re.compile(r"model(\d{1,5})-mp(\d{1,5})\.safetensors")
 _CACHED_NAMES = 1 << 18  # V4-Pro has 145116, and each is asked for several times
+_CACHED_PARTS = 1 << 12  # of names: one for each layer, and what stands behind its number
 
 T = TypeVar("T")
 
@@ -65,19 +67,29 @@ def block_of(name: str) -> BlockName | None:
 def expert_of(name: str) -> ExpertName | None:
     """The numbered expert that a tensor belongs to, in any module; None for any other tensor."""
     match = _EXPERT.fullmatch(name)
-    return ExpertName(match[1], int(match[2]), match[3]) if match else None
+    return ExpertName(intern(match[1]), int(match[2]), intern(match[3])) if match else None
+
+
+@lru_cache(maxsize=_CACHED_PARTS)
+def _is_feed_forward(module: str) -> bool:
+    return _FFN.fullmatch(module) is not None
+
+
+@lru_cache(maxsize=_CACHED_PARTS)
+def _is_matrix(inner: str) -> bool:
+    return _EXPERT_MATRIX.fullmatch(inner) is not None
 
 
 def is_routed_expert(name: str) -> bool:
     """Whether a tensor, a weight or its scale, belongs to a routed expert of the main stack or of a draft stage."""
     expert = expert_of(name)
-    return expert is not None and _FFN.fullmatch(expert.module) is not None
+    return expert is not None and _is_feed_forward(expert.module)
 
 
 def is_expert_matrix(name: str) -> bool:
     """Whether a tensor is one of the three matrices w1, w2, w3 of a routed expert."""
     expert = expert_of(name)
-    return is_routed_expert(name) and expert is not None and _EXPERT_MATRIX.fullmatch(expert.inner) is not None
+    return expert is not None and _is_matrix(expert.inner) and _is_feed_forward(expert.module)
 
 
 def is_wo_a(name: str) -> bool:

@@ -40,17 +40,17 @@ class OutputShard:
         """A shard of these tensors, in the container's order."""
         return cls(file, tuple(sorted(tensors, key=lambda t: container.order(t.dtype, t.name))), container)
 
-    @cached_property
+    @property
     def header(self) -> bytes:
-        """The bytes before the data."""
+        """The bytes before the data. Made when it is asked for: a plan does not hold those of all shards."""
         return self.container.header({t.name: (t.dtype, t.shape) for t in self.tensors})
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of data."""
         return sum(t.nbytes for t in self.tensors)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes of the file."""
         return len(self.header) + self.data_bytes
