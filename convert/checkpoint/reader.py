@@ -162,7 +162,9 @@ def under_released_names(form: Form, tensors: dict[str, TensorInfo], where: str)
         released = form.tensor_name(name)
         if released in found:
             raise InputError(f"{where}: '{name}' and another tensor both stand for '{released}'")
-        found[released] = replace(info, name=released, dtype=form.dtype(name, info.dtype))
+        dtype = form.dtype(name, info.dtype)
+        same = (released, dtype) == (name, info.dtype)
+        found[released] = info if same else replace(info, name=released, dtype=dtype)
     return found
 
 

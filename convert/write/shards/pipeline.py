@@ -50,6 +50,25 @@ class _Block:
         return data[count:]
 
 
+class Blocks:
+    """Blocks that no file uses at the moment: the next file need not have the system clear fresh pages."""
+
+    def __init__(self) -> None:
+        self._free: list[_Block] = []
+
+    def take(self) -> _Block:
+        """An empty block."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return _Block()
+
+    def give_back(self, block: _Block) -> None:
+        """Nobody reads or fills the block any longer."""
+        block.used = 0
+        self._free.append(block)
+
+
 class ShardPipeline:
     """Hash and write a file in two background threads. `finish` waits for them, `stop` discards the rest.
 
@@ -57,11 +76,11 @@ class ShardPipeline:
     hash_is_late: called in the caller's thread when a block is written and must still wait for its hash.
     """
 
-    def __init__(self, file: AtomicFile, progress: Progress, hash_is_late: Callable[[], None]) -> None:
-        self._file, self._progress, self._hash_is_late = file, progress, hash_is_late
+    def __init__(self, file: AtomicFile, blocks: Blocks, progress: Progress, hash_is_late: Callable[[], None]) -> None:
+        self._file, self._blocks, self._progress, self._hash_is_late = file, blocks, progress, hash_is_late
         self._hasher, self._writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
         self._sha256 = hashlib.sha256()
-        self._filling, self._blocks = _Block(), 1
+        self._filling, self._used = blocks.take(), 1
         self._submitted: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
         self._header_left = 0
         self._stopped = False
@@ -93,8 +112,8 @@ class ShardPipeline:
         block = self._filling
         hashing = self._hasher.submit(self._sha256.update, block.content)
         self._submitted.append((hashing, self._writer.submit(self._write, block.content), block))
-        if self._blocks < BLOCKS:
-            self._filling, self._blocks = _Block(), self._blocks + 1
+        if self._used < BLOCKS:
+            self._filling, self._used = self._blocks.take(), self._used + 1
         else:
             self._filling = self._wait_oldest()
 
@@ -115,7 +134,8 @@ class ShardPipeline:
         if self._filling.used:
             self._submit()
         while self._submitted:
-            self._wait_oldest()
+            self._blocks.give_back(self._wait_oldest())
+        self._blocks.give_back(self._filling)
         self._end_threads()
         return self._sha256.hexdigest()
 
@@ -127,3 +147,5 @@ class ShardPipeline:
         """Write no more; when this returns, the writing thread no longer uses the file."""
         self._stopped = True
         self._end_threads()
+        for block in (*(block for *_, block in self._submitted), self._filling):
+            self._blocks.give_back(block)

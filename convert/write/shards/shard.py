@@ -123,7 +123,7 @@ def _write_file(
             flight.let_next_begin()
 
     flight.file = file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
-    pipeline = ShardPipeline(file, flight.advance, hash_is_late)
+    pipeline = ShardPipeline(file, workers.blocks, flight.advance, hash_is_late)
     try:
         return file, _write_pieces(checkpoint, scanned, pipeline, workers, flight)
     except BaseException as error:

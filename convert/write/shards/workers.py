@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
 
+from .pipeline import Blocks
 from .resources import Resources
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def _compute_alone() -> None:
 
 
 class Workers:
-    """A pool of threads and two accounts: pieces that are alive, and results of scans that are kept.
+    """A pool of threads, blocks for the files, and two accounts: pieces alive, and results of scans that are kept.
 
     Use as a context manager: all threads have ended when it is left. Safe to use from several threads.
     """
@@ -39,6 +40,7 @@ class Workers:
     def __init__(self, resources: Resources) -> None:
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=_compute_alone)
         self._count, self._window, self._spared_bytes = resources.workers, resources.window, resources.spared_bytes
+        self.blocks = Blocks()
         self._changed = Condition()
         self._maps = 0  # calls of `map` that are under way; each has an equal share of the window
         self._alive = 0  # pieces that are submitted and not yet taken

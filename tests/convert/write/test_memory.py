@@ -12,6 +12,7 @@ from checkpoint_variants import VARIANTS
 from exact_values import dsv4
 from jobs import job_of
 from raw_safetensors import Raw, Tensors, raw, write_file
+from release_headers import PRO, make_released
 
 from dsv4.convert.plan.recipes import recipe
 from dsv4.convert.plan.recipes.recipe import OutputTensor, split
@@ -116,6 +117,26 @@ def test_one_row_may_be_a_whole_tensor(tmp_path: Path) -> None:
     write_file(source / "model.safetensors", {"embed.weight": Raw("U8", (1, 300_000_000), bytes(300_000_000))})
     allowed = ("--max-memory", "450MB")
     assert peak(source, tmp_path / "out", *allowed) <= 450 * 10**6
+
+
+PLANNING = """
+import sys
+from dsv4 import cli
+from dsv4.machine import peak_memory
+from dsv4.commands.convert import command
+before = peak_memory()
+assert cli.run(["convert", *sys.argv[1:], "--dry-run", "-q"]) == 0
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_plan_of_the_largest_release_takes_little(tmp_path: Path) -> None:
+    """145,116 tensors."""
+    source = make_released(tmp_path / "source", PRO)
+    command = [sys.executable, "-c", PLANNING, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200 * 10**6
 
 
 def piece_bytes(tensor: OutputTensor) -> list[int]:

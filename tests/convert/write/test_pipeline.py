@@ -19,7 +19,7 @@ from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards import pipeline as pipeline_module
 from dsv4.convert.write.shards import shard
-from dsv4.convert.write.shards.pipeline import ShardPipeline
+from dsv4.convert.write.shards.pipeline import Blocks, ShardPipeline
 from dsv4.errors import InputError
 
 BLOCK = 2**13
@@ -32,8 +32,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "DIRECT_BYTES", BLOCK)
 
 
-def pipeline_of(file: Any, progress: Callable[[int], object] = lambda count: None) -> ShardPipeline:
-    return ShardPipeline(file, progress, lambda: None)
+def pipeline_of(
+    file: Any, progress: Callable[[int], object] = lambda count: None, blocks: Blocks | None = None
+) -> ShardPipeline:
+    return ShardPipeline(file, blocks or Blocks(), progress, lambda: None)
 
 
 class Recorder:
@@ -142,7 +144,11 @@ def test_blocks_are_used_again(small_blocks: None, monkeypatch: pytest.MonkeyPat
         return real(*arguments)
 
     monkeypatch.setattr(pipeline_module.mmap, "mmap", counted)
-    pipeline = pipeline_of(Recorder())
-    pipeline.put(memoryview(bytes(50 * BLOCK)))
-    pipeline.finish()
+    blocks = Blocks()
+    for ends in ("finish", "stop", "finish"):  # also by the next file
+        file = Recorder()
+        pipeline = pipeline_of(file, blocks=blocks)
+        pipeline.put(memoryview(bytes(50 * BLOCK)))
+        getattr(pipeline, ends)()
+        assert ends == "stop" or sum(map(len, file.written)) == 50 * BLOCK
     assert len(made) == pipeline_module.BLOCKS
