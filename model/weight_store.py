@@ -273,24 +273,24 @@ class WeightView:
         self._store, self._prefix = store, prefix
 
     def matrix(self, name: str) -> Matrix:
-        """See WeightStore.matrix."""
+        """A matrix of the module, see WeightStore.matrix."""
         return self._store.matrix(self._prefix + name)
 
     def expect(self, names: Sequence[str]) -> None:
-        """See WeightStore.expect."""
+        """Announce matrices of the module that are used next, see WeightStore.expect."""
         self._store.expect([self._prefix + name for name in names])
 
     def vector(self, name: str) -> torch.Tensor:
-        """See WeightStore.vector."""
+        """A vector of the module, see WeightStore.vector."""
         return self._store.vector(self._prefix + name)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """See WeightStore.read_rows."""
+        """Rows of a matrix of the module, see WeightStore.read_rows."""
         return self._store.read_rows(self._prefix + name, rows)
 
     @property
     def keep_everything(self) -> bool:
-        """See WeightStore.keeps_everything."""
+        """Whether all weights stay in memory, see WeightStore.keeps_everything."""
         return self._store.keeps_everything
 
     def view(self, prefix: str) -> "WeightView":

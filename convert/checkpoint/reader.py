@@ -197,7 +197,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json in the release's keys, whoever wrote it; what it says of storage holds for these files."""
+        """config.json in the release's keys, from any writer; its keys about storage describe these files."""
         return release_view(self.form.stored_config(self.config_json))
 
     @cached_property

@@ -76,7 +76,7 @@ class Ranges:
         return data
 
     def close(self) -> None:
-        """Stop what is under way."""
+        """Stop all transfers."""
         self._transfers.close()
 
     def seconds_for(self, count: int) -> float:

@@ -60,7 +60,7 @@ def parse_part(text: str) -> Part:
 
 
 def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
-    """The shards of each part, in the plan's order: balanced by size, the same whoever computes it."""
+    """The shards of each part, in the plan's order: balanced by size, and equal in every process."""
     owners: dict[str, int] = {}
     filled = [0] * count
     for shard in sorted(plan.shards, key=lambda s: (-s.size, s.file)):

@@ -144,8 +144,8 @@ class AtomicFile:
             self._write_cached()
         self._put(data)
         if not self._direct and self.written - self._flushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # Starts writing dirty pages out without waiting, and lets go of those that are out already: a long run
-            # does not push everything else out of the machine's page cache.
+            # Starts to write dirty pages back without waiting, and drops the written ones: a long run does not evict
+            # other programs' pages.
             os.posix_fadvise(self._descriptor, 0, self.written, os.POSIX_FADV_DONTNEED)
             self._flushed = self.written
 

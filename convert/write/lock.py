@@ -27,7 +27,7 @@ def _holder(descriptor: int) -> str:
 
 def _take_lock(descriptor: int, folder: Path, shared: bool) -> None:
     if fcntl is None:
-        return  # unique temporary names keep two runs apart all the same
+        return  # unique temporary names still keep two runs apart
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""What the stored bytes of a weight hold, decided on the bytes.
+"""Checks the values of a weight on its stored bytes.
 
-Nothing becomes a float: a NaN, a sign or an exponent is a range of integers, and NumPy finds the largest of a few
-hundred KB at the speed of the processor's cache. Data is looked at piece by piece, so no temporary is larger than a
-piece. NumPy lets go of the interpreter meanwhile, so that several threads check at once.
+Nothing is converted to floats: a NaN, a sign or an exponent is a range of integers, and NumPy finds the largest of a
+few hundred KB at the speed of the processor's cache. Data is checked piece by piece, so no temporary is larger than a
+piece. NumPy releases the interpreter's lock, so several threads can check at once.
 """
 
 from collections.abc import Iterator

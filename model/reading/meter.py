@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReadStatistics:
-    """Of the weights that are not in memory for good. seconds: wall-clock time in which at least one was being read."""
+    """Statistics of weights that do not stay in memory. seconds: wall-clock time with at least one read running."""
 
     used: int = 0
     read: int = 0

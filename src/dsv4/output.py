@@ -118,7 +118,7 @@ class ProgressBar:
 
 def _json_text(value: dict[str, Any], encoding: str | None) -> str:
     """`value` as JSON over several lines. Characters that could act on a terminal, or that `encoding` lacks, are
-    written as JSON's own escapes: whoever parses it gets the same value.
+    written as JSON's own escapes: parsers read the same value.
     """
     only_ascii = (encoding or "utf-8").lower().replace("-", "") != "utf8"
     lines = json.dumps(value, ensure_ascii=only_ascii, indent=2).split("\n")

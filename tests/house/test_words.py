@@ -24,7 +24,9 @@ PROSE = [
 # Phrases that CONTRIBUTING's rule of words replaces; none has a use of its own.
 BANNED = re.compile(
     r"\b(is|are|be|been) told\b|\bhears?\b|\bdress\b|not a yes|what is there\b|behind (the caller's|its|their) backs?\b"
-    r"|\bgives? it up\b|\bvouches\b|\bwants to know\b|\bby the by\b"
+    r"|\bgives? it up\b|\bvouches\b|\bwants to know\b|\bby the by\b|\bwhoever\b|\blets? go of\b|\btakes? apart\b"
+    r"|\bunder way\b|\bfor good\b|\bfor want of\b|\ball the same\b|\bnobody has\b|\bwho is asked\b|\bgiven up\b"
+    r"|\"\"\"See [A-Z]\w+\b"
 )
 
 

@@ -50,12 +50,12 @@ def is_mx(config: Config) -> bool:
 
 
 class CompressedTensors:
-    """See the module."""
+    """Reads MXFP8 and MXFP4 of compressed-tensors as the release's tensors."""
 
     name = METHOD
 
     def tensor_name(self, name: str) -> str:
-        """See Form."""
+        """`X.weight_packed` -> `X.weight`, `X.weight_scale` -> the release's name of the scale."""
         if name.endswith(PACKED_SUFFIX):
             return name.removesuffix(PACKED_SUFFIX) + WEIGHT_SUFFIX
         if name.endswith(SCALE_SUFFIX):
@@ -63,20 +63,20 @@ class CompressedTensors:
         return name
 
     def dtype(self, name: str, dtype: str) -> str:
-        """See Form."""
+        """I8 for packed FP4 and F8_E8M0 for scales, which are U8 here."""
         if dtype != "U8":
             return dtype
         return {PACKED_SUFFIX: "I8", SCALE_SUFFIX: "F8_E8M0"}.get("." + name.rpartition(".")[2], dtype)
 
     def stored_config(self, config: Config) -> dict[str, Any]:
-        """See Form."""
+        """The release's config with 1x32 blocks and the experts' format here."""
         released = self.released_config(config)
         inner = {**released["quantization_config"], "weight_block_size": list(MX_BLOCK)}
         inner.pop("expert_dtype", None)
         return {**released, "expert_dtype": "fp4" if 4 in _groups(config) else "fp8", "quantization_config": inner}
 
     def released_config(self, config: Config) -> dict[str, Any]:
-        """See Form."""
+        """The config with the release's keys for formats, from RELEASED_KEY or as V4 has them."""
         said = config_value(config, f"quantization_config.{RELEASED_KEY}")
         kept = said if isinstance(said, dict) else {}
         keys = {"quantization_config": RELEASED_QUANTIZATION, "expert_dtype": "fp4", **kept}

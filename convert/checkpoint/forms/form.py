@@ -1,8 +1,8 @@
-"""What a form is: the release's numbers under other names, in other dtypes, described by another config.
+"""Another way to store a release's numbers: with other names and dtypes, described by another config.
 
-A form is read by renaming. `Checkpoint.tensors` has the release's names and dtypes, `Checkpoint.config` the release's
-keys, and only the places of the bytes are those of the files. Conversions, `run`, `inspect` and `doctor` then work on
-every form. Nothing is decoded here: what a stored tensor means is decided in weights.py, from dtype and name.
+A form is read by renaming. `Checkpoint.tensors` has the release's names and dtypes, and `Checkpoint.config` the
+release's keys; only the offsets are those of the files. Conversions, `run`, `inspect` and `doctor` then work on
+every form. Nothing is decoded here: weights.py classifies the tensors by dtype and name.
 
 A new form is a new file with a class like `Form`, and a row of FORMS in table.py.
 """
@@ -32,7 +32,7 @@ class Form(Protocol):
         ...
 
     def released_config(self, config: Config) -> dict[str, Any]:
-        """The config that the release has for the same model: what a conversion back begins with."""
+        """The release's config for the same model, from which a conversion back starts."""
         ...
 
 
@@ -42,19 +42,19 @@ class Released:
     name = ""
 
     def tensor_name(self, name: str) -> str:
-        """See Form."""
+        """The same name."""
         return name
 
     def dtype(self, name: str, dtype: str) -> str:
-        """See Form."""
+        """The same dtype."""
         return dtype
 
     def stored_config(self, config: Config) -> dict[str, Any]:
-        """See Form."""
+        """A copy of the config."""
         return dict(config)
 
     def released_config(self, config: Config) -> dict[str, Any]:
-        """See Form."""
+        """A copy of the config."""
         return dict(config)
 
 

@@ -42,7 +42,7 @@ class Workers:
         self._count, self._window, self._spared_bytes = resources.workers, resources.window, resources.spared_bytes
         self.blocks = Blocks()
         self._changed = Condition()
-        self._maps = 0  # calls of `map` that are under way; each has an equal share of the window
+        self._maps = 0  # running calls of `map`; each has an equal share of the window
         self._alive = 0  # pieces that are submitted and not yet taken
         self._unfinished = 0  # pieces that are submitted and not yet computed
 
