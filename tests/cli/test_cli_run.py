@@ -335,6 +335,7 @@ def test_compare_with_a_copy(capfd: Capture, folder: str) -> None:
     assert err.count("running") == 2
 
 
+@pytest.mark.slow
 def test_one_token_is_enough(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
     assert run(capfd, folder, "--tokens", "5", "--compare", folder)[0].startswith("BIT-EQUAL")
     assert run_json(capfd, folder, "--tokens", "5", "--compare", other, code=1)["mtp_max_difference"] is None
@@ -363,6 +364,7 @@ def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path:
     assert shlex.join(words) in html.unescape(page)
 
 
+@pytest.mark.slow
 def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tmp_path: Path) -> None:
     copy = flipped(folder, tmp_path / "copy", "norm.weight")
     arguments = (folder, "--tokens", "0,5,9", "--compare", str(copy))
@@ -375,6 +377,7 @@ def test_a_tolerance_lets_small_differences_pass(capfd: Capture, folder: str, tm
     run(capfd, *arguments, "--tolerance", str(found["max_difference"] * 0.99), code=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
 def test_conversions_are_bit_equal(capfd: Capture, tmp_path: Path, mixed: bool) -> None:
     source = str(make_checkpoint(tmp_path / "source", geometry=TINY))
@@ -394,6 +397,7 @@ FEW_WEIGHTS = (500_000, 200_000)
 EXPERTS = [f"layers.1.ffn.experts.{i}.w1.weight" for i in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", [None, *EXPERTS, "mtp.0.ffn.shared_experts.w2.weight"])
 @pytest.mark.parametrize("split", [(), ("--prefill", "4")])
 def test_compare_prints_the_same_with_little_memory(

@@ -54,6 +54,7 @@ def test_without_arguments_a_script_says_what_it_needs(script: str) -> None:
     assert done.returncode == 2 and done.stderr.startswith(f"usage: examples/{script} ") and not done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), [(s, a) for s, calls in CALLS.items() for a in calls])
 def test_dry_run(script: str, arguments: list[str], source: Path, tmp_path: Path) -> None:
     printed = run(script, [*arguments, "--dry-run"], source, tmp_path)
@@ -65,6 +66,7 @@ def test_dry_run(script: str, arguments: list[str], source: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
+@pytest.mark.slow
 def test_for_real(source: Path, tmp_path: Path) -> None:
     printed = run("flash_one_machine.sh", [], source, tmp_path)
     for verdict in ("IDENTICAL", "BIT-EQUAL", "The folder fits every rule for vllm"):

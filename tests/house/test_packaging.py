@@ -17,6 +17,8 @@ import pytest
 import dsv4
 from dsv4.quant import compiled
 
+pytestmark = pytest.mark.slow  # they build dsv4, its C code included, and install it
+
 ROOT = Path(__file__).parents[2]
 TOPS = {"dsv4": ROOT / "src" / "dsv4", **{f"dsv4/{name}": ROOT / name for name in ("quant", "convert", "model")}}
 

@@ -52,6 +52,7 @@ def _stable(line: str) -> str:
     return re.sub(r"peak memory [\d.]+ [kMGT]?B", "peak memory SIZE", line)
 
 
+@pytest.mark.slow
 def test_the_transcript_is_what_the_demo_prints(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsv4", "demo", "demo"]
     done = subprocess.run(

@@ -1,20 +1,26 @@
-"""A folder in a format of compressed-tensors, read by that library: what it takes for quantized, and the values."""
+"""A folder in a format of compressed-tensors, read by that library: what it takes for quantized, and the values.
+
+The library takes seconds to import: only where it is called.
+"""
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils.match import match_targets
 from exact_values import read_json, tensors_of
 from raw_safetensors import Raw
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
 DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
-def quantization_of(folder: Path) -> QuantizationConfig:
+def quantization_of(folder: Path) -> "QuantizationConfig":
+    from compressed_tensors.quantization import QuantizationConfig
+
     return QuantizationConfig.model_validate(read_json(folder / "config.json")["quantization_config"])
 
 
@@ -23,8 +29,10 @@ def _linear() -> torch.nn.Module:
     return torch.nn.Linear(1, 1)
 
 
-def scheme_of(config: QuantizationConfig, module: str) -> QuantizationScheme | None:
+def scheme_of(config: "QuantizationConfig", module: str) -> "QuantizationScheme | None":
     """The scheme of a Linear module of that name; None if it is not quantized."""
+    from compressed_tensors.utils.match import match_targets
+
     if match_targets(module, _linear(), config.ignore):
         return None
     schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
@@ -38,6 +46,8 @@ def _tensor(raw: Raw) -> torch.Tensor:
 
 def decompressed(folder: Path) -> dict[str, np.ndarray]:
     """float64 values of every quantized matrix, under the name that it has before compression."""
+    from compressed_tensors.compressors import BaseCompressor
+
     config, tensors, found = quantization_of(folder), tensors_of(folder), {}
     for name in tensors:
         module, _, last = name.rpartition(".")

@@ -83,25 +83,30 @@ def test_devices_are_listed_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
         find_device("cuda:9")
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_same_bits_there() -> None:
     found = output_of(PROGRAM, "quant")
     assert len(found) > 20 and [name for name, same in found.items() if not same] == []
 
 
+@pytest.mark.slow
 def test_the_device_tells_when_devices_are_mixed(found: dict[str, Any]) -> None:
     assert found["mixing_is_refused"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["in memory", "streaming"])
 def test_logits_agree_with_the_cpu(weights: str, found: dict[str, Any]) -> None:
     # Another order of sums in float32: 2**-24 each, some hundred of them one after the other through the layers.
     assert found[weights] < 1e-5
 
 
+@pytest.mark.slow
 def test_simulated_quantizations_run_there(found: dict[str, Any]) -> None:
     assert found["simulated"]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_from_the_command_line_alone_and_as_two_ranks(folder: Path) -> None:
     """The ranks exchange by way of the CPU, or directly, as GPUs do over nccl."""
     on_the_cpu = output_of("-m", "dsv4", "run", folder, *GREEDY)["answers"]

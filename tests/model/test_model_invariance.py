@@ -116,6 +116,7 @@ sys.stdout.write(torch.cat([part.logits for part in parts], 1).numpy().tobytes()
 """
 
 
+@pytest.mark.slow
 def test_threads(folder: Path, whole: torch.Tensor) -> None:
     ids = ",".join(map(str, TOKENS[0, :34].tolist()))
     expected = whole[:34].numpy().tobytes().hex()

@@ -277,6 +277,7 @@ def test_mistake_is_noticed(
     assert difference(folder, expected) > NOTICED
 
 
+@pytest.mark.slow
 def test_overlap_forgotten_between_calls_is_noticed(
     folder: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ class TestSameBits:
 
 
 class TestAnswers:
+    @pytest.mark.slow
     def test_greedy_under_torchrun(self, folder: Path) -> None:
         options = ["--tokens", "1,2,3,4,5", "--temperature", "0", "--max-new-tokens", "12", "--mtp"]
         code, out, _ = dsv4("run", folder, *options)
@@ -109,6 +110,7 @@ class TestAnswers:
         code, out, _ = dsv4("run", folder, *options, "--seed", found["seed"])
         assert code == 0 and json.loads(out)["answers"] == found["answers"]
 
+    @pytest.mark.slow
     def test_compare(self, folder: Path, tmp_path: Path) -> None:
         other = tmp_path / "other"
         make_checkpoint(other, geometry=FOUR, seed=1)
@@ -119,6 +121,7 @@ class TestAnswers:
             assert ("BIT-EQUAL" in ended.out[0]) == (code == 0) and not ended.out[1]
             assert (tmp_path / "page.html").read_text()
 
+    @pytest.mark.slow
     def test_compare_with_little_memory(self, folder: Path, tmp_path: Path) -> None:
         """2 MB are less than a rank's share of the weights."""
         other = flipped(folder, tmp_path / "other", "layers.1.ffn.experts.5.w2.weight")
@@ -137,6 +140,7 @@ class TestAnswers:
         ended = run_ranks(2, tmp_path, "run", folder, *options)
         assert 2 in ended.codes and set(ended.codes) <= {2, 143} and word in ended.err[ended.codes.index(2)]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dies", [0, 1])
     def test_a_killed_rank_is_an_error(self, dies: int, folder: Path, tmp_path: Path) -> None:
         kill = {dies: ("dsv4.model.evaluate.logits", "write_logits" if dies == 0 else "teacher_forced", 1)}

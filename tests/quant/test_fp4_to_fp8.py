@@ -236,6 +236,7 @@ def test_empty_tensors(shape: tuple[int, ...]) -> None:
     assert tuple(cast(packed, scale, chosen.scale_bytes, WHOLE).shape) == shape
 
 
+@pytest.mark.slow
 def test_scales_alone_decide_only_where_they_can() -> None:
     for largest in range(255):
         for span in range(min(largest, 30) + 1):

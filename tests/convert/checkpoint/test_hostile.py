@@ -27,6 +27,8 @@ COMMANDS: dict[str, Command] = {
     "run": lambda bad, good, out: ["run", str(bad), "--tokens", "1", "--logits", str(out)],
     "run_compare": lambda bad, good, out: ["run", str(good), "--tokens", "1", "--compare", str(bad)],
 }
+QUICK = ("inspect", "verify_alone")  # each of the two readers, convert's and verify's, in the fast loop
+
 # `run` reads dtypes from the headers, so what a config says beside them is of no weight: the logits are the same.
 RUN_MAY_TAKE = {"config_says_fp8", "config_says_nonsense", "config_without_blocks", "config_quantization_list"}
 
@@ -88,7 +90,10 @@ def test_convert_says_what_is_wrong(
 
 
 @pytest.mark.parametrize("case", STRUCTURE, ids=lambda case: case.name)
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "convert"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in COMMANDS if c != "convert"],
+)
 def test_every_command_refuses(
     command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def nearly_right(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     return header, max(0, position)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=1200)
 @given(nearly_right())
 @example(({"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}, 4))
@@ -224,6 +225,7 @@ def test_strict_json_refuses(text: str) -> None:
         strict_json(text.encode(), "file")
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     st.recursive(

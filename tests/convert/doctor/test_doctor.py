@@ -218,6 +218,7 @@ def test_a_mixture_of_experts_formats_is_wrong_everywhere(tmp_path: Path) -> Non
         assert "experts" in failures(diagnose(output, engine))
 
 
+@pytest.mark.slow
 def test_flash_over_many_ranks(tmp_path: Path) -> None:
     flash = make_released(tmp_path, replace(FLASH, compress_ratios=(0, 4, 128, 0)))  # its widths, three layers
     for ranks, loads in ((8, True), (16, False), (3, False)):
@@ -412,6 +413,7 @@ def different_weights(one: torch.nn.Module, other: torch.nn.Module) -> set[str]:
     return {name for name, value in one.named_parameters() if not torch.equal(value, values[name])}
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_from_every_form(
     release: Path, converted: Callable[..., Path], load: Load
 ) -> None:

@@ -67,6 +67,7 @@ def visible(output: Path) -> dict[str, str]:
     return {name: digest for name, digest in tree(output).items() if not Path(name).name.startswith(PREFIX)}
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_size(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     code, err = finish(start(LIMITED.format(size=100_000), source, tmp_path / "out"))
     assert code == 4 and "ulimit -f" in err
@@ -80,6 +81,7 @@ def test_too_little_memory_allowed(source: Path, tmp_path: Path) -> None:
     assert code == 4 and "too little" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [2**20, 64 * 2**20])
 def test_a_limit_on_addresses(more: int, source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     code, err = finish(start(ADDRESSES.format(more=more), source, tmp_path / "out"))
@@ -113,6 +115,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tiny_disk: Callable[[str
     assert code == 4 and "are free" in err and not list(disk.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["64k", "256k"])
 def test_a_disk_that_fills_up_meanwhile(
     size: str, tiny_disk: Callable[[str], Path], source: Path, whole: dict[str, str]
@@ -160,6 +163,7 @@ def test_an_unprivileged_user_may_read_the_source_only(anybodys: Path, whole: di
     assert tree(anybodys / "source") == before
 
 
+@pytest.mark.slow
 def test_an_unprivileged_user_is_told_what_is_forbidden(anybodys: Path) -> None:
     (anybodys / "mine").chmod(0o555)
     code, err = finish(start(UNPRIVILEGED, anybodys / "source", anybodys / "mine" / "out"))
@@ -198,6 +202,7 @@ def test_a_source_that_cannot_be_written(tmp_path: Path, whole: dict[str, str]) 
             path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     runs = [start("", source, tmp_path / "out") for _ in range(2)]
     endings = [finish(run) for run in runs]
@@ -207,6 +212,7 @@ def test_two_runs_at_once(source: Path, whole: dict[str, str], tmp_path: Path) -
     assert tree(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_where_locks_do_not_work(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     # As on some network file systems. One may clear away the other's files, and then stops; nothing is mixed.
     runs = [start(UNLOCKED, source, tmp_path / "out") for _ in range(3)]

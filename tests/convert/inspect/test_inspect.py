@@ -46,6 +46,7 @@ def inspect_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_flash_is_what_the_release_says(flash_facts: dict) -> None:
     facts = flash_facts
     assert (facts["tensors"], facts["bytes"]) == FLASH_PUBLISHED
@@ -69,6 +70,7 @@ def test_flash_is_what_the_release_says(flash_facts: dict) -> None:
     assert facts["findings"] == []
 
 
+@pytest.mark.slow
 def test_pro_is_what_the_release_says(small: Path) -> None:
     pro = replace(Checkpoint.open(small), config_json=config(PRO), tensors=released_tensors(PRO))
     facts = as_json(inspect_checkpoint(pro))
@@ -90,6 +92,7 @@ def test_pro_is_what_the_release_says(small: Path) -> None:
     assert [finding["level"] for finding in facts["findings"]] == ["note"]  # the small one's index has another total
 
 
+@pytest.mark.slow
 def test_kv_cache_by_the_definition(flash_facts: dict) -> None:
     facts = flash_facts
     entry, index_key = 448 + 2 * 64, 128 // 2 + 128 // 32
@@ -103,6 +106,7 @@ def test_kv_cache_by_the_definition(flash_facts: dict) -> None:
     assert round(share["FP8 latent, BF16 rotary, FP8 index keys"], 2) == 0.07
 
 
+@pytest.mark.slow
 def test_sizes_after_conversion(flash_facts: dict, small: Path, tmp_path: Path) -> None:
     sizes = flash_facts["converted_bytes"]
     assert sizes["--to fp8"] == sizes["--to fp8 --target vllm"] == 292_555_345_480  # published for Flash-Base

@@ -13,6 +13,8 @@ from tiny import RAGGED
 from dsv4.convert import verify
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
+pytestmark = pytest.mark.slow  # the library alone takes seconds to import
+
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
 FORMATS = {"mxfp8": {"mxfp8-quantized"}, "mxfp4": {"mxfp4-pack-quantized", "mxfp8-quantized"}}
 

@@ -495,6 +495,7 @@ class TestFullDisk:
         assert code == 4 and "No space left" in err and "model-00001-of-00001" in err
         assert tree(tmp_path / "out") == {}
 
+    @pytest.mark.slow
     def test_a_limit_on_file_size(self, source: Path, tmp_path: Path) -> None:
         """No stand-in: the kernel refuses."""
         command = (

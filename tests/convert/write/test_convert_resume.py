@@ -60,7 +60,7 @@ class TestSameBytes:
         convert(source, tmp_path / "out", *SHARDS, "--max-workers", workers)
         assert tree(tmp_path / "out") == tree(whole)
 
-    @pytest.mark.parametrize("piece", [1, 3000, 100_000])
+    @pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 3000, 100_000])
     @pytest.mark.parametrize(("experts", "to"), [("fp4", "fp8"), ("fp4", "bf16"), ("fp8", "fp4")])
     def test_any_size_of_pieces(
         self, piece: int, experts: Literal["fp4", "fp8"], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
