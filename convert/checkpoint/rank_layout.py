@@ -75,11 +75,11 @@ def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice 
     return Slice(dim, rank, ranks)
 
 
-def check_blocks(name: str, shape: tuple[int, ...], part: Slice, block: Block) -> None:
+def check_blocks(name: str, shape: tuple[int, ...], cut: Slice, block: Block) -> None:
     """Raises InputError if a slice of a block-scaled weight would cut a block: its scale cannot be divided."""
-    if shape[part.dim] // part.count % block[part.dim]:
+    if shape[cut.dim] // cut.count % block[cut.dim]:
         raise InputError(
-            f"'{name}' has shape {list(shape)}: {part.count} ranks would cut its blocks of "
+            f"'{name}' has shape {list(shape)}: {cut.count} ranks would cut its blocks of "
             f"{block.rows} x {block.columns}",
             "Choose another --model-parallel.",
         )

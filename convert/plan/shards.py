@@ -98,22 +98,22 @@ def hf_shards(
 
 def _rank_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
     """One rank's slice of a tensor, under the reference engine's name and dtype tag."""
-    part = mp_slice(output.name, output.shape, rank, ranks)
+    cut = mp_slice(output.name, output.shape, rank, ranks)
     packed = output.format is Format.FP4
     dtype = "F4" if packed else output.dtype
     shape = output.weight.logical_shape if packed else output.shape
-    if part is not None:
+    if cut is not None:
         if output.weight.block is not None:
-            check_blocks(output.weight.name, output.weight.logical_shape, part, output.weight.block)
-        shape = part.apply_to(shape)
-    return replace(output, name=mp_name(output.name), dtype=dtype, shape=shape, part=part)
+            check_blocks(output.weight.name, output.weight.logical_shape, cut, output.weight.block)
+        shape = cut.apply_to(shape)
+    return replace(output, name=mp_name(output.name), dtype=dtype, shape=shape, rank_slice=cut)
 
 
 def _kept_instead_of(output: OutputTensor, layout: Layout) -> list[OutputTensor]:
     """The source tensors of a weight unchanged, under the layout's names and dtype tags, cut to the same slice."""
     if layout == "hf":
         return kept(output.weight)
-    rank, ranks = (output.part.index, output.part.count) if output.part else (0, 1)
+    rank, ranks = (output.rank_slice.index, output.rank_slice.count) if output.rank_slice else (0, 1)
     return [_rank_tensor(tensor, rank, ranks) for tensor in kept(output.weight)]
 
 

@@ -32,7 +32,7 @@ from .tally import (
 )
 
 PIECE_BYTES = 64 << 20  # of the output's rows
-BAND_BYTES = 1 << 20  # of the larger side: what a core's cache holds, and enough to outweigh the calls
+BAND_BYTES = 1 << 20  # of the larger side: it fits a core's cache, and makes calls few
 COUNTED_BANDS = 8  # codes are counted in the first of this many bands: counting costs as much as comparing
 
 
@@ -59,7 +59,7 @@ def _band_rows(compared: ComparedTensor, band_bytes: int) -> int:
 
 
 def largest_band(compared: list[ComparedTensor], band_bytes: int) -> int:
-    """Bytes of the largest band of any of the tensors. A row of blocks is the least, so it may exceed `band_bytes`."""
+    """Bytes of the largest band of any of the tensors. At least one row of blocks, so it may exceed `band_bytes`."""
     largest = 0
     for one in compared:
         weights = [weight for weight in (one.source_weight, one.output_weight) if weight is not None]
@@ -98,7 +98,7 @@ def plan_pieces(number: int, compared: ComparedTensor) -> Iterator[Piece]:
 
 
 class Reader:
-    """Reads rows of whole tensors, whatever parts they are stored in, into buffers that each thread reuses."""
+    """Reads rows of whole tensors, from one file or from the ranks' slices, into buffers that each thread reuses."""
 
     def __init__(self, source: Files | None, output: Files) -> None:
         self._files = {"source": source, "output": output}
@@ -118,15 +118,15 @@ class Reader:
             files.read_into(entry.shard, entry.offset + offset, buffer.data.cast("B"))
 
     def _read_flat(self, side: str, tensor: Tensor, offset: int, buffer: Array) -> None:
-        """Fill `buffer` from byte `offset` on. Parts along the first axis follow each other."""
+        """Fill `buffer` from byte `offset` on. Slices along the first axis follow each other."""
         done, begin = 0, 0
-        for part in tensor.parts:
+        for entry in tensor.slices:
             inside = offset + done - begin
-            if done < len(buffer) and 0 <= inside < part.size:
-                count = min(part.size - inside, len(buffer) - done)
-                self._into(side, part, inside, buffer[done : done + count])
+            if done < len(buffer) and 0 <= inside < entry.size:
+                count = min(entry.size - inside, len(buffer) - done)
+                self._into(side, entry, inside, buffer[done : done + count])
                 done += count
-            begin += part.size
+            begin += entry.size
 
     def rows(self, side: str, key: str, tensor: Tensor, step: int, start: int, stop: int) -> Array:
         """Rows `start` to `stop` of `step` bytes each: uint8 `[stop - start, step]`.
@@ -138,10 +138,10 @@ class Reader:
             self._read_flat(side, tensor, start * step, buffer)
             return buffer.reshape(-1, step)
         table, column = buffer.reshape(-1, step), 0
-        for part in tensor.parts:
-            width = part.size // max(part.shape[0], 1)
-            piece = self._buffer("part", (stop - start) * width)
-            self._into(side, part, start * width, piece)
+        for entry in tensor.slices:
+            width = entry.size // max(entry.shape[0], 1)
+            piece = self._buffer("slice", (stop - start) * width)
+            self._into(side, entry, start * width, piece)
             table[:, column : column + width] = piece.reshape(-1, width)
             column += width
         return table
@@ -150,7 +150,7 @@ class Reader:
         """Names of the files whose copy of the tensor has other bytes than `wanted` at byte `start`."""
         found = set()
         for copy in tensor.copies:
-            buffer = self._buffer("part", wanted.size)
+            buffer = self._buffer("slice", wanted.size)
             self._into(side, copy, start, buffer)
             if not np.array_equal(buffer, wanted.reshape(-1)):
                 found.add(copy.shard)
@@ -255,7 +255,7 @@ class PieceComparison:
             del self.tally.first[FIRST_DIFFERENCES:]
 
     def _count(self, start: int, source: RowBand, output: RowBand) -> None:
-        """Statistics: codes that are not finite, use of codes, spans of scales, and codes that can be rebuilt."""
+        """Count codes that are not finite, uses of codes, spans of scales, and codes that can be rebuilt."""
         for side, band in (("source", source), ("output", output)):
             if band.number_format is E4M3 or self.tally.different:
                 self.tally.special[side] += special_codes(band)
@@ -269,7 +269,7 @@ class PieceComparison:
             self.tally.rebuilt.update(rebuild(source, output))
 
     def _scan(self, start: int, stop: int) -> None:
-        """One checkpoint alone: look at the output's codes and scales."""
+        """For one checkpoint alone: check the output's codes and scales."""
         assert self.compared.output_weight is not None
         band = self._read_band("output", self.compared.output_weight, start, stop)
         self.tally.elements += band.rows * band.columns

@@ -2,7 +2,7 @@
 
 `config.json` may differ between the two sides only in keys that describe how weights are stored (`expert_dtype`,
 `quantization_config`, `torch_dtype`); every other key describes the model. The keys about storage are compared with
-the headers, not with what a converter would have written. In the reference engine's layout `config.json` is the
+the headers, not with a converter's choice. In the reference engine's layout `config.json` is the
 engine's own, and is compared with the source's `inference/config.json`.
 """
 
@@ -55,7 +55,7 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_pointers(checkpoint: Checkpoint) -> None:
-    """Name side files that are Git LFS pointers: what a loader needs of them cannot be read."""
+    """Record side files that are Git LFS pointers: loaders need the files themselves."""
     for name, size in _side_files(checkpoint.files).items():
         if is_lfs_pointer(checkpoint.files, name, size):
             severity: Severity = "unreadable" if _NEEDED.fullmatch(name) else "note"
@@ -129,7 +129,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
-    # Whether a quantization_config is needed, and one of another tool is right, the tensors decide: `check_config`.
+    # `check_config` compares quantization_config with the tensors.
     inner = [side.get("quantization_config") for side in (expected, found)]
     unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
     expected, found = _flat(expected), _flat(found)
@@ -168,8 +168,8 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 def _expert_formats(checkpoint: Checkpoint, weights: dict[str, Weight]) -> set[str]:
     """Formats of the routed experts that the config has to name: fp4, fp8, or the dtype of weights without a scale.
 
-    Draft stages whose experts are all BF16 beside others of the main layers are left out: they have no scales, and
-    what loads them sees that.
+    Draft stages whose experts are all BF16, unlike those of the main layers, are left out: loaders see that they have
+    no scales.
     """
     names = {"E2M1": "fp4", "E4M3": "fp8"}
     main, draft = set[str](), set[str]()

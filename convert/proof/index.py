@@ -1,9 +1,9 @@
-"""`model.safetensors.index.json`: it decides which of the tensors in a folder belong to the checkpoint.
+"""`model.safetensors.index.json`, which decides which tensors of a folder belong to the checkpoint.
 
 Loaders follow the index, and so does `verify`. A newer shard may supersede tensors that an older one still holds; a
 shard may hold tensors that the index does not list; the index may list tensors that no shard holds; shards may lie
-beside the indexed ones. All of this is named, and counts neither as equal nor as different: what a checkpoint lacks
-shows in the comparison with the other side. What no loader reads, such as the total size, is a note.
+beside the indexed ones. These are all reported, and count neither as equal nor as different: a missing tensor shows in
+the comparison with the other side. A fault in a key that no loader reads, such as the total size, is a note.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ NAMES_SHOWN = 5
 
 @dataclass
 class Index:
-    """What the index says. `reason`: why it cannot be used, or ""; `notes`: faults of parts that no loader reads."""
+    """An index. `reason`: why it cannot be used, or ""; `notes`: faults in keys that no loader reads."""
 
     weight_map: dict[str, str] = field(default_factory=dict)
     total_size: object = None
@@ -61,7 +61,7 @@ def read_index(files: Files, size: int) -> Index:
 
 @dataclass
 class Ignored:
-    """What a folder holds or its index lists although no loader reads it."""
+    """Shards and tensors that a folder holds or its index lists, but no loader reads."""
 
     superseded: list[str] = field(default_factory=list)  # tensors: the index names the copy in another shard
     not_listed: list[str] = field(default_factory=list)  # tensors of indexed shards
@@ -74,7 +74,7 @@ class Ignored:
 
 
 def follow(index: Index, shards: dict[str, Shard]) -> tuple[Ignored, list[str]]:
-    """Remove from the shards what the index does not choose.
+    """Remove from the shards the tensors that the index does not choose.
 
     Returns what is ignored, and the tensors that lie in another shard than the index says.
     """

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint, whichever program wrote it: a list of whole tensors under the release's names.
+"""The whole tensors of a checkpoint from any program, under the release's names.
 
-Understood on both sides of a comparison:
+These layouts and names are read on both sides of a comparison:
 
 - Hugging Face folders with an index, with several shards and no index, or with a single `model.safetensors`;
 - the reference engine's `model{i}-mp{N}.safetensors`, one file per rank: slices are joined along the axis that the
@@ -9,8 +9,8 @@ Understood on both sides of a comparison:
   for `attn`, `ffn`, `scale`, `bias`;
 - `weight_packed` and `weight_scale` of compressed-tensors, for `weight` and `scale`.
 
-This is `verify`'s own statement of these rules, not the converter's. Where files break a rule (a rank lacks a tensor,
-an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
+These rules are written for `verify` alone and share nothing with the converter. Where files break a rule (a rank lacks
+a tensor, an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
 """
 
 import hashlib
@@ -42,24 +42,24 @@ _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A whole tensor: `parts` follow each other along `axis`; `copies` are further copies of the whole tensor."""
+    """A whole tensor: `slices` follow each other along `axis`; `copies` are further copies of the whole tensor."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     axis: int
-    parts: tuple[Entry, ...]
+    slices: tuple[Entry, ...]
     copies: tuple[Entry, ...] = ()
 
     @property
     def size(self) -> int:
         """Bytes, without copies."""
-        return sum(part.size for part in self.parts)
+        return sum(entry.size for entry in self.slices)
 
     @property
     def shards(self) -> set[str]:
         """Every file that holds bytes of it."""
-        return {entry.shard for entry in (*self.parts, *self.copies)}
+        return {entry.shard for entry in (*self.slices, *self.copies)}
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _open_index(checkpoint: Checkpoint, sizes: dict[str, int], shards: int) -> I
 
 
 def _follow_index(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]) -> None:
-    """Keep what the index chooses, and record what it promises and the shards do not hold."""
+    """Keep the tensors that the index chooses, and record those that it lists and no shard holds."""
     ignored, moved = follow(index, shards)
     checkpoint.ignored = replace(ignored, files=checkpoint.ignored.files)
     for name in sorted(index.shards - shards.keys()):
@@ -184,7 +184,7 @@ def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
         for entry in shard.entries.values():
             name = canonical(entry.name)
             if name in checkpoint.tensors:
-                first = checkpoint.tensors[name].parts[0]
+                first = checkpoint.tensors[name].slices[0]
                 checkpoint.problem(
                     "layout",
                     f"{entry.name} in {shard.name} and {first.name} in {first.shard} are the same tensor twice",
@@ -229,7 +229,7 @@ def _experts_per_rank(names: Iterable[str], ranks: int) -> dict[str, int]:
 
 
 def _place_expert(checkpoint: Checkpoint, name: str, held: dict[int, Entry], per_rank: dict[str, int]) -> None:
-    """An expert belongs to one rank. The engine does not find it in another rank, nor a second copy."""
+    """Record an expert that is in the wrong rank or in two ranks: the engine does not find it there."""
     match = _EXPERT.fullmatch(name)
     assert match is not None
     rank = int(match[2]) // per_rank[match[1]]

@@ -2,8 +2,7 @@
 
 Files have SHA-256; tensors have BLAKE3, or SHA-256 in manifests of format 1.
 
-Only used when a checkpoint is verified alone. With the source at hand, the manifest proves nothing that the tensors do
-not prove.
+It is used only when a checkpoint is verified alone: a comparison with the source proves more.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was recorded, and which files this process hashes: `own_files`. Empty if it cannot be understood."""
+    """The recorded sizes and hashes. `own_files`: the files that this process hashes. Empty if it cannot be parsed."""
 
     shards: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
@@ -114,8 +113,8 @@ def _check_tensors(checkpoint: Checkpoint, manifest: Manifest, broken: set[str])
         checkpoint.problem("manifest", f"does not list {name}")
     for name, tensor in checkpoint.tensors.items():
         value = listed.get(name)
-        if isinstance(value, dict) and len(tensor.parts) == 1 and not tensor.copies:
-            _check_tensor(checkpoint, tensor.parts[0], value, bool(broken & tensor.shards), manifest.format)
+        if isinstance(value, dict) and len(tensor.slices) == 1 and not tensor.copies:
+            _check_tensor(checkpoint, tensor.slices[0], value, bool(broken & tensor.shards), manifest.format)
 
 
 def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What is compared and how: every tensor of both checkpoints belongs to exactly one `ComparedTensor`.
+"""Plans the comparison: every tensor of both checkpoints belongs to exactly one `ComparedTensor`.
 
 A weight and its block scale are compared together, because neither has a meaning alone. How a pair is compared follows
 from declared dtypes, shapes and names, never from byte counts: a weight is FP4 if its dtype is F4, or I8/U8 with two
@@ -50,7 +50,7 @@ class Weight:
 
     @property
     def described(self) -> str:
-        """For messages: `E4M3, 128x128 F32 scales`."""
+        """Format and scales for messages, such as `E4M3, 128x128 F32 scales`."""
         if self.scale is None:
             return f"{self.number_format.name} without scale"
         kind = self.scale.dtype.removeprefix("F8_")
@@ -192,8 +192,8 @@ def _pair_scale(source: Checkpoint, output: Checkpoint, name: str) -> str:
 def absent_and_needed(checkpoint: Checkpoint, alone: bool) -> list[str]:
     """Tensors that the index lists, no shard holds, and the checkpoint needs: scales of quantized weights.
 
-    A scale beside a weight that is not quantized is not needed. Whether any other tensor is, the other side of the
-    comparison decides; a checkpoint that is verified alone needs it.
+    A scale of a weight that is not quantized is not needed. Other tensors are needed if the other side has them; a
+    checkpoint that is verified alone needs all of them.
     """
     found = []
     for name in map(canonical, checkpoint.ignored.absent):
@@ -255,7 +255,7 @@ def _scanned(name: str, checkpoint: Checkpoint) -> ComparedTensor:
 
 
 def plan_scan(checkpoint: Checkpoint) -> list[ComparedTensor]:
-    """Every tensor of one checkpoint, to be looked at alone. Only quantized ones are read."""
+    """The plan for one checkpoint alone: all tensors, of which only quantized ones are read."""
     return [_scanned(name, checkpoint) for name in _names(checkpoint, checkpoint)]
 
 
@@ -286,7 +286,7 @@ class Selection:
     seed: int = 0
 
     def describe(self) -> str:
-        """What is compared, in words, for the verdict; "" for everything."""
+        """The selection as a phrase for the verdict; "" for everything."""
         words = []
         if self.tensor:
             words.append(f"only tensors named '{self.tensor}'")
@@ -304,7 +304,7 @@ class Selection:
 
     def takes(self, compared: ComparedTensor, shard: str | None) -> bool:
         """Whether to compare it. `shard`: name of the only output shard to compare, None for all."""
-        stored = {part.name for _, tensor in compared.tensors() for part in tensor.parts}  # names with `model.` too
+        stored = {entry.name for _, tensor in compared.tensors() for entry in tensor.slices}  # names with `model.` too
         names = {compared.name, compared.scale_name, *stored}
         if self.tensor and not any(fnmatch.fnmatchcase(name, self.tensor) for name in names):
             return False

@@ -1,7 +1,7 @@
-"""What `verify` found, as data: a status per tensor, counts, problems, statistics, a verdict.
+"""The result of `verify`, as data: a status per tensor, counts, problems, statistics, a verdict.
 
 `=` same bytes, `≈` other bytes but every element of equal value, `*` differs, `-` missing, `+` extra, `!` unreadable.
-`Verification.to_json()` is what `--json` prints, and all that the report page is made from.
+`--json` prints `Verification.to_json()`, and the report page is made from it alone.
 """
 
 import re
@@ -244,7 +244,7 @@ class Verification:
 
     @property
     def what_was_read(self) -> str:
-        """What `read_bytes` counts. Headers and side files are not counted."""
+        """The contents of `read_bytes`, as a phrase. Headers and side files are not counted."""
         if self.source is not None:
             return "tensors"
         return "quantized tensors and hashed files" if self.hashed else "quantized tensors"

@@ -70,7 +70,7 @@ def threads_and_band(settings: Settings, compared: list[ComparedTensor]) -> tupl
 
 @dataclass
 class Findings:
-    """What one process has read and found so far: a tally per compared tensor. progress: in bytes."""
+    """The findings of one process so far: bytes read and a tally per compared tensor. progress: in bytes."""
 
     progress: Reached
     compared: list[ComparedTensor] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Findings:
         self.advance(piece.size)
 
     def so_far(self, error: Interrupted) -> Interrupted:
-        """The interruption with a message that says how far the work was and what it had found."""
+        """The interruption, with a message about the share of the work that was done and the differences found."""
         differing = sum(bool(tally.different or tally.copies_differ) for tally in self.tallies)
         found = f"{differing} tensors differ so far" if differing else "no difference so far"
         percent = 100 * self.read // max(self.total, 1)
@@ -120,7 +120,7 @@ def _merged(own: Findings, share: Share) -> Findings:
 def _compare_pieces(
     findings: Findings, pieces: list[Piece], files: dict[str, Files], settings: Settings, workers: int, band: int
 ) -> None:
-    """Read and compare the pieces, and add what they show to the findings."""
+    """Read and compare the pieces, and add their tallies to the findings."""
     stopped = threading.Event()
     reader = Reader(files.get("source"), files["output"])
     remote = {side: some for side, some in files.items() if isinstance(some, RemoteFiles)}
@@ -181,7 +181,7 @@ def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Torch computes in the calling thread: the pieces are what runs in parallel."""
+    """Make torch compute in the calling thread: pieces run in parallel, operations do not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -198,7 +198,7 @@ def _compare(
     share: Share,
     manifest: Manifest | None,
 ) -> None:
-    """This process's share of the reading: tensors, then the files of which the manifest has hashes."""
+    """Do this process's share: compare tensors, then hash the files that the manifest lists."""
     workers, band = threads_and_band(settings, findings.compared)
     every = [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
     pieces = share.of(every, [piece.size for piece in every])
@@ -246,8 +246,8 @@ def verify_files(
 ) -> Verification:
     """`verify` on files that may be remote, by one of several processes.
 
-    `headers` is called with the number of shards whose headers were read, and of all; then `progress` with bytes, also
-    while a step takes long. Both are called in the calling thread, and what they raise ends the work. With a `share`
+    `headers` is called with (headers read, all headers); then `progress` with the number of bytes, and with 0 while a
+    step takes long. Both are called in the calling thread, and their exceptions end the work. With a `share`
     this process compares its part of the tensors, exchanges findings with the others, and returns the result of all.
     """
     started = time.monotonic()

@@ -2,8 +2,8 @@
 
 Pieces run on threads, not processes: reading and every array operation release the interpreter's lock, and tallies
 need no copying. The calling thread submits the pieces in order, a bounded number at a time, and takes their tallies in
-the same order. Shards of a remote checkpoint are fetched by the calling thread too, before the pieces that read them
-are submitted, so no thread ever waits for a shard that another thread holds up.
+the same order. The calling thread also fetches shards of a remote checkpoint, before it submits the pieces that read
+them, so no worker waits for a shard.
 
 Several processes may share one verification. Each plans the same pieces from the same headers, so dividing them needs
 no messages: neighbouring pieces stay together, because they lie in the same shards, and each process gets about the
@@ -25,7 +25,7 @@ from .files import RemoteFiles
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PIECES_AHEAD = 2  # per thread: one that is computed, one that is waiting
+PIECES_AHEAD = 2  # per thread: one that is computed and one that waits
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class OutputTensor:
     format: how its elements are stored; a scale is PLAIN. is_scale: it is the scale of the weight, not its codes.
     scanned: whether its pieces are scanned before the shard is written.
     row_unit: pieces begin at multiples of this number of rows. bytewise: unless it is a slice, it may be cut anywhere.
-    block: the block of an FP8 cast. part: the slice of one tensor-parallel rank.
+    block: the block of an FP8 cast. rank_slice: the slice of one tensor-parallel rank.
     made_by_scan_of: the output tensor whose scan computes this one while memory allows; its source hash is there.
     """
 
@@ -57,7 +57,7 @@ class OutputTensor:
     row_unit: int = 1
     bytewise: bool = False
     block: Block | None = None
-    part: Slice | None = None
+    rank_slice: Slice | None = None
     made_by_scan_of: str = ""
 
     @property
@@ -68,7 +68,7 @@ class OutputTensor:
     @property
     def in_words(self) -> bool:
         """Whether pieces are counted in WORD bytes and not in rows: one row of a tensor may be all of it."""
-        return self.bytewise and self.part is None
+        return self.bytewise and self.rank_slice is None
 
     @property
     def rows(self) -> int:

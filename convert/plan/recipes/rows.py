@@ -38,19 +38,19 @@ def read_words(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) 
 
 def source_rows(piece: Piece) -> tuple[int, int]:
     """The source rows of a piece, which may belong to a rank's slice of rows."""
-    part = piece.tensor.part
-    if part is None or part.dim != 0:
+    cut = piece.tensor.rank_slice
+    if cut is None or cut.dim != 0:
         return piece.start, piece.stop
-    begin, _ = part.bounds(piece.tensor.source.shape[0])
+    begin, _ = cut.bounds(piece.tensor.source.shape[0])
     return begin + piece.start, begin + piece.stop
 
 
 def slice_columns(raw: Array, piece: Piece) -> Array:
     """The columns of a rank's slice, contiguous; all of them if it is a slice of rows or none."""
-    part = piece.tensor.part
-    if part is None or part.dim == 0:
+    cut = piece.tensor.rank_slice
+    if cut is None or cut.dim == 0:
         return raw
-    begin, end = part.bounds(raw.shape[1])
+    begin, end = cut.bounds(raw.shape[1])
     return np.ascontiguousarray(raw[:, begin:end])
 
 

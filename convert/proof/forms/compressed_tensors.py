@@ -56,7 +56,7 @@ def _expected(quantization: dict[str, Any], module: str) -> tuple[Any, Any] | No
 
 def _module(tensor: Tensor) -> str | None:
     """The module of a stored matrix, by the name that the file has; None for other tensors."""
-    stored = tensor.parts[0].name
+    stored = tensor.slices[0].name
     suffix = next((suffix for suffix in _SUFFIXES if stored.endswith(suffix)), None)
     return stored.removesuffix(suffix) if suffix and len(tensor.shape) == 2 else None
 

@@ -23,7 +23,7 @@ from .template import render_page
 LISTED = 200  # differing tensors and problems shown; the JSON has all
 IN_BANNER = 10  # problems shown beside the verdict; all are listed below it
 BLOCKS = 24
-Step = tuple[str, str]  # what to do, and a command for it or ""
+Step = tuple[str, str]  # advice, and a command for it or ""
 
 LEGEND = (
     ("same", "same bytes"),

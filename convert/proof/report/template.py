@@ -1,4 +1,4 @@
-"""Report pages from Jinja2 templates: one style, nothing fetched, no script, every text made safe where it is put in.
+"""Report pages from Jinja2 templates: one style, nothing fetched, no script, every text escaped where it is inserted.
 
 `base.html.j2`, `parts.html.j2` and `style.css` in this folder are shared by all pages. Names come from checkpoints,
 which are untrusted: each text has its control characters escaped, then HTML is escaped.

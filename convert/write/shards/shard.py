@@ -72,8 +72,12 @@ class ManifestBuilder:
         }
         if digests[1]:
             entry["source_blake3"] = digests[1]
-        if tensor.part:
-            entry["slice"] = {"dim": tensor.part.dim, "index": tensor.part.index, "count": tensor.part.count}
+        if tensor.rank_slice:
+            entry["slice"] = {
+                "dim": tensor.rank_slice.dim,
+                "index": tensor.rank_slice.index,
+                "count": tensor.rank_slice.count,
+            }
         return entry | tensor.recipe.entry(tensor, counts, self._scanned.scan_of(tensor))
 
     def add(self, hashed: HashedPiece) -> None:

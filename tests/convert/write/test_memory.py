@@ -157,6 +157,6 @@ def test_no_piece_is_larger_than_planned(
         for tensor in shard.tensors:
             assert all(size <= max(4096, tensor.row_unit * tensor.row_bytes) for size in piece_bytes(tensor))
             assert not tensor.nbytes or sum(piece_bytes(tensor)) >= tensor.nbytes
-            if tensor.part is not None:
+            if tensor.rank_slice is not None:
                 assert tensor.row_bytes >= tensor.source.row_bytes
     assert plan.piece_memory >= 6 * 4096

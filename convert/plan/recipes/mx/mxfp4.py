@@ -12,7 +12,7 @@ from dsv4.convert.plan.recipes.recipe import OutputTensor
 from dsv4.convert.plan.settings import Settings
 
 from .compressed_tensors import described
-from .parts import SCALE_SUFFIX, MxRecipe, check_columns, sibling
+from .mx_recipe import SCALE_SUFFIX, MxRecipe, check_columns, sibling
 
 PACKED_SUFFIX = ".weight_packed"
 

@@ -6,7 +6,7 @@ from typing import Any
 from dsv4.convert.plan.recipes.recipe import OutputTensor
 
 from .compressed_tensors import described
-from .parts import MxRecipe
+from .mx_recipe import MxRecipe
 
 
 class ToMxfp8(MxRecipe):

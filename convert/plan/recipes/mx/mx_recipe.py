@@ -1,4 +1,4 @@
-"""What conversions to MX formats share: weights in E4M3 with one E8M0 scale for 32 elements of a row.
+"""The base class of conversions to MX formats: weights in E4M3 with one E8M0 scale for 32 elements of a row.
 
 An FP4 code is an E4M3 code of the same value under the same scale, and an FP8 code keeps its bits under its block's
 scale, repeated. So the result is exact, whatever the codes, unless a float32 block scale is no power of two: then
