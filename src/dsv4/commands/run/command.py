@@ -159,7 +159,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
     if out.mode != "silent":
         _check_outputs(options)
     tokenizer = None if options.tokens is not None else load_tokenizer(options.checkpoint)
-    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, out), out)
+    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, source.has_vision, out), out)
     if options.is_chat and tokenizer is not None:
         return work.chat(tokenizer)
     prompts = work.prompts()
