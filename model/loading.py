@@ -1,7 +1,8 @@
-"""Loads a model from a folder: open, check, decide which weights stay in memory, read."""
+"""From a folder to a model: open, check, decide what fits into memory, read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +27,14 @@ from .weights import mtp_stages, required_weights
 
 
 def devices() -> list[str]:
-    """The devices of this machine that torch supports: `cpu`, and those of an accelerator by number."""
+    """The devices that torch can compute on here: `cpu`, and those of an accelerator by number."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if kind is not None else 0
     return ["cpu", *(f"{kind}:{i}" if count > 1 else str(kind) for i in range(count))]
 
 
 def find_device(name: str) -> torch.device:
-    """A torch device by name, tried out. Raises MachineError, which lists the devices, for any other."""
+    """A torch device by name, tried out. Raises MachineError that lists the devices here, if it is none of them."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -47,7 +48,7 @@ def find_device(name: str) -> torch.device:
 
 
 class Loadable(NamedTuple):
-    """Facts from the headers of a checkpoint: architecture, config, number of MTP blocks, and every weight by name."""
+    """What the headers of a checkpoint say: architecture, config, number of MTP blocks, and every weight by name."""
 
     architecture: Architecture
     config: Config
@@ -110,3 +111,10 @@ def load(
         store.load(progress)
     numerics = Numerics(simulation, select_kernels(place), group, released_index_keys=released_index_keys)
     return Transformer(config, architecture.build(config, stages, store, numerics), store, numerics)
+
+
+def with_simulation(model: Transformer, simulation: bool) -> Transformer:
+    """The same weights, computing with or without the simulated quantizations; without MTP blocks."""
+    numerics = replace(model.numerics, simulation=simulation)
+    stack = architecture_of(model.store.checkpoint).build(model.config, 0, model.store, numerics)
+    return Transformer(model.config, stack, model.store, numerics)

@@ -20,10 +20,10 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one checkpoint on the tokens."""
+    """The result of one checkpoint on the tokens; of logits that were read from a file there are no fingerprints."""
 
     evaluation: Evaluation
-    fingerprints: Fingerprints
+    fingerprints: Fingerprints | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def compare(one: Run, other: Run) -> Comparison:
     top1 = a.logits.argmax(-1) == b.logits.argmax(-1)
     both_mtp = a.mtp_logits is not None and b.mtp_logits is not None
     mtp = float(_by_rows(_difference, a.mtp_logits, b.mtp_logits).max()) if both_mtp else None  # type: ignore[arg-type]
-    parted = one.fingerprints.first_difference(other.fingerprints)
+    traced = one.fingerprints is not None and other.fingerprints is not None
+    parted = one.fingerprints.first_difference(other.fingerprints) if traced else None  # type: ignore[union-attr, arg-type]
     return Comparison(
         bit_equal=_same_bits(a.logits, b.logits) and _same_bits(a.mtp_logits, b.mtp_logits),
         max_difference=float(difference.max()),

@@ -4,9 +4,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from dsv4.errors import InputError
 from dsv4.model.transformer import Transformer
@@ -94,6 +97,18 @@ def teacher_forced(
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,
     )
+
+
+def read_logits(path: str | Path) -> Evaluation:
+    """What `write_logits` wrote. Raises InputError for a file that holds something else."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a file of logits: {error}", "`dsv4 run --logits FILE` writes one.") from None
+    tokens, logits, mtp = tensors.get("token_ids"), tensors.get("logits"), tensors.get("mtp_logits")
+    if tokens is None or logits is None or tokens.dim() != 1 or logits.dim() != 2 or len(logits) != len(tokens):
+        raise InputError(f"{path} has no token_ids [n] and logits [n, V]", "`dsv4 run --logits FILE` writes both.")
+    return Evaluation(tokens.tolist(), logits.float(), mtp, len(tokens), 0.0, 0.0)
 
 
 _TAGS = {torch.int64: "I64", torch.float32: "F32"}

@@ -61,12 +61,12 @@ def command(work: Callable[[Any], None]) -> Callable[..., None]:
 
 
 def as_typed(name: str, options: Any) -> str:
-    """The command line that gives these options, for reports. Defaults are left out, and so is the access token."""
+    """The command line that gives these options, for reports. Defaults are left out, and so are keys."""
     words = name.split()
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):
         value, (declared, *_) = getattr(options, field.name), hints[field.name].__metadata__
-        if value == field.default or field.name == "token":
+        if value == field.default or field.name in ("token", "api_key"):
             continue
         # Typer keeps the first name of an annotated option as its default.
         option = [str(declared.default)] if isinstance(declared, OptionInfo) else []

@@ -1,4 +1,4 @@
-"""The n-gram table of a layer: each stream adds the n-grams' value, weighted by its similarity to their key."""
+"""What a layer does with its n-gram table: each stream takes the n-grams' value, as far as it is like their key."""
 
 import torch
 

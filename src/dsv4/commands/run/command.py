@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import typer
 
 from dsv4 import output, signals
-from dsv4.errors import Interrupted, UsageError
+from dsv4.errors import InputError, Interrupted, UsageError
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
-from dsv4.options import command, example
+from dsv4.options import as_typed, command, example
 
 from .answers import BATCH, Answers, Generation, answer_prompts
-from .compare import compare_checkpoints
+from .compare import compare_checkpoints, compare_with_logits
 from .logits import save_logits
 from .options import RunOptions
 from .placement import Placement, Work, kind_of, load_model, place, working_memory
-from .prompts import Dialogue, Prompt, gather
+from .prompts import Dialogue, Prompt, gather, suite_prompts
 from .source import Source, open_source
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ EPILOG = example(
     'dsv4 run ./DeepSeek-V4-Flash -p "Why is the sky blue?" --mode think',
     "dsv4 run ./DeepSeek-V4-Flash --tokens 0,17,4 --logits logits.safetensors",
     'dsv4 run ./DeepSeek-V4-Flash -p "Hello" --compare ./Flash-FP8',
+    "dsv4 run ./DeepSeek-V4-Flash --suite --compare http://localhost:8000",
     'torchrun --nproc-per-node 8 -m dsv4 run ./DeepSeek-V4-Flash -p "Hello"',
 )
 
@@ -85,6 +86,8 @@ class _Run:
         """All prompts, checked. Of several ranks the first reads them: the others have no stdin."""
 
         def read() -> list[Prompt]:
+            if self.options.suite and self.tokenizer is not None:
+                return suite_prompts(self.source.config, self.dialogue, self.tokenizer, self.out)
             return gather(self.options, self.dialogue, self.tokenizer, self.out)
 
         prompts = self.ranks.first(read) if self.ranks else read()
@@ -139,6 +142,31 @@ class _Run:
         """Compare the logits of two checkpoints; the exit code."""
         return compare_checkpoints((self.source, other), self._for_logits(tokens), tokens, self.options, self.out)
 
+    def compare_with_server(self, prompts: list[Prompt], address: str) -> int:
+        """Compare the log-probabilities of a running server; the exit code."""
+        from dsv4.referee.client import Client, api_key
+        from dsv4.referee.command import ask, compare_with_server
+        from dsv4.referee.words import Comparison
+
+        tokens, options = [prompt.tokens for prompt in prompts], self.options
+        names = [prompt.name or f"prompt {number}" for number, prompt in enumerate(prompts)]
+        asked = ask(Client(address, api_key(options.api_key)), options.server, tokens, self.out)
+        longest = max(map(len, tokens))
+        model = load_model(self.source, self.placement(Work(1, longest, longest, 2 * longest)), self.out)
+        line = as_typed("dsv4 run", options)
+        what = Comparison(options.checkpoint, address, names, tokens, line, options.report)
+        return compare_with_server(what, asked, model, self.out)
+
+    def compare_with_file(self, prompts: list[Prompt], path: str) -> int:
+        """Compare with the logits that another run wrote; the exit code."""
+        from dsv4.model.evaluate.logits import read_logits
+
+        earlier = read_logits(path)
+        if prompts and _single(prompts) != earlier.token_ids:
+            raise InputError(f"{path} has the logits of other tokens", "Leave out the prompt: the file has its own.")
+        self.source.check_prompt(earlier.token_ids)
+        return compare_with_logits(self.source, self._for_logits(earlier.token_ids), earlier, self.options, self.out)
+
     def _for_logits(self, tokens: list[int]) -> Placement:
         """With memory for the logits of every position, of both checkpoints where two are compared."""
         checkpoints = 1 if self.options.compare is None else 2
@@ -158,11 +186,16 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
     source = open_source(options.checkpoint, out)
     if out.mode != "silent":
         _check_outputs(options)
-    tokenizer = None if options.tokens is not None else load_tokenizer(options.checkpoint)
-    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, source.has_vision, out), out)
-    if options.is_chat and tokenizer is not None:
+    without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
+    tokenizer = None if without_text else load_tokenizer(options.checkpoint)
+    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, out), out)
+    if options.is_chat and tokenizer is not None and not options.has_own_prompt:
         return work.chat(tokenizer)
-    prompts = work.prompts()
+    prompts = [] if options.compares_with_a_file and options.is_chat else work.prompts()
+    if options.compare is not None and options.asks_a_server:
+        return work.compare_with_server(prompts, options.compare)
+    if options.compare is not None and options.compares_with_a_file:
+        return work.compare_with_file(prompts, options.compare)
     if options.compare is not None:
         return work.compare(_single(prompts), open_source(options.compare, out))
     if options.logits is not None:

@@ -22,6 +22,7 @@ from .source import Source
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison, Run
+    from dsv4.model.evaluate.logits import Evaluation
     from dsv4.model.evaluate.trace import Fingerprints
 
 POSITIONS_SHOWN = 20  # without -v
@@ -96,6 +97,41 @@ def _print_comparison(comparison: "Comparison", tolerance: float, out: Output) -
         out.data(f"and {positions - len(rows) + 1} more positions (-v lists all, --json has the numbers)")
 
 
+def _conclude(
+    comparison: "Comparison",
+    sides: tuple[str, str],
+    tokens: list[int],
+    options: RunOptions,
+    out: Output,
+) -> int:
+    """Print the comparison, and write the page; the exit code."""
+    same = comparison.within(options.tolerance)
+    _print_comparison(comparison, options.tolerance, out)
+    out.result(
+        {"checkpoints": list(sides), "token_ids": tokens, "tolerance": options.tolerance, "same": same}
+        | {"peak_memory_bytes": peak_memory()}
+        | comparison.as_json()
+    )
+    if options.report is not None and out.mode != "silent":
+        from .report import render, write_report
+
+        words, command = verdict(comparison, options.tolerance), as_typed("dsv4 run", options)
+        write_report(options.report, render(sides, tokens, comparison, words, options.tolerance, command))
+        out.say(f"wrote {options.report}")
+    return EXIT_DONE if same else EXIT_DIFFERENCE
+
+
+def compare_with_logits(
+    source: Source, placement: Placement, earlier: "Evaluation", options: RunOptions, out: Output
+) -> int:
+    """Run a checkpoint on the tokens of a file of logits and print whether its own are bit-equal; the exit code."""
+    from dsv4.model.evaluate.compare import Run, compare
+
+    run = _run(source, placement, earlier.token_ids, options.prefill, earlier.mtp_logits is not None, None, out)
+    sides = (str(options.compare), source.folder)
+    return _conclude(compare(Run(earlier), run), sides, earlier.token_ids, options, out)
+
+
 def compare_checkpoints(
     sources: tuple[Source, Source], placement: Placement, tokens: list[int], options: RunOptions, out: Output
 ) -> int:
@@ -110,18 +146,4 @@ def compare_checkpoints(
     mtp = all(source.has_mtp for source in sources)
     one = _run(sources[0], placement, tokens, options.prefill, mtp, None, out)
     other = _run(sources[1], placement, tokens, options.prefill, mtp, one.fingerprints, out)
-    comparison = compare(one, other)
-    same = comparison.within(options.tolerance)
-    _print_comparison(comparison, options.tolerance, out)
-    out.result(
-        {"checkpoints": list(folders), "token_ids": tokens, "tolerance": options.tolerance, "same": same}
-        | {"peak_memory_bytes": peak_memory()}
-        | comparison.as_json()
-    )
-    if options.report is not None and out.mode != "silent":
-        from .report import render, write_report
-
-        words, command = verdict(comparison, options.tolerance), as_typed("dsv4 run", options)
-        write_report(options.report, render(folders, tokens, comparison, words, options.tolerance, command))
-        out.say(f"wrote {options.report}")
-    return EXIT_DONE if same else EXIT_DIFFERENCE
+    return _conclude(compare(one, other), folders, tokens, options, out)

@@ -1,13 +1,25 @@
 """The command line of `dsv4 run`: every option with its help, and which of them exclude each other."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
 from dsv4.options import Json, MaxMemory, Verbose, named
+
+
+class ServerName(StrEnum):
+    """The servers that can be asked for log-probabilities; `referee/servers.py` has a row for each."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
+    openai = "openai"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +76,24 @@ class RunOptions:
     compare: Annotated[
         str | None,
         typer.Option(
-            "--compare", parser=named, metavar="OTHER", help="Run another checkpoint on the same tokens and compare."
+            "--compare",
+            parser=named,
+            metavar="OTHER",
+            help="Compare with OTHER on the same tokens: a checkpoint, a file that --logits wrote, or the address of a "
+            "running server (vLLM, SGLang, llama.cpp, or OpenAI-compatible with prompt log-probabilities).",
         ),
     ] = None
+    server: Annotated[
+        ServerName | None,
+        typer.Option("--server", help="The kind of server at --compare's address. Default: by its endpoints."),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", help="The server's key, if not in OPENAI_API_KEY or the like."),
+    ] = None
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Ask the server dsv4's own few dozen prompts, which cover what goes wrong.")
+    ] = False
     tolerance: Annotated[
         float,
         typer.Option("--tolerance", metavar="X", min=0, help="Largest difference of a logit that counts as the same."),
@@ -98,15 +125,23 @@ class RunOptions:
             (self.logits and self.compare, "--logits and --compare cannot be used together"),
             (self.prefill and not self.teacher_forced, "--prefill belongs to --logits and --compare"),
             (self.report and not self.compare, "--report belongs to --compare"),
+            (self.server and not self.asks_a_server, "--server belongs to --compare with the address of a server"),
+            (self.api_key and not self.asks_a_server, "--api-key belongs to --compare with the address of a server"),
+            (self.suite and not self.asks_a_server, "--suite belongs to --compare with the address of a server"),
+            (self.asks_a_server and self.prefill, "--prefill does not change what a server is asked: leave it out"),
+            (self.asks_a_server and self.tolerance, "--tolerance is not for servers: their noise is measured"),
             (self.trace and self.compare, "--compare traces both by itself, leave out --trace"),
             (self.mtp and self.teacher_forced, "--logits and --compare run the MTP block anyway"),
             (self.logits and self.is_chat, "--logits needs a prompt: a text, --messages or --tokens"),
-            (self.compare and self.is_chat, "--compare needs a prompt: a text, --messages or --tokens"),
+            (
+                self.compare and self.is_chat and not self.has_own_prompt,
+                "--compare needs a prompt: a text, --messages or --tokens",
+            ),
             (self.trace and self.is_chat, "--trace needs a prompt: a text, --messages or --tokens"),
         ):
             if wrong:
                 raise UsageError(text)
-        if self.json and self.is_chat:
+        if self.json and self.is_chat and not self.has_own_prompt:
             raise UsageError("--json needs a prompt", "A chat has no single result: add -p, --file or --tokens.")
 
     def _check_prompt(self) -> None:
@@ -114,11 +149,11 @@ class RunOptions:
         if self.text is not None and self.prompt is not None:
             raise UsageError("the prompt is given twice", "Use either PROMPT or -p.")
         forms = {"a prompt": self.question, "--file": self.file, "--messages": self.messages, "--tokens": self.tokens}
-        given = [name for name, value in forms.items() if value is not None]
+        given = [name for name, value in forms.items() if value is not None] + ["--suite"] * self.suite
         if len(given) > 1:
             raise UsageError(
                 f"the prompt is given {len(given)} times: as {' and as '.join(given)}",
-                "Use one of a prompt, --file, --messages and --tokens.",
+                "Use one of a prompt, --file, --messages, --tokens and --suite.",
             )
         asked = self.asked not in (Asked(), Asked(Mode.chat))
         encoded = asked or self.system is not None or self.tools is not None
@@ -142,6 +177,21 @@ class RunOptions:
     def is_chat(self) -> bool:
         """Whether no prompt is given, so that the user types them."""
         return all(given is None for given in (self.question, self.file, self.messages, self.tokens))
+
+    @property
+    def asks_a_server(self) -> bool:
+        """Whether --compare names the address of a server."""
+        return self.compare is not None and urlsplit(self.compare).scheme.lower() in ("http", "https")
+
+    @property
+    def compares_with_a_file(self) -> bool:
+        """Whether --compare names a file of logits, which has its own tokens."""
+        return self.compare is not None and not self.asks_a_server and Path(self.compare).is_file()
+
+    @property
+    def has_own_prompt(self) -> bool:
+        """Whether there is something to compute although no prompt is given."""
+        return self.suite or self.compares_with_a_file
 
     @property
     def teacher_forced(self) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsv4.model.chat.detection import PromptEdition
     from dsv4.model.chat.messages import Request
     from dsv4.model.chat.tokenizer import TextTokenizer
+    from dsv4.model.config import Config
 
 Messages = list[dict[str, Any]]
 
@@ -31,14 +32,13 @@ class Dialogue:
     system: str | None
     tools: str | None
     edition: "PromptEdition | None"
-    has_vision: bool = False  # the model could see images, so a prompt that leaves them out is another question
 
     @classmethod
-    def of(cls, options: RunOptions, has_vision: bool, out: Output) -> Self:
+    def of(cls, options: RunOptions, out: Output) -> Self:
         """As the command line says, with the edition that the checkpoint tells where the command line does not."""
         is_encoded = options.tokens is None and not options.raw
         edition = choose_edition(options.asked, options.checkpoint, out) if is_encoded else None
-        return cls(options.asked, options.system, options.tools, edition, has_vision)
+        return cls(options.asked, options.system, options.tools, edition)
 
     @property
     def raw(self) -> bool:
@@ -57,6 +57,7 @@ class Prompt:
 
     tokens: list[int]
     written: Written | None = None
+    name: str | None = None  # of the suite's prompts
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -83,15 +84,9 @@ def starting_messages(dialogue: Dialogue) -> Messages:
 
 
 def completed(request: "Request", dialogue: Dialogue) -> "Request":
-    """A request with --system and --tools put in.
-
-    Raises UsageError for a second system message, InputError for an image that the model would see.
-    """
+    """A request with --system and --tools put in. Raises UsageError for a second system message."""
     from dsv4.model.chat.messages import read_tools, with_additions
-    from dsv4.model.chat.preparation import refuse_image_parts
 
-    if dialogue.has_vision:
-        refuse_image_parts(request.messages)
     messages = request.messages
     if dialogue.system is not None:
         if any(message.get("role") == "system" for message in messages):
@@ -128,6 +123,20 @@ def _from_file(path: str, dialogue: Dialogue) -> "list[str | Request]":
         item if isinstance(item, str) else as_request(item, f"{path}, prompt {number}")
         for number, item in enumerate(value)
     ]
+
+
+def suite_prompts(config: "Config", dialogue: Dialogue, tokenizer: "TextTokenizer", out: Output) -> list[Prompt]:
+    """The prompts of --suite, as the checkpoint's edition and tokenizer make them, those that the model can read."""
+    from dsv4.model.chat.messages import Request
+    from dsv4.referee.suite import suite
+
+    def encode(messages: Messages) -> list[int]:
+        request = completed(Request(messages), dialogue)
+        return tokenizer.encode(write_prompt(request, dialogue.style(request), out).text)
+
+    longest = config.max_position_embeddings
+    prompts = suite(encode, tokenizer.encode, config.vocab_size, longest)
+    return [Prompt(prompt.tokens, name=prompt.name) for prompt in prompts if 2 <= len(prompt.tokens) <= longest]
 
 
 def gather(options: RunOptions, dialogue: Dialogue, tokenizer: "TextTokenizer | None", out: Output) -> list[Prompt]:
