@@ -16,8 +16,13 @@ from dsv4.convert.synthetic.geometry import Geometry
 
 REPOSITORY = "acme/Tiny-V4"
 PAGE = b"<!doctype html><html><head><title>Sign in to Airport WiFi</title></head><body>...</body></html>"
-ANSWERS = {"page": PAGE, "nothing": b"", "object": b"{}", "list": b"[]"}
-SHOWN = {"page": "a web page titled 'Sign in to Airport WiFi'", "nothing": "nothing", "object": "{}", "list": "[]"}
+ESCAPES = "<html><head><title>\x1b[2JSign\u202e in\n\x9berror: FORGED</title></head></html>".encode()
+ANSWERS = {"page": PAGE, "escapes": ESCAPES, "nothing": b"", "object": b"{}", "list": b"[]"}
+SHOWN = {
+    "page": "a web page titled 'Sign in to Airport WiFi'",
+    "escapes": r"a web page titled '\x1b[2JSign\u202e in\n\x9berror: FORGED'",
+    "nothing": "nothing", "object": "{}", "list": "[]",
+}  # fmt: skip
 
 # A hub's client in a process of its own, because the libraries read their endpoint when they are imported.
 CLIENT = """
@@ -117,8 +122,8 @@ def test_every_call_answered_by_somebody_else(hub: str, source: Path, tmp_path: 
         assert exit_code == 4, (what, text)
         assert "http://" in text and "answers 200 with" in text, (what, text)  # who, and what
         assert "Open http://" in hint and "HTTPS_PROXY" in hint, (what, hint)
-        if what.startswith("page"):  # to a HEAD request it comes without its title
-            assert SHOWN["page"] in text or "with a web page," in text, (what, text)
+        if (kind := what.partition(" ")[0]) in ("page", "escapes"):  # to a HEAD request it comes without its title
+            assert SHOWN[kind] in text or "with a web page," in text, (what, text)
 
 
 @pytest.mark.slow
