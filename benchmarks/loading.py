@@ -54,7 +54,7 @@ def foreign_load(since: tuple[float, float, float]) -> float:
 
 
 def clocks() -> tuple[float, float, float]:
-    """Seconds: wall-clock, of all cores at work, of this process at work."""
+    """Seconds: wall-clock, processor time of all programs, processor time of this process."""
     machine, own = psutil.cpu_times(), os.times()
     busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
     return time.perf_counter(), busy, own.user + own.system

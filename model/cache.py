@@ -1,4 +1,4 @@
-"""The key cache: per sequence and layer exactly what the architecture needs, grown as the sequence grows.
+"""The key cache: per sequence and layer exactly the keys that the architecture needs, growing with the sequence.
 
     window       the last sliding_window keys, [<= W, c]; never [max_position_embeddings, c]
     compressed   one key per finished block of `ratio` tokens, [length // ratio, c]
@@ -8,7 +8,7 @@
 
 A sequence has its own length, so that prompts of unequal length share a batch. A call of `forward` appends; up to
 MAX_UNDO tokens of the latest call can be taken back with `truncate`, which is what a rejected draft needs. For that,
-a call of s tokens leaves min(s, MAX_UNDO) keys more than the next token will look at.
+a call of s tokens keeps min(s, MAX_UNDO) keys more than the next token attends to.
 """
 
 from dataclasses import dataclass, field
@@ -105,7 +105,7 @@ class TokenHistory:
 
 
 class LayerCache:
-    """One layer of one sequence: its window, and what else it has."""
+    """One layer of one sequence: its window, compressors and token history."""
 
     def __init__(
         self,

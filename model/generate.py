@@ -1,8 +1,8 @@
-"""Answers, token by token: prefill, then decode, for a batch of prompts of unequal length.
+"""Generates answers token by token: prefill, then decode, for a batch of prompts of unequal length.
 
-With `mtp`, the MTP block drafts one token ahead and the main model checks it in the same call that computes the next
-one. A draft counts only if the main model, drawing as it would have anyway, arrives at the same token, so the answer
-is the one without drafts, at any temperature; drafts only decide how many calls it takes.
+With `mtp`, the MTP block drafts one token ahead, and the main model checks it in the same call that computes the next
+one. A draft is accepted only if the main model samples the same token, so the answer is the one without drafts, at any
+temperature; drafts only reduce the number of calls.
 """
 
 import time
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass
 class Statistics:
-    """What a call of `generate` did. Seconds of wall-clock time; `first_token` is from the start to the first one."""
+    """Statistics of a call of `generate`. Seconds of wall-clock time; `first_token` is from the start to the first."""
 
     prompt_tokens: int = 0  # computed, so without those that a session had
     new_tokens: int = 0

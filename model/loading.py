@@ -1,4 +1,4 @@
-"""From a folder to a model: open, check, decide what fits into memory, read."""
+"""Loads a model from a folder: open, check, decide which weights stay in memory, read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +27,14 @@ from .weights import mtp_stages, required_weights
 
 
 def devices() -> list[str]:
-    """The devices that torch can compute on here: `cpu`, and those of an accelerator by number."""
+    """The devices of this machine that torch supports: `cpu`, and those of an accelerator by number."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if kind is not None else 0
     return ["cpu", *(f"{kind}:{i}" if count > 1 else str(kind) for i in range(count))]
 
 
 def find_device(name: str) -> torch.device:
-    """A torch device by name, tried out. Raises MachineError that lists the devices here, if it is none of them."""
+    """A torch device by name, tried out. Raises MachineError, which lists the devices, for any other."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -48,7 +48,7 @@ def find_device(name: str) -> torch.device:
 
 
 class Loadable(NamedTuple):
-    """What the headers of a checkpoint say: architecture, config, number of MTP blocks, and every weight by name."""
+    """Facts from the headers of a checkpoint: architecture, config, number of MTP blocks, and every weight by name."""
 
     architecture: Architecture
     config: Config

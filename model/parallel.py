@@ -2,8 +2,8 @@
 
 Every split is one of OUTPUT rows: a rank computes some rows of a product, with the whole input, and the ranks collect
 all rows (`all_gather`). No sum is ever cut in two, so every number is computed as in a single process, in the same
-order, and the logits are the same bits for any number of ranks. The released engine instead cuts `wo_b` by columns and
-adds up partial sums of it and of the experts, which is less to send and changes the last bits.
+order, and the logits are the same bits for any number of ranks. The released engine instead splits `wo_b` by columns
+and adds partial sums of it and of the experts, which sends less and changes the last bits.
 
     embed, head                  rows of the vocabulary
     attn.wq_b, attn_sink, wo_a   whole o_groups and their heads
@@ -57,7 +57,7 @@ class TensorParallelGroup:
         return self.bounds(shape[0]) if self.count > 1 and SPLIT_ROWS.search(name) else None
 
     def holds(self, name: str, config: Config) -> bool:
-        """Whether this rank needs a tensor at all: all but the routed experts of other ranks."""
+        """Whether this rank needs a tensor: all but the routed experts of other ranks."""
         expert = expert_of(name)
         return expert is None or expert.number in self.experts(config)
 

@@ -1,7 +1,7 @@
-"""From logits to the next token: temperature, top-p and a seed.
+"""Draws the next token from logits: temperature, top-p and a seed.
 
-Everything is computed on the CPU in float64 from one uniform number per token, so that a token depends on the logits,
-the seed and its place in the answer, and on nothing else: not on the device, the batch, or speculation.
+This is computed on the CPU in float64 from one uniform number per token. So a token depends on the logits, the seed and
+its place in the answer only, and not on the device, the batch, or drafts.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Sampler:
             return int(logits.argmax())
         chance = probabilities(logits, self._sampling.temperature)
         if self._sampling.top_p == 1:
-            return self._draw(np.cumsum(chance))  # sorting a vocabulary takes longer than all the rest here
+            return self._draw(np.cumsum(chance))  # sorting a vocabulary takes most of the time
         order = np.argsort(-chance, kind="stable")
         reached = np.cumsum(chance[order])
         kept = int(np.searchsorted(reached, self._sampling.top_p * reached[-1])) + 1

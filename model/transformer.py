@@ -3,7 +3,7 @@
 `Transformer.forward` takes the tokens of a batch of sequences, of unequal length if need be, and appends them to a
 cache. Inside, the tokens of all sequences are one flat list without padding, and a token's numbers depend only on its
 own sequence: on the CPU its logits are the same bits alone or in a batch, in one prefill or in single steps, for any
-number of threads. That also means that a long prompt may be computed in pieces (`TOKENS_PER_PIECE`) to bound memory.
+number of threads. So a long prompt is computed in pieces (`TOKENS_PER_PIECE`) to bound memory.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Output:
     """Result of a call for a batch [B, S]. Rows beyond a sequence's length are zero.
 
     logits: float32 [B, S, V], or [B, 1, V] of each sequence's last token, or None, as asked for.
-    hidden: [B, S, *hidden_shape], what draft stages go on from; of V4 the streams before the head, [B, S, n, D].
+    hidden: [B, S, *hidden_shape], the input of draft stages; for V4 the streams before the head, [B, S, n, D].
     """
 
     logits: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Which weights stay in memory, and which are read from the files each time they are needed.
+"""Decides which weights stay in memory and which are read from the files at each use.
 
 A weight is kept as it is stored, packed, so a checkpoint needs about its own size. Below that, `max_memory` decides:
 
@@ -8,9 +8,9 @@ A weight is kept as it is stored, packed, so a checkpoint needs about its own si
     n-gram rows read at each use: the tables of V4.1 take 200 GB, of which a token needs 24 rows a table
     experts     only those that a token chose are read, ahead of their use; as many as fit stay (reading/streamed.py)
 
-Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before it
-is needed. Pinning a prefix of the cycle saves exactly the part that fits. Where a weight lies changes no bit of it.
-What a weight holds is checked when it is read for the first time.
+Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before its
+next use. Pinning a prefix of the cycle saves the reads of that prefix. The bits of a weight are the same either way.
+The values of a weight are checked at its first read.
 """
 
 import re

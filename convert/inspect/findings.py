@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dsv4.convert.checkpoint.config import config_string, expert_dtype, quantization, weight_block
 from dsv4.convert.checkpoint.editions.spellings import contradictions, respelled
-from dsv4.convert.checkpoint.editions.table import Edition, describes_v4, edition_of
+from dsv4.convert.checkpoint.editions.table import Edition, check_signs, describes_v4, edition_of
 from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
@@ -106,6 +106,11 @@ def structure_findings(config: dict[str, Any], weights: Mapping[str, Weight]) ->
     if edition.tensors is None:
         model_type = str(config.get("model_type"))[:40]
         yield Finding("note", f"model_type {model_type}: names and shapes are not checked against the config")
+        return
+    try:
+        check_signs(config, weights)
+    except InputError as error:
+        yield Finding("problem", str(error), error.hint)
         return
     missing = edition.missing_keys(config)
     if missing:

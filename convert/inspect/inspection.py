@@ -16,7 +16,7 @@ from dsv4.convert.checkpoint.config import (
     expert_dtype,
     weight_block,
 )
-from dsv4.convert.checkpoint.editions.table import describes_v4
+from dsv4.convert.checkpoint.editions.table import edition_of
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Weight, expert_formats, find_weights
@@ -24,7 +24,7 @@ from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError
 
 from .findings import Finding, check_checkpoint
-from .kv_cache import CacheLayout, cache_sizes, shares_of_v3_2
+from .kv_cache import CacheLayout, Widths, cache_sizes, shares_of_v3_2, v4_cache, v41_cache
 from .parameters import FAMILIES, Parameters, count_parameters, family, parameters_of
 
 Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
@@ -114,13 +114,19 @@ def _layers(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> tuple[
 
 
 def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | None:
-    """None where the cache is not described (V4.1 shares caches between layers) or a width is missing."""
+    """None where the architecture is not known or a width is missing."""
     keys = ("sliding_window", "head_dim", "qk_rope_head_dim", "index_head_dim")
     window, head, rope, index = (config_count(config, key) for key in keys)
-    if not describes_v4(config) or window is None or head is None or rope is None or index is None or rope > head:
+    if window is None or head is None or rope is None or index is None or rope > head:
         return None
-    ratios = tuple(layer.ratio or 0 for layer in layers)
-    return CacheLayout(ratios, tuple(layer.indexed for layer in layers), window, head, rope, index)
+    widths, ratios = Widths(window, head, rope, index), [layer.ratio or 0 for layer in layers]
+    architecture = edition_of(config).architecture
+    if architecture == "v41":
+        sources = config.get("kv_source_layer_ids")
+        if not isinstance(sources, list) or any(source not in range(len(layers)) for source in sources):
+            return None
+        return v41_cache(widths, ratios, sources)
+    return v4_cache(widths, ratios, [layer.indexed for layer in layers]) if architecture == "v4" else None
 
 
 def _amounts(
@@ -188,6 +194,7 @@ def _cache_json(cache: CacheLayout | None) -> dict[str, Any]:
         "kv_cache_bytes": {str(length): size for length, size in cache_sizes(cache).items()},
         "kv_cache": {
             "entry_bytes": cache.entry_bytes,
+            "window_entry_bytes": cache.window_entry_bytes,
             "index_key_bytes": cache.index_key_bytes,
             "share_of_deepseek_v3_2_at_1048576": shares_of_v3_2(cache),
         },

@@ -1,4 +1,4 @@
-"""What all architectures have in common: what a stack of layers is called with, what it returns, what it offers."""
+"""The interface of all architectures: the arguments of a stack of layers, its result, its methods."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -46,7 +46,7 @@ class Call:
 
 
 class Streams(NamedTuple):
-    """The end of a stack: `last` is what its head reads, `hidden` [T, *hidden_shape] what draft stages go on from."""
+    """The end of a stack: `last` is the input of its head, `hidden` [T, *hidden_shape] that of draft stages."""
 
     last: torch.Tensor
     hidden: torch.Tensor

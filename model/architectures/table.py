@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of a checkpoint. Raises InputError, naming the model type, for one that is not run.
+    """The architecture of a checkpoint. Raises InputError, naming the model type, for one that the engine does not run.
 
     A config that names no model type is read as V4, whose keys it must then have. Raises InputError, too, for tensors
     of another architecture than the config's.

@@ -15,6 +15,7 @@ from .protocol import TASKS, Protocol
 Message = Mapping[str, Any]
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
+TEXT_ONLY = "Send text only. The vision part is run by the release's own code, in its inference folder."
 TOOL_RESULT = "tool_result"
 # Parts of Anthropic's API that have another place in OpenAI's. A tool's own message may hold any part, as in the
 # releases.
@@ -98,12 +99,20 @@ def _parts(content: object) -> list[Mapping[str, Any]]:
     return parts + [inner for part in parts if part.get("type") == TOOL_RESULT for inner in _parts(part.get("content"))]
 
 
+def refuse_image_parts(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError for a message with an image, for a model that would see one and an engine that cannot."""
+    for index, message in enumerate(messages):
+        turn = Turn(f"message {index}", str(message.get("role")), message)
+        if any(part.get("type") in IMAGE_PARTS for part in _parts(message.get("content"))):
+            turn.fail("images cannot be encoded", TEXT_ONLY)
+
+
 def _refuse_images(turn: Turn, image: str) -> None:
     """Raise InputError if a message has an image, or the token of one in its text."""
     content = turn.message.get("content")
     parts = _parts(content)
     if any(part.get("type") in IMAGE_PARTS for part in parts):
-        turn.fail("images cannot be encoded", "Send text only, or use an engine that runs the vision part.")
+        turn.fail("images cannot be encoded", TEXT_ONLY)
     texts = (part.get(key) for part in parts for key in ("text", "content"))
     for text in (content, reasoning_of(turn.message)[0], *texts):
         if isinstance(text, str) and image in text:

@@ -1,4 +1,4 @@
-"""The end of a stack: one vector from the streams, norm, logits."""
+"""The end of a stack: the streams become one vector, then norm and logits."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""The lightning indexer: which compressed keys a query looks at, on layers with ratio 4.
+"""The lightning indexer: chooses the compressed keys that a query attends to, on layers with ratio 4.
 
-Small FP4 queries and keys of their own score every block that lies fully in the past; the best `index_topk` are
+Separate small FP4 queries and keys score every block that lies fully in the past; the best `index_topk` are
 attended to. Ties, which bfloat16 scores do have, go to the older block, so that the choice depends on nothing else.
 """
 

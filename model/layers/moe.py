@@ -4,8 +4,8 @@ The gate scores are `sqrt(softplus(W x))`. On the first `num_hash_layers` layers
 uses; elsewhere the top k of score + bias are chosen. In both cases an expert's weight is its score WITHOUT the bias,
 over the sum of the chosen scores (V4.1 adds 1e-20 to it), and it multiplies the activation BEFORE the expert's last
 matrix.
-Experts are added up in the order of their number. Ranks that compute together have whole experts each, and bring the
-outputs together before anything is added, so that the order is the same for any number of ranks.
+Outputs of experts are added in the order of the experts' numbers. Each rank has whole experts, and the ranks exchange
+the outputs before they are added, so the order is the same for any number of ranks.
 Experts that are not in memory are read from the files while the shared expert and those before them are computed.
 """
 
@@ -27,7 +27,7 @@ ROWS_TOGETHER = 64  # of tokens times experts; with more, a matrix is enough wor
 
 
 class Gate:
-    """Which experts each token uses, and how much."""
+    """The gate: the experts of each token and their weights."""
 
     def __init__(self, config: Config, layer: int, weights: WeightView, numerics: Numerics) -> None:
         self._config, self._weights, self._numerics = config, weights, numerics

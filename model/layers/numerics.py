@@ -1,4 +1,4 @@
-"""How a model computes: the one decision that every layer needs.
+"""The numerics of a model, decided once for every layer: with or without simulated quantization.
 
 With simulation, activations are bfloat16, the inputs of quantized layers pass through FP8, and keys and indexer through
 FP8 and FP4, as in the release. Without, everything is float32 and nothing is quantized; the weights are the same.

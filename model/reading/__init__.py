@@ -1,1 +1,1 @@
-"""How weights come from the files into memory: checked on their bytes, into mapped memory, ahead of their use."""
+"""Reads weights from the files: checks on their bytes, mapped memory, reads ahead of use."""

@@ -1,8 +1,8 @@
-"""Memory for weights: mapped once, in large pages, and used again and again.
+"""Memory for weights: mapped once, in large pages, and reused.
 
-Weights do not come from the allocator. What is freed there stays with the process, between buffers of a few MB that are
-still in use, up to a third of a model's size. A mapping has the size that was asked for, and returns it at its end.
-Fresh pages cost more than copying a file from the page cache into them, so a part that was given back is taken first.
+Weights are not allocated by the allocator: freed memory stays with the process between buffers that are still in use,
+up to a third of a model's size. A mapping has exactly its size, and is returned to the system when it is closed. Fresh
+pages cost more than copying a file from the page cache into them, so ranges that were returned are reused first.
 """
 
 import contextlib

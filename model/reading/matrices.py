@@ -1,4 +1,4 @@
-"""One weight from the files: its bytes into memory that the caller gives, checked there, with no copy in between."""
+"""Reads one weight from the files into memory of the caller and checks it there, without another copy."""
 
 import math
 from collections.abc import Callable

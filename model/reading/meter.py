@@ -1,4 +1,4 @@
-"""How well weights come from the files: matrices used and read, bytes, and the time in which something was read."""
+"""Measures reads of weights from the files: matrices used and read, bytes, and the time with a read running."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ class ReadStatistics:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """While something was read; None if nothing was."""
+        """Bytes per second while reads were running; None without reads."""
         return self.bytes_read / self.seconds if self.seconds else None
 
 
@@ -36,7 +36,7 @@ class ReadMeter:
         self._used, self._read, self._bytes, self._seconds = 0, 0, 0, 0.0
 
     def use(self) -> None:
-        """A matrix is used, wherever it comes from."""
+        """Count a use of a matrix, read or in memory."""
         with self._lock:
             self._used += 1
 
@@ -57,6 +57,6 @@ class ReadMeter:
                     self._seconds += time.perf_counter() - self._since
 
     def statistics(self) -> ReadStatistics:
-        """So far."""
+        """The statistics so far."""
         with self._lock:
             return ReadStatistics(self._used, self._read, self._bytes, self._seconds)

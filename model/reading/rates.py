@@ -1,9 +1,9 @@
-"""Which experts to keep: those that the router chooses most often.
+"""Decides which experts stay in memory: those that the router chooses most often.
 
 Routers are trained to choose evenly, and a long prompt uses nearly every expert once per piece. The least recently used
-one is then the next to be needed, and a cache that drops it never hits. Here an expert's rate is the share of its
-layer's calls that chose it. The lowest rate is dropped first; of equal ones the one whose layer was called last, which
-is needed again last. Rates of long ago count less: from time to time a layer's counts are halved.
+expert is then the next to be used, and an LRU cache never hits. Here an expert's rate is the share of its
+layer's calls that chose it. The lowest rate is dropped first; of equal ones the one whose layer was called last, whose
+next use is the latest. Older choices count less: from time to time a layer's counts are halved.
 """
 
 import heapq
@@ -44,7 +44,7 @@ class Layer:
         return (self._heap[0][0] / self.calls, self._heap[0][2]) if self._heap else None
 
     def drop(self, name: str) -> None:
-        """A matrix is gone."""
+        """Forget a matrix that was dropped."""
         self._droppable.pop(name, None)
 
 

@@ -1,8 +1,8 @@
 """Experts that are read from the files when the router chooses them, while others are computed; some stay in memory.
 
 The layer says which matrices it will use, in order (`expect`), as soon as the router has chosen. Those that are not in
-memory are read by a few threads, as many ahead as the limit allows, and each `get` waits for its own. What was used
-stays until its place is needed (rates.py). Bytes that are being read count as bytes in memory.
+memory are read by a few threads, as many ahead as the limit allows, and each `get` waits for its own. Used matrices
+stay until their memory is needed (rates.py). Bytes that are being read count as bytes in memory.
 
 One thread calls `expect` and `get`. A matrix that no `expect` announced is read on the spot, into memory of its own
 that the limit does not count, as is one for which there is no room.
@@ -49,7 +49,7 @@ class Streamed:
         return self._bytes
 
     def expect(self, names: Sequence[str]) -> None:
-        """Begin to read what is used next, in this order. What was expected before and not used is let go."""
+        """Start to read the matrices that are used next, in this order. Earlier ones that were not used are dropped."""
         for name in self._kept:
             if name in self._reading:
                 with contextlib.suppress(Exception):  # which is raised when the matrix is used
@@ -61,7 +61,7 @@ class Streamed:
         self._begin_reads()
 
     def get(self, name: str) -> Matrix:
-        """A matrix, which the caller lets go before it asks for the next but one. Raises what reading it raises."""
+        """A matrix, valid until the next but one call. Raises the error of reading it."""
         if name in self._reading:
             self._finish(name)
         matrix = self._held.get(name)
@@ -73,7 +73,7 @@ class Streamed:
         return self._read(name, None) if matrix is None else matrix
 
     def _finish(self, name: str) -> None:
-        """Wait until a matrix is read. Raises what reading it raises."""
+        """Wait until a matrix is read. Raises the error of reading it."""
         try:
             self._held[name] = self._reading.pop(name).result()
         except BaseException:
@@ -81,7 +81,7 @@ class Streamed:
             raise
 
     def _begin_reads(self) -> None:
-        """Begin to read what is expected, as far as the limit allows."""
+        """Start to read expected matrices, as far as the limit allows."""
         while self._expected:
             name = self._expected[0]
             needed = name in self._kept and name not in self._held

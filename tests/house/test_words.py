@@ -12,7 +12,7 @@ from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
 COMMANDS = typer.main.get_command(cli.app).commands
 # The same word for another thing on purpose: files, threads; …
-DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed"}
+DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed", "--edition"}
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = [

@@ -1,7 +1,7 @@
-"""DeepSeek-V4.1: what a config must say, and which tensors follow from it.
+"""DeepSeek-V4.1: the keys that a config must have, and the tensors that follow from them.
 
-What is new against V4: compressed keys live in a few source layers that the others read, the indexer has lists of its
-own in some layers, n-gram tables (engram) stand in front of two layers, and no stack ends in a hyper-connection.
+Differences from V4: a few source layers have compressed keys, which the others read; some layers have their own top-k
+lists of the indexer; two layers are preceded by n-gram tables (engram); no stack ends in a hyper-connection.
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
 
@@ -13,7 +13,7 @@ from dsv4.errors import InputError
 
 from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, experts, hyper_connection, ratios_of, require_believable
 
-# What no engine can know or guess.
+# Keys without which no engine can compute the model.
 KEYS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
     "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "kv_source_layer_ids",
@@ -27,7 +27,7 @@ KEYS = (
 
 
 def missing_keys(config: Config) -> list[str]:
-    """Keys that a V4.1 checkpoint cannot be computed without and that the config does not say."""
+    """Keys that computing a V4.1 checkpoint requires and the config lacks."""
     return [key for key in KEYS if config_value(config, key) is None]
 
 
@@ -62,7 +62,7 @@ class Dimensions:
 
     @classmethod
     def read(cls, config: Config) -> "Dimensions":
-        """The dimensions that a config says. Raises InputError naming the keys that are missing or not counts."""
+        """The dimensions in a config. Raises InputError naming the keys that are missing or not counts."""
         values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
         missing = [key for key, value in values.items() if value is None]
         zero = ("o_groups",) if values["o_groups"] == 0 else ()
@@ -106,7 +106,7 @@ def _engram(rows: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
 
 
 def _block(experts_count: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    """What every block has, without `layers.{L}.` before the names."""
+    """Tensors of a block; names without `layers.{L}.`."""
     yield "attn_norm.weight", (d.hidden_size,)
     yield "ffn_norm.weight", (d.hidden_size,)
     for part in ("attn", "ffn"):
@@ -129,7 +129,7 @@ def _layer(config: Config, layer: int, ratio: int, d: Dimensions) -> Iterator[tu
 
 
 def _stage(config: Config, stage: int, stages: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
-    """Draft stage `stage` of `stages`, without `mtp.{M}.` before the names. Raises InputError for a missing key."""
+    """Tensors of draft stage `stage` of `stages`; names without `mtp.{M}.`. Raises InputError for a missing key."""
     keys = ("dspark_n_routed_experts", "dspark_markov_rank")
     experts_count, rank = (config_count(config, key) for key in keys)
     if experts_count is None or rank is None:

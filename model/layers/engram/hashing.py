@@ -1,4 +1,4 @@
-"""From token classes to rows of an n-gram table.
+"""Hashes token classes to rows of an n-gram table.
 
 The n-gram that ends in a token is hashed by each of several heads: the products of its classes with odd multipliers,
 joined by XOR, modulo a prime of the head. All primes of all layers differ, and a layer's heads have their rows one
@@ -14,7 +14,8 @@ from dsv4.errors import InputError
 
 SEED_PER_LAYER = 10007
 RELEASED_CLASSES = 99092
-# What numpy's generator gave for the released number of classes; written down, as no seed promises its numbers forever.
+# The numbers of numpy's generator for the released number of classes, as constants: a seed's numbers may change between
+# versions.
 RELEASED_MULTIPLIERS = {
     1: (76632096046245, 4839876093313, 35959672319349, 73987337458391),
     14: (67716810739261, 51510806800915, 30921347202721, 82619226485591),
@@ -23,7 +24,7 @@ RELEASED_MULTIPLIERS = {
 
 @dataclass(frozen=True)
 class Engrams:
-    """What the config says of the n-gram tables; `layers` and `rows` have an entry per table."""
+    """The n-gram tables in the config; `layers` and `rows` have an entry per table."""
 
     layers: tuple[int, ...]
     rows: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What a layer does with its n-gram table: each stream takes the n-grams' value, as far as it is like their key."""
+"""The n-gram table of a layer: each stream adds the n-grams' value, weighted by its similarity to their key."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The class of every token: n-grams are counted over classes, so that "The" and " the" share their rows.
+"""The class of every token: n-grams consist of classes, so that "The" and " the" share their rows.
 
 A class is a text without case, accents and width, numbered in the order of first appearance over all token ids. The
 tables depend on these numbers, so a tokenizer that gives another number of classes is refused.

@@ -87,7 +87,7 @@ def _cache(out: output.Output, inspection: "Inspection") -> None:
     sizes = cache_sizes(cache)
     _section(
         out,
-        "KV cache of one sequence (FP8 keys with BF16 rotary part, FP4 index keys)",
+        f"KV cache of one sequence ({cache.formats})",
         [["tokens", *LENGTH_NAMES.values()], ["bytes", *(human_bytes(sizes[n]) for n in LENGTHS)]],
         (1, 2, 3, 4),
     )

@@ -23,7 +23,7 @@ from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import CONVERSIONS, resolve
 from dsv4.convert.plan.sizes import OPTIONS, sizes_after_conversion
-from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config
 
 SMALL = Geometry(compress_ratios=(0, 4, 128, 0), n_routed_experts=4)
@@ -104,6 +104,39 @@ def test_kv_cache_by_the_definition(flash_facts: dict) -> None:
     share = facts["kv_cache"]["share_of_deepseek_v3_2_at_1048576"]
     assert share["BF16 latent and rotary, no index keys"] == million / (61 * 2 * 576 * 2**20)
     assert round(share["FP8 latent, BF16 rotary, FP8 index keys"], 2) == 0.07
+
+
+def test_kv_cache_of_v41_by_the_definition(tmp_path: Path) -> None:
+    """As the release counts: 890 bytes a token beyond the window, (288 + 68) for each source and group."""
+    geometry = V41Geometry(
+        compress_ratios=(0, 2, 2, 2, 1, 0, 0, 0), kv_source_layer_ids=(1, 2, 3, 4), index_source_layer_ids=(1, 2, 3, 4),
+        candidate_source_layer_id=4, head_dim=512, index_head_dim=128, engram_layer_ids=(), engram_num_embeddings=(),
+        dspark_target_layer_ids=(4,),
+    )  # fmt: skip
+    facts = as_json(inspect_checkpoint(Checkpoint.open(make_checkpoint(tmp_path / "c", geometry=geometry))))
+    for tokens in (8192, 1048576):
+        assert facts["kv_cache_bytes"][str(tokens)] == tokens * 890 + 5 * 16 * 528
+    assert facts["findings"] == []
+
+
+def test_parameters_of_v41_leave_the_tables_out(tmp_path: Path) -> None:
+    folder, g = make_checkpoint(tmp_path / "c", geometry=V41Geometry()), V41Geometry()
+    parameters = as_json(inspect_checkpoint(Checkpoint.open(folder)))["parameters"]
+    tables = sum(g.engram_num_embeddings) * g.engram_head_dim + g.vocab_size * g.hidden_size
+    unchosen = g.num_hidden_layers * (g.n_routed_experts - g.num_experts_per_tok)
+    unchosen_in_drafts = 3 * (g.dspark_n_routed_experts - g.dspark_num_experts_per_tok)
+    expert = 3 * g.hidden_size * g.moe_intermediate_size
+    assert parameters["total"] - parameters["active"] == tables + unchosen * expert
+    assert parameters["mtp_total"] - parameters["mtp_active"] == unchosen_in_drafts * expert
+
+
+def test_signs_of_two_editions_are_a_problem(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "c", geometry=V41Geometry(engram_layer_ids=(), engram_num_embeddings=()))
+    checkpoint = Checkpoint.open(folder)
+    v4 = config(SMALL)
+    facts = as_json(inspect_checkpoint(replace(checkpoint, config_json=v4)))
+    texts = [finding["text"] for finding in facts["findings"] if finding["level"] == "problem"]
+    assert any("describes V4 (" in text and "is a tensor of V4.1" in text for text in texts), texts
 
 
 @pytest.mark.slow

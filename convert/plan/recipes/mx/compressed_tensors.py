@@ -1,8 +1,9 @@
-"""The `quantization_config` of compressed-tensors: which modules have which format, and which have none.
+"""Makes the `quantization_config` of compressed-tensors: the format of each module.
 
-The library looks at modules: a group names the modules whose weights it describes, by class or by a regular expression
-on the name, and `ignore` names the modules of those classes that are not quantized. Names differ by layer and expert
-only, so one expression serves for all that are alike; where layers are stored in different ways, modules are named.
+The library works with modules: a group names the modules whose weights it describes, by class or by a regular
+expression on the name, and `ignore` names the modules of those classes that are not quantized. Names differ by layer
+and expert only, so one expression matches all modules of a kind; where layers have different formats, modules are
+named.
 """
 
 import re

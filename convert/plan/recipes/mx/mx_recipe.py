@@ -90,14 +90,14 @@ class MxRecipe(Recipe):
         )
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
-        """Of float32 block scales: how many elements change if one of them is no power of two."""
+        """For float32 block scales: count the elements that change, if a scale is no power of two."""
         scale = _float_scale(checkpoint, piece)
         if _powers_of_two(scale):
             return Scan()
         return Scan(_requantized(checkpoint, piece, scale)[2])
 
     def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
-        """Why, and how many elements change."""
+        """The reason, and the number of elements that change."""
         return f"float32 block scales that are no powers of two: {scan.counts.changed} elements change"
 
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
@@ -124,7 +124,7 @@ class MxRecipe(Recipe):
         return PieceResult(data.numpy(), raw, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """Of the codes: negative zeros of FP4, NaN codes of FP8, elements that changed."""
+        """For the codes: negative zeros of FP4, NaN codes of FP8, changed elements."""
         entry = super().entry(tensor, counts, scan)
         if counts.nan:
             entry["nan_codes"] = counts.nan

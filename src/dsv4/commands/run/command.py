@@ -188,7 +188,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
         _check_outputs(options)
     without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
     tokenizer = None if without_text else load_tokenizer(options.checkpoint)
-    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, out), out)
+    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, source.has_vision, out), out)
     if options.is_chat and tokenizer is not None and not options.has_own_prompt:
         return work.chat(tokenizer)
     prompts = [] if options.compares_with_a_file and options.is_chat else work.prompts()

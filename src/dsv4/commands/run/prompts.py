@@ -32,13 +32,14 @@ class Dialogue:
     system: str | None
     tools: str | None
     edition: "PromptEdition | None"
+    has_vision: bool = False  # the model could see images, so a prompt that leaves them out is another question
 
     @classmethod
-    def of(cls, options: RunOptions, out: Output) -> Self:
+    def of(cls, options: RunOptions, has_vision: bool, out: Output) -> Self:
         """As the command line says, with the edition that the checkpoint tells where the command line does not."""
         is_encoded = options.tokens is None and not options.raw
         edition = choose_edition(options.asked, options.checkpoint, out) if is_encoded else None
-        return cls(options.asked, options.system, options.tools, edition)
+        return cls(options.asked, options.system, options.tools, edition, has_vision)
 
     @property
     def raw(self) -> bool:
@@ -84,9 +85,15 @@ def starting_messages(dialogue: Dialogue) -> Messages:
 
 
 def completed(request: "Request", dialogue: Dialogue) -> "Request":
-    """A request with --system and --tools put in. Raises UsageError for a second system message."""
-    from dsv4.model.chat.messages import read_tools, with_additions
+    """A request with --system and --tools put in.
 
+    Raises UsageError for a second system message, InputError for an image that the model would see.
+    """
+    from dsv4.model.chat.messages import read_tools, with_additions
+    from dsv4.model.chat.preparation import refuse_image_parts
+
+    if dialogue.has_vision:
+        refuse_image_parts(request.messages)
     messages = request.messages
     if dialogue.system is not None:
         if any(message.get("role") == "system" for message in messages):

@@ -5,6 +5,7 @@ drafts without an MTP block) are reported in a second and not after minutes of l
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,34 @@ class Source:
     config: "Config"
     has_mtp: bool
 
+    @property
+    def has_vision(self) -> bool:
+        """Whether there is a vision part, which this engine leaves alone."""
+        return any(name.startswith("vision.") for name in self.checkpoint.tensors)
+
+    @cached_property
+    def image_token(self) -> int | None:
+        """The id that stands for an image: config.json says it, or the tokenizer of a checkpoint with a vision part."""
+        from dsv4.convert.checkpoint.config import config_count
+        from dsv4.model.chat.editions import PROTOCOLS
+        from dsv4.model.chat.tokenizer import load_tokenizer
+
+        declared = config_count(self.checkpoint.config, "image_token_id")
+        path = Path(self.folder) / "tokenizer.json"
+        if declared is not None or not self.has_vision or not path.is_file():
+            return declared
+        token = PROTOCOLS["v41"].image  # Vision-Exp has the same
+        return None if token is None else load_tokenizer(self.folder).token_id(token)
+
     def check_prompt(self, tokens: list[int]) -> None:
         """Raise InputError unless this model can read the tokens."""
+        from dsv4.model.chat.preparation import TEXT_ONLY
         from dsv4.model.evaluate.logits import check_tokens
 
         check_tokens(tokens, self.config.vocab_size, self.config.max_position_embeddings)
+        if self.image_token in tokens:
+            place = tokens.index(self.image_token)
+            raise InputError(f"token {place} of the prompt is {self.image_token}, which stands for an image", TEXT_ONLY)
 
     def require_mtp(self) -> None:
         """Raise UsageError unless there is an MTP block."""
