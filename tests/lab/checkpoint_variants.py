@@ -1,4 +1,4 @@
-"""Checkpoints in every shape that a release, its Base or a stranger may have, small; made from seeds."""
+"""Small checkpoints from seeds: the variants of releases and Base releases, and those of other people."""
 
 import json
 import zlib
@@ -33,7 +33,7 @@ def early(folder: Path) -> Path:
 
 
 def strangers() -> Tensors:
-    """Tensors nobody has seen: odd names and dtypes, empty, scalar, sub-byte, a BF16 weight with a scale beside it."""
+    """Tensors unknown to dsv4: odd names and dtypes, empty, scalar, sub-byte, a BF16 weight with a scale beside it."""
     rng = np.random.default_rng(5)
     return {
         "vision.blocks.0.mlp.w1.weight": raw("BF16", rng.integers(0, 2**15, (6, 10), dtype=np.uint16)),

@@ -1,4 +1,4 @@
-"""Command lines as they stand in documents and scripts: does dsv4 accept them? Nothing is run."""
+"""Checks that dsv4 accepts the command lines in documents and scripts, without running them."""
 
 import re
 import shlex

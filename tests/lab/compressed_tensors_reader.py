@@ -1,4 +1,4 @@
-"""A folder in a format of compressed-tensors, read by that library: what it takes for quantized, and the values.
+"""Reads a folder with the library compressed-tensors: which modules it takes for quantized, and their values.
 
 The library takes seconds to import: only where it is called.
 """

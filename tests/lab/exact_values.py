@@ -1,4 +1,4 @@
-"""What a folder of safetensors is worth, by other people's code: ml_dtypes decodes, float64 multiplies.
+"""Exact values of a folder of safetensors, by other people's code: ml_dtypes decodes, float64 multiplies.
 
 A code has at most 4 significant bits and a scale at most 24, so every product is a float64 exactly. Two tensors are
 the same if the bits of these products are: sign of zero included.
@@ -48,7 +48,7 @@ def spread(scale: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) ->
 
 
 def values(name: str, tensors: Tensors, block: tuple[int, int] = (128, 128)) -> np.ndarray:
-    """float64 values of a weight, whatever it is stored as."""
+    """float64 values of a weight in any format."""
     tensor, scale = tensors[name], scale_of(name, tensors)
     if tensor.dtype in ("I8", "F4") and scale is not None:
         codes = packed_codes(tensor)
@@ -76,13 +76,13 @@ def experts(tensors: Tensors) -> list[str]:
 
 
 def weights(tensors: Tensors) -> list[str]:
-    """Everything that is not the scale of something else."""
+    """All tensors that are not scales."""
     owned = {name.removesuffix(".weight") + ".scale" for name in tensors if name.endswith(".weight")}
     return [name for name in tensors if name not in owned]
 
 
 def different_values(source: Tensors, output: Tensors, block: tuple[int, int] = (128, 128)) -> list[str]:
-    """Names of weights that are not worth the same, to the sign of zero."""
+    """Names of weights whose values differ, sign of zero included."""
     return [name for name in weights(source) if not same_bits(values(name, source, block), values(name, output, block))]
 
 
@@ -130,7 +130,7 @@ def dsv4(*arguments: object) -> tuple[int, str, str]:
 
 
 def convert(source: Path, output: Path, *options: object) -> str:
-    """A conversion that must succeed; returns what it said."""
+    """A conversion that must succeed; returns what it printed."""
     code, _, err = dsv4("convert", source, output, *options)
     assert code == 0, err
     return err

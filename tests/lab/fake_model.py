@@ -36,7 +36,7 @@ def logits_after(tokens: list[int]) -> torch.Tensor:
 
 
 class FakeModel:
-    """Next tokens by hash; the MTP block is right about two times of three, and only if it is fed rightly."""
+    """Next tokens by hash; the MTP block is right in about two of three cases, and only with the right input."""
 
     def __init__(self, context: int = 100) -> None:
         self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context, num_hidden_layers=2)

@@ -2,8 +2,8 @@
 
 A program of its own, started by the tests: torch is imported once, and every run is a fork of that one single-threaded
 process (or happens in it, where nothing is killed), which makes a sweep over a hundred system calls a matter of
-seconds. The functions of `os` that change files are replaced by counting ones; `convert/files.py` is the only module
-that calls them.
+seconds. The functions of `os` that change files are replaced by counting ones; `convert/write/atomic_file.py` and
+`dsv4/files.py` call them.
 
     python fault_lab.py WORKDIR SWEEP ARGUMENT...    prints {"points": N, "violations": [...]}
 
@@ -149,7 +149,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Lab:
-    """One conversion, what it ends in when nothing happens, and the checks after every run in which something did."""
+    """One conversion, its undisturbed output, and the checks after every disturbed run."""
 
     def __init__(self, work: Path, options: list[str], before: list[str] | None, shared: bool = False) -> None:
         """`before`: options of an earlier conversion into the same folder, which the command then replaces.

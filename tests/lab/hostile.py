@@ -1,7 +1,7 @@
 """Ways to damage a checkpoint, as one list that every command that opens one is tested with.
 
-Each case takes a folder with a good checkpoint (`good_checkpoint`) and spoils it. `STRUCTURE` is wrong by headers,
-names and files alone, whatever a command does with tensors; `CONTENT` is wrong in what the tensors or the config say.
+Each case takes a folder with a good checkpoint (`good_checkpoint`) and damages it. `STRUCTURE` damages headers, names
+and files, which every command checks; `CONTENT` damages tensors or the config.
 """
 
 import json

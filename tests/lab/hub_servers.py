@@ -289,7 +289,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is what some tests want."""
+        """Ignore a client that closed the connection: some tests do."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -336,7 +336,7 @@ class HubServer:
         self._moves.append((name, branch, commit))
 
     def after_listing(self) -> None:
-        """Do what was put off until a listing."""
+        """Run the actions that wait for a listing."""
         for name, branch, commit in self._moves:
             self.repositories[name].branches[branch] = commit
         self._moves.clear()
@@ -358,7 +358,7 @@ class HubServer:
         return False
 
     def heal(self) -> None:
-        """Switch off every fault, and let go of what is stalled."""
+        """Switch off every fault, and continue stalled answers."""
         self._strikes.clear()
         self.healed.set()
 

@@ -1,4 +1,4 @@
-"""A conversion that a test carries out in its own process, with a progress of its own."""
+"""A conversion in the test's own process, with its own progress callback."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from dsv4.convert.write.shards.resources import decide_resources
 
 
 def job_of(source: Path, settings: Settings, output: Path, workers: int = 1) -> Job:
-    """The job of converting a folder, with so many workers."""
+    """The job of converting a folder, with this number of workers."""
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, settings)
     return Job(checkpoint, plan, output, decide_resources(plan, workers))

@@ -1,4 +1,4 @@
-"""FP4 experts whose scales differ within an FP8 block as those of no release do: some blocks have no exact FP8 form."""
+"""FP4 experts whose scales differ more within an FP8 block than in any release: some blocks have no exact FP8 form."""
 
 import zlib
 from pathlib import Path

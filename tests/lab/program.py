@@ -37,7 +37,7 @@ def _runner() -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command line ended. `seconds` are from its start, or from the signal that it got."""
+    """Result of a command line. `seconds` count from its start, or from the signal sent to it."""
 
     returncode: int
     stdout: str

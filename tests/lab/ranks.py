@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Ended:
-    """What the ranks of one command exited with and printed."""
+    """Exit codes and output of the ranks of one command."""
 
     codes: list[int]
     out: list[str]

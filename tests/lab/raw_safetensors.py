@@ -1,4 +1,4 @@
-"""Safetensors files as dictionaries of raw bytes, for tests that have to write what no library would."""
+"""Safetensors files as dictionaries of raw bytes, for tests that write files which no library would write."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The reference converter, written down from its rules: other people's conversions, for `verify` to judge.
+"""The reference converter, written anew from its rules: makes other people's conversions for tests of `verify`.
 
 `model{i}-mp{N}.safetensors` for N ranks; `wo_a` decoded to BF16; FP4 experts kept (dtype tag F4) or cast to FP8 by
 the reference's rule: block scale = largest scale / 2^6, in float32, stored as E8M0, nothing checked; -0 becomes +0.

@@ -1,4 +1,4 @@
-"""A device besides the CPU, made in Python, for machines that have none: it computes on the CPU, and refuses to mix.
+"""A second device, implemented in Python for machines without a GPU: it computes on the CPU and refuses mixed operands.
 
     python second_device.py compare CHECKPOINT BYTES      what the engine computes on it, against the CPU, as JSON
     python second_device.py run CHECKPOINT ...            `dsv4 run`, which may say --device npu
