@@ -150,6 +150,10 @@ class HubFiles:
         """Fill `buffer` from the shard on disk if it was fetched, else by a range request."""
         self._storage.read_into(name, buffer, offset)
 
+    def stamp(self, name: str) -> list[int | str]:
+        """The commit, which does not change."""
+        return [*self._storage.identity().values()]
+
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if --scratch is too small for one of the groups."""
         try:

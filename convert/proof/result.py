@@ -173,6 +173,7 @@ class Verification:
     ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False)  # side -> kind -> names
     identity: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)  # side -> what -> SHA-256
     read_bytes: int = 0
+    continued_bytes: int = 0  # of read_bytes: read by an earlier run that was interrupted, and not changed since
     seconds: float = 0.0
 
     @property
@@ -296,6 +297,7 @@ class Verification:
             "others": self._others(),
             "statistics": self.statistics.to_json(),
             "read_bytes": self.read_bytes,
+            "continued_bytes": self.continued_bytes,
             "seconds": round(self.seconds, 3),
         }
         if self.inverse:

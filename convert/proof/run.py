@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dsv4.convert.proof.resume.journal import Journal, open_journal
 from dsv4.errors import Interrupted, UsageError
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size, usable_cores
@@ -41,13 +42,14 @@ NAMES_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to compare and how: see `verify`."""
+    """What to compare and how: see `verify`. journals: folder for what an interrupted run has compared, if any."""
 
     selection: Selection = field(default_factory=Selection)
     strict: bool = False
     inverse: bool = False
     max_workers: int | None = None
     max_memory: int | None = None
+    journals: Path | None = None
 
 
 def threads_and_band(settings: Settings, compared: list[ComparedTensor]) -> tuple[int, int]:
@@ -79,6 +81,8 @@ class Findings:
     hashes: dict[str, str] = field(default_factory=dict)
     read: int = 0
     total: int = 0
+    continued: int = 0  # bytes of `read` that an earlier run has read
+    is_kept: bool = False  # whether the same command continues with what is left
 
     def advance(self, count: int = 0) -> None:
         """Count bytes that were read, and report how far the work is."""
@@ -97,7 +101,8 @@ class Findings:
         found = f"{differing} tensors differ so far" if differing else "no difference so far"
         percent = 100 * self.read // max(self.total, 1)
         when = f"after {percent}% of {human_bytes(self.total)}: {found}" if self.total else "before any tensor was read"
-        explained = Interrupted(f"interrupted {when}", error.hint)
+        again = "continues with what is left" if self.is_kept else "starts from the beginning"
+        explained = Interrupted(f"interrupted {when}", f"Nothing was changed. The same command {again}.")
         explained.exit_code = error.exit_code
         return explained
 
@@ -108,26 +113,48 @@ def _merged(own: Findings, share: Share) -> Findings:
         return own
     tallies = {number: tally for number, tally in enumerate(own.tallies) if tally != Tally()}
     merged = Findings(own.progress, own.compared, [Tally() for _ in own.tallies])
-    for some, statistics, hashes, read in share.gather((tallies, own.statistics, own.hashes, own.read)):
+    each = share.gather((tallies, own.statistics, own.hashes, own.read, own.continued))
+    for some, statistics, hashes, read, continued in each:
         for number, tally in some.items():
             merged.tallies[number].add(tally)
         merged.statistics.add_histograms(statistics)
         merged.hashes |= hashes
         merged.read += read
+        merged.continued += continued
     return merged
 
 
+def _left_to_compare(findings: Findings, pieces: list[Piece], journal: Journal | None) -> list[Piece]:
+    """The pieces that no interrupted run has compared; what one has found of the others is added to the findings."""
+    left = []
+    for piece in pieces:
+        tally = None if journal is None else journal.proved(findings.compared[piece.tensor], piece)
+        if tally is None:
+            left.append(piece)
+        else:
+            findings.continued += piece.size
+            findings.add(piece, tally)
+    return left
+
+
 def _compare_pieces(
-    findings: Findings, pieces: list[Piece], files: dict[str, Files], settings: Settings, workers: int, band: int
+    findings: Findings,
+    pieces: list[Piece],
+    files: dict[str, Files],
+    settings: Settings,
+    workers: int,
+    band: int,
+    journal: Journal | None = None,
 ) -> None:
     """Read and compare the pieces, and add their tallies to the findings."""
+    pieces = _left_to_compare(findings, pieces, journal)
     stopped = threading.Event()
     reader = Reader(files.get("source"), files["output"])
     remote = {side: some for side, some in files.items() if isinstance(some, RemoteFiles)}
 
-    def compare(piece: Piece) -> Tally:
-        compared = findings.compared[piece.tensor]
-        return PieceComparison(compared, piece, reader, band, settings.inverse, stopped).run()
+    def compare(piece: Piece) -> tuple[Tally, int]:
+        compared, began_ns = findings.compared[piece.tensor], time.time_ns()
+        return PieceComparison(compared, piece, reader, band, settings.inverse, stopped).run(), began_ns
 
     def shards_of(piece: Piece) -> tuple[frozenset[str], ...]:
         tensors = list(findings.compared[piece.tensor].tensors()) if remote else []
@@ -135,8 +162,28 @@ def _compare_pieces(
 
     work = in_order(pieces, compare, workers, stopped, findings.advance, list(remote.values()), shards_of)
     with closing(work) as results:
-        for piece, tally in results:
+        for piece, (tally, began_ns) in results:
+            if journal is not None:
+                journal.add(findings.compared[piece.tensor], piece, tally, began_ns)
+                findings.is_kept = journal.holds
             findings.add(piece, tally)
+
+
+def _journal(
+    source: Checkpoint, output: Checkpoint, files: dict[str, Files], settings: Settings, share: Share, band: int
+) -> Journal | None:
+    """The journal of a pair; None if none is to be kept, or can be."""
+    if settings.journals is None:
+        return None
+    sides = {"source": source, "output": output}
+    identity = {
+        "sides": {side: [files[side].label, checkpoint.headers_sha256] for side, checkpoint in sides.items()},
+        "folder": os.getcwd(),  # labels may be relative paths
+        "inverse": settings.inverse,
+        "band": band,
+        "share": [share.index, share.count],
+    }
+    return open_journal(settings.journals, identity, files, {side: one.shards for side, one in sides.items()})
 
 
 def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
@@ -205,7 +252,10 @@ def _compare(
     findings.total = sum(piece.size for piece in pieces) + (manifest.bytes_to_hash if manifest else 0)
     findings.advance()
     files = {side.where: side.files for side in (source, output) if side is not None}
-    _compare_pieces(findings, pieces, files, settings, workers, band)
+    journal = None if source is None else _journal(source, output, files, settings, share, band)
+    findings.is_kept = journal is not None and journal.holds
+    with journal or nullcontext():
+        _compare_pieces(findings, pieces, files, settings, workers, band, journal)
     if manifest is not None:
         findings.hashes = hash_files(output, manifest, findings.advance)
 
@@ -233,6 +283,7 @@ def _conclude(
         ignored={side.where: ignored for side in sides if (ignored := side.ignored.to_json())},
         identity={side.where: identity(side) for side in sides},
         read_bytes=findings.read,
+        continued_bytes=findings.continued,
     )
 
 

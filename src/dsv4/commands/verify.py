@@ -134,7 +134,10 @@ def _print_findings(out: output.Output, result: "Verification", found: dict[str,
     _print_signs(out, found)
     _print_inverse(out, found)
     out.text(result.verdict)
-    rate = result.read_bytes / max(result.seconds, 1e-9)
+    rate = (result.read_bytes - result.continued_bytes) / max(result.seconds, 1e-9)
+    if result.continued_bytes:
+        earlier = human_bytes(result.continued_bytes)
+        out.say(f"{earlier} of it was compared by a run that was interrupted; its files have not changed since")
     what = f"{human_bytes(result.read_bytes)} of {result.what_was_read} read"
     out.say(f"{what} in {human_seconds(result.seconds)}, {human_bytes(rate)}/s")
 
@@ -193,6 +196,7 @@ class VerifyOptions:
 
 def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
     from dsv4.convert.proof.plan import Selection, parse_sample
+    from dsv4.convert.proof.resume.journal import default_folder
     from dsv4.convert.proof.run import Settings
 
     return Settings(
@@ -201,6 +205,7 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
         inverse=options.inverse,
         max_workers=options.max_workers or (ranks.workers if ranks else None),
         max_memory=None if options.max_memory is None else parse_size(options.max_memory),
+        journals=default_folder() if options.converted is not None else None,
     )
 
 
@@ -305,6 +310,7 @@ def verify(options: VerifyOptions) -> None:
             if ranks:
                 ranks.barrier()
     except Interrupted as error:
-        error.hint = "Nothing was changed. The same command starts from the beginning."
+        if not error.hint.startswith("Nothing was changed."):  # before the comparison began
+            error.hint = "Nothing was changed. The same command starts from the beginning."
         raise
     raise typer.Exit(result.exit_code)
