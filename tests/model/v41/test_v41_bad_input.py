@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact_values import dsv4
 from safetensors.torch import load_file, save_file
+from vision_exp import IMAGE, vision_exp
 
 from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
 from dsv4.errors import InputError
@@ -82,23 +83,6 @@ def test_a_damaged_row_of_a_table_is_noticed_when_it_is_read(folder: Path, tmp_p
     model = load(copy)
     with pytest.raises(InputError, match=r"'layers.1.engram.embed.weight' holds a NaN"):
         model.forward(torch.tensor([[1, 2]]), model.new_cache(1))
-
-
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]
-
-
-def vision_exp(folder: Path) -> Path:
-    """V4 with what Vision-Exp adds: a tower, vectors around an image, router biases for image tokens in all layers."""
-    make_checkpoint(folder, geometry=Geometry(compress_ratios=(0, 4, 0)))
-    last = sorted(folder.glob("*.safetensors"))[-1]
-    added = {"vision.norm.weight": torch.ones(8), "aligner.w1.bias": torch.ones(8), "image_pad": torch.ones(256)}
-    added |= {f"layers.{i}.ffn.gate.bias_vl": torch.full((8,), 9.0) for i in (0, 1)}
-    added["layers.0.ffn.gate.bias"] = torch.full((8,), -9.0)
-    save_file(load_file(last) | added, last)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] |= dict.fromkeys(added, last.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def test_vision_exp_computes_text_as_without_its_vision_part(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""docs/editions.md against the program: each cell of its table is what the commands do with such a checkpoint."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from exact_values import dsv4
+from vision_exp import IMAGE, vision_exp
+
+from dsv4.convert.synthetic.checkpoint import EDITIONS, Geometry, make_checkpoint
+from dsv4.model.chat.detection import prompt_edition_of
+
+PAGE = (Path(__file__).parents[2] / "docs" / "editions.md").read_text(encoding="utf-8")
+TABLE = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)]
+COLUMNS, ROWS = TABLE[0][2:], {row[0]: row[1:] for row in TABLE[2:]}
+
+
+def base(folder: Path) -> Path:
+    return make_checkpoint(folder, geometry=Geometry(compress_ratios=(0, 4, 0)), experts="fp8")
+
+
+def unknown(folder: Path) -> Path:
+    make_checkpoint(folder, geometry=Geometry(compress_ratios=(0, 4, 0)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "deepseek_v9", "architectures": ["DeepseekV9ForCausalLM"]})
+    )
+    return folder
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "V4-Flash-Base, V4-Pro-Base": base,
+    "V4-Flash-Vision-Exp": vision_exp,
+    "an unknown `model_type`": unknown,
+}
+
+
+def converts(folder: Path) -> str:
+    targets = ["fp8", "bf16"]
+    for to in targets:
+        out = folder.parent / to
+        assert dsv4("convert", folder, out, "--to", to)[0] == 0
+        assert dsv4("verify", folder, out)[0] == 0
+    assert dsv4("convert", folder.parent / "fp8", folder.parent / "fp4", "--to", "fp4", "--on-inexact", "round")[0] == 0
+    return "equal"
+
+
+def inspected(folder: Path) -> str:
+    code, out, _ = dsv4("inspect", folder, "--json")
+    facts = json.loads(out)
+    assert code == 0 and not [f for f in facts["findings"] if f["level"] == "problem"]
+    checked = not any("are not checked" in finding["text"] for finding in facts["findings"])
+    assert checked == (facts["kv_cache_bytes"] is not None)
+    return "checked" if checked else "facts"
+
+
+def judged(folder: Path) -> str:
+    """By vLLM's rules: what they say of the architecture."""
+    code, out, _ = dsv4("doctor", folder, "--for", "vllm", "--json")
+    (status, *_) = [check["status"] for check in json.loads(out)["checks"] if check["rule"] == "architecture"]
+    assert (code == 1) >= (status == "unknown")
+    return "checked" if status == "ok" else str(status)
+
+
+def runs(folder: Path) -> str:
+    code, out, err = dsv4("run", folder, "--tokens", "4,5,6,7", "--max-new-tokens", "1", "--temperature", "0")
+    if code == 3:
+        assert "model_type is 'deepseek_v9', this engine runs" in err
+        return "refused"
+    assert code == 0 and re.fullmatch(r"\d+\n", out), err
+    return "text" if '"vision.' in (folder / "model.safetensors.index.json").read_text() else "yes"
+
+
+def images(folder: Path) -> str:
+    messages = folder.parent / "messages.json"
+    messages.write_text(json.dumps(IMAGE))
+    code, _, err = dsv4("run", folder, "--messages", messages, "--max-new-tokens", "1")
+    return "refused" if code == 3 and "images cannot be encoded" in err else "–"
+
+
+MEASURES: dict[str, Callable[[Path], str]] = {
+    "convert, verify": converts,
+    "inspect": inspected,
+    "doctor": judged,
+    "prompts": lambda folder: prompt_edition_of(folder).name,
+    "run": runs,
+    "images": images,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ROWS)
+def test_every_cell(checkpoint: str, tmp_path: Path) -> None:
+    name, *cells = ROWS[checkpoint]
+    make = MAKERS.get(checkpoint)
+    folder = tmp_path / "source"
+    if make is None:
+        make_checkpoint(folder, geometry=EDITIONS[name.strip("`")])
+    else:
+        make(folder)
+    found = {column: MEASURES[column](folder) for column in COLUMNS}
+    assert found == dict(zip(COLUMNS, cells, strict=True))
+
+
+def test_every_edition_that_the_demo_makes_is_in_the_table() -> None:
+    assert {cells[0].strip("`") for cells in ROWS.values() if cells[0]} == set(EDITIONS)
