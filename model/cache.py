@@ -11,7 +11,8 @@ MAX_UNDO tokens of the latest call can be taken back with `truncate`, which is w
 a call of s tokens keeps min(s, MAX_UNDO) keys more than the next token attends to.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -225,3 +226,8 @@ def new_cache(config: Config, layers: range, batch_size: int, dtype: torch.dtype
     """An empty cache for `batch_size` sequences over the given layers of V4."""
     rows = [Sequence([_v4_layer(config, layer, dtype, device) for layer in layers]) for _ in range(batch_size)]
     return Cache(config, rows)
+
+
+def select(cache: Cache, rows: Iterable[int]) -> Cache:
+    """The same sequences of a batch's cache, only some of them."""
+    return replace(cache, sequences=[cache.sequences[row] for row in rows])

@@ -7,13 +7,15 @@ from the tensor names (`weights.mtp_stages`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from dsv4.convert.checkpoint.config import quantization, required_number, required_weight_block
 from dsv4.convert.checkpoint.editions.table import check_config
+from dsv4.convert.checkpoint.names import Stack
 from dsv4.errors import InputError
 
+LARGEST_DRAFT_BLOCK = 64  # the releases draft 5 tokens; a hostile config must not ask for all of memory
 OVERLAP_RATIO = 4  # the ratio whose blocks overlap and have an indexer
 
 
@@ -25,6 +27,34 @@ class RopeScaling:
     beta_fast: float
     beta_slow: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """The draft stages of a DSpark edition: tokens in a block, the token that fills it, and where they read.
+
+    target_layer_ids: the layers of the main stack, ascending, whose streams the stages are given.
+    n_routed_experts, num_experts_per_tok: of the stages; V4 has no keys for them, they are the main stack's.
+    """
+
+    block_size: int
+    noise_token_id: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+
+    def problems(self, config: "Config") -> Iterator[tuple[bool, str]]:
+        """Whether something does not fit the model, and what."""
+        targets = self.target_layer_ids
+        yield self.block_size > LARGEST_DRAFT_BLOCK, f"dspark_block_size exceeds {LARGEST_DRAFT_BLOCK}"
+        yield self.noise_token_id >= config.vocab_size, "dspark_noise_token_id is not in the vocabulary"
+        yield list(targets) != sorted(set(targets)), "dspark_target_layer_ids must be in ascending order"
+        yield any(t not in range(config.num_hidden_layers) for t in targets), "dspark_target_layer_ids names no layer"
+        stages = config.compress_ratios[config.num_hidden_layers :]
+        yield any(stages), "compress_ratios of the draft stages are not 0"
+        beyond = self.num_experts_per_tok > self.n_routed_experts
+        yield beyond, "dspark_num_experts_per_tok exceeds dspark_n_routed_experts"
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class Config:
     compress_rope_theta: float
     max_position_embeddings: int
     rope_scaling: RopeScaling | None
+    dspark: DSparkConfig | None
 
     # The values that the forward pass implements. A config with others describes another architecture.
     FIXED: ClassVar[dict[str, Any]] = {
@@ -97,7 +128,7 @@ class Config:
     def _special(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are not plain numbers. Raises InputError."""
         scaling = _rope_scaling(config.get("rope_scaling"))
-        return {"compress_ratios": _ratios(config, cls.RATIOS), "rope_scaling": scaling}
+        return {"compress_ratios": _ratios(config, cls.RATIOS), "rope_scaling": scaling, "dspark": _dspark(config)}
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         """Whether something is wrong, and what: dimensions that do not divide or that exceed one another."""
@@ -108,6 +139,19 @@ class Config:
         yield self.qk_rope_head_dim > self.index_head_dim, "qk_rope_head_dim exceeds index_head_dim"
         yield self.index_head_dim & (self.index_head_dim - 1) > 0, "index_head_dim is not a power of two"
         yield self.num_experts_per_tok > self.n_routed_experts, "num_experts_per_tok exceeds n_routed_experts"
+        if self.dspark is not None:
+            yield from self.dspark.problems(self)
+
+    def routed_experts(self, stack: Stack) -> int:
+        """Experts of a layer, or of a draft stage."""
+        return self.n_routed_experts if stack == "layers" or self.dspark is None else self.dspark.n_routed_experts
+
+    def of_stages(self) -> Self:
+        """The config as the blocks of draft stages read it."""
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if self.dspark is not None:
+            experts, chosen = self.dspark.n_routed_experts, self.dspark.num_experts_per_tok
+        return replace(self, n_routed_experts=experts, num_experts_per_tok=chosen)
 
     def ratio(self, layer: int) -> int:
         """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
@@ -133,3 +177,26 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
         beta_slow=required_number(scaling, "beta_slow", False),
         original_max_position_embeddings=required_number(scaling, "original_max_position_embeddings", True),
     )
+
+
+def _dspark(config: Mapping[str, Any]) -> DSparkConfig | None:
+    """The keys `dspark_*`; None in an edition without. Raises InputError for some of them without the others."""
+    if "dspark_block_size" not in config:
+        return None
+    targets = config.get("dspark_target_layer_ids")
+    if not isinstance(targets, list) or not targets or any(type(target) is not int for target in targets):
+        raise InputError("config.json: dspark_target_layer_ids must be a list of layers")
+    return DSparkConfig(
+        block_size=required_number(config, "dspark_block_size", True),
+        noise_token_id=required_number(config, "dspark_noise_token_id", True),
+        target_layer_ids=tuple(targets),
+        markov_rank=required_number(config, "dspark_markov_rank", True),
+        **{key: _of_stages(config, key) for key in ("n_routed_experts", "num_experts_per_tok")},
+    )
+
+
+def _of_stages(config: Mapping[str, Any], key: str) -> int:
+    """A number of the draft stages: a key of its own, else that of the main stack."""
+    own = f"dspark_{key}"
+    number: int = required_number(config, own if own in config else key, True)
+    return number

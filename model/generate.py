@@ -1,20 +1,24 @@
 """Generates answers token by token: prefill, then decode, for a batch of prompts of unequal length.
 
-With `mtp`, the MTP block drafts one token ahead, and the main model checks it in the same call that computes the next
-one. A draft is accepted only if the main model samples the same token, so the answer is the one without drafts, at any
-temperature; drafts only reduce the number of calls.
+With `draft`, the checkpoint's draft stages propose tokens, and one call of the main model computes the last certain
+token and all proposals after it. Then tokens are sampled from its logits one by one, as they would have been without
+drafts. A proposal that is the token sampled makes the next row of logits count; the first other one ends the step and
+is removed from the cache with all that follow. So the answer is the one without drafts, at any temperature; drafts only
+reduce the number of calls.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from dsv4.model.drafting.drafter import Continuation, Drafter
 from dsv4.model.evaluate.trace import PositionedTrace, counting, positioned, together
 
-from .cache import Cache
+from .cache import Cache, select
 from .sampling import Sampler, Sampling
 from .transformer import Rows, Transformer
 
@@ -35,7 +39,10 @@ class Limits:
 
 @dataclass
 class Statistics:
-    """Statistics of a call of `generate`. Seconds of wall-clock time; `first_token` is from the start to the first."""
+    """Statistics of a call of `generate`. Seconds of wall-clock time; `first_token` is from the start to the first.
+
+    steps: rows of decoding calls; in each the main model computes one certain token and the proposals after it.
+    """
 
     prompt_tokens: int = 0  # computed, so without those that a session had
     new_tokens: int = 0
@@ -44,6 +51,7 @@ class Statistics:
     first_token_seconds: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    steps: int = 0
     decoded_tokens: int = 0  # new tokens without each row's first, which prefill computes
 
     def add(self, other: "Statistics") -> None:
@@ -64,10 +72,14 @@ class Answer:
 
 @dataclass
 class Session:
-    """Tokens that are computed, and their cache. A longer prompt that starts with `tokens` continues from there."""
+    """Tokens that are computed, and their cache. A longer prompt that starts with `tokens` continues from there.
+
+    drafter: the draft stages with what they know of these tokens; None without drafts.
+    """
 
     cache: Cache
     tokens: list[int]
+    drafter: Drafter | None
 
 
 class _Row:
@@ -76,17 +88,11 @@ class _Row:
     def __init__(self, prompt: Sequence[int], sampler: Sampler, index: int) -> None:
         self.prompt, self.sampler, self.index = list(prompt), sampler, index
         self.answer = Answer()
-        self.draft: int | None = None
-
-
-def select(cache: Cache, rows: Sequence[int]) -> Cache:
-    """The same sequences of a batch's cache, only some of them."""
-    return replace(cache, sequences=[cache.sequences[row] for row in rows])
+        self.draft: list[int] = []
 
 
 def _padded(lists: Sequence[Sequence[int]]) -> torch.Tensor:
-    longest = max(map(len, lists))
-    return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in lists], dtype=torch.int64)
+    return pad_sequence([torch.tensor(list(tokens)) for tokens in lists], batch_first=True)
 
 
 class Generator:
@@ -97,13 +103,13 @@ class Generator:
         model: Transformer,
         rows: list[_Row],
         limits: Limits,
-        mtp: bool,
+        draft: bool,
         on_token: OnToken | None,
         trace: PositionedTrace | None,
     ) -> None:
         self.model, self.rows, self.limits, self.on_token, self.trace = model, rows, limits, on_token, trace
         self.cache = model.new_cache(len(rows))
-        self.mtp_cache = model.new_mtp_cache(len(rows)) if mtp else None
+        self.drafter = model.new_drafter(len(rows)) if draft else None
         self.progress: Callable[[str, torch.Tensor], None] | None = None
         self.statistics = Statistics(prompt_tokens=sum(len(row.prompt) for row in rows))
         self._started = time.perf_counter()
@@ -119,22 +125,27 @@ class Generator:
         assert output.logits is not None
         return [(output.logits[i], output.hidden[i, :n]) for i, n in enumerate(lengths)]
 
-    def _draft(self, rows: list[_Row], hidden: list[torch.Tensor], following: list[list[int]]) -> None:
-        """Set each row's draft, given the hidden states of its newest positions and the tokens after them."""
-        if self.mtp_cache is None or not rows:
-            return
-        cache = select(self.mtp_cache, [row.index for row in rows])
-        states = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
-        lengths = [len(t) for t in following]
-        logits = self.model.mtp_logits(states, _padded(following), cache, lengths=lengths, rows="last")
-        assert logits is not None
-        for row, row_logits in zip(rows, logits, strict=True):
-            row.draft = int(row_logits[0].argmax())
-
     def _left(self, row: _Row) -> int:
         """How many more tokens the row may get: the limit, and what is left of the context (but always one)."""
         room = max(self.model.config.max_position_embeddings - len(row.prompt), 1)
         return min(self.limits.max_new_tokens, room) - len(row.answer.tokens)
+
+    def _to_draft(self, row: _Row) -> int:
+        """How many tokens to draft: none before the answer or after its end, and none that could not be used."""
+        if self.drafter is None or not row.answer.tokens or row.answer.finish is not None:
+            return 0
+        return min(self.drafter.width, self._left(row) - 1)
+
+    def _draft(self, rows: list[_Row], hidden: list[torch.Tensor], following: list[list[int]]) -> None:
+        """Set each row's draft, given the hidden states of its newest positions and the tokens after them."""
+        if self.drafter is None:
+            return
+        new = [
+            Continuation(row.index, states, tokens, self._to_draft(row), row.sampler.foresee)
+            for row, states, tokens in zip(rows, hidden, following, strict=True)
+        ]
+        for row, draft in zip(rows, self.drafter.draft(new), strict=True):
+            row.draft = draft
 
     def _emit(self, row: _Row, logits: torch.Tensor) -> int:
         """Draw the next token of a row and note whether it is its last."""
@@ -166,15 +177,17 @@ class Generator:
         self.statistics.prefill_seconds = time.perf_counter() - self._started
 
     def _accept(self, row: _Row, fed: list[int], logits: torch.Tensor) -> list[int]:
-        """Draw the token after the fed one, and after the draft if it was right; takes a wrong draft back."""
+        """Draw the token after the first fed one and after each draft that was right; take the others back."""
         drawn = [self._emit(row, logits[0])]
-        if len(fed) == 2:
-            self.statistics.drafted += 1
-            if drawn[0] == fed[1] and row.answer.finish is None:
-                self.statistics.accepted += 1
-                drawn.append(self._emit(row, logits[1]))
-            else:
-                self.cache.truncate(row.index, self.cache.lengths[row.index] - 1)
+        for draft, following in zip(fed[1:], logits[1:], strict=False):
+            if drawn[-1] != draft or row.answer.finish is not None:
+                break
+            drawn.append(self._emit(row, following))
+        self.statistics.steps += 1
+        self.statistics.drafted += len(fed) - 1
+        self.statistics.accepted += len(drawn) - 1
+        if len(drawn) < len(fed):
+            self.cache.truncate(row.index, self.cache.lengths[row.index] - len(fed) + len(drawn))
         return drawn
 
     def step(self) -> bool:
@@ -182,26 +195,22 @@ class Generator:
         rows = [row for row in self.rows if row.answer.finish is None]
         if not rows:
             return False
-        fed = []
-        for row in rows:
-            drafts = [row.draft] if row.draft is not None and self._left(row) > 1 else []
-            fed.append([row.answer.tokens[-1], *drafts])
+        fed = [[row.answer.tokens[-1], *row.draft] for row in rows]
         results = self._forward(rows, fed, "all")
         drawn = [self._accept(row, f, logits) for row, f, (logits, _) in zip(rows, fed, results, strict=True)]
-        going = [i for i, row in enumerate(rows) if row.answer.finish is None]
-        hidden = [results[i][1][: len(drawn[i])] for i in going]
-        self._draft([rows[i] for i in going], hidden, [drawn[i] for i in going])
+        hidden = [states[: len(tokens)] for tokens, (_, states) in zip(drawn, results, strict=True)]
+        self._draft(rows, hidden, drawn)
         return True
 
 
 def _resume(generator: Generator, session: Session | None) -> int:
     """Take over a session's cache if the only prompt goes on where it stands. Returns how many tokens that saves."""
-    if session is None or len(generator.rows) != 1 or generator.mtp_cache is not None:
+    if session is None or len(generator.rows) != 1 or (session.drafter is None) != (generator.drafter is None):
         return 0
     known = len(session.tokens)
     if known >= len(generator.rows[0].prompt) or generator.rows[0].prompt[:known] != session.tokens:
         return 0
-    generator.cache = session.cache
+    generator.cache, generator.drafter = session.cache, session.drafter
     return known
 
 
@@ -212,7 +221,7 @@ def generate(
     limits: Limits,
     sampling: Sampling,
     *,
-    mtp: bool = False,
+    draft: bool = False,
     first_row: int = 0,
     session: Session | None = None,
     on_token: OnToken | None = None,
@@ -222,12 +231,13 @@ def generate(
     """Answer every prompt (lists of token ids, none empty); answers, statistics, and the session after a single prompt.
 
     `first_row` is the place of the first prompt among all that share a seed: prompt i draws the same tokens whatever
-    the batches are. `session` is what an earlier call returned, and cannot be used again; there is none with `mtp`.
+    the batches are. `session` is what an earlier call returned, with `draft` or without as this one, and cannot be used
+    again.
     `on_progress` is called with the number of prompt tokens computed, a share of them after every layer, and with 0
     after every module of a decoding step; `trace`, for a single prompt, with the outputs of the main model's modules.
     """
     rows = [_Row(prompt, Sampler(sampling, first_row + i), i) for i, prompt in enumerate(prompts)]
-    generator = Generator(model, rows, limits, mtp, on_token, trace)
+    generator = Generator(model, rows, limits, draft, on_token, trace)
     known = _resume(generator, session)
     generator.statistics.prompt_tokens -= known
     generator.prefill(known, on_progress)
@@ -240,6 +250,6 @@ def generate(
     statistics.new_tokens = sum(len(row.answer.tokens) for row in rows)
     statistics.decoded_tokens = statistics.new_tokens - len(rows)
     after = None
-    if len(rows) == 1 and not mtp:
-        after = Session(generator.cache, [*rows[0].prompt, *rows[0].answer.tokens[:-1]])
+    if len(rows) == 1:
+        after = Session(generator.cache, [*rows[0].prompt, *rows[0].answer.tokens[:-1]], generator.drafter)
     return [row.answer for row in rows], statistics, after

@@ -23,7 +23,7 @@ from .config import Config
 from .parallel import SINGLE, TensorParallelGroup, check_divisible
 from .transformer import Transformer
 from .weight_store import WeightStore
-from .weights import mtp_stages, required_weights
+from .weights import NO_STAGES, DraftStages, check_stages, draft_stages, required_weights
 
 
 def devices() -> list[str]:
@@ -48,16 +48,16 @@ def find_device(name: str) -> torch.device:
 
 
 class Loadable(NamedTuple):
-    """Facts from the headers of a checkpoint: architecture, config, number of MTP blocks, and every weight by name."""
+    """Facts from the headers of a checkpoint: architecture, config, draft stages, and every weight by name."""
 
     architecture: Architecture
     config: Config
-    stages: int
+    stages: DraftStages
     weights: dict[str, Weight]
 
 
-def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) -> Loadable:
-    """Check a checkpoint by its headers alone.
+def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE, draft: bool = True) -> Loadable:
+    """Check a checkpoint by its headers alone; without `draft` the draft stages are left out.
 
     Raises InputError for a quantization that is not read and for tensors that do not fit the config, UsageError for
     ranks that cannot share them equally.
@@ -65,7 +65,8 @@ def check_loadable(checkpoint: Checkpoint, group: TensorParallelGroup = SINGLE) 
     refuse_foreign(checkpoint.config, checkpoint.tensors)
     architecture = architecture_of(checkpoint)
     config = architecture.read_config(checkpoint.config)
-    stages = mtp_stages(checkpoint.tensors)
+    stages = draft_stages(checkpoint.tensors) if draft else NO_STAGES
+    check_stages(stages, config)
     weights = required_weights(checkpoint, config, stages)
     check_divisible(config, group)
     return Loadable(architecture, config, stages, weights)
@@ -90,6 +91,7 @@ def load(
     progress: Reached | None = None,
     group: TensorParallelGroup = SINGLE,
     released_index_keys: bool = False,
+    draft: bool = True,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
@@ -98,10 +100,11 @@ def load(
     progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
     make the same calls. released_index_keys: of V4.1, let a layer whose group of tokens is not finished choose by the
     index keys that another layer has published, as the released code does at single steps; logits then depend on how
-    the tokens were split into calls. Raises InputError, UsageError, MachineError.
+    the tokens were split into calls. draft: whether to load the draft stages, if there are any.
+    Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    architecture, config, stages, weights = check_loadable(checkpoint, group)
+    architecture, config, stages, weights = check_loadable(checkpoint, group, draft)
     if released_index_keys and not config.shares_index_keys:
         raise UsageError("the layers of this checkpoint share no index keys", "Run without --released-index-keys.")
     place = find_device(device)
@@ -114,7 +117,7 @@ def load(
 
 
 def with_simulation(model: Transformer, simulation: bool) -> Transformer:
-    """The same weights, computing with or without the simulated quantizations; without MTP blocks."""
+    """The same weights, computing with or without the simulated quantizations; without draft stages."""
     numerics = replace(model.numerics, simulation=simulation)
-    stack = architecture_of(model.store.checkpoint).build(model.config, 0, model.store, numerics)
+    stack = architecture_of(model.store.checkpoint).build(model.config, NO_STAGES, model.store, numerics)
     return Transformer(model.config, stack, model.store, numerics)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dsv4.convert.checkpoint.names import expert_of
+from dsv4.convert.checkpoint.names import block_of, expert_of
 from dsv4.errors import UsageError, peer_failures
 
 from .config import Config
@@ -58,8 +58,10 @@ class TensorParallelGroup:
 
     def holds(self, name: str, config: Config) -> bool:
         """Whether this rank needs a tensor: all but the routed experts of other ranks."""
-        expert = expert_of(name)
-        return expert is None or expert.number in self.experts(config)
+        expert, block = expert_of(name), block_of(name)
+        if expert is None or block is None:
+            return True
+        return expert.number in range(*self.bounds(config.routed_experts(block.stack)))
 
     def experts(self, config: Config) -> range:
         """The routed experts of this rank."""
@@ -100,6 +102,7 @@ def check_divisible(config: Config, group: TensorParallelGroup) -> None:
     lengths = {
         "o_groups": config.o_groups,
         "n_routed_experts": config.n_routed_experts,
+        "dspark_n_routed_experts": config.routed_experts("mtp"),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "moe_intermediate_size": config.moe_intermediate_size,

@@ -4,6 +4,7 @@ This is computed on the CPU in float64 from one uniform number per token. So a t
 its place in the answer only, and not on the device, the batch, or drafts.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,25 +39,44 @@ def probabilities(logits: torch.Tensor, temperature: float) -> np.ndarray:
 
 
 class Sampler:
-    """Draws the tokens of one sequence. Each `row` of a batch has random numbers of its own."""
+    """Draws the tokens of one sequence. Each `row` of a batch has random numbers of its own, one for each token."""
 
     def __init__(self, sampling: Sampling, row: int = 0) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng([sampling.seed, row])
+        self._numbers: deque[float] = deque()  # of the next tokens, as far as drafts have looked
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from float32 logits [V]. The lower id wins among equals."""
+        token = self.foresee(logits, 0)
+        if self._numbers:
+            self._numbers.popleft()
+        return token
+
+    def foresee(self, logits: torch.Tensor, ahead: int) -> int:
+        """The token that `choose` takes from these logits after `ahead` others; nothing is drawn by it.
+
+        A draft that is chosen with the number of its place agrees most often with the token that is drawn later.
+        """
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         chance = probabilities(logits, self._sampling.temperature)
+        number = self._number(ahead)
         if self._sampling.top_p == 1:
-            return self._draw(np.cumsum(chance))  # sorting a vocabulary takes most of the time
+            return _drawn(np.cumsum(chance), number)  # sorting a vocabulary takes most of the time
         order = np.argsort(-chance, kind="stable")
         reached = np.cumsum(chance[order])
         kept = int(np.searchsorted(reached, self._sampling.top_p * reached[-1])) + 1
-        return int(order[self._draw(reached[:kept])])
+        return int(order[_drawn(reached[:kept], number)])
 
-    def _draw(self, reached: np.ndarray) -> int:
-        """An index, each as often as its step in the running sums `reached`."""
-        drawn = int(np.searchsorted(reached, self._random.random() * reached[-1], side="right"))
-        return min(drawn, len(reached) - 1)
+    def _number(self, ahead: int) -> float:
+        """The random number of a later token, between 0 and 1."""
+        while len(self._numbers) <= ahead:
+            self._numbers.append(self._random.random())
+        return self._numbers[ahead]
+
+
+def _drawn(reached: np.ndarray, number: float) -> int:
+    """An index, each as often as its step in the running sums `reached`."""
+    found = int(np.searchsorted(reached, number * reached[-1], side="right"))
+    return min(found, len(reached) - 1)

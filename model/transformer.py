@@ -14,9 +14,12 @@ import torch
 
 from dsv4.errors import UsageError
 from dsv4.model.architectures.stack import Call, Stack, Trace
+from dsv4.model.drafting.drafter import NO_DRAFTS, Drafter
+from dsv4.model.drafting.dspark import DSpark, DSparkDrafter
+from dsv4.model.drafting.mtp import MtpDrafter
 from dsv4.model.layers.numerics import Numerics
 
-from .cache import Cache
+from .cache import MAX_UNDO, Cache
 from .config import Config
 from .weight_store import WeightStore
 
@@ -48,6 +51,19 @@ class Transformer:
     def has_mtp(self) -> bool:
         """Whether the checkpoint has an MTP block that `mtp_logits` can run."""
         return bool(self.stack.mtp)
+
+    @property
+    def dspark(self) -> DSpark | None:
+        """The draft stages of DSpark, if the checkpoint has them."""
+        return self.stack.dspark
+
+    def new_drafter(self, batch_size: int) -> Drafter:
+        """The draft stages at work on a new batch. Raises UsageError if there are none."""
+        if self.dspark is not None:
+            return DSparkDrafter(self.dspark, batch_size, MAX_UNDO)
+        if not self.has_mtp:
+            raise UsageError(NO_DRAFTS, "Run without --draft.")
+        return MtpDrafter(self, batch_size)
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for the main stack."""
@@ -110,7 +126,7 @@ class Transformer:
         Raises UsageError if the checkpoint has no MTP block of the kind that Flash and Pro have.
         """
         if not self.has_mtp:
-            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
+            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --draft.")
         counts = self._check(next_token_ids, mtp_cache, lengths)
         self._reserve(mtp_cache, counts)
         token_ids = next_token_ids.to(self.device)

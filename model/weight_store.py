@@ -229,19 +229,24 @@ class WeightStore:
         return self._vectors[name]
 
     def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding, float32 [n, hidden_size]; single rows are read if the table is not in memory."""
+        """Rows of the embedding, float32 [n, hidden_size]."""
         start, stop = self._rows[EMBEDDING] or (0, self.config.vocab_size)
         mine = ((token_ids >= start) & (token_ids < stop)).nonzero().squeeze(-1)
         result = torch.zeros(len(token_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
-        result[mine] = self._embedding_rows(token_ids[mine], start)
+        result[mine] = self.table_rows(EMBEDDING, token_ids[mine] - start)
         return self.group.all_reduce_disjoint(result)
 
-    def _embedding_rows(self, token_ids: torch.Tensor, start: int) -> torch.Tensor:
-        if EMBEDDING in self._pinned:
-            return self._pinned[EMBEDDING].values[token_ids - start].to(torch.float32)
-        rows = [self.checkpoint.read_tensor(EMBEDDING, i, i + 1) for i in token_ids.tolist()]
-        none = self.checkpoint.read_tensor(EMBEDDING, 0, 0)
-        return torch.cat([none, *rows]).to(self.device, torch.float32)
+    def table_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows int64 [n] of a BF16 or float32 matrix, float32 [n, width]; read one by one if it is not in memory.
+
+        Rows are counted from the first one that this rank holds.
+        """
+        if name in self._pinned:
+            return self._pinned[name].values[rows].to(torch.float32)
+        start, _ = self._rows[name] or (0, 0)
+        read = [self.checkpoint.read_tensor(name, start + i, start + i + 1) for i in rows.tolist()]
+        none = self.checkpoint.read_tensor(name, 0, 0)
+        return torch.cat([none, *read]).to(self.device, torch.float32)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows int64 [n] of an n-gram table -> float32 [n, width], from the files, each of them once."""

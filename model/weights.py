@@ -8,14 +8,15 @@ name, never of the stored format: it is part of the model, and a BF16 conversion
 `dsv4.convert.checkpoint` says which tensors there must be, how each is stored, and which scale belongs to it.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from dsv4.convert.checkpoint.editions.table import tensors_of
-from dsv4.convert.checkpoint.editions.v4 import Shape
+from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG, Shape
 from dsv4.convert.checkpoint.names import block_of
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
@@ -28,6 +29,8 @@ FLOAT4_E2M1FN, FLOAT8_E4M3FN, BFLOAT16, FLOAT32 = "float4_e2m1fn", "float8_e4m3f
 QUANTIZED_FORMATS = {Format.FP4: FLOAT4_E2M1FN, Format.FP8: FLOAT8_E4M3FN}
 PLAIN_FORMATS = {"BF16": BFLOAT16, "F32": FLOAT32}
 EMBEDDING = "embed.weight"
+DSPARK_ONLY = re.compile(r"main_proj\.|main_norm\.|markov_head\.|confidence_head\.")
+TABLES = re.compile(r"^embed\.weight$|\.markov_head\.(markov_w1|embed)\.weight$")  # read row by row
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,45 @@ class Matrix:
         return replace(self, values=self.values.to(device), scale=scale)
 
 
-def mtp_stages(names: Iterable[str]) -> int:
-    """How many MTP blocks of the Flash and Pro kind there are: those with an e_proj.
+class DraftStages(NamedTuple):
+    """The draft stages of a checkpoint, `mtp.{M}`: MTP as in Flash and Pro, or DSpark; 0 blocks without any."""
 
-    The three stages of the DSpark releases are wired differently; they are left out, the main model runs without.
-    """
-    blocks = map(block_of, names)
-    return sum(b is not None and b.stack == "mtp" and b.inner == "e_proj.weight" for b in blocks)
+    kind: Literal["mtp", "dspark"]
+    blocks: int
 
 
-def required_weights(checkpoint: Checkpoint, config: Config, stages: int) -> dict[str, Weight]:
-    """Every tensor of the main stack and of `stages` MTP blocks by name, scales left out, as it is stored.
+NO_STAGES = DraftStages("mtp", 0)
+
+
+def draft_stages(names: Iterable[str]) -> DraftStages:
+    """Which draft stages there are, from the tensors' names: `num_nextn_predict_layers` is 1 in DSpark editions too."""
+    blocks = [block for block in map(block_of, names) if block is not None and block.stack == "mtp"]
+    if any(DSPARK_ONLY.match(block.inner) for block in blocks):
+        return DraftStages("dspark", len({block.number for block in blocks}))
+    return DraftStages("mtp", sum(block.inner == "e_proj.weight" for block in blocks))
+
+
+def check_stages(stages: DraftStages, config: Config) -> None:
+    """Raise InputError for draft stages of one edition beside the config of another."""
+    if stages.kind == "dspark" and config.dspark is None:
+        raise InputError(
+            "the draft stages are DSpark's ('mtp.0.main_proj.weight'), config.json has no dspark_block_size",
+            COPY_CONFIG,
+        )
+    if stages.kind == "mtp" and stages.blocks and config.dspark is not None:
+        raise InputError(
+            "config.json has dspark_block_size, the draft stages are MTP blocks ('mtp.0.e_proj.weight')", COPY_CONFIG
+        )
+
+
+def required_weights(checkpoint: Checkpoint, config: Config, stages: DraftStages) -> dict[str, Weight]:
+    """Every tensor of the main stack and of the draft stages by name, scales left out, as it is stored.
 
     Raises InputError naming the first tensor that is missing, or that is not what config.json asks for.
     """
-    if len(config.compress_ratios) < config.num_hidden_layers + stages:
-        raise InputError(f"config.json: compress_ratios has no entry for {stages} MTP block(s)")
-    shapes = tensors_of(checkpoint.config, stages)
+    if len(config.compress_ratios) < config.num_hidden_layers + stages.blocks:
+        raise InputError(f"config.json: compress_ratios has no entry for {stages.blocks} draft stage(s)")
+    shapes = tensors_of(checkpoint.config, stages.blocks)
     missing = [name for name in shapes if name not in checkpoint.tensors]
     if missing:
         raise InputError(
@@ -110,7 +135,7 @@ def _check(weight: Weight, shape: Shape) -> None:
     if info.name.endswith("tid2eid"):
         if info.dtype not in ("I64", "I32"):
             raise InputError(f"'{info.name}' is {info.dtype}, a table of expert ids must be I64")
-    elif format_of(weight) is None or (info.name == EMBEDDING and weight.format is not Format.PLAIN):
+    elif format_of(weight) is None or (TABLES.search(info.name) and weight.format is not Format.PLAIN):
         raise InputError(f"'{info.name}' is {info.dtype}, which this engine has no decoder for")
 
 

@@ -7,7 +7,7 @@ without a download:
     from dsv4.convert.synthetic.checkpoint import make_checkpoint
     make_checkpoint("small")
 
-A geometry says which architecture it is of. Left out: Vision-Exp, and the three-stage MTP of the 0731 releases.
+A geometry says which architecture and which draft stages it has. Left out: Vision-Exp.
 """
 
 import json
@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save
 
 from . import encoder, v41
-from .geometry import Geometry, config, inference_config
+from .geometry import DSpark, Geometry, config, inference_config
 from .tensors import TensorSource
 from .tokenizer import tokenizer_config, tokenizer_json
 from .v41 import V41Geometry
 
-__all__ = ["Geometry", "V41Geometry", "make_checkpoint"]
+__all__ = ["DSpark", "Geometry", "V41Geometry", "make_checkpoint"]
 
 Tensors = dict[str, torch.Tensor]
 AnyGeometry = Geometry | V41Geometry
@@ -42,14 +42,14 @@ _README = "---\nlicense: mit\nlibrary_name: transformers\n---\n# A small DeepSee
 
 
 def _v4_shards(geometry: Geometry, seed: int, base: bool) -> Iterator[Tensors]:
-    """Embedding, one shard per layer, head, one shard per MTP block."""
+    """Embedding, one shard per layer, head, one shard per draft stage."""
     source = TensorSource(geometry, seed, base=base)
     yield dict(source.embedding())
     for index in range(geometry.num_hidden_layers):
         yield dict(source.layer(index))
     yield dict(source.head())
-    for index in range(geometry.num_nextn_predict_layers):
-        yield dict(source.mtp(index))
+    for index in range(geometry.draft_stages):
+        yield dict(source.draft_stage(index))
 
 
 class Release(NamedTuple):
@@ -68,7 +68,7 @@ class Release(NamedTuple):
 
 RELEASES: dict[type, Release] = {
     Geometry: Release(
-        lambda g: g.num_hidden_layers + 2 + g.num_nextn_predict_layers,
+        lambda g: g.num_hidden_layers + 2 + g.draft_stages,
         _v4_shards,
         config,
         inference_config,

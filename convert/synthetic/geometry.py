@@ -10,8 +10,30 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class DSpark:
+    """Draft stages of the DSpark editions, under the names of config.json without `dspark_`."""
+
+    block_size: int = 5
+    noise_token_id: int = 509
+    target_layer_ids: tuple[int, ...] = (1, 2, 3)
+    markov_rank: int = 64
+    stages: int = 3  # the release has no key for it: num_nextn_predict_layers says 1
+
+    def config(self) -> dict[str, Any]:
+        """Its keys, the same in both config files."""
+        return {
+            "dspark_block_size": self.block_size,
+            "dspark_noise_token_id": self.noise_token_id,
+            "dspark_target_layer_ids": list(self.target_layer_ids),
+            "dspark_markov_rank": self.markov_rank,
+        }
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """Dimensions of a checkpoint. `compress_ratios` has one entry per layer and one more per MTP block.
+    """Dimensions of a checkpoint. `compress_ratios` has one entry per layer and one more per draft stage.
+
+    The draft stages are those of `dspark`, or MTP blocks, as many as `num_nextn_predict_layers` says.
 
     Every input width that FP4 weights see (`hidden_size`, `moe_intermediate_size`) must be a multiple of 32.
     """
@@ -42,11 +64,17 @@ class Geometry:
     routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
     rms_norm_eps: float = 1e-6
+    dspark: DSpark | None = None
+
+    @property
+    def draft_stages(self) -> int:
+        """Blocks `mtp.{M}` of either kind."""
+        return self.num_nextn_predict_layers if self.dspark is None else self.dspark.stages
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the main stack, MTP blocks not counted."""
-        return len(self.compress_ratios) - self.num_nextn_predict_layers
+        """Layers of the main stack, draft stages not counted."""
+        return len(self.compress_ratios) - self.draft_stages
 
 
 def _quantization_config() -> dict[str, Any]:
@@ -71,7 +99,7 @@ def _rope_scaling(geometry: Geometry) -> dict[str, Any]:
 
 def config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
     """config.json of the release: its keys, in its order."""
-    return {
+    values = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -121,6 +149,7 @@ def config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
         "compress_rope_theta": 160000,
         "compress_ratios": list(geometry.compress_ratios),
     }
+    return values if geometry.dspark is None else values | geometry.dspark.config()
 
 
 def inference_config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
@@ -131,6 +160,7 @@ def inference_config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str,
         "moe_inter_dim": geometry.moe_intermediate_size,
         "n_layers": geometry.num_hidden_layers,
         "n_hash_layers": geometry.num_hash_layers,
+        **({} if geometry.dspark is None else {"n_mtp_layers": geometry.dspark.stages, **geometry.dspark.config()}),
         "n_heads": geometry.num_attention_heads,
         "n_routed_experts": geometry.n_routed_experts,
         "n_shared_experts": 1,

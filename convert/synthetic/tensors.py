@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from .geometry import Geometry
+from .geometry import DSpark, Geometry
 
 # How often each magnitude occurs, of 128: about what rounding a normal distribution to E2M1 gives.
 _MAGNITUDES = (15, 28, 24, 19, 19, 14, 8, 1)
@@ -217,12 +217,30 @@ class TensorSource(ModuleSource[Geometry]):
         yield from self._hyper_connection("hc_head", self.g.hc_mult, 1)
         yield self._bf16("head", self.g.vocab_size, self.g.hidden_size, 3.0)
 
-    def mtp(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of one MTP block."""
-        name, hidden = f"mtp.{index}", self.g.hidden_size
+    def draft_stage(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of one draft stage, of the kind that the geometry says."""
+        name = f"mtp.{index}"
         yield from self._block(name, self.g.compress_ratios[self.g.num_hidden_layers + index], False)
+        yield from self._mtp(name) if self.g.dspark is None else self._dspark(name, index, self.g.dspark)
+
+    def _mtp(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        hidden = self.g.hidden_size
         for norm in ("enorm", "hnorm", "norm"):
             yield self._norm(f"{name}.{norm}", hidden)
         for projection in ("e_proj", "h_proj"):
             yield from self._fp8(f"{name}.{projection}", hidden, hidden)
         yield from self._hyper_connection(f"{name}.hc_head", self.g.hc_mult, 1)
+
+    def _dspark(self, name: str, index: int, dspark: DSpark) -> Iterator[tuple[str, torch.Tensor]]:
+        """The first stage reads the main model's layers, the last one chooses tokens."""
+        hidden, rank = self.g.hidden_size, dspark.markov_rank
+        if index == 0:
+            yield self._norm(f"{name}.main_norm", hidden)
+            yield from self._fp8(f"{name}.main_proj", hidden, len(dspark.target_layer_ids) * hidden)
+        if index == dspark.stages - 1:
+            yield self._norm(f"{name}.norm", hidden)
+            yield from self._hyper_connection(f"{name}.hc_head", self.g.hc_mult, 1)
+            yield self._bf16(f"{name}.confidence_head.proj", 1, hidden + rank)
+            shape = (self.g.vocab_size, rank)
+            yield self._normal(f"{name}.markov_head.markov_w1.weight", shape, 1.0, dtype=torch.bfloat16)
+            yield self._bf16(f"{name}.markov_head.markov_w2", *shape, 2.0)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from dsv4.model.cache import Cache, LayerCache
+from dsv4.model.drafting.dspark import DSpark
 from dsv4.model.layers.attention import Segment
 
 Trace = Callable[[str, torch.Tensor], None]
@@ -73,6 +74,10 @@ class Stack(Protocol):
     @property
     def mtp(self) -> Sequence[DraftBlock]:
         """The MTP blocks that the engine runs, none or one."""
+
+    @property
+    def dspark(self) -> DSpark | None:
+        """The draft stages of DSpark, if the checkpoint has them and they are loaded."""
 
     @property
     def hidden_shape(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dsv4.errors import InputError
 from dsv4.model.config import Config
 from dsv4.model.layers.numerics import Numerics
 from dsv4.model.weight_store import WeightStore
+from dsv4.model.weights import DraftStages
 
 from .stack import Stack
 from .v4 import V4
@@ -25,7 +26,7 @@ class Architecture:
     """How to read a config of the architecture, and how to build its stack from that and some draft stages."""
 
     read_config: Callable[[Mapping[str, Any]], Config]
-    build: Callable[[Any, int, WeightStore, Numerics], Stack]
+    build: Callable[[Any, DraftStages, WeightStore, Numerics], Stack]
 
 
 ARCHITECTURES = {

@@ -10,11 +10,16 @@ So every sublayer reads the streams through the weights that the sublayer before
 Draft stages go on from the mean of the streams in front of some layers.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from dsv4.model.cache import Cache, CompressorState, LayerCache, Sequence, TokenHistory, empty_window
+from dsv4.model.drafting.dspark import DSpark, Keys, MarkovHead, Start
+from dsv4.model.drafting.stage_attention import StageAttention
 from dsv4.model.layers.engram.layer import Engram
 from dsv4.model.layers.engram.token_classes import token_classes
 from dsv4.model.layers.head import OutputHead
@@ -25,8 +30,9 @@ from dsv4.model.layers.rotary import Rotary, rotary_frequencies
 from dsv4.model.layers.shared_attention import Shared, SharedKeyAttention
 from dsv4.model.layers.shared_keys import IndexSource, KeySource, Selection, nothing_chosen
 from dsv4.model.weight_store import WeightStore, WeightView
+from dsv4.model.weights import DraftStages
 
-from .stack import Call, DraftBlock, Streams
+from .stack import Call, DraftBlock, Streams, Trace
 from .v41_config import V41Config
 
 FP8_GROUP = 32  # of the inputs of quantized layers
@@ -50,7 +56,7 @@ class Block:
 
     def __init__(self, config: V41Config, layer: int, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
         self._config, self._weights, self._numerics = config, weights, numerics
-        self._attention = _attention(config, layer, weights.view("attn."), rotary, numerics)
+        self.attention = _attention(config, layer, weights.view("attn."), rotary, numerics)
         self._experts = MixtureOfExperts(config, layer, weights.view("ffn."), numerics)
         self._around_attention = HyperConnection(config, weights, "attn", numerics)
         self._around_experts = HyperConnection(config, weights, "ffn", numerics)
@@ -63,27 +69,75 @@ class Block:
         self, h: torch.Tensor, pre: torch.Tensor, token_ids: torch.Tensor, call: Call, layer: int, shared: Shared | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Streams h [T, n, D] and the weights pre [T, n] for the first sublayer -> both for the next block."""
-        name = f"layers.{layer}"
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, call.positions, call.segments, call.layer_caches(layer), shared)
+
+        return self.around(attend, h, pre, token_ids, call.trace, f"layers.{layer}")
+
+    def around(
+        self,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        h: torch.Tensor,
+        pre: torch.Tensor,
+        token_ids: torch.Tensor,
+        trace: Trace,
+        name: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block with the attention that is given, from its normed input [T, D] to its output [T, D]."""
         following, post, comb = self._around_attention.mixes(h)
-        x = self._input(pre, h, "attn_norm.weight")
-        output = self._attention(x, call.positions, call.segments, call.layer_caches(layer), shared)
+        output = attend(self._input(pre, h, "attn_norm.weight"))
         h, pre = self._around_attention.post(output, h, post, comb), following
-        call.trace(f"{name}.attn", output)
+        trace(f"{name}.attn", output)
         following, post, comb = self._around_experts.mixes(h)
         output, experts = self._experts(self._input(pre, h, "ffn_norm.weight"), token_ids)
         h = self._around_experts.post(output, h, post, comb)
-        call.trace(f"{name}.ffn.gate.experts", experts)
-        call.trace(f"{name}.ffn", output)
-        call.trace(name, h)
+        trace(f"{name}.ffn.gate.experts", experts)
+        trace(f"{name}.ffn", output)
+        trace(name, h)
         return h, following
 
 
+def _first_pre(h: torch.Tensor) -> torch.Tensor:
+    """The weights [T, n] of streams [T, n, D] that no sublayer has computed yet: the first stream alone."""
+    pre = torch.zeros(h.shape[:2], dtype=torch.float32, device=h.device)
+    pre[:, 0] = 1
+    return pre
+
+
+class V41Stages:
+    """The draft stages of DSpark: see drafting/dspark.py, whose Stages this is. They have experts of their own."""
+
+    def __init__(self, config: V41Config, count: int, store: WeightStore, rotary: Rotary, numerics: Numerics) -> None:
+        self._config, self._store, self._numerics = config, store, numerics
+        first, views = config.num_hidden_layers, [store.view(f"mtp.{i}.") for i in range(count)]
+        own = config.of_stages()
+        self._blocks = [Block(own, first + i, view, rotary, numerics) for i, view in enumerate(views)]
+        self._attention = [StageAttention(block.attention) for block in self._blocks]
+        self.count, self.reserve = count, rotary.reserve
+        self.logits = OutputHead(config, views[-1], store.view(""), numerics)
+
+    def keys(self, main_x: torch.Tensor, positions: torch.Tensor) -> Keys:
+        """See drafting/dspark.py."""
+        return [attention.keys(main_x, positions) for attention in self._attention]
+
+    def block(self, ids: torch.Tensor, positions: torch.Tensor, starts: Ordered[Start], trace: Trace) -> torch.Tensor:
+        """See drafting/dspark.py."""
+        h = self._store.embedding(ids).to(self._numerics.dtype)
+        h = h.unsqueeze(1).expand(-1, self._config.hc_mult, -1).contiguous()
+        pre = _first_pre(h)
+        for stage, (block, attention) in enumerate(zip(self._blocks, self._attention, strict=True)):
+            attend = partial(attention, positions=positions, before=[start.keys[stage] for start in starts])
+            h, pre = block.around(attend, h, pre, ids, trace, f"mtp.{stage}")
+        return self._numerics.kernels.hc_pre(pre, h)
+
+
 class V41:
-    """The main stack of DeepSeek-V4.1."""
+    """The main stack of DeepSeek-V4.1 and its draft stages."""
 
     mtp: tuple[DraftBlock, ...] = ()
 
-    def __init__(self, config: V41Config, stages: int, store: WeightStore, numerics: Numerics) -> None:
+    def __init__(self, config: V41Config, stages: DraftStages, store: WeightStore, numerics: Numerics) -> None:
         self._config, self._device = config, store.device
         self._numerics = numerics = replace(numerics, fp8_group=FP8_GROUP)
         self._rotaries = {
@@ -95,6 +149,11 @@ class V41:
         ]
         self.engrams = self._build_engrams(store)
         self.head = OutputHead(config, store.view(""), store.view(""), numerics)
+        self.dspark: DSpark | None = None
+        if stages.kind == "dspark":
+            own = V41Stages(config, stages.blocks, store, self._rotaries[False], numerics)
+            markov = MarkovHead(f"mtp.{stages.blocks - 1}.", ("embed", "head"), store, numerics)
+            self.dspark = DSpark(config, own, markov, store, numerics)
 
     def _build_engrams(self, store: WeightStore) -> dict[int, Engram]:
         config, engrams = self._config, self._config.engrams
@@ -152,8 +211,7 @@ class V41:
     def __call__(self, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> Streams:
         """See `stack.Stack`. `hidden` is what DSpark stages go on from."""
         h = embedded.unsqueeze(1).expand(-1, self._config.hc_mult, -1).contiguous()
-        pre = torch.zeros(h.shape[:2], dtype=torch.float32, device=h.device)
-        pre[:, 0] = 1
+        pre = _first_pre(h)
         selections = [nothing_chosen(segment.count) for segment in call.segments]
         targets = [embedded[:, :0]]
         call.trace("embed", h)

@@ -30,7 +30,7 @@ class Run:
 class Comparison:
     """Per position: largest |difference| of logits, KL(first || second) in nats, whether the likeliest token agrees.
 
-    `max_difference` is over all positions; `mtp_max_difference` over the MTP block's, None without one in both.
+    `max_difference` is over all positions; `mtp_max_difference` over the draft stages', None without them in both.
     `first_module` is the first module whose output differs in any bit, at `first_position`.
     """
 
@@ -98,12 +98,13 @@ def compare(one: Run, other: Run) -> Comparison:
         )
     difference, kl = _by_rows(_difference, a.logits, b.logits), _by_rows(_kl, a.logits, b.logits)
     top1 = a.logits.argmax(-1) == b.logits.argmax(-1)
-    both_mtp = a.mtp_logits is not None and b.mtp_logits is not None
-    mtp = float(_by_rows(_difference, a.mtp_logits, b.mtp_logits).max()) if both_mtp else None  # type: ignore[arg-type]
+    drafts, mtp = (a.draft_logits, b.draft_logits), None
+    if drafts[0] is not None and drafts[1] is not None and drafts[0].shape == drafts[1].shape:
+        mtp = float(_by_rows(_difference, drafts[0], drafts[1]).max())
     traced = one.fingerprints is not None and other.fingerprints is not None
     parted = one.fingerprints.first_difference(other.fingerprints) if traced else None  # type: ignore[union-attr, arg-type]
     return Comparison(
-        bit_equal=_same_bits(a.logits, b.logits) and _same_bits(a.mtp_logits, b.mtp_logits),
+        bit_equal=_same_bits(a.logits, b.logits) and _same_bits(*drafts),
         max_difference=float(difference.max()),
         mean_kl=float(np.mean(kl.numpy())),
         max_kl=float(kl.max()),

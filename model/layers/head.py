@@ -26,9 +26,11 @@ class Head(OutputHead):
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """h [T, n, D] -> logits float32 [T, V]."""
-        config = self._config
+        return super().__call__(self.vector(h))
+
+    def vector(self, h: torch.Tensor) -> torch.Tensor:
+        """The streams [T, n, D] as one vector [T, D], before the norm."""
+        config, kernels = self._config, self._numerics.kernels
         mixes = stream_mixes(h, self._weights.matrix("hc_head_fn"), self._numerics, config.rms_norm_eps)
         scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
-        kernels = self._numerics.kernels
-        x = kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)
-        return super().__call__(x)
+        return kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)

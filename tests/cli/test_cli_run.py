@@ -438,9 +438,9 @@ def test_compare_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_p
 def test_compare_holds_one_model_at_a_time(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Transformer]] = []
 
-    def spy(source: Source, placement: Placement, out: Output) -> Transformer:
+    def spy(source: Source, placement: Placement, out: Output, draft: bool) -> Transformer:
         assert all(model() is None for model in loaded) and placement.weights_bytes == 500_000
-        model = load_model(source, placement, out)
+        model = load_model(source, placement, out, draft)
         assert 250_000 < model.store.resident_bytes <= 500_000
         loaded.append(weakref.ref(model))
         return model
@@ -641,7 +641,7 @@ def test_a_strange_generation_config(capfd: Capture, folder: str, tmp_path: Path
 def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
     geometry = Geometry(**{**vars(TINY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
     bare = str(make_checkpoint(tmp_path / "bare", geometry=geometry))
-    assert "no MTP block" in run(capfd, bare, "--tokens", "1", "--mtp", code=2)[1]
+    assert "no draft stages" in run(capfd, bare, "--tokens", "1", "--mtp", code=2)[1]
     path = tmp_path / "l.safetensors"
     run(capfd, bare, "--tokens", "1,2", "--logits", str(path), "-q")
     assert set(load_file(path)) == {"token_ids", "logits"}

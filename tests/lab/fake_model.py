@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
+from dsv4.model.drafting.drafter import Continuation
+from dsv4.model.drafting.mtp import MtpDrafter
 from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Output
 
@@ -35,20 +37,53 @@ def logits_after(tokens: list[int]) -> torch.Tensor:
     return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-class FakeModel:
-    """Next tokens by hash; the MTP block is right in about two of three cases, and only with the right input."""
+def draft_logits_after(tokens: list[int]) -> torch.Tensor:
+    """Those of the draft stages, which are wrong about every third time."""
+    logits = logits_after(tokens)
+    return -logits if sum(tokens) % 3 == 0 else logits
 
-    def __init__(self, context: int = 100) -> None:
+
+class FakeDrafter:
+    """Several tokens at a time, each after the one before; right only if it is fed rightly."""
+
+    def __init__(self, states: list[list[int]], width: int, batch_size: int) -> None:
+        self.width, self._states, self._known = width, states, [0] * batch_size
+
+    def draft(self, continuations: list[Continuation]) -> list[list[int]]:
+        return [self._draft(each) for each in continuations]
+
+    def _draft(self, new: Continuation) -> list[int]:
+        states = [self._states[int(row)] for row in new.hidden.flatten()]
+        assert len(states) == len(new.following)
+        for state, following, after in zip(states, new.following, [*states[1:], None], strict=True):
+            self._known[new.row] += 1
+            assert len(state) == self._known[new.row], "the draft stages skipped or repeated a position"
+            assert after is None or after == [*state, following]
+        text = [*states[-1], new.following[-1]]
+        for ahead in range(min(new.count, self.width)):
+            text.append(new.choose(draft_logits_after(text), ahead))
+        return text[len(states[-1]) + 1 :]
+
+
+class FakeModel:
+    """Next tokens by hash; drafts of `width` tokens, for width 1 by an MTP block, right about two times of three."""
+
+    def __init__(self, context: int = 100, width: int = 1) -> None:
         self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context, num_hidden_layers=2)
         self.has_mtp = True
         self.store = SimpleNamespace(statistics=ReadStatistics())
-        self.calls = 0
+        self.calls, self._width = 0, width
         self._states: list[list[int]] = []  # what a hidden state stands for: the tokens up to its position
 
     def new_cache(self, batch_size: int) -> FakeCache:
         return FakeCache([[] for _ in range(batch_size)])
 
     new_mtp_cache = new_cache
+
+    def new_drafter(self, batch_size: int) -> FakeDrafter | MtpDrafter:
+        if self._width == 1:
+            return MtpDrafter(self, batch_size)  # type: ignore[arg-type]
+        return FakeDrafter(self._states, self._width, batch_size)
 
     def _hidden(self, tokens: list[int]) -> float:
         self._states.append(list(tokens))
@@ -83,10 +118,7 @@ class FakeModel:
                 state = self._states[int(hidden[row, i])]
                 assert len(state) == len(sequence) + 1, "the MTP block skipped or repeated a position"
                 sequence.append(int(next_token_ids[row, i]))
-                following = [*state, sequence[-1]]
-                logits[row, i] = logits_after(following)
-                if sum(following) % 3 == 0:
-                    logits[row, i] = -logits[row, i]
+                logits[row, i] = draft_logits_after([*state, sequence[-1]])
             if rows == "last":
                 logits[row, 0] = logits[row, count - 1]
         return logits[:, :1] if rows == "last" else logits

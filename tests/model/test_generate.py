@@ -14,12 +14,14 @@ from tiny import TINY
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import generate as generate_module
+from dsv4.model.drafting.mtp import MtpDrafter
 from dsv4.model.generate import Limits, generate
 from dsv4.model.loading import load
 from dsv4.model.sampling import Sampler, Sampling
 from dsv4.model.transformer import Transformer
 
 GREEDY = Sampling(temperature=0)
+WIDTHS = [0, 1, 3, 5]  # tokens of a draft, 0 for none
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8]]
 
 
@@ -34,18 +36,24 @@ def plain_loop(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("mtp", [False, True])
-def test_greedy_is_the_plain_loop(mtp: bool) -> None:
-    expected = [plain_loop(prompt, 12) for prompt in PROMPTS]
-    assert tokens_of(FakeModel(), PROMPTS, Limits(12), GREEDY, mtp=mtp) == expected
+def drafting(width: int, context: int = 100) -> tuple[FakeModel, bool]:
+    """A model with drafts of `width` tokens, and whether to use them."""
+    return FakeModel(context, width or 1), width > 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_greedy_is_the_plain_loop(width: int) -> None:
+    expected, (model, draft) = [plain_loop(prompt, 12) for prompt in PROMPTS], drafting(width)
+    assert tokens_of(model, PROMPTS, Limits(12), GREEDY, draft=draft) == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 512])
-@pytest.mark.parametrize("mtp", [False, True])
-def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, mtp: bool) -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, width: int) -> None:
     monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
     progress: list[float] = []
-    found = tokens_of(FakeModel(), PROMPTS, Limits(5), GREEDY, mtp=mtp, on_progress=progress.append)
+    model, draft = drafting(width)
+    found = tokens_of(model, PROMPTS, Limits(5), GREEDY, draft=draft, on_progress=progress.append)
     assert found == [plain_loop(prompt, 5) for prompt in PROMPTS]
     assert sum(progress) == sum(map(len, PROMPTS))
 
@@ -63,8 +71,9 @@ def test_drafts_and_batches_change_nothing(
 ) -> None:
     limits, sampling = Limits(count, stop), Sampling(temperature, 0.9, seed)
     alone = [tokens_of(FakeModel(), [prompt], limits, sampling, first_row=i)[0] for i, prompt in enumerate(prompts)]
-    for mtp in (False, True):
-        answers, statistics, _ = generate(FakeModel(), prompts, limits, sampling, mtp=mtp)
+    for width in WIDTHS:
+        model, draft = drafting(width)
+        answers, statistics, _ = generate(model, prompts, limits, sampling, draft=draft)
         assert [answer.tokens for answer in answers] == alone
         for answer in answers:
             ended = answer.tokens[-1] in stop
@@ -74,13 +83,17 @@ def test_drafts_and_batches_change_nothing(
         assert statistics.new_tokens == sum(map(len, alone))
 
 
-def test_drafts_save_calls() -> None:
-    plain, drafting = FakeModel(), FakeModel()
-    generate(plain, [[1, 2]], Limits(40), GREEDY)
-    _, statistics, _ = generate(drafting, [[1, 2]], Limits(40), GREEDY, mtp=True)
+@pytest.mark.parametrize("width", [1, 3, 5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_save_calls(width: int, temperature: float) -> None:
+    """Every accepted token is a call less. A draft is chosen with the random number of its place, so it agrees."""
+    plain, (model, _) = FakeModel(), drafting(width)
+    generate(plain, [[1, 2]], Limits(40), Sampling(temperature))
+    _, statistics, _ = generate(model, [[1, 2]], Limits(40), Sampling(temperature), draft=True)
     assert plain.calls == 40
     assert 0 < statistics.accepted < statistics.drafted
-    assert drafting.calls == 40 - statistics.accepted
+    assert model.calls == 40 - statistics.accepted == statistics.steps + 1
+    assert statistics.accepted > 10
 
 
 def test_the_caller_can_stop_a_row() -> None:
@@ -90,24 +103,28 @@ def test_the_caller_can_stop_a_row() -> None:
         tokens.append((row, token))
         return row == 1 and len([r for r, _ in tokens if r == 1]) == 3
 
-    answers, _, _ = generate(FakeModel(), PROMPTS, Limits(6), GREEDY, mtp=True, on_token=on_token)
+    answers, _, _ = generate(FakeModel(), PROMPTS, Limits(6), GREEDY, draft=True, on_token=on_token)
     assert [(len(answer.tokens), answer.finish) for answer in answers] == [(6, "length"), (3, "stop"), (6, "length")]
     assert sorted(tokens) == sorted((row, token) for row, answer in enumerate(answers) for token in answer.tokens)
 
 
-@pytest.mark.parametrize("mtp", [False, True])
-def test_the_context_ends_an_answer(mtp: bool) -> None:
-    answers, _, _ = generate(FakeModel(context=10), [[1, 2, 3], [1] * 10], Limits(50), GREEDY, mtp=mtp)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_context_ends_an_answer(width: int) -> None:
+    model, draft = drafting(width, context=10)
+    answers, _, _ = generate(model, [[1, 2, 3], [1] * 10], Limits(50), GREEDY, draft=draft)
     assert [len(answer.tokens) for answer in answers] == [7, 1]
 
 
-def test_a_session_goes_on_where_it_stands() -> None:
-    model = FakeModel()
-    answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_session_goes_on_where_it_stands(width: int) -> None:
+    model, draft = drafting(width)
+    answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY, draft=draft)
     assert session is not None and session.tokens == [1, 2, 3, *answers[0].tokens[:-1]]
     longer = [1, 2, 3, *answers[0].tokens, 7, 8]
     progress: list[float] = []
-    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, session=session, on_progress=progress.append)
+    answers, statistics, _ = generate(
+        model, [longer], Limits(4), GREEDY, draft=draft, session=session, on_progress=progress.append
+    )
     assert answers[0].tokens == plain_loop(longer, 4)
     assert sum(progress) == statistics.prompt_tokens == 3  # the last token of the answer, and two new ones
 
@@ -119,6 +136,14 @@ def test_a_session_that_holds_all_of_the_prompt_is_computed_again() -> None:
     for prompt in (session.tokens, session.tokens[:-1]):
         answers, statistics, _ = generate(model, [prompt], Limits(4), GREEDY, session=session)
         assert answers[0].tokens == plain_loop(prompt, 4) and statistics.prompt_tokens == len(prompt)
+
+
+def test_a_session_without_drafts_is_not_continued_with_drafts() -> None:
+    model, _ = drafting(3)
+    answers, _, session = generate(model, [[1, 2, 3]], Limits(4), GREEDY)
+    longer = [1, 2, 3, *answers[0].tokens, 7]
+    answers, statistics, _ = generate(model, [longer], Limits(4), GREEDY, draft=True, session=session)
+    assert answers[0].tokens == plain_loop(longer, 4) and statistics.prompt_tokens == len(longer)
 
 
 def test_another_prompt_does_not_use_the_session() -> None:
@@ -151,8 +176,13 @@ class Oracle:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def mtp_logits(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> torch.Tensor:
-        logits = self._model.mtp_logits(hidden, ids, cache, **how)
+    def new_drafter(self, batch_size: int) -> MtpDrafter:
+        return MtpDrafter(self, batch_size)  # type: ignore[arg-type]
+
+    def mtp_logits(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> torch.Tensor | None:
+        logits: torch.Tensor | None = self._model.mtp_logits(hidden, ids, cache, **how)
+        if logits is None:
+            return None
         drafted = cache.lengths[0] + 1 - self._prompt  # the place in the answer of the token that is drafted
         right = self._answer[min(drafted, len(self._answer) - 1)]
         logits[0, -1, right if drafted % 3 else (right + 1) % 512] = 1e9
@@ -164,7 +194,7 @@ def test_right_and_wrong_drafts_on_the_real_engine(tmp_path: Path) -> None:
     prompt, limits = [(i * 37) % 300 + 3 for i in range(123)], Limits(14)  # past the window, and over blocks of 4
     plain = tokens_of(model, [prompt], limits, GREEDY)[0]
     oracle = Oracle(model, plain, len(prompt))
-    answers, statistics, _ = generate(oracle, [prompt], limits, GREEDY, mtp=True)
+    answers, statistics, _ = generate(oracle, [prompt], limits, GREEDY, draft=True)
     assert answers[0].tokens == plain
     assert 0 < statistics.accepted < statistics.drafted
 

@@ -63,7 +63,7 @@ CONFIGS = [
     ({"head_dim": -4}, "head_dim must be positive, it is -4"),
     ({"compress_ratios": [4, 7]}, "compress_ratios must be a list of"),
     ({"compress_ratios": []}, "compress_ratios has fewer entries than layers"),
-    ({"compress_ratios": [4]}, r"compress_ratios has no entry for 1 MTP block\(s\)"),
+    ({"compress_ratios": [4]}, r"compress_ratios has no entry for 1 draft stage\(s\)"),
     ({"num_hidden_layers": 2, "compress_ratios": [4, 4, 0]}, "'layers.1.hc_attn_fn' is missing|'layers.1.attn_norm"),
     ({"n_routed_experts": 5}, r"'layers.0.ffn.experts.4.w1.weight' is missing"),
     ({"num_hash_layers": 0}, r"'layers.0.ffn.gate.bias' is missing"),

@@ -35,7 +35,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scorer_of(model: Transformer) -> Scorer:
     def score(tokens: Sequence[int]) -> list[dict[int, float]]:
-        logits = teacher_forced(model, tokens, mtp=False).logits[:-1]
+        logits = teacher_forced(model, tokens, draft=False).logits[:-1]
         return [dict(enumerate(row.tolist())) for row in torch.log_softmax(logits.double(), -1)]
 
     return score

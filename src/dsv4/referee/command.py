@@ -89,7 +89,7 @@ def compute(model: "Transformer", prompts: Sequence[Sequence[int]], asked: Asked
             bar.advance(round(done) - bar.done)
 
         for tokens, scores in zip(prompts, asked.scores, strict=True):
-            logits = teacher_forced(model, tokens, mtp=False, on_progress=advance).logits
+            logits = teacher_forced(model, tokens, draft=False, on_progress=advance).logits
             ours.append(_rows(logits, tokens, scores.top))
     return ours
 

@@ -175,7 +175,7 @@ def test_progress_counts_every_token_once(model: Transformer) -> None:
     progress: list[float] = []
     teacher_forced(model, TOKENS, 6, on_progress=progress.append)
     assert sum(progress) == pytest.approx(len(TOKENS))
-    assert teacher_forced(model, TOKENS, mtp=False).mtp_logits is None
+    assert teacher_forced(model, TOKENS, draft=False).mtp_logits is None
 
 
 def evaluation(logits: Any, mtp: Any = None) -> Run:

@@ -27,12 +27,14 @@ BATCH = 8  # prompts of --file computed together
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are made and when they end. stop: texts that end an answer. mtp: whether the MTP block drafts."""
+    """How answers are made and when they end. stop: texts that end an answer. draft: whether the draft stages
+    propose tokens.
+    """
 
     sampling: "Sampling"
     limits: "Limits"
     stop: tuple[str, ...]
-    mtp: bool
+    draft: bool
 
     @classmethod
     def of(cls, options: RunOptions, source: Source, seed: int) -> Self:
@@ -40,10 +42,11 @@ class Generation:
         from dsv4.model.generate import Limits
         from dsv4.model.sampling import Sampling
 
-        if options.mtp:
-            source.require_mtp()
+        if options.draft:
+            source.require_draft_stages()
         sampling = Sampling(options.temperature, options.top_p, seed)
-        return cls(sampling, Limits(options.max_new_tokens, source.stop_ids()), tuple(options.stop or ()), options.mtp)
+        limits = Limits(options.max_new_tokens, source.stop_ids())
+        return cls(sampling, limits, tuple(options.stop or ()), options.draft)
 
 
 class TokenProgress:
@@ -96,11 +99,13 @@ def statistics_json(statistics: "Statistics") -> dict[str, Any]:
         "drafted_tokens": drafted,
         "accepted_tokens": statistics.accepted,
         "acceptance_rate": statistics.accepted / drafted if drafted else None,
+        "decode_steps": statistics.steps,
+        "tokens_per_step": statistics.decoded_tokens / statistics.steps if statistics.steps else None,
         "peak_memory_bytes": peak_memory(),
     }
 
 
-def say_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
+def say_statistics(out: Output, statistics: "Statistics", draft: bool) -> None:
     """The closing lines on stderr."""
     prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
     decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
@@ -110,9 +115,12 @@ def say_statistics(out: Output, statistics: "Statistics", mtp: bool) -> None:
     )
     first = seconds_text(statistics.first_token_seconds)
     out.say(f"first token after {first}, peak memory {human_bytes(peak_memory())}")
-    if mtp:
+    if draft:
         share = f" ({100 * statistics.accepted / statistics.drafted:.0f}%)" if statistics.drafted else ""
         out.say(f"drafts: {statistics.accepted} of {statistics.drafted} accepted{share}")
+        if statistics.steps:
+            each = statistics.decoded_tokens / statistics.steps
+            out.say(f"decode in {statistics.steps} steps, {each:.2f} tokens per step")
 
 
 class Answers:
@@ -158,7 +166,7 @@ class Answers:
                 [prompt.tokens for prompt in prompts],
                 self.generation.limits,
                 self.generation.sampling,
-                mtp=self.generation.mtp,
+                draft=self.generation.draft,
                 first_row=first,
                 on_token=on_token,
                 on_progress=bar.advance,
@@ -206,7 +214,7 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
                 out.data(",".join(map(str, answer.tokens)))
             elif show is not None:
                 out.data()
-    say_statistics(out, answers.statistics, answers.generation.mtp)
+    say_statistics(out, answers.statistics, answers.generation.draft)
     say_reads(answers.model, out)
     result = {"answers": results, "seed": answers.generation.sampling.seed}
     if dialogue.edition is not None:

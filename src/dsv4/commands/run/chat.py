@@ -97,14 +97,14 @@ class Chat:
                 [prompt],
                 self.generation.limits,
                 self.generation.sampling,
-                mtp=self.generation.mtp,
+                draft=self.generation.draft,
                 first_row=self.turns,
                 session=session,
                 on_token=on_token,
                 on_progress=bar.advance,
             )
         self.out.data(text.rest())
-        say_statistics(self.out, statistics, self.generation.mtp)
+        say_statistics(self.out, statistics, self.generation.draft)
         say_reads(self.model, self.out)
 
     def answer(self, line: str) -> None:

@@ -115,26 +115,32 @@ class _Run:
         kept = self.options.trace is None or self.ranks is None or self.ranks.is_first
         return self.options.trace if kept else os.devnull
 
+    @property
+    def _answer_rows(self) -> int:
+        """Rows of logits that a step of an answer computes: more than one with drafts."""
+        return self.source.rows_per_position if self.options.draft else 1
+
     def chat(self, tokenizer: "TextTokenizer") -> int:
         """Talk to the user; the exit code."""
         from .chat import Chat, talk
 
         generation = self.generation()
         context = min(self.source.config.max_position_embeddings, CHAT_CONTEXT)
-        model = load_model(self.source, self.placement(Work(1, context, context)), self.out)
+        placement = self.placement(Work(1, context, context, rows=self._answer_rows))
+        model = load_model(self.source, placement, self.out, generation.draft)
         return talk(Chat(model, self.source, tokenizer, self.dialogue, generation, self.out))
 
     def answer(self, prompts: list[Prompt]) -> int:
         """Answer all prompts; the exit code."""
         generation, longest = self.generation(), max(len(prompt.tokens) for prompt in prompts)
-        work = Work(min(len(prompts), BATCH), longest, longest + self.options.max_new_tokens)
-        model = load_model(self.source, self.placement(work), self.out)
+        work = Work(min(len(prompts), BATCH), longest, longest + self.options.max_new_tokens, rows=self._answer_rows)
+        model = load_model(self.source, self.placement(work), self.out, generation.draft)
         with _tracing(self.trace) as trace:
             return answer_prompts(Answers(model, generation, self.tokenizer, self.out), prompts, self.dialogue, trace)
 
     def logits(self, tokens: list[int], path: str) -> int:
         """Write the logits of the tokens; the exit code."""
-        model = load_model(self.source, self._for_logits(tokens), self.out)
+        model = load_model(self.source, self._for_logits(tokens), self.out, draft=True)
         with _tracing(self.trace) as trace:
             return save_logits(model, tokens, self.options.prefill, path, trace, self.out)
 
@@ -152,7 +158,7 @@ class _Run:
         names = [prompt.name or f"prompt {number}" for number, prompt in enumerate(prompts)]
         asked = ask(Client(address, api_key(options.api_key)), options.server, tokens, self.out)
         longest = max(map(len, tokens))
-        model = load_model(self.source, self.placement(Work(1, longest, longest, 2 * longest)), self.out)
+        model = load_model(self.source, self.placement(Work(1, longest, longest, 2 * longest)), self.out, draft=False)
         line = as_typed("dsv4 run", options)
         what = Comparison(options.checkpoint, address, names, tokens, line, options.report)
         return compare_with_server(what, asked, model, self.out)
@@ -170,7 +176,8 @@ class _Run:
     def _for_logits(self, tokens: list[int]) -> Placement:
         """With memory for the logits of every position, of both checkpoints where two are compared."""
         checkpoints = 1 if self.options.compare is None else 2
-        return self.placement(Work(1, len(tokens), len(tokens), checkpoints * len(tokens)))
+        work = Work(1, len(tokens), len(tokens), checkpoints * len(tokens), self.source.rows_per_position)
+        return self.placement(work)
 
 
 def _single(prompts: list[Prompt]) -> list[int]:

@@ -33,7 +33,7 @@ def _run(
     placement: Placement,
     tokens: list[int],
     prefill: int | None,
-    mtp: bool,
+    draft: bool,
     earlier: "Fingerprints | None",
     out: Output,
 ) -> "Run":
@@ -43,7 +43,7 @@ def _run(
     from dsv4.model.evaluate.trace import Fingerprints
 
     out.say(f"running {source.folder}")
-    model = load_model(source, placement, out)
+    model = load_model(source, placement, out, draft)
     with TokenProgress(out, len(tokens), "computing") as bar:
 
         def print_difference(module: str, position: int) -> None:
@@ -51,7 +51,7 @@ def _run(
             out.say(f"{module} differs at position {position}; going on to compare the logits")
 
         fingerprints = Fingerprints(earlier, print_difference)
-        evaluation = teacher_forced(model, tokens, prefill, mtp=mtp, trace=fingerprints, on_progress=bar.advance)
+        evaluation = teacher_forced(model, tokens, prefill, draft=draft, trace=fingerprints, on_progress=bar.advance)
     say_timing(evaluation, out)
     say_reads(model, out)
     del model
@@ -81,7 +81,7 @@ def _print_comparison(comparison: "Comparison", tolerance: float, out: Output) -
     positions = len(comparison.difference)
     out.data(f"max |difference|    {comparison.max_difference:.6g}")
     if comparison.mtp_max_difference is not None:
-        out.data(f"  of the MTP block  {comparison.mtp_max_difference:.6g}")
+        out.data(f"  of the drafts     {comparison.mtp_max_difference:.6g}")
     out.data(f"KL divergence       mean {comparison.mean_kl:.3g}, max {comparison.max_kl:.3g} nats")
     out.data(f"top-1 agreement     {sum(comparison.top1)} of {positions} positions")
     if comparison.first_module is not None:
@@ -127,7 +127,7 @@ def compare_with_logits(
     """Run a checkpoint on the tokens of a file of logits and print whether its own are bit-equal; the exit code."""
     from dsv4.model.evaluate.compare import Run, compare
 
-    run = _run(source, placement, earlier.token_ids, options.prefill, earlier.mtp_logits is not None, None, out)
+    run = _run(source, placement, earlier.token_ids, options.prefill, earlier.draft_logits is not None, None, out)
     sides = (str(options.compare), source.folder)
     return _conclude(compare(Run(earlier), run), sides, earlier.token_ids, options, out)
 
@@ -140,10 +140,10 @@ def compare_checkpoints(
     from dsv4.model.loading import check_loadable
 
     _check_same_vocabulary(*sources)
+    draft = sources[0].stages == sources[1].stages
     for source in sources:
-        check_loadable(source.checkpoint, placement.group)
+        check_loadable(source.checkpoint, placement.group, draft)
     folders = (sources[0].folder, sources[1].folder)
-    mtp = all(source.has_mtp for source in sources)
-    one = _run(sources[0], placement, tokens, options.prefill, mtp, None, out)
-    other = _run(sources[1], placement, tokens, options.prefill, mtp, one.fingerprints, out)
+    one = _run(sources[0], placement, tokens, options.prefill, draft, None, out)
+    other = _run(sources[1], placement, tokens, options.prefill, draft, one.fingerprints, out)
     return _conclude(compare(one, other), folders, tokens, options, out)

@@ -51,7 +51,7 @@ def save_logits(
     out: Output,
 ) -> int:
     """Write the logits of every position to `path`; the exit code. Of several ranks the first writes."""
-    from dsv4.model.evaluate.logits import teacher_forced, write_logits
+    from dsv4.model.evaluate.logits import named_tensors, teacher_forced, write_logits
 
     with TokenProgress(out, len(tokens), "computing") as bar:
         evaluation = teacher_forced(model, tokens, prefill, trace=trace, on_progress=bar.advance)
@@ -62,9 +62,7 @@ def save_logits(
     out.say(f"wrote logits of {len(tokens)} positions to {path}")
     say_timing(evaluation, out)
     say_reads(model, out)
-    shapes: dict[str, Any] = {"logits": list(evaluation.logits.shape)}
-    if evaluation.mtp_logits is not None:
-        shapes["mtp_logits"] = list(evaluation.mtp_logits.shape)
+    shapes = {name: list(t.shape) for name, t in named_tensors(evaluation).items() if name != "token_ids"}
     took = {**timing(evaluation), "from_files": reads_json(model)}
     out.result({"file": path, "shapes": shapes, "statistics": took})
     return EXIT_DONE

@@ -66,7 +66,9 @@ class RunOptions:
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
     ] = None
-    mtp: Annotated[bool, typer.Option("--mtp", help="Draft tokens with the MTP block; same answer.")] = False
+    draft: Annotated[
+        bool, typer.Option("--draft", "--mtp", help="Draft tokens with the checkpoint's own stages; same answer.")
+    ] = False
     logits: Annotated[
         str | None, typer.Option("--logits", metavar="FILE", help="Write the logits of every position (safetensors).")
     ] = None
@@ -131,7 +133,7 @@ class RunOptions:
             (self.asks_a_server and self.prefill, "--prefill does not change what a server is asked: leave it out"),
             (self.asks_a_server and self.tolerance, "--tolerance is not for servers: their noise is measured"),
             (self.trace and self.compare, "--compare traces both by itself, leave out --trace"),
-            (self.mtp and self.teacher_forced, "--logits and --compare run the MTP block anyway"),
+            (self.draft and self.teacher_forced, "--logits and --compare run the draft stages anyway"),
             (self.logits and self.is_chat, "--logits needs a prompt: a text, --messages or --tokens"),
             (
                 self.compare and self.is_chat and not self.has_own_prompt,

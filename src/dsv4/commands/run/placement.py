@@ -58,13 +58,15 @@ class Work:
     """The size of the computation, for its memory.
 
     sequences: prompts computed together, the longest of which has `longest` tokens and grows to `context`.
-    logit_rows: positions whose logits are kept, of the main model and of the MTP block.
+    positions: those whose logits are kept; 0 for answers. rows: of logits at one position, the main model's and those
+    of a draft.
     """
 
     sequences: int
     longest: int
     context: int
-    logit_rows: int = 0
+    positions: int = 0
+    rows: int = 1
 
 
 def working_memory(config: "Config", work: Work, simulation: bool) -> int:
@@ -74,7 +76,7 @@ def working_memory(config: "Config", work: Work, simulation: bool) -> int:
 
     widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
     tokens = work.sequences * min(work.longest, TOKENS_PER_PIECE)
-    logits = 2 * (work.logit_rows + tokens) if work.logit_rows else work.sequences
+    logits = max(2, work.rows) * (work.positions + tokens) if work.positions else work.sequences * work.rows
     keys = work.sequences * cache_bytes(config, work.context, TOKENS_PER_PIECE, 2 if simulation else 4)
     tables = ROTARY_TABLES * work.context * config.qk_rope_head_dim * 4
     return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size) + keys + tables
@@ -142,8 +144,11 @@ def _say_kernels(out: Output) -> None:
         out.warn(f"the kernels run as {cpu.form_name()}{why}, without vector code: many times slower, same results")
 
 
-def load_model(source: Source, placement: Placement, out: Output) -> "Transformer":
-    """The model, with a progress bar while its weights are read. Raises MachineError if memory does not suffice."""
+def load_model(source: Source, placement: Placement, out: Output, draft: bool) -> "Transformer":
+    """The model, with its draft stages if `draft`; a progress bar shows while its weights are read.
+
+    Raises MachineError if memory does not suffice.
+    """
     from dsv4.model import load
     from dsv4.model.weight_store import TooLittleMemory
 
@@ -157,6 +162,7 @@ def load_model(source: Source, placement: Placement, out: Output) -> "Transforme
                 bar.reach,
                 placement.group,
                 placement.released_index_keys,
+                draft,
             )
         except TooLittleMemory as error:
             needed = placement.other_bytes + error.least

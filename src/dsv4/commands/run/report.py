@@ -103,7 +103,7 @@ def _rows(comparison: "Comparison", tolerance: float) -> list[tuple[str, str, st
     return [
         ("Bits of all logits", "equal", "equal" if comparison.bit_equal else "not equal"),
         ("Largest |difference| of a logit", zero, f"{comparison.max_difference:.6g}"),
-        ("Largest |difference|, MTP block", zero, "not compared" if mtp is None else f"{mtp:.6g}"),
+        ("Largest |difference|, drafts", zero, "not compared" if mtp is None else f"{mtp:.6g}"),
         ("KL divergence, mean (nats)", "0", f"{comparison.mean_kl:.3g}"),
         ("KL divergence, largest (nats)", "0", f"{comparison.max_kl:.3g}"),
         (

@@ -1,7 +1,7 @@
 """The checkpoint that `dsv4 run` works on, opened and checked before its weights are read.
 
 Opening reads headers and config only, so errors in the command line (a token out of range, a prompt that does not fit,
-drafts without an MTP block) are reported in a second and not after minutes of loading.
+drafts without draft stages) are reported in a second and not after minutes of loading.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ from dsv4.output import Output
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
     from dsv4.model.config import Config
+    from dsv4.model.weights import DraftStages
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint. `has_mtp`: it has an MTP block that can draft tokens."""
+    """An opened checkpoint. `stages`: the draft stages that it has."""
 
     folder: str
     checkpoint: "Checkpoint"
     config: "Config"
-    has_mtp: bool
+    stages: "DraftStages"
 
     @property
     def has_vision(self) -> bool:
@@ -55,10 +56,19 @@ class Source:
             place = tokens.index(self.image_token)
             raise InputError(f"token {place} of the prompt is {self.image_token}, which stands for an image", TEXT_ONLY)
 
-    def require_mtp(self) -> None:
-        """Raise UsageError unless there is an MTP block."""
-        if not self.has_mtp:
-            raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --mtp.")
+    def require_draft_stages(self) -> None:
+        """Raise UsageError unless there are some."""
+        from dsv4.model.drafting.drafter import NO_DRAFTS
+
+        if not self.stages.blocks:
+            raise UsageError(NO_DRAFTS, "Run without --draft.")
+
+    @property
+    def rows_per_position(self) -> int:
+        """Rows of logits that `--logits` computes for each position: the main model's, and those of a draft."""
+        if not self.stages.blocks:
+            return 1
+        return 1 + (1 if self.config.dspark is None else self.config.dspark.block_size)
 
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: `eos_token_id` of config.json, else of generation_config.json."""
@@ -85,7 +95,7 @@ def open_source(folder: str, out: Output) -> Source:
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.convert.hub.source import require_folder
     from dsv4.model.architectures.table import architecture_of
-    from dsv4.model.weights import mtp_stages
+    from dsv4.model.weights import draft_stages
 
     path = require_folder(folder)
     with out.opening() as headers:
@@ -93,4 +103,4 @@ def open_source(folder: str, out: Output) -> Source:
     for note in checkpoint.notes:
         out.warn(note)
     config = architecture_of(checkpoint).read_config(checkpoint.config)
-    return Source(folder, checkpoint, config, mtp_stages(checkpoint.tensors) > 0)
+    return Source(folder, checkpoint, config, draft_stages(checkpoint.tensors))
