@@ -24,7 +24,7 @@ from dsv4.quant.activation import FP4_GROUP
 
 from . import reference
 from . import reference_small as small
-from .deterministic import ELEMENTS_PER_STEP, paired
+from .deterministic import ELEMENTS_PER_STEP
 from .reference import Product
 
 VARIABLE = "DSV4_KERNELS"
@@ -295,14 +295,14 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     queries, heads, width = q.shape
     if width % ELEMENTS_PER_STEP:
         return reference.index_scores(q, weights, keys)
-    rounded, keys = _is_bfloat16(q), keys.contiguous()
-    matrix = Matrix("index keys", BFLOAT16 if rounded else FLOAT32, (len(keys), width), keys)
-    wide, wide_weights = paired(q.to(torch.float32)).contiguous(), weights.to(torch.float32).contiguous()
+    is_bf16, q, keys = _is_bfloat16(q), q.contiguous(), keys.contiguous()
+    matrix = Matrix("index keys", BFLOAT16 if is_bf16 else FLOAT32, (len(keys), width), keys)
+    wide_weights = weights.to(torch.float32).contiguous()
     scores = torch.empty(queries, len(keys), dtype=torch.float32)
     threads = _threads(scores.numel() * heads * width)
     scratch = _scratch(_loaded().dsv4_index_scores_scratch(heads, width, threads))
     _loaded().dsv4_index_scores(
-        _describe(matrix), wide.data_ptr(), wide_weights.data_ptr(), queries, heads, rounded,
+        _describe(matrix), q.data_ptr(), wide_weights.data_ptr(), queries, heads, is_bf16,
         scores.data_ptr(), scratch, threads,
     )  # fmt: skip
     return scores

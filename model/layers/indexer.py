@@ -10,29 +10,48 @@ import torch
 
 from dsv4.model.cache import LayerCache
 from dsv4.model.config import OVERLAP_RATIO, Config
+from dsv4.model.kernels.table import KernelTable
 from dsv4.model.weight_store import WeightView
 
 from .compressor import Compressor, simulate_index
 from .numerics import Numerics
 from .rotary import Rotary
 
+LAST_COLUMN = 2**32 - 1
+ORDERED_MINUS_INFINITY = -0x7F800001
+SCORES_AT_ONCE = 1 << 18  # whose integers stay in the processor's cache
+BYTES_PER_SCORE = 48  # while the best are chosen
+
 
 def best(scores: torch.Tensor, count: int) -> torch.Tensor:
     """scores [T, N], -inf where out of reach -> the best blocks, int32 [T, min(count, N)], best first, then -1.
 
-    Of equal scores the older block is first, whatever N is.
+    Of equal scores the older block is first, whatever N is. Each score becomes an integer that no other block has: the
+    bits of the float32, turned so that integers are in the order of the values, above the block's distance from the
+    largest number. So a partial selection has one result.
     """
-    count = min(count, scores.shape[1])
-    if count < scores.shape[1]:
-        threshold = scores.topk(count, dim=-1).values[:, -1:]
-        above, ties = scores > threshold, scores == threshold
-        keep = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
-        columns = keep.nonzero()[:, 1].view(len(scores), count)
-        order = scores.gather(1, columns).sort(dim=-1, descending=True, stable=True)
-        rows, values = columns.gather(1, order.indices), order.values
-    else:
-        values, rows = torch.sort(scores, dim=-1, descending=True, stable=True)
-    return torch.where(values > -torch.inf, rows, -1).to(torch.int32)
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = torch.arange(LAST_COLUMN, LAST_COLUMN - scores.shape[1], -1, device=scores.device)
+    chosen = (ordered.to(torch.int64) * 2**32 + columns).topk(min(count, scores.shape[1])).values
+    column, value = LAST_COLUMN - (chosen & LAST_COLUMN), chosen >> 32
+    return torch.where(value > ORDERED_MINUS_INFINITY, column, -1).to(torch.int32)
+
+
+def best_in_reach(
+    kernels: KernelTable, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, reach: torch.Tensor, count: int
+) -> torch.Tensor:
+    """The best of the first `reach` [S] blocks for each query, as `best`; q [S, heads, d], keys [N, d].
+
+    Some queries at a time, so that memory does not grow with the context.
+    """
+    together = max(1, SCORES_AT_ONCE // max(1, len(keys)))
+    block, chosen = torch.arange(len(keys), device=q.device), []
+    for first in range(0, len(q), together):
+        some = slice(first, first + together)
+        scores = kernels.index_scores(q[some], weights[some], keys)
+        chosen.append(best(scores.masked_fill_(block >= reach[some, None], -torch.inf), count))
+    return torch.cat(chosen)
 
 
 class IndexQueries:
@@ -74,6 +93,4 @@ class Indexer(IndexQueries):
         assert cache.indexer is not None
         keys = cache.indexer.entries.rows()
         past = (torch.arange(position, position + len(q), device=q.device) + 1) // OVERLAP_RATIO
-        out_of_reach = torch.arange(len(keys), device=q.device) >= past[:, None]
-        scores = self._numerics.kernels.index_scores(q, weights, keys)
-        return best(scores.masked_fill(out_of_reach, -torch.inf), self._config.index_topk)
+        return best_in_reach(self._numerics.kernels, q, weights, keys, past, self._config.index_topk)

@@ -1,10 +1,9 @@
-/* Sparse attention with a sink, and the scores of the lightning indexer. */
+/* Sparse attention with a sink. */
 #include "products.h"
 #include "threads.h"
 
 #define KEYS_PER_BLOCK 64 /* of the released attention kernel, as in reference.py */
 #define HEADS_PER_TILE 4
-#define KEYS_PER_TILE 4 /* of the indexer */
 
 /* Row `row` of a pool of keys or queries, paired. */
 static void load_paired(const void *pool, int is_bf16, int64_t row, int64_t c, float *out) {
@@ -155,60 +154,4 @@ void OF_FORM(dsv4_sparse_attention)(const void *q, const void *window, const voi
         dsv4_share(load_keys, &a, listed, dsv4_quarters(listed, threads), threads);
         dsv4_share(attend_tiles, &a, tiles, 1, threads);
     }
-}
-
-struct scores {
-    const struct matrix *keys;
-    const float *q, *weights;
-    float *out, *scratch;
-    int64_t queries, heads;
-    int32_t rounded;
-};
-
-/* Floats of scratch of a worker: dot products of a tile, products of a key, and the decoded keys. */
-static int64_t scores_floats(int64_t heads, int64_t columns) {
-    return heads * (KEYS_PER_TILE + 1) + KEYS_PER_TILE * padded(columns);
-}
-
-int64_t OF_FORM(dsv4_index_scores_scratch)(int64_t heads, int64_t columns, int64_t threads) {
-    return threads * scores_floats(heads, columns) * (int64_t)sizeof(float);
-}
-
-/* A key's score from its dot products with the heads of a query, KEYS_PER_TILE apart. */
-static float score(const float *dots, const float *weights, int64_t heads, int rounded, float *products) {
-    for (int64_t h = 0; h < heads; h++) {
-        float dot = dots[h * KEYS_PER_TILE];
-        if (rounded) dot = rounded_to_bf16(dot);
-        float product = (dot > 0.f ? dot : 0.f) * weights[h];
-        products[h] = rounded ? rounded_to_bf16(product) : product;
-    }
-    float sum = tree_sum(products, heads);
-    return rounded ? rounded_to_bf16(sum) : sum;
-}
-
-/* Items are tiles of keys, all queries of a tile one after the other. */
-static void score_tiles(const void *job, int64_t first, int64_t last, int64_t worker) {
-    const struct scores *s = job;
-    int64_t columns = s->keys->columns, heads = s->heads;
-    float *dots = s->scratch + worker * scores_floats(heads, columns);
-    float *products = dots + heads * KEYS_PER_TILE, *buffer = products + heads;
-    for (int64_t item = first; item < last; item++) {
-        int64_t query = item % s->queries, row = item / s->queries * KEYS_PER_TILE;
-        int64_t n = least(s->keys->rows - row, KEYS_PER_TILE);
-        OF_FORM(dsv4_decode_rows)(s->keys, row, n, 0, buffer);
-        OF_FORM(dsv4_products)(s->rounded, buffer, padded(columns), n, columns, s->q + query * heads * columns, heads,
-                               columns, dots, KEYS_PER_TILE);
-        for (int64_t j = 0; j < n; j++)
-            s->out[query * s->keys->rows + row + j] =
-                score(dots + j, s->weights + query * heads, heads, s->rounded, products);
-    }
-}
-
-/* scores [queries, keys->rows]; q paired float32 [queries, heads, columns], weights float32 [queries, heads]; see
- * reference.py. */
-void OF_FORM(dsv4_index_scores)(const struct matrix *keys, const float *q, const float *weights, int64_t queries,
-                                int64_t heads, int32_t rounded, float *scores, void *scratch, int32_t threads) {
-    struct scores s = {keys, q, weights, scores, scratch, queries, heads, rounded};
-    int64_t items = queries * ((keys->rows + KEYS_PER_TILE - 1) / KEYS_PER_TILE);
-    dsv4_share(score_tiles, &s, items, dsv4_quarters(items, threads), threads);
 }

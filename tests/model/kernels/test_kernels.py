@@ -229,8 +229,21 @@ def test_masked_keys_at_the_end_change_no_bit() -> None:
         assert torch.equal(bits(row.sparse_attention(q, window, compressed, longer, sink, 0.125)), bits(expected))
 
 
+@pytest.mark.parametrize("queries", [1, 8, 17])
+def test_index_scores_of_many_queries_and_keys(queries: int) -> None:
+    """Whole and ragged groups of keys and queries, and products that underflow in some of them."""
+    q = torch.randn(queries, 24, 64, generator=GENERATOR).to(torch.bfloat16)
+    keys = torch.randn(200, 64, generator=GENERATOR).to(torch.bfloat16)
+    weights = torch.randn(queries, 24, generator=GENERATOR).to(torch.bfloat16)
+    for tiny in (False, True):
+        if tiny:
+            q[queries // 2] *= 2.0**-70
+            keys[70:72] *= 2.0**-66
+        assert torch.equal(bits(CPU.index_scores(q, weights, keys)), bits(REFERENCE.index_scores(q, weights, keys)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("heads", "blocks"), [(16, 50), (12, 3), (1, 7)])
+@pytest.mark.parametrize(("heads", "blocks"), [(16, 50), (12, 3), (1, 7), (64, 131)])
 def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
     q = torch.randn(5, heads, 32, generator=GENERATOR).to(dtype)
     weights = torch.randn(5, heads, generator=GENERATOR).to(dtype)
@@ -364,6 +377,7 @@ def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
         test_linear(133, 224, dtype)
         test_sparse_attention(9, dtype)
         test_index_scores(12, 3, dtype)
+        test_index_scores_of_many_queries_and_keys(9)
         for name in SMALL:
             test_small_operations(name, dtype)
     for count in (1, 2):

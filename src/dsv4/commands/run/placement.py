@@ -72,6 +72,8 @@ class Work:
 def working_memory(config: "Config", work: Work, simulation: bool) -> int:
     """Bytes at most of activations and logits of one piece of a call, and of the keys and tables of whole contexts."""
     from dsv4.model.cache import cache_bytes
+    from dsv4.model.config import OVERLAP_RATIO
+    from dsv4.model.layers.indexer import BYTES_PER_SCORE, SCORES_AT_ONCE
     from dsv4.model.transformer import TOKENS_PER_PIECE
 
     widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
@@ -79,7 +81,8 @@ def working_memory(config: "Config", work: Work, simulation: bool) -> int:
     logits = max(2, work.rows) * (work.positions + tokens) if work.positions else work.sequences * work.rows
     keys = work.sequences * cache_bytes(config, work.context, TOKENS_PER_PIECE, 2 if simulation else 4)
     tables = ROTARY_TABLES * work.context * config.qk_rope_head_dim * 4
-    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size) + keys + tables
+    scores = BYTES_PER_SCORE * max(SCORES_AT_ONCE, work.context // OVERLAP_RATIO)
+    return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size) + keys + tables + scores
 
 
 def device_of(device: str, ranks: "Ranks | None") -> str:

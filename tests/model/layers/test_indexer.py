@@ -1,0 +1,51 @@
+"""The choice of blocks: against Python's sort, ties included, and the same for any number of queries at a time."""
+
+import math
+
+import pytest
+import torch
+
+from dsv4.model.kernels.table import CPU
+from dsv4.model.layers import indexer
+
+GENERATOR = torch.Generator().manual_seed(8)
+EDGES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 2.0**-126, -(2.0**-126)]
+
+
+def by_sorting(row: list[float], count: int) -> list[int]:
+    """The largest first, of equals the one that comes first; -1 in the place of minus infinity."""
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))[:count]
+    return [i if row[i] > -math.inf else -1 for i in order]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 500])
+@pytest.mark.parametrize("blocks", [1, 7, 64, 300])
+def test_best(blocks: int, count: int) -> None:
+    scores = torch.randn(6, blocks, generator=GENERATOR).to(torch.bfloat16).to(torch.float32)
+    scores[1] = scores[1].round()  # many ties
+    scores[2] = torch.tensor(EDGES)[torch.randint(len(EDGES), (blocks,), generator=GENERATOR)]
+    scores[3] = 0.0
+    scores[4, blocks // 2 :] = -torch.inf
+    scores[5] = -torch.inf
+    found = indexer.best(scores, count)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [by_sorting(row, min(count, blocks)) for row in scores.tolist()]
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 1000, 10**6])
+def test_queries_at_a_time_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexer, "SCORES_AT_ONCE", at_once)
+    q = torch.randn(9, 4, 32, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    weights, keys = torch.ones(9, 4, dtype=torch.bfloat16), q[:, 0].repeat(12, 1)
+    reach = torch.arange(0, 108, 12)
+    found = indexer.best_in_reach(CPU, q, weights, keys, reach, 16)
+    scores = CPU.index_scores(q, weights, keys)
+    for row, limit in enumerate(reach.tolist()):
+        mine = [score if block < limit else -math.inf for block, score in enumerate(scores[row].tolist())]
+        assert found[row].tolist() == by_sorting(mine, 16)
+
+
+def test_before_the_first_block() -> None:
+    q = torch.ones(2, 4, 32)
+    found = indexer.best_in_reach(CPU, q, torch.ones(2, 4), torch.empty(0, 32), torch.zeros(2), 16)
+    assert found.shape == (2, 0)
