@@ -11,13 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
 from .file_kinds import PREFIX_BYTES, refuse_other_kinds
 from .forms.form import RELEASED, Form
+from .forms.gguf.files import GGUF, is_gguf, read_gguf
+from .forms.gguf.keys import config_of
 from .forms.table import form_of
+from .forms.tensor import Encoding
+from .forms.tensor import Extent as Extent
+from .forms.tensor import Shard as Shard
+from .forms.tensor import TensorInfo as TensorInfo
+from .forms.tensor import row_count as row_count
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .index import check_needed, ignored_files, select, shards_of, weight_map_of
 from .names import rank_file
@@ -31,60 +40,6 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
-
-
-def row_count(shape: tuple[int, ...], nbytes: int) -> int:
-    """Number of rows that can be read one by one: the first dimension; 1 for a scalar or rows of partial bytes."""
-    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes in one file. `offset` counts from the start of the file."""
-
-    shard: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header declares of a tensor, and where its bytes are.
-
-    A tensor of the Hugging Face layout lies in one extent. One that is split over the rank files has an extent for
-    each rank: rows one after the other, or, with `by_columns`, columns side by side.
-    """
-
-    name: str
-    dtype: str  # safetensors tag, such as F8_E4M3
-    shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
-    by_columns: bool = False
-
-    @property
-    def shard(self) -> str:
-        """The file that holds it, the first of several."""
-        return self.extents[0].shard
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return sum(extent.nbytes for extent in self.extents)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one index of the first dimension; of everything for a scalar."""
-        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the checkpoint: its size, the SHA-256 of its header, and its tensors in data order."""
-
-    name: str
-    size: int
-    header_sha256: str
-    tensors: tuple[str, ...]
 
 
 def read_json(storage: Storage, name: str, size: int, limit: int) -> dict[str, Any]:
@@ -218,6 +173,8 @@ class Checkpoint:
     @classmethod
     def _read(cls, storage: Storage, progress: Reached) -> "Checkpoint":
         sizes = storage.sizes()
+        if is_gguf(sizes):
+            return cls._of_gguf(storage, sizes)
         weight_map = _read_index(storage, sizes)
         names = [SINGLE_NAME] if weight_map is None else shards_of(weight_map, sizes, storage.label)
         config, notes = read_config(storage, sizes), ignored_files(names, sizes)
@@ -237,11 +194,20 @@ class Checkpoint:
         check_twins(list(selection.tensors), storage.label)
         return replace(checkpoint, shards=shards, tensors=selection.tensors, notes=[*notes, *selection.notes])
 
+    @classmethod
+    def _of_gguf(cls, storage: Storage, sizes: dict[str, int]) -> "Checkpoint":
+        folder = read_gguf(storage, sizes)
+        config = read_config(storage, sizes) if CONFIG_NAME in sizes else config_of(folder.keys)
+        return cls(storage, config, sizes, folder.shards, folder.tensors, folder.notes, GGUF)
+
     def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:
         """Fill `buffer` (bytes) from byte `start` of a tensor's data. Raises KeyError for an unknown name."""
         info = self.tensors[name]
         if info.by_columns and len(info.extents) > 1:
             self._read_columns(info, buffer, start)
+            return
+        if info.encoding is not None:
+            self._read_encoded(info, info.encoding, buffer, start)
             return
         first, stop = 0, start + len(buffer)  # `first`: where the extent begins in the tensor's data
         for extent in info.extents:
@@ -250,6 +216,21 @@ class Checkpoint:
                 target = buffer[begin - start : end - start]
                 self.storage.read_into(extent.shard, target, extent.offset + begin - first)
             first += extent.nbytes
+
+    def _read_encoded(self, info: TensorInfo, encoding: Encoding, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` where the file has other bytes of the same values."""
+        if not buffer:
+            return
+        first, stop = start // encoding.decoded, -(-(start + len(buffer)) // encoding.decoded)
+        (extent,) = info.extents
+        raw = np.empty((stop - first, encoding.stored), np.uint8)
+        self.storage.read_into(extent.shard, raw.data.cast("B"), extent.offset + first * encoding.stored)
+        try:
+            decoded = encoding.decode(raw).reshape(-1)
+        except ValueError as error:
+            raise InputError(f"'{info.name}': {error}", "The file is damaged, or holds what no release does.") from None
+        skipped = start - first * encoding.decoded
+        np.copyto(np.frombuffer(buffer, np.uint8), decoded[skipped : skipped + len(buffer)])
 
     def _read_columns(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
         """Fill `buffer` where each extent holds some columns of every row."""

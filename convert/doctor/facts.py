@@ -12,6 +12,7 @@ from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.editions.spellings import release_view
 from dsv4.convert.checkpoint.file_kinds import lfs_pointers
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
+from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
     expert_of,
     is_routed_expert,
@@ -30,7 +31,7 @@ from dsv4.convert.checkpoint.reader import (
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.checkpoint.weights import Format, Weight, expert_formats, find_weights
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
-from dsv4.convert.plan.engines import Layout, Stored
+from dsv4.convert.plan.engines import FolderLayout, Stored
 from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
@@ -53,7 +54,7 @@ class Facts:
     """
 
     folder: str
-    layout: Layout
+    layout: FolderLayout
     checkpoint: Checkpoint | None = None
     config: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
@@ -115,6 +116,7 @@ def _facts_of_folder(storage: Folder, headers: Reached) -> Facts:
         return facts
     facts.checkpoint, facts.config, facts.files = checkpoint, checkpoint.config, set(checkpoint.files)
     facts.form = checkpoint.form.name
+    facts.layout = "gguf" if is_gguf(checkpoint.files) else facts.layout
     facts.notes, facts.pointers = checkpoint.notes, lfs_pointers(storage, checkpoint.files)
     facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
     if facts.foreign is not None:
@@ -171,10 +173,10 @@ def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reache
 
 
 def gather(folder: Path, headers: Reached = ignore) -> Facts:
-    """Facts about a folder, from its headers. Raises InputError if it is no folder or holds no safetensors file."""
+    """Facts about a folder, from its headers. Raises InputError if it is no folder or holds no tensors."""
     with Folder(folder) as storage:
         sizes = storage.sizes()
-        if not any(name.endswith(".safetensors") for name in sizes):
+        if not any(name.endswith(".safetensors") for name in sizes) and not is_gguf(sizes):
             raise InputError(f"{storage.label}: holds no .safetensors file", "Name the folder of a checkpoint.")
         if any(map(rank_file, sizes)) and INDEX_NAME not in sizes:
             return _facts_of_rank_files(storage, sizes, headers)

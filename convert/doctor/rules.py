@@ -81,6 +81,8 @@ class RuleContext:
         """Advice: convert this checkpoint for this engine."""
         if self.engine.layout == "mp":
             return self._rank_files(self.tensor_parallel)
+        if self.engine.layout == "gguf":
+            return self._advice("--to gguf", resolve("gguf"))
         decoded = not self.facts.wo_a <= set(self.engine.wo_a)  # FP8 from BF16 would be a new quantization
         return self._advice(f"--target {self.name}", resolve(target=self.name), from_release=decoded)
 
@@ -108,16 +110,21 @@ class RuleContext:
         return Advice("", f"dsv4 convert {shlex.quote(facts.folder)} NEW {flags}")
 
 
+LAYOUTS = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp", "gguf": "GGUF files"}
+
+
 def _layout(p: RuleContext) -> Iterator[Check]:
-    wanted = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp"}
-    if p.facts.layout == p.engine.layout:
-        yield Check("layout", "ok", wanted[p.facts.layout])
-    elif p.facts.layout == "mp":
-        found = f"rank files; {p.name} reads {wanted['hf']}"
-        yield Check("layout", "refuses", found, "Convert the release again, without --layout mp.", p.convert.command)
+    found, wanted = p.facts.layout, LAYOUTS[p.engine.layout]
+    if found == p.engine.layout:
+        yield Check("layout", "ok", wanted)
+    elif found == "gguf" and p.engine.layout == "hf":
+        text = f"GGUF files; that {p.name} loads this model from them was not tested"
+        yield Check("layout", "unknown", text, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to fp4")
+    elif found == "mp":
+        text = f"rank files; {p.name} reads {wanted}"
+        yield Check("layout", "refuses", text, "Convert the release again, without --layout mp.", p.convert.command)
     else:
-        found = f"a Hugging Face folder; {p.name} reads {wanted['mp']}"
-        yield Check("layout", "refuses", found, *p.convert)
+        yield Check("layout", "refuses", f"{LAYOUTS[found]}; {p.name} reads {wanted}", *p.convert)
 
 
 def _architecture(p: RuleContext) -> Iterator[Check]:
@@ -137,6 +144,9 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
         *most, last = known_ratios
         listed = f"{', '.join(map(str, most))} and {last}"
         yield Check("architecture", "refuses", f"{p.name} knows compress ratios {listed} only")
+    for key, value in p.engine.fixed.items():
+        if (there := p.facts.dimension(key)) not in (None, value):
+            yield Check("architecture", "refuses", f"{key} is {there}: {p.name} computes with {value} only")
     head_dim = p.facts.dimension("head_dim")
     if p.engine.head_dims and head_dim is not None and head_dim not in p.engine.head_dims:
         listed = " and ".join(map(str, p.engine.head_dims))
@@ -322,6 +332,10 @@ def _foreign(p: RuleContext) -> Iterator[Check]:
 
 
 def _form(p: RuleContext) -> Iterator[Check]:
+    if p.facts.layout == p.engine.layout == "gguf":
+        formats = ", ".join(sorted(p.facts.experts))
+        yield Check("form", "ok", f"experts {formats}; {p.name} loads each type that dsv4 reads")
+        return
     text = f"{p.facts.form}, in which dsv4 reads every value; that {p.name} loads it was not tested"
     command = f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to fp4"
     yield Check("form", "unknown", text, "The release's own form is what its rules are about.", command)
@@ -334,7 +348,7 @@ RULES: tuple[Rule, ...] = (
     _ignored, _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
-RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files)
+RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files, _caveats)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The format of the files that tensors are written into. There is one so far, safetensors.
+"""The format of the files that tensors are written into: safetensors, or that of a recipe.
 
 A container decides the order of the tensors in a file, the header before their data, the names of the files, and the
-index file, which is written last. Another format is another class like `Safetensors`.
+index file, which is written last. Another format is another class like `Safetensors`; that of GGUF
+is beside its recipe.
 """
 
 import json
@@ -22,7 +23,7 @@ DTYPE_ORDER = (
 class Container(Protocol):
     """One file format for tensors."""
 
-    index_name: str  # of the file that maps tensors to shards
+    index_name: str  # of the file that maps tensors to shards; "" if there is none
 
     def file_name(self, number: int, count: int) -> str:
         """Name of shard `number` (from 1) of `count`."""
@@ -30,6 +31,10 @@ class Container(Protocol):
 
     def order(self, dtype: str, name: str) -> tuple[int, str]:
         """Sort key of a tensor within its file."""
+        ...
+
+    def padding(self, nbytes: int) -> int:
+        """Zero bytes that follow the data of a tensor of `nbytes`."""
         ...
 
     def header(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
@@ -57,6 +62,10 @@ class Safetensors:
     def order(self, dtype: str, name: str) -> tuple[int, str]:
         """By dtype and then by name, as the safetensors library does."""
         return DTYPE_ORDER.index(dtype), name
+
+    def padding(self, nbytes: int) -> int:
+        """None: the order aligns them."""
+        return 0
 
     def header(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         """The length and the JSON."""

@@ -5,11 +5,12 @@ a new engine is a new row. Each row says in `evidence` what was executed, with w
 gives the evidence for each rule.
 """
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-Layout = Literal["hf", "mp"]
+Layout = Literal["hf", "mp"]  # what `--layout` writes
+FolderLayout = Literal["hf", "mp", "gguf"]  # what an engine reads
 ScaleDtype = Literal["e8m0", "f32"]
 WoA = Literal["fp8", "bf16"]
 
@@ -50,7 +51,7 @@ class Stored:
     mtp: whether there are draft blocks.
     """
 
-    layout: Layout
+    layout: FolderLayout
     experts: Set[str]
     wo_a: Set[str]
     quantized: bool
@@ -100,9 +101,10 @@ class Split:
 class Engine:
     """What one engine accepts.
 
-    evidence: what was executed to know it, None if nothing was. target: what `convert --target` writes for it.
-    layout: of the folders that it reads.
-    model_types, compress_ratios, head_dims: values that it knows, () if it takes any.
+    evidence: what was executed to know it, None if nothing was. target: what `convert --target` writes for it,
+    None if that is a form of its own. layout: of the folders that it reads.
+    fixed: config keys that must have one value. model_types, compress_ratios, head_dims: values that it knows, () if
+    it takes any.
     expert_scales: format of the experts -> dtypes of their block scales that it reads right; a format that is not a
     key is not known to work. declared: format of the experts -> values of expert_dtype that make it read that format;
     a format that is not a key: it looks at the tensors. undeclared: what it takes experts for if the key is absent.
@@ -117,8 +119,9 @@ class Engine:
     """
 
     evidence: Evidence | None
-    target: Target
-    layout: Layout
+    target: Target | None
+    layout: FolderLayout
+    fixed: Mapping[str, int] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     compress_ratios: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
@@ -238,12 +241,31 @@ ENGINES: dict[str, Engine] = {
             ),
         ),
     ),
+    "llama.cpp": Engine(
+        evidence=Evidence(
+            "llama.cpp 0.5.0-dev", "2026-11", "all of it, on the CPU: files of dsv4 loaded, logits compared"
+        ),
+        target=None,
+        layout="gguf",
+        fixed={"hc_mult": 4},
+        model_types=("deepseek_v4",),
+        compress_ratios=(0, 4, 128),
+        expert_scales={},
+        declared={},
+        undeclared="",
+        wo_a=(),
+        needs=(),
+        wants=(),
+        divided=(),
+        splits=(),
+        caveats=(Caveat(text="llama.cpp reads the FP4 code of -0 as +0, and rounds activations to 8 bits for MXFP4"),),
+    ),
 }
 
 # `base`: the layout of the official FP8 Base releases, which is no engine's.
 TARGETS: dict[str, Target] = {
     "base": Target("f32", "fp8", "fp8"),
-    **{name: engine.target for name, engine in ENGINES.items()},
+    **{name: engine.target for name, engine in ENGINES.items() if engine.target is not None},
 }
 
 # Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.

@@ -17,7 +17,7 @@ from dsv4.text import natural_order
 from .classify import classify
 from .container import SAFETENSORS, Container
 from .settings import CONVERSIONS, Settings
-from .shards import OutputShard, hf_shards, rank_shards
+from .shards import Joins, OutputShard, hf_shards, rank_shards
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Plan:
     @property
     def last_files(self) -> tuple[str, ...]:
         """The files that loaders look for, in the order in which they are written, after everything else."""
-        return (CONFIG_NAME,) if self.settings.layout == "mp" else (self.container.index_name, CONFIG_NAME)
+        index = self.container.index_name if self.settings.layout == "hf" else ""
+        return (index, CONFIG_NAME) if index else (CONFIG_NAME,)
 
 
 def _check_experts(weights: list[Weight], settings: Settings) -> None:
@@ -81,7 +82,7 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
     drafts = sum(w.is_routed_expert and w.is_draft and w.format is Format.PLAIN for w in weights)
     if wanted is not None and drafts:
         notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
-    if settings.wo_a == "fp8" and any(w.is_wo_a and w.format is Format.PLAIN for w in weights):
+    if settings.wo_a == "fp8" and any(w.is_wo_a and w.stored == "bf16" and not w.info.released_dtype for w in weights):
         notes.append("wo_a is BF16 in the source and stays so: FP8 would be a new quantization")
     return notes
 
@@ -95,6 +96,15 @@ def _in_order(weights: list[Weight]) -> list[Weight]:
     return [weight for some in ordered for weight in some]
 
 
+def _shards(weights: list[Weight], settings: Settings, checkpoint: Checkpoint) -> tuple[list[OutputShard], list[str]]:
+    """The output shards, and what the recipe says of them."""
+    recipe = recipe_of(settings.to)
+    if isinstance(recipe, Joins):
+        return recipe.shards(weights, settings, checkpoint)
+    layout = hf_shards if settings.layout == "hf" else rank_shards
+    return layout(weights, settings, checkpoint.released, SAFETENSORS), []
+
+
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """Plan a conversion. Raises InputError when the checkpoint cannot be converted as asked."""
     if CONVERSIONS[settings.to].keeps_codes and checkpoint.form.name:
@@ -106,8 +116,7 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         refuse_foreign(checkpoint.config, checkpoint.tensors)
     weights = _in_order(classify(checkpoint))
     _check_experts(weights, settings)
-    layout = hf_shards if settings.layout == "hf" else rank_shards
-    shards = layout(weights, settings, checkpoint.released, SAFETENSORS)
+    shards, told = _shards(weights, settings, checkpoint)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
-    notes = *checkpoint.notes, *_notes(weights, settings)
-    return Plan(settings, SAFETENSORS, tuple(shards), source_bytes, notes)
+    notes = *checkpoint.notes, *_notes(weights, settings), *told
+    return Plan(settings, shards[0].container if shards else SAFETENSORS, tuple(shards), source_bytes, notes)

@@ -27,7 +27,8 @@ class Conversion:
     rank_files: whether the reference engine can run the result. way_back: it reverses another conversion, and is only
     offered for checkpoints with experts that it casts.
     instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
-    form of another tool, which fixes dtypes and has no place for a weight in another format.
+    form of another tool, which fixes dtypes and has no place for a weight in another format. joins: weights are joined
+    to tensors, or the files are no safetensors: the recipe says itself what the shards are.
     """
 
     recipe: str
@@ -38,6 +39,7 @@ class Conversion:
     way_back: bool = False
     instead: str = "--on-inexact round"
     has_own_form: bool = False
+    joins: bool = False
 
 
 CONVERSIONS: dict[str, Conversion] = {
@@ -47,6 +49,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "same": Conversion(recipe="scales", keeps_codes=True, rank_files=True),
     "mxfp8": Conversion(recipe="mx.mxfp8", has_own_form=True),
     "mxfp4": Conversion(recipe="mx.mxfp4", has_own_form=True),
+    "gguf": Conversion(recipe="gguf.recipe", has_own_form=True, joins=True),
 }
 
 # Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.

@@ -8,10 +8,11 @@ its slices of the tensor parallel weights, and a copy of everything else.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dsv4.convert.checkpoint.names import rank_file_name
 from dsv4.convert.checkpoint.rank_layout import check_blocks, count_experts, mp_name, mp_slice, rank_of_expert, skipped
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.copy import kept
 from dsv4.convert.plan.recipes.recipe import OutputTensor
@@ -47,8 +48,8 @@ class OutputShard:
 
     @cached_property
     def data_bytes(self) -> int:
-        """Bytes of data."""
-        return sum(t.nbytes for t in self.tensors)
+        """Bytes of data, padding included."""
+        return sum(t.nbytes + self.container.padding(t.nbytes) for t in self.tensors)
 
     @cached_property
     def size(self) -> int:
@@ -68,31 +69,41 @@ class OutputShard:
         return OutputShard.of(self.file, [*others, *back], self.container)
 
 
-def _groups(weights: list[Weight], settings: Settings, config: dict[str, Any]) -> Iterator[list[OutputTensor]]:
-    """Tensors of each shard of the Hugging Face layout, filled up to the limit; weight and scale stay together."""
-    group: list[OutputTensor] = []
+@runtime_checkable
+class Joins(Protocol):
+    """A recipe that joins weights, or writes another container: it says itself what the shards are."""
+
+    def shards(
+        self, weights: list[Weight], settings: Settings, checkpoint: Checkpoint
+    ) -> tuple[list[OutputShard], list[str]]:
+        """The shards, and what a user should know. weights: in the order of the source. Raises InputError."""
+        ...
+
+
+def fill_shards(groups: Iterable[list[OutputTensor]], settings: Settings) -> Iterator[list[OutputTensor]]:
+    """Tensors of each shard, filled up to the limit; those of a group stay together."""
+    shard: list[OutputTensor] = []
     filled, sources = 0, set[str]()
     merges = settings.max_shard_bytes > DEFAULT_MAX_SHARD_BYTES
-    for weight in weights:
-        outputs = outputs_of(weight, settings, config)
-        size = sum(o.nbytes for o in outputs)
-        needs = {info.shard for o in outputs for info in o.reads}
+    for group in groups:
+        size = sum(o.nbytes for o in group)
+        needs = {info.shard for o in group for info in o.reads}
         crowded = not merges and len(sources | needs) > MAX_SOURCE_SHARDS
-        if group and (filled + size > settings.max_shard_bytes or crowded):
-            yield group
-            group, filled, sources = [], 0, set()
-        group += outputs
+        if shard and (filled + size > settings.max_shard_bytes or crowded):
+            yield shard
+            shard, filled, sources = [], 0, set()
+        shard += group
         filled += size
         sources |= needs
-    if group:
-        yield group
+    if shard:
+        yield shard
 
 
 def hf_shards(
     weights: list[Weight], settings: Settings, config: dict[str, Any], container: Container
 ) -> list[OutputShard]:
-    """The shards of one folder. weights: in the order of the source."""
-    groups = list(_groups(weights, settings, config))
+    """The shards of one folder, weight and scale together. weights: in the order of the source."""
+    groups = list(fill_shards((outputs_of(weight, settings, config) for weight in weights), settings))
     return [OutputShard.of(container.file_name(i, len(groups)), group, container) for i, group in enumerate(groups, 1)]
 
 

@@ -22,7 +22,7 @@ OPTIONS: dict[str, tuple[To, TargetName | None]] = {
     **{f"--to fp8 --target {name}": ("fp8", name) for name, engine in ENGINES.items() if engine.layout == "hf"},
     "--to bf16": ("bf16", None),
     "--to fp4": ("fp4", None),
-    **{f"--to {name}": (name, None) for name, conversion in CONVERSIONS.items() if conversion.has_own_form},
+    **{f"--to {name}": (name, None) for name, form in CONVERSIONS.items() if form.has_own_form and not form.joins},
 }
 
 

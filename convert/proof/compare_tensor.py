@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dsv4.convert.proof.forms.packing import Packing
 from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
@@ -114,8 +115,18 @@ class Reader:
     def _into(self, side: str, entry: Entry, offset: int, buffer: Array) -> None:
         files = self._files[side]
         assert files is not None
-        if len(buffer):
+        if len(buffer) and entry.packing is not None:
+            self._unpack_into(files, entry, entry.packing, offset, buffer)
+        elif len(buffer):
             files.read_into(entry.shard, entry.offset + offset, buffer.data.cast("B"))
+
+    def _unpack_into(self, files: Files, entry: Entry, packing: Packing, offset: int, buffer: Array) -> None:
+        first, stop = offset // packing.unpacked, -(-(offset + len(buffer)) // packing.unpacked)
+        raw = self._buffer("packed", (stop - first) * packing.packed)
+        files.read_into(entry.shard, entry.offset + first * packing.packed, raw.data.cast("B"))
+        unpacked = packing.unpack(raw.reshape(-1, packing.packed)).reshape(-1)
+        skipped = offset - first * packing.unpacked
+        buffer[:] = unpacked[skipped : skipped + len(buffer)]
 
     def _read_flat(self, side: str, tensor: Tensor, offset: int, buffer: Array) -> None:
         """Fill `buffer` from byte `offset` on. Slices along the first axis follow each other."""

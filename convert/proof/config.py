@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.convert.proof.forms import compressed_tensors
+from dsv4.convert.proof.forms import compressed_tensors, gguf
 
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
 from .layout import Checkpoint
@@ -93,7 +93,7 @@ def _side_files(files: Files) -> dict[str, int]:
     return {
         name: size
         for name, size in files.sizes().items()
-        if name not in _NOT_SIDE_FILES and not name.endswith(".safetensors")
+        if name not in _NOT_SIDE_FILES and not name.endswith((".safetensors", ".gguf"))
     }
 
 
@@ -109,8 +109,8 @@ def compare_side_files(source: Checkpoint, output: Checkpoint) -> None:
     for name in sorted(expected.keys() | found.keys()):
         is_needed = needed.fullmatch(name)
         severity: Severity = "difference" if is_needed else "note"
-        if name not in found:
-            output.problem("side file", f"{name} is missing", severity)
+        if name not in found:  # a GGUF file has a tokenizer of its own
+            output.problem("side file", f"{name} is missing", "note" if output.layout == gguf.LAYOUT else severity)
         elif name not in expected:
             if is_needed:
                 output.problem("side file", f"{name} is not in the source", "note")
@@ -149,8 +149,12 @@ def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
     expected, found = read_config(source, name), read_config(output)
     if expected is not None and found is not None:
         _compare_keys(output, expected, found, name)
-    elif expected is not None and output.layout != "mp":
+    elif expected is not None and output.layout not in ("mp", gguf.LAYOUT):
         output.problem("config", "config.json is missing")
+    for side in (source, output):
+        if side.layout == gguf.LAYOUT and expected is not None:
+            for text in gguf.key_faults(side.keys, expected):
+                side.problem("config", text)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:

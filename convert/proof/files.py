@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from dsv4.convert.proof.forms.packing import Packing
 from dsv4.errors import InputError
 from dsv4.text import natural_order
 
@@ -73,7 +74,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of one shard as the header describes it. `offset` and `size` are bytes in the file."""
+    """One tensor of one shard as the header describes it. `offset` is in the file, `size` is bytes of the tensor.
+
+    With a `packing`, the file has other bytes than the tensor.
+    """
 
     name: str
     dtype: str
@@ -81,6 +85,7 @@ class Entry:
     shard: str
     offset: int
     size: int
+    packing: Packing | None = None
 
 
 @dataclass

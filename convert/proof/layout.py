@@ -18,6 +18,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dsv4.errors import InputError
 from dsv4.text import some_of
@@ -76,6 +77,7 @@ class Checkpoint:
     unreadable: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)
+    keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files: what they say of the model
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
         """Record a fault, once."""

@@ -103,7 +103,8 @@ def _status(compared: ComparedTensor, tally: Tally) -> str:
     if tally.different or tally.copies_differ:
         return "*"
     assert compared.source is not None and compared.output is not None
-    same = not tally.bytes_differ and compared.source.dtype == compared.output.dtype
+    packed = [part.packing for _, tensor in compared.tensors() for part in tensor.slices]
+    same = not tally.bytes_differ and compared.source.dtype == compared.output.dtype and not any(packed)
     return "=" if same or not compared.source.size + compared.output.size else "≈"
 
 
@@ -114,7 +115,9 @@ def _scale_status(compared: ComparedTensor, tally: Tally, weight: str) -> tuple[
         return weight, compared.reason
     equal = weight in "=≈"
     if source is not None and output is not None:
+        packed = any(part.packing for part in (*source.slices, *output.slices))
         same = (source.dtype, source.shape) == (output.dtype, output.shape) and not tally.scale_bytes_differ
+        same = same and not packed
         return "=" if same else "≈" if equal else "*", ""
     unscaled = compared.output if output is None else compared.source
     if unscaled is not None and unscaled.dtype in ("BF16", "F32"):

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dsv4.convert.proof.forms.gguf import gguf_names, open_gguf
 from dsv4.convert.proof.resume.journal import Journal, open_journal
 from dsv4.errors import Interrupted, UsageError
 from dsv4.files import check_writable, result_file
@@ -217,13 +218,16 @@ def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
 def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> tuple[Checkpoint | None, Checkpoint]:
     """Read all headers."""
     sides = [files for files in (source, output) if files is not None]
-    total, numbers = sum(len(list(shard_names(files))) for files in sides), count(1)
+    total = sum(len(gguf_names(files) or list(shard_names(files))) for files in sides)
+    numbers = count(1)
 
     def on_header() -> None:
         headers(next(numbers), total)
 
-    original = None if source is None else open_checkpoint(source, "source", on_header)
-    return original, open_checkpoint(output, "output", on_header)
+    def open_side(files: Files, where: str) -> Checkpoint:
+        return (open_gguf if gguf_names(files) else open_checkpoint)(files, where, on_header)
+
+    return None if source is None else open_side(source, "source"), open_side(output, "output")
 
 
 @contextmanager

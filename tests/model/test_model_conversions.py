@@ -64,6 +64,14 @@ def test_bit_equal(source: tuple[Path, torch.Tensor], conversion: str, tmp_path:
     assert torch.equal(logits(tmp_path / "out"), expected)
 
 
+@pytest.mark.parametrize("geometry", [SMALL, RAGGED], ids=["small", "ragged"])
+def test_bit_equal_from_gguf(geometry: Geometry, tmp_path: Path) -> None:
+    """Experts in FP4 only; the draft block comes from a file of its own."""
+    folder = make_checkpoint(tmp_path / "source", seed=5, geometry=geometry, tokenizer=False)
+    convert(folder, tmp_path / "out", to="gguf")
+    assert torch.equal(logits(tmp_path / "out"), logits(folder))
+
+
 def test_bit_equal_without_simulation(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "source", seed=4, geometry=SMALL, tokenizer=False)
     convert(folder, tmp_path / "bf16", to="bf16")

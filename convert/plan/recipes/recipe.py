@@ -42,6 +42,7 @@ class OutputTensor:
     scanned: whether its pieces are scanned before the shard is written.
     row_unit: pieces begin at multiples of this number of rows. bytewise: unless it is a slice, it may be cut anywhere.
     block: the block of an FP8 cast. rank_slice: the slice of one tensor-parallel rank.
+    stored_bytes: bytes of data, where the dtype is one of a container and not of safetensors.
     made_by_scan_of: the output tensor whose scan computes this one while memory allows; its source hash is there.
     """
 
@@ -59,11 +60,12 @@ class OutputTensor:
     block: Block | None = None
     rank_slice: Slice | None = None
     made_by_scan_of: str = ""
+    stored_bytes: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of data in the output."""
-        return tensor_bytes(self.dtype, self.shape)
+        return tensor_bytes(self.dtype, self.shape) if self.stored_bytes is None else self.stored_bytes
 
     @property
     def in_words(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.settings import CONVERSIONS, Settings, To
 
-from . import bf16, copy, scales
+from . import bf16, blocks, copy, scales
 from .recipe import OutputTensor, Recipe
 
 
@@ -20,7 +20,8 @@ def outputs_of(weight: Weight, settings: Settings, config: dict[str, Any]) -> li
     """The tensors that one source weight (and its scale) becomes, before any slicing."""
     recipe = recipe_of(settings.to)
     if weight.format is Format.PLAIN:
-        recipe = copy.RECIPE
+        back = CONVERSIONS[settings.to].way_back and blocks.is_released_in_fp8(weight)
+        recipe = blocks.RECIPE if back else copy.RECIPE
     elif settings.wo_a == "bf16" and weight.is_wo_a:
         recipe = bf16.RECIPE
     elif not recipe.takes(weight):

@@ -113,6 +113,8 @@ def _write_pieces(
     with closing(workers.map(compute, pieces, flight.advance, flight.let_next_begin)) as computed:
         for _, hashed in computed:
             pipeline.put(bytes_of(hashed.result.data))
+            if hashed.piece.stop == hashed.piece.tensor.rows:
+                pipeline.put(memoryview(bytes(shard.container.padding(hashed.piece.tensor.nbytes))))
             manifest.add(hashed)
     return FinishedShard(shard.file, shard.size, pipeline.finish(), manifest.entries())
 

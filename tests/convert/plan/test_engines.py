@@ -13,6 +13,7 @@ def test_an_engine_reads_what_is_written_for_it(name: EngineName) -> None:
     engine, settings = ENGINES[name], resolve(target=name)
     assert SAFETENSORS[settings.scale_dtype or ""] in engine.expert_scales["fp8"]
     assert settings.wo_a in engine.wo_a
+    assert engine.target is not None
     assert engine.target.expert_dtype in engine.declared.get("fp8", (engine.target.expert_dtype,))
 
 

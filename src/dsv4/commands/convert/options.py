@@ -39,7 +39,7 @@ class ConvertOptions:
         To,
         typer.Option(
             help="fp8: routed experts to FP8. bf16: all to BF16. fp4: experts to FP4, the release's form. "
-            "same: no numbers change. mxfp8, mxfp4: as compressed-tensors stores them."
+            "same: no numbers change. mxfp8, mxfp4: as compressed-tensors stores them. gguf: for llama.cpp."
         ),
     ] = "fp8"
     layout: Annotated[

@@ -1,0 +1,190 @@
+"""A folder of GGUF files as a checkpoint: which files belong to the model, and each tensor as the release has it.
+
+A model is one file or its splits, `NAME-00001-of-00003.gguf`. The draft block is in a file of its own, known by its
+`nextn` tensors; what that file repeats (embedding and head) is not read again. Where the file says in which dtype the
+release has a tensor (dsv4 writes that), it is read in that dtype; else in the file's.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.convert.checkpoint.config import Config
+from dsv4.convert.checkpoint.forms.tensor import Encoding, Extent, Shard, TensorInfo
+from dsv4.convert.checkpoint.storage import Storage
+from dsv4.errors import InputError
+
+from .container import GgufHeader, GgufTensor, data_bytes, read_header
+from .keys import ARCHITECTURE, released_dtypes
+from .names import DRAFT, DRAFT_HEAD, DRAFT_PROJECTION, PROJECTIONS, Place, place_of
+from .values import BF16_AS_F32, CODES, I64_AS_I32, Q8_0, SCALES, column_range
+
+SUFFIX = ".gguf"
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# Type in the file, dtype in the release: what is read of the former.
+_DTYPES: dict[tuple[str, str], tuple[str, Encoding | None]] = {
+    ("F32", "BF16"): ("BF16", BF16_AS_F32),
+    ("I32", "I64"): ("I64", I64_AS_I32),
+}
+_AS_STORED: dict[str, tuple[str, Encoding | None]] = {
+    "F32": ("F32", None), "F16": ("F16", None), "BF16": ("BF16", None), "I32": ("I32", None), "Q8_0": ("F32", Q8_0),
+}  # fmt: skip
+
+
+@dataclass
+class GgufFolder:
+    """What the files of a folder hold. keys: of the model's first file."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class GgufForm:
+    """The release's config lies beside the files, or is made of their keys. Of storage it says nothing that holds."""
+
+    name = "GGUF"
+
+    def tensor_name(self, name: str) -> str:
+        """The name itself: names are mapped when the files are read."""
+        return name
+
+    def dtype(self, name: str, dtype: str) -> str:
+        """The dtype itself: it is decided when the files are read."""
+        return dtype
+
+    def stored_config(self, config: Config) -> dict[str, Any]:
+        """The config for experts in FP4, with nothing else quantized."""
+        inner = {key: value for key, value in config.items() if key != "quantization_config"}
+        return {**inner, "expert_dtype": "fp4"}
+
+    def released_config(self, config: Config) -> dict[str, Any]:
+        """The config itself: it is the release's."""
+        return dict(config)
+
+
+GGUF = GgufForm()
+
+
+def _info(name: str, tensor: GgufTensor, file: str, released: str) -> TensorInfo:
+    """A tensor that is one in both, stored as a type that has a dtype."""
+    if tensor.kind not in _AS_STORED:
+        raise InputError(f"{file}: '{tensor.name}' is {tensor.kind}: only routed experts are read in it")
+    dtype, encoding = _DTYPES.get((tensor.kind, released), _AS_STORED[tensor.kind])
+    shape = tensor.shape
+    extent = Extent(file, tensor.start, tensor.nbytes)
+    return TensorInfo(name, dtype, shape, (extent,), encoding=encoding, released_dtype=released)
+
+
+def _experts(prefix: str, place: Place, tensor: GgufTensor, file: str) -> Iterator[TensorInfo]:
+    """The matrices of a stack, each with its scale."""
+    if len(tensor.shape) != 3:
+        raise InputError(f"{file}: '{tensor.name}' has shape {list(tensor.shape)}; a stack of matrices expected")
+    count, rows, columns = tensor.shape
+    size = data_bytes(tensor.kind, (rows, columns))
+    for expert in range(count):
+        stem = f"{prefix}ffn.experts.{expert}.{place.matrix}"
+        extents = (Extent(file, tensor.start + expert * size, size),)
+        if tensor.kind == "MXFP4":
+            yield TensorInfo(f"{stem}.weight", "I8", (rows, columns // 2), extents, encoding=CODES)
+            yield TensorInfo(f"{stem}.scale", "F8_E8M0", (rows, columns // 32), extents, encoding=SCALES)
+        else:
+            dtype, encoding = _AS_STORED[tensor.kind]
+            yield TensorInfo(f"{stem}.weight", dtype, (rows, columns), extents, encoding=encoding)
+
+
+def _projections(prefix: str, tensor: GgufTensor, file: str, released: Mapping[str, str]) -> Iterator[TensorInfo]:
+    """e_proj and h_proj, which lie side by side."""
+    if tensor.kind != "BF16" or len(tensor.shape) != 2 or tensor.shape[1] % 2:
+        raise InputError(f"{file}: '{tensor.name}' is {tensor.kind} {list(tensor.shape)}; two BF16 matrices expected")
+    rows, columns = tensor.shape[0], tensor.shape[1] // 2
+    for number, inner in enumerate(PROJECTIONS):
+        encoding = column_range(4 * columns, 2 * columns * number, 2 * columns * (number + 1))
+        extent = Extent(file, tensor.start, tensor.nbytes)
+        name = prefix + inner
+        yield TensorInfo(
+            name, "BF16", (rows, columns), (extent,), encoding=encoding, released_dtype=released.get(name, "")
+        )
+
+
+def _draft_name(inner: str) -> str | None:
+    """The name in the draft block of what its file has outside of blocks; None for what is the main model's."""
+    return f"mtp.0.{inner}" if inner in DRAFT_HEAD else None
+
+
+def _tensors(
+    header: GgufHeader, file: str, layers: int, is_draft: bool, released: Mapping[str, str]
+) -> Iterator[TensorInfo]:
+    """The tensors of one file under the release's names. Raises InputError for one that has none."""
+    for tensor in header.tensors:
+        place = place_of(tensor.name)
+        if place is None:
+            hint = f"dsv4 knows the tensors of llama.cpp's architecture {ARCHITECTURE}."
+            raise InputError(f"{file}: '{tensor.name}' is not a tensor of {ARCHITECTURE}", hint)
+        if place.block is None:
+            name = _draft_name(place.inner) if is_draft else place.inner
+            if name is not None:
+                yield _info(name, tensor, file, released.get(name, ""))
+            continue
+        draft = place.block - layers
+        if (draft >= 0) != is_draft or draft > 0:
+            raise InputError(f"{file}: '{tensor.name}' does not fit a model of {layers} layers")
+        prefix = "mtp.0." if is_draft else f"layers.{place.block}."
+        if place.matrix:
+            yield from _experts(prefix, place, tensor, file)
+        elif place.inner == DRAFT_PROJECTION:
+            yield from _projections(prefix, tensor, file, released)
+        elif place.inner in DRAFT and not is_draft:
+            raise InputError(f"{file}: '{tensor.name}' is a tensor of a draft block")
+        else:
+            yield _info(prefix + place.inner, tensor, file, released.get(prefix + place.inner, ""))
+
+
+def is_gguf(sizes: Mapping[str, int]) -> bool:
+    """Whether a folder is one of GGUF files: it has some, and no safetensors file."""
+    names = [name for name in sizes if "/" not in name]
+    return any(name.endswith(SUFFIX) for name in names) and not any(name.endswith(".safetensors") for name in names)
+
+
+def _check_splits(names: list[str], label: str) -> None:
+    """Raises InputError if splits are missing, or the files are of several models."""
+    stems = {(match[1], match[3]) if (match := _SPLIT.fullmatch(name)) else (name, "") for name in names}
+    if len(stems) > 1:
+        raise InputError(f"{label}: the GGUF files are of several models: {', '.join(sorted(names)[:5])}",
+                         "Keep one model, and the file of its draft block, in a folder.")  # fmt: skip
+    for stem, count in stems:
+        wanted = [f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1)] if count else []
+        if missing := sorted(set(wanted) - set(names)):
+            raise InputError(f"{label}: {missing[0]} is missing", "Finish the download first.")
+
+
+def read_gguf(storage: Storage, sizes: Mapping[str, int]) -> GgufFolder:
+    """Every tensor of the GGUF files of a folder. Raises InputError for what cannot be read."""
+    names = sorted(name for name in sizes if "/" not in name and name.endswith(SUFFIX))
+    headers = {name: read_header(storage, name, sizes[name]) for name in names}
+    folder = GgufFolder()
+    drafts = {name for name, h in headers.items() if any(".nextn." in t.name for t in h.tensors)}
+    others = [n for n in names if n not in drafts and headers[n].keys.get("general.architecture") != ARCHITECTURE]
+    main = [name for name in names if name not in drafts and name not in others]
+    folder.notes += [f"ignored: {n} is of {headers[n].keys.get('general.architecture')}" for n in others]
+    if not main or len(drafts) > 1:
+        found = "no model" if not main else f"{len(drafts)} files of draft blocks"
+        raise InputError(f"{storage.label}: the GGUF files hold {found} of {ARCHITECTURE}")
+    _check_splits(main, storage.label)
+    folder.keys = headers[main[0]].keys
+    layers = folder.keys.get(f"{ARCHITECTURE}.block_count")
+    if not isinstance(layers, int):
+        raise InputError(f"{storage.label}/{main[0]}: {ARCHITECTURE}.block_count is missing")
+    for name in (*main, *sorted(drafts)):
+        header, is_draft = headers[name], name in drafts
+        released = released_dtypes(header.keys if is_draft else folder.keys)
+        found_here = {info.name: info for info in _tensors(header, name, layers, is_draft, released)}
+        if twins := folder.tensors.keys() & found_here.keys():
+            raise InputError(f"{storage.label}: '{min(twins)}' is in {name} and in another file")
+        digest = hashlib.sha256(header.raw).hexdigest()
+        folder.shards[name] = Shard(name, sizes[name], digest, tuple(found_here))
+        folder.tensors |= found_here
+    return folder

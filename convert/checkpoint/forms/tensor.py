@@ -1,0 +1,82 @@
+"""What a tensor of a checkpoint is: name, dtype, shape, and where its bytes are, in whatever layout they lie there.
+
+Most tensors lie in a file as they are. Some forms pack several into common blocks (codes and scales of GGUF's MXFP4),
+or store one in another dtype of the same values; an `Encoding` turns such bytes into the release's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the bytes of a file become those of a tensor: each `stored` bytes make `decoded` bytes.
+
+    decode: uint8 [n, stored] -> uint8 [n, decoded]. Raises ValueError for bytes that stand for no value of the dtype.
+    """
+
+    stored: int
+    decoded: int
+    decode: Callable[[Array], Array]
+
+
+def row_count(shape: tuple[int, ...], nbytes: int) -> int:
+    """Number of rows that can be read one by one: the first dimension; 1 for a scalar or rows of partial bytes."""
+    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in one file. `offset` counts from the start of the file."""
+
+    shard: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header declares of a tensor, and where its bytes are.
+
+    A tensor of the Hugging Face layout lies in one extent. One that is split over the rank files has an extent for
+    each rank: rows one after the other, or, with `by_columns`, columns side by side.
+    """
+
+    name: str
+    dtype: str  # safetensors tag, such as F8_E4M3
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    by_columns: bool = False
+    encoding: Encoding | None = None  # None: the file has the tensor's own bytes
+    released_dtype: str = ""  # the dtype that the release has, where the files say that it is another one
+
+    @property
+    def shard(self) -> str:
+        """The file that holds it, the first of several."""
+        return self.extents[0].shard
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        stored = sum(extent.nbytes for extent in self.extents)
+        return stored if self.encoding is None else stored // self.encoding.stored * self.encoding.decoded
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension; of everything for a scalar."""
+        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the checkpoint: its size, the SHA-256 of its header, and its tensors in data order."""
+
+    name: str
+    size: int
+    header_sha256: str
+    tensors: tuple[str, ...]
