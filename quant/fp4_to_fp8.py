@@ -44,13 +44,13 @@ class BlockScales:
 
     scale_bytes: E8M0 byte of 2**S, uint8.
     span: largest minus smallest group scale exponent of the block, int16.
-    moved: bool, S is exact but not the reference's.
+    rescaled: bool, S is exact but not the reference's.
     inexact: bool, no S is exact; `scale_bytes` holds the reference's S.
     """
 
     scale_bytes: torch.Tensor
     span: torch.Tensor
-    moved: torch.Tensor
+    rescaled: torch.Tensor
     inexact: torch.Tensor
 
 
@@ -146,7 +146,7 @@ def choose_block_scales(packed: torch.Tensor, scale_bytes: torch.Tensor, block: 
     return BlockScales(chosen.to(torch.uint8), largest - smallest, ~inexact & (chosen != reference), inexact)
 
 
-def codes_by_k(device: torch.device) -> torch.Tensor:
+def e4m3_by_exponent(device: torch.device) -> torch.Tensor:
     """uint8 [TABLE_K_MAX - TABLE_K_MIN + 1, 16]: the E4M3 code of each E2M1 code for each k."""
     k = torch.arange(TABLE_K_MIN, TABLE_K_MAX + 1, device=device)
     values = e2m1.decode(torch.arange(16, dtype=torch.uint8, device=device))
@@ -159,14 +159,14 @@ def _table(device: torch.device) -> torch.Tensor:
 
     The pair is indexed as a signed 16-bit number plus 32768, which is how a byte tensor can be read without a copy.
     """
-    codes = codes_by_k(device).to(torch.int32)
+    codes = e4m3_by_exponent(device).to(torch.int32)
     pair = torch.arange(65536, device=device) - 32768
     nibbles = [codes[:, (pair >> shift) & 0x0F] << (8 * i) for i, shift in enumerate((0, 4, 8, 12))]
     return (nibbles[0] | nibbles[1] | nibbles[2] | nibbles[3]).flatten()
 
 
 @cache
-def _starts(device: torch.device) -> torch.Tensor:
+def _table_offsets(device: torch.device) -> torch.Tensor:
     """int64 [TABLE_K_MAX - TABLE_K_MIN + 1]: where the table of each k has its index 0, twice, as two int32.
 
     A group is eight pairs of bytes, and each int64 serves two of them.
@@ -205,7 +205,7 @@ def cast(
         codes = whole[..., : 2 * packed.shape[-1]]
         return codes.contiguous() if out is None else out.copy_(codes)
     k = _k_of_groups(scale_bytes, block_bytes, block).clamp_(TABLE_K_MIN, TABLE_K_MAX).sub_(TABLE_K_MIN)
-    start = torch.index_select(_starts(packed.device), 0, k.to(torch.int32).flatten()).view(k.shape)
+    start = torch.index_select(_table_offsets(packed.device), 0, k.to(torch.int32).flatten()).view(k.shape)
     twice = start.unsqueeze(-1).expand(*start.shape, 4).contiguous()
     index = twice.view(torch.int32).view(*packed.shape[:-1], -1)
     index += packed.view(torch.int16)

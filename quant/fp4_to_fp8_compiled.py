@@ -29,7 +29,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def _tables() -> torch.Tensor:
-    return fp4_to_fp8.codes_by_k(torch.device("cpu")).contiguous()
+    return fp4_to_fp8.e4m3_by_exponent(torch.device("cpu")).contiguous()
 
 
 def _fits(
@@ -72,6 +72,6 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
-def fastest() -> fp4_to_fp8.CastInto:
+def best_kernel() -> fp4_to_fp8.CastInto:
     """The form of the cast to take on this machine."""
     return cast_into if is_compiled() else fp4_to_fp8.cast_into

@@ -17,7 +17,7 @@ from dsv4.convert.proof.forms.gguf import LAYOUT as GGUF
 from .config import file_hash, read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
-from .schedule import ALONE, Share
+from .schedule import UNSHARED, Share
 
 MANIFEST = "dsv4.json"
 # Digest of a tensor's bytes, by the manifest's format: its key, and the hash.
@@ -44,7 +44,7 @@ class Manifest:
         return sum(self.own_files.values())
 
 
-def read_manifest(checkpoint: Checkpoint, share: Share = ALONE) -> Manifest | None:
+def read_manifest(checkpoint: Checkpoint, share: Share = UNSHARED) -> Manifest | None:
     """The manifest of a checkpoint, None if it has none. Files whose size differs from the manifest are not hashed."""
     sizes = checkpoint.files.sizes()
     if MANIFEST not in sizes:

@@ -29,7 +29,7 @@ from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, hash_files, read_manifest
 from .plan import ComparedTensor, Selection, absent_and_needed, parse_sample, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
-from .schedule import ALONE, Share, in_order
+from .schedule import UNSHARED, Share, in_order
 from .tally import Statistics, Tally
 
 # Memory of a thread, measured: for the largest band, buffers, table positions and masks; where values are decoded to
@@ -295,7 +295,7 @@ def verify_files(
     source: Files | None,
     output: Files,
     settings: Settings,
-    share: Share = ALONE,
+    share: Share = UNSHARED,
     headers: Reached = ignore,
     progress: Reached = ignore,
 ) -> Verification:

@@ -48,7 +48,7 @@ class Share:
         return own
 
 
-ALONE = Share()
+UNSHARED = Share()
 
 
 def in_order(

@@ -55,14 +55,16 @@ def check_against_oracle(codes: torch.Tensor, scale: torch.Tensor, block: Block)
     packed = e2m1.pack(codes)
     chosen = choose_block_scales(packed, scale, block)
     shape = scale_shape(tuple(codes.shape), block)
-    assert all(tuple(part.shape) == shape for part in (chosen.scale_bytes, chosen.span, chosen.moved, chosen.inexact))
+    assert all(
+        tuple(field.shape) == shape for field in (chosen.scale_bytes, chosen.span, chosen.rescaled, chosen.inexact)
+    )
     for at in torch.ones(shape).nonzero().tolist():
         elements, groups = elements_of(codes, scale, block, tuple(at))
         byte, exact = chosen_scale_byte(elements, groups)
         here = tuple(at)
         assert (int(chosen.scale_bytes[here]), bool(chosen.inexact[here])) == (byte, not exact), (here, elements)
         assert int(chosen.span[here]) == max(groups) - min(groups)
-        assert bool(chosen.moved[here]) == (exact and byte != max(groups) - 6)
+        assert bool(chosen.rescaled[here]) == (exact and byte != max(groups) - 6)
     check_cast(codes, scale, chosen, block)
     return chosen
 
@@ -159,7 +161,7 @@ def test_choice_for_every_pair_of_codes_and_span() -> None:
     base = torch.full_like(span.flatten(), 90)
     scale = torch.stack((base, base + span.flatten()), -1).to(torch.uint8)
     chosen = check_against_oracle(codes, scale, Block(1, 64))
-    assert chosen.inexact.any() and chosen.moved.any() and not (chosen.inexact | chosen.moved).all()
+    assert chosen.inexact.any() and chosen.rescaled.any() and not (chosen.inexact | chosen.rescaled).all()
 
 
 def test_choice_near_both_ends_of_e8m0() -> None:
@@ -202,7 +204,7 @@ def test_odd_shapes(shape: tuple[int, ...], block: Block) -> None:
     codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator())
     group_shape = scale_shape(shape, FP4_BLOCK)
     scale = torch.randint(100, 114, group_shape, dtype=torch.uint8, generator=generator(1))
-    assert not check_against_oracle(codes, scale, block).moved.any()
+    assert not check_against_oracle(codes, scale, block).rescaled.any()
     wide = torch.randint(100, 120, group_shape, dtype=torch.uint8, generator=generator(2))
     check_against_oracle(codes, wide, block)
     few_codes = codes & 0b1_01_0  # zeros and ones of either sign leave room
@@ -246,7 +248,7 @@ def test_scales_alone_decide_only_where_they_can() -> None:
             assert (safe is not None) == (largest - 6 in exact_scale_bytes(every_code))
             if safe is not None:
                 assert (int(safe.scale_bytes), int(safe.span)) == (largest - 6, span)
-                assert not safe.moved.any() and not safe.inexact.any()
+                assert not safe.rescaled.any() and not safe.inexact.any()
 
 
 def test_refuses_byte_255() -> None:

@@ -138,12 +138,12 @@ def test_the_table_is_there_as_long_as_c_reads_it(monkeypatch: pytest.MonkeyPatc
 
 def test_the_choice(not_compiled: None) -> None:
     assert not fp4_to_fp8_compiled.is_compiled()
-    assert fp4_to_fp8_compiled.fastest() is fp4_to_fp8.cast_into
+    assert fp4_to_fp8_compiled.best_kernel() is fp4_to_fp8.cast_into
 
 
 def test_conversions_with_either_have_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = VARIANTS["ragged"](tmp_path / "source")
     for name, form in FORMS.items():
-        monkeypatch.setattr(fp4_to_fp8_compiled, "fastest", lambda form=form: form)
+        monkeypatch.setattr(fp4_to_fp8_compiled, "best_kernel", lambda form=form: form)
         convert(source, tmp_path / name)
     assert tree(tmp_path / "torch") == tree(tmp_path / "compiled")

@@ -40,7 +40,7 @@ class Fp4ToFp8(Recipe):
 
     @cached_property
     def _cast(self) -> "CastInto":
-        return quant.fp4_to_fp8_compiled.fastest()
+        return quant.fp4_to_fp8_compiled.best_kernel()
 
     def takes(self, weight: Weight) -> bool:
         """FP4 experts."""
@@ -80,7 +80,7 @@ class Fp4ToFp8(Recipe):
         counts = Counts(
             blocks=scales.span.numel(),
             max_span=int(scales.span.max()) if scales.span.numel() else 0,
-            rescaled_blocks=int(scales.moved.sum()),
+            rescaled_blocks=int(scales.rescaled.sum()),
             inexact_blocks=int(scales.inexact.sum()),
         )
         return Scan(counts, {f.name: getattr(scales, f.name) for f in fields(scales)})

@@ -240,10 +240,10 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
     """Compare, with a progress bar over headers and then one over bytes."""
     from dsv4.convert.proof.files import LocalFiles
     from dsv4.convert.proof.run import verify_files
-    from dsv4.convert.proof.schedule import ALONE, Share
+    from dsv4.convert.proof.schedule import UNSHARED, Share
 
     settings = _settings(options, ranks)
-    share = Share(ranks.index, ranks.count, ranks.gather) if ranks else ALONE
+    share = Share(ranks.index, ranks.count, ranks.gather) if ranks else UNSHARED
     with ExitStack() as stack, ExitStack() as before:
         on_header = before.enter_context(out.opening())
         bars: list[output.ProgressBar] = []

@@ -60,7 +60,7 @@ class MxRecipe(Recipe):
 
     @cached_property
     def _cast(self) -> "CastInto":
-        return quant.fp4_to_fp8_compiled.fastest()
+        return quant.fp4_to_fp8_compiled.best_kernel()
 
     def takes(self, weight: Weight) -> bool:
         """Every quantized weight."""

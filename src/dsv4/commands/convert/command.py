@@ -9,7 +9,7 @@ from dsv4.machine import free_bytes, peak_memory, usable_cores
 from dsv4.options import command, example
 
 from .options import ConvertOptions
-from .words import caveats, print_part, print_plan, print_result
+from .words import engine_caveats, print_part, print_plan, print_result
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.storage import Storage
@@ -166,6 +166,6 @@ def convert(options: ConvertOptions) -> None:
     if isinstance(work, Part) and (ranks is None or not ranks.is_first):
         print_part(out, result, work)
         return
-    told = caveats(job.checkpoint, job.plan.settings)
-    print_result(out, result, remote["source"] if remote else options.source, told)
-    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(told)})
+    known = engine_caveats(job.checkpoint, job.plan.settings)
+    print_result(out, result, remote["source"] if remote else options.source, known)
+    out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "traps": list(known)})

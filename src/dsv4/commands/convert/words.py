@@ -83,7 +83,7 @@ def _warn_of_mixture(out: output.Output, result: "Result") -> None:
     out.say(f"dsv4 run reads it as it is; for an engine convert again, with {CONVERSIONS[settings.to].instead}")
 
 
-def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
+def _warn(out: output.Output, result: "Result", caveats: tuple[str, ...]) -> None:
     summary = result.summary
     if summary["moved_blocks"]:
         out.say(f"{summary['moved_blocks']:,} blocks needed another scale than the reference converter's")
@@ -94,12 +94,12 @@ def _warn(out: output.Output, result: "Result", told: tuple[str, ...]) -> None:
     if len(result.kept_tensors) > 10:
         out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
     _warn_of_mixture(out, result)
-    for note in (*result.plan.notes, *result.notes, *told):
+    for note in (*result.plan.notes, *result.notes, *caveats):
         out.warn(note)
 
 
-def print_result(out: output.Output, result: "Result", source: str, told: tuple[str, ...]) -> None:
-    """The closing lines of a whole conversion. source: as `dsv4 verify` takes it. told: caveats of the engine."""
+def print_result(out: output.Output, result: "Result", source: str, caveats: tuple[str, ...]) -> None:
+    """The closing lines of a whole conversion. source: as `dsv4 verify` takes it. caveats: of the engine."""
     next_step = f"prove it: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
     if result.already_done:
         out.say(f"nothing to do: {result.output} is complete and from this source")
@@ -114,7 +114,7 @@ def print_result(out: output.Output, result: "Result", source: str, told: tuple[
     if result.shards_reused:
         out.say(f"{result.shards_reused} shards were there already and are whole")
     out.say(_verdict(result.summary, result.kept_tensors))
-    _warn(out, result, told)
+    _warn(out, result, caveats)
     out.hint(next_step)
 
 
@@ -128,7 +128,7 @@ def print_part(out: output.Output, result: "Result", part: "Part") -> None:
     out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "part": part.index + 1, "parts": part.count})
 
 
-def caveats(checkpoint: "Checkpoint", settings: Settings) -> tuple[str, ...]:
+def engine_caveats(checkpoint: "Checkpoint", settings: Settings) -> tuple[str, ...]:
     """Caveats of the target's engine for FP8 experts."""
     if settings.layout != "hf" or settings.to != "fp8":
         return ()
