@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsv4.commands.run.placement import device_of, place
-from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint
 from dsv4.distributed import Ranks
 from dsv4.errors import MachineError
 from dsv4.model import load
@@ -45,8 +45,9 @@ def least_memory(folder: Path) -> int:
     return int("".join(c for c in str(caught.value.hint) if c.isdigit()))
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["v4", "v4.1"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = make_checkpoint(tmp_path_factory.mktemp("compare") / "c", seed=6, geometry=EDITIONS[request.param])
     return output_of(PROGRAM, "compare", folder, least_memory(folder))
 
 
