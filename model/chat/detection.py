@@ -91,15 +91,18 @@ def _same(found: object, released: object) -> bool:
 def _changes(literals: Mapping[str, object], protocol: Protocol) -> tuple[str, ...]:
     """A warning for each value that the encoder assigns otherwise than the release's, or does not assign.
 
-    Values that are not literals are not compared.
+    A value that is not a literal would have to be executed; it is not compared, and the warning says so.
     """
-    unknown = {name for name, value in literals.items() if value is None}
-    return tuple(
-        f"{protocol.signs.encoder} has another {name} than the release: "
-        f"the prompt is the one of edition {protocol.edition}, not the one of this file"
-        for name, value in protocol.signs.literals.items()
-        if name not in unknown and not _same(literals.get(name), value)
-    )
+    found = []
+    for name, value in protocol.signs.literals.items():
+        what = f"has another {name} than the release"
+        if name in literals and literals[name] is None:
+            what = f"computes {name}, which is a literal in the release, and it is not executed"
+        elif _same(literals.get(name), value):
+            continue
+        prompt = f"the prompt is the one of edition {protocol.edition}, not the one of this file"
+        found.append(f"{protocol.signs.encoder} {what}: {prompt}")
+    return tuple(found)
 
 
 def _from_encoder(folder: Path, encoder: str) -> PromptEdition:

@@ -154,6 +154,26 @@ def _render(index: int, how: Conversation, effort_text: str) -> str:
     return system + effort + _body(turn, index, how) + announcement(index, how)
 
 
+def starts_in_reasoning(how: Conversation) -> bool:
+    """Whether the model's answer to a prompt begins inside the reasoning, so that `</think>` is still to come.
+
+    Not in chat mode, nor after a task's token, nor where the last message is an answer to be continued behind its
+    reasoning.
+    """
+    index = len(how.turns) - 1
+    while index > 0 and how.turns[index].role == "latest_reminder":
+        index -= 1
+    if index < 0 or not how.thinking:
+        return False
+    last = how.turns[index]
+    if last.role != "assistant":
+        return announcement(index, how).endswith(THINK)
+    begun = bool(_text(last, last.message.get("content")) or last.message.get("tool_calls"))
+    continued = bool(last.message.get("prefix") and _text(last, *reasoning_of(last.message)))
+    after_task = index > 0 and how.turns[index - 1].task is not None
+    return continued and not begun and not after_task and how.shows_reasoning(index - 1)
+
+
 def encode_messages(
     messages: Sequence[Message],
     thinking_mode: str,

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from dsv4.convert.checkpoint.file_kinds import refuse_other_kinds
 from dsv4.errors import InputError
 
+from .editions import protocol_of
+
 
 class TextTokenizer:
     """Text to ids and back."""
@@ -84,6 +86,11 @@ class TextStream:
         text = self._text()
         self._waiting = []
         return text
+
+
+def missing_tokens(tokenizer: TextTokenizer, edition: str) -> list[str]:
+    """The special tokens of an edition's prompts and answers that are no single token for a tokenizer."""
+    return [token for token in protocol_of(edition).special_tokens if tokenizer.token_id(token) is None]
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:

@@ -15,6 +15,7 @@ from dsv4.commands.prompting import (
     ModeOption,
     choose_edition,
     choose_style,
+    warn_of_missing_tokens,
     write_prompt,
 )
 from dsv4.errors import UsageError
@@ -78,7 +79,9 @@ def encode(options: EncodeOptions) -> None:
     )
     result = {"prompt": prompt.text, **style.to_json(), "edition_reason": edition.reason, "remarks": prompt.remarks}
     if options.ids and options.tokenizer is not None:
-        ids = load_tokenizer(options.tokenizer).encode(prompt.text)
+        tokenizer = load_tokenizer(options.tokenizer)
+        warn_of_missing_tokens(tokenizer, edition, out)
+        ids = tokenizer.encode(prompt.text)
         out.text(",".join(map(str, ids)))
         out.result({**result, "ids": ids})
     else:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsv4.model.chat.detection import PromptEdition
     from dsv4.model.chat.messages import MessageList, Request
     from dsv4.model.chat.protocol import Effort, ThinkingMode
+    from dsv4.model.chat.tokenizer import TextTokenizer
 
 
 class Mode(StrEnum):
@@ -109,6 +110,17 @@ def choose_edition(asked: Asked, folder: str | None, out: Output) -> "PromptEdit
     return edition
 
 
+def warn_of_missing_tokens(tokenizer: "TextTokenizer", edition: "PromptEdition", out: Output) -> None:
+    """A warning for special tokens of the edition that the tokenizer would cut into pieces, as no model was trained."""
+    from dsv4.model.chat.tokenizer import missing_tokens
+
+    missing = missing_tokens(tokenizer, edition.name)
+    if missing:
+        out.warn(
+            f"tokenizer.json lacks tokens of edition {edition.name}, and cuts them to pieces: {', '.join(missing)}"
+        )
+
+
 def _thinking_mode(asked: Asked, request: "Request") -> "ThinkingMode":
     if asked.mode is not None:
         return "chat" if asked.mode == Mode.chat else "thinking"
@@ -133,11 +145,16 @@ def choose_style(asked: Asked, request: "Request", edition: str) -> Style:
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt as text. `remarks`: one line for each thing that it leaves out or cannot express."""
+    """A prompt as text. `remarks`: one line for each thing that it leaves out or cannot express.
+
+    answer_mode: how the answer is parsed: "thinking" if it begins inside the reasoning. After a task's token, or behind
+    an answer that the model continues, it does not, whatever the mode of the prompt.
+    """
 
     text: str
     style: Style
     remarks: tuple[str, ...]
+    answer_mode: "ThinkingMode"
 
 
 def write_prompt(
@@ -150,7 +167,9 @@ def write_prompt(
     bos: bool = True,
 ) -> Written:
     """The prompt of a request. Prints a note for what it leaves out, a warning for what the model sees otherwise."""
-    from dsv4.model.chat.encoding import encode_messages
+    from dsv4.model.chat.editions import protocol_of
+    from dsv4.model.chat.encoding import encode_messages, starts_in_reasoning
+    from dsv4.model.chat.preparation import prepare
     from dsv4.model.chat.remarks import notes, warnings
 
     how = (style.thinking_mode, not keep_thinking)
@@ -165,4 +184,12 @@ def write_prompt(
         out.say(f"note: {line}")
     for line in warned:
         out.warn(line)
-    return Written(text, style, (*noted, *warned))
+    conversation = prepare(
+        request.messages,
+        context or (),
+        style.thinking_mode == "thinking",
+        not keep_thinking,
+        protocol_of(style.edition),
+    )
+    answer_mode: ThinkingMode = "thinking" if starts_in_reasoning(conversation) else "chat"
+    return Written(text, style, (*noted, *warned), answer_mode)

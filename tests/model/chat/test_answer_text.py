@@ -86,6 +86,20 @@ def test_parsed_answers() -> None:
     assert message is None and problem is not None and "</think>" in problem
 
 
+def test_answers_are_parsed_by_the_rules_of_their_edition() -> None:
+    """The tags around tool calls differ: those of one edition are plain content in the other."""
+    text = '\n\n<{0}tool_calls>\n<{0}invoke name="f">\n\n</{0}invoke>\n</{0}tool_calls>'.format("｜DSML｜")
+    for edition, written in (
+        ("0731", text),
+        ("v41", text.replace("tool_calls", " calls").replace("invoke", " invoke")),
+    ):
+        message, problem = parse_answer(written, "chat", edition)
+        assert problem is None and message is not None
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["f"]
+        other, _ = parse_answer(written, "chat", "v41" if edition == "0731" else "0731")
+        assert other is None or not other["tool_calls"]
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "content", "reasoning"),
     [

@@ -133,6 +133,20 @@ def test_a_changed_encoder_is_said(tmp_path: Path, file: str, source: str, name:
     assert file in warning and name in warning
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("REASONING_EFFORT_MAX = 'Think ' + 'hard'", "REASONING_EFFORT_MAX"),
+        ("REASONING_EFFORT_MAX: str = open('/etc/passwd').read()", "REASONING_EFFORT_MAX"),
+        (FILE_V41.split("\n")[0] + "\nREASONING_EFFORT_MAPPINGS = dict(low=50, high=75, max=100)", "MAPPINGS"),
+    ],
+)
+def test_a_value_that_is_no_literal_is_said_and_not_executed(tmp_path: Path, source: str, name: str) -> None:
+    file = V41 if "MAPPINGS" in source else V4
+    (warning,) = prompt_edition_of(folder(tmp_path, {file: source})).warnings
+    assert file in warning and name in warning and "not executed" in warning
+
+
 def test_texts_are_compared_without_the_white_space_around(tmp_path: Path) -> None:
     assert prompt_edition_of(folder(tmp_path, {V4: PREVIEW_FILE.replace("\\n\\n'", "'")})).warnings == ()
 

@@ -188,7 +188,7 @@ def answer_json(prompt: Prompt, answer: "Answer", text: str | None) -> dict[str,
     if prompt.written is not None and text is not None:
         style = prompt.written.style
         result |= {**style.to_json(), "remarks": prompt.written.remarks}
-        result["message"], problem = parse_answer(text, style.thinking_mode, style.edition)
+        result["message"], problem = parse_answer(text, prompt.written.answer_mode, style.edition)
         if problem:
             result["problem"] = problem
     return result

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dsv4 import output, signals
+from dsv4.commands.prompting import warn_of_missing_tokens
 from dsv4.errors import InputError, Interrupted, UsageError
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
@@ -195,7 +196,10 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
         _check_outputs(options)
     without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
     tokenizer = None if without_text else load_tokenizer(options.checkpoint)
-    work = _Run(options, ranks, source, tokenizer, Dialogue.of(options, source.has_vision, out), out)
+    dialogue = Dialogue.of(options, source.has_vision, out)
+    if tokenizer is not None and dialogue.edition is not None:
+        warn_of_missing_tokens(tokenizer, dialogue.edition, out)
+    work = _Run(options, ranks, source, tokenizer, dialogue, out)
     if options.is_chat and tokenizer is not None and not options.has_own_prompt:
         return work.chat(tokenizer)
     prompts = [] if options.compares_with_a_file and options.is_chat else work.prompts()
