@@ -1,8 +1,8 @@
 """The format of the files that tensors are written into: safetensors, or that of a recipe.
 
 A container decides the order of the tensors in a file, the header before their data, the names of the files, and the
-index file, which is written last. Another format is another class like `Safetensors`; that of GGUF
-is beside its recipe.
+index file, which is written last. Another format is another class like `Safetensors`; the one for GGUF is beside its
+recipe.
 """
 
 import json

@@ -167,7 +167,7 @@ class LocalFiles:
             done += count
 
     def stamp(self, name: str) -> list[int | str]:
-        """See Files. The time of change is the inode's: unlike the time of modification, it cannot be set back."""
+        """The stamp of a file, with the inode's time of change: unlike that of modification, it cannot be set back."""
         found = (self.folder / name).stat()
         return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

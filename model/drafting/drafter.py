@@ -1,4 +1,4 @@
-"""What `generate` asks of the draft stages of a checkpoint, whichever kind they are."""
+"""The interface of `generate` to the draft stages of a checkpoint, MTP or DSpark."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Choose = Callable[[torch.Tensor, int], int]
 class Continuation:
     """Positions of one row that the main model has computed and that stay, and the draft wanted after them.
 
-    row: its place in the batch. hidden: what the main model hands over at each position, [n, ...].
+    row: its place in the batch. hidden: the main model's hidden states at each position, [n, ...].
     following: the n tokens after these positions, of which the last is not computed yet.
     count: how many tokens to draft at most, 0 for none. choose: takes a token from the logits of a draft.
     """
@@ -29,7 +29,7 @@ class Continuation:
 
 
 class Drafter(Protocol):
-    """The draft stages at work on one batch. `width`: the most tokens of a draft."""
+    """The draft stages for one batch. `width`: the largest number of tokens of a draft."""
 
     width: int
 

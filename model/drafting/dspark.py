@@ -1,6 +1,6 @@
 """DSpark: stages that propose a whole block of tokens in one pass.
 
-The main model hands over its hidden states at some layers, for every position; `main_proj` makes one vector of them.
+The stages get the main model's hidden states at some layers, for every position; `main_proj` joins them to one vector.
 From it each stage makes one key per position, as the keys of a sliding window. A draft after positions 0 .. p goes
 
     ids         the anchor (the token at p + 1, which the main model has chosen), then the noise token, B in all
@@ -216,12 +216,12 @@ class DSparkDrafter:
     """Drafts for one batch; see Drafter. As in the release, nothing is drafted after the first position of a text."""
 
     def __init__(self, dspark: DSpark, batch_size: int, most: int) -> None:
-        """`most`: how many tokens the main model's cache can take back."""
+        """`most`: the largest number of tokens that the main model's cache can remove again."""
         self._dspark, self.width = dspark, min(dspark.own.block_size, most)
         self._contexts = [dspark.new_context() for _ in range(batch_size)]
 
     def draft(self, continuations: Sequence[Continuation]) -> list[list[int]]:
-        """See Drafter."""
+        """Add the new positions of some rows, and draft up to `count` tokens after each."""
         contexts = [self._contexts[c.row] for c in continuations]
         self._dspark.extend(contexts, [c.hidden for c in continuations])
         for context in contexts:

@@ -12,10 +12,10 @@ from .drafter import Continuation
 
 
 class MtpModel(Protocol):
-    """What a drafter needs of `Transformer`, whose methods these are."""
+    """The methods of `Transformer` that the drafter uses."""
 
     def new_mtp_cache(self, batch_size: int) -> Cache:
-        """See Transformer."""
+        """An empty cache for the MTP block."""
 
     def mtp_logits(
         self,
@@ -26,7 +26,7 @@ class MtpModel(Protocol):
         lengths: list[int],
         rows: Literal["last", "none"],
     ) -> torch.Tensor | None:
-        """See Transformer."""
+        """Logits of the token after the next one, float32 [B, 1, V], or None for `rows` "none"."""
 
 
 class MtpDrafter:
@@ -38,7 +38,7 @@ class MtpDrafter:
         self._model, self._cache = model, model.new_mtp_cache(batch_size)
 
     def draft(self, continuations: Sequence[Continuation]) -> list[list[int]]:
-        """See Drafter."""
+        """Add the new positions of some rows, and draft one token after each."""
         hidden = pad_sequence([c.hidden for c in continuations], batch_first=True)
         following = pad_sequence([torch.tensor(list(c.following)) for c in continuations], batch_first=True)
         logits = self._model.mtp_logits(

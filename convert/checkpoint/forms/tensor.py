@@ -1,4 +1,4 @@
-"""What a tensor of a checkpoint is: name, dtype, shape, and where its bytes are, in whatever layout they lie there.
+"""A tensor of a checkpoint: name, dtype, shape, and the places of its bytes in the files of any layout.
 
 Most tensors lie in a file as they are. Some forms pack several into common blocks (codes and scales of GGUF's MXFP4),
 or store one in another dtype of the same values; an `Encoding` turns such bytes into the release's.

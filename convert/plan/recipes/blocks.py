@@ -31,7 +31,7 @@ class ToBlocks(Recipe):
     """BF16 weights to FP8 with block scales."""
 
     def takes(self, weight: Weight) -> bool:
-        """See `is_released_in_fp8`."""
+        """BF16 weights that are FP8 in the release."""
         return is_released_in_fp8(weight)
 
     def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:

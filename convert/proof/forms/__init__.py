@@ -1,1 +1,1 @@
-"""What `verify` knows of other tools' forms: their names, and what their configs say. Stated here for itself."""
+"""Other tools' forms, for `verify`: their names, and checks of their configs. Shares nothing with the converter."""

@@ -1,4 +1,4 @@
-"""Whether the `quantization_config` of compressed-tensors describes the tensors beside it.
+"""Checks that the `quantization_config` of compressed-tensors describes the tensors beside it.
 
 A group says bits and group size for the modules that its targets name: by name, by a regular expression (`re:`), or by
 their class, which for every matrix but the embedding is Linear. Names come first, classes last. `ignore` takes
@@ -62,7 +62,7 @@ def _module(tensor: Tensor) -> str | None:
 
 
 def faults(quantization: dict[str, Any], tensors: dict[str, Tensor], weights: dict[str, Weight]) -> Iterator[str]:
-    """What the config says otherwise than the tensors. weights: those that have scales."""
+    """Sentences about modules whose config and tensors differ. weights: those with scales."""
     for name, tensor in tensors.items():
         module = _module(tensor)
         if module is None:

@@ -1,6 +1,6 @@
 """GGUF files of llama.cpp's `deepseek4`, as `verify` reads them: its own reader, its own table of names.
 
-Every tensor is shown as the release has it: stacks of experts as matrices with scales, the two projections of a draft
+Every tensor is read as the release has it: stacks of experts as matrices with scales, the two projections of a draft
 block apart, tables of ids as int64. What a draft block's file repeats of the model is compared with the model. Names
 that the architecture does not have are extra tensors, under the name that the file has.
 """
@@ -275,7 +275,7 @@ def _same(said: Any, expected: Any) -> bool:
 
 
 def key_faults(keys: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
-    """What the keys of a file say otherwise than the config of the source."""
+    """Sentences about keys of a file that differ from the config of the source."""
     for key, path in _KEYS.items():
         said, expected = keys.get(f"deepseek4.{key}"), config.get(path)
         if expected is not None and not _same(said, expected):

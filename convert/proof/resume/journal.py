@@ -1,14 +1,14 @@
-"""What an interrupted `verify A B` has compared, so that the same command need not compare it again.
+"""Records the pieces that an interrupted `verify A B` has compared, so that the same command skips them.
 
 One file for each pair, in a cache folder of the user and never in a checkpoint. Its name is a hash of all that decides
 what a comparison finds: the code of `proof/`, both paths, both sides' headers, and the settings. Each line is one
 piece of a tensor with its tally, and each run first adds a line with the stamp of every shard: device, inode, size,
-time of modification and time of change, which no program can set. A piece counts only if the stamps of all shards that
-it lies in are the same again: what was changed, replaced or restored since is compared again.
+time of modification and time of change, which no program can set. A piece is skipped only if the stamps of all its
+shards are the same: shards that were changed, replaced or restored since are compared again.
 
 A stamp cannot show a change within the clock's tick of an earlier one, so pieces of shards that were changed less than
 two seconds before they were read are not recorded. Each line carries its own hash; one that is torn or damaged is
-ignored. The file is removed when the verification ends, whatever it found, and after a month without use.
+ignored. The file is removed when the verification ends, with any verdict, and after a month without use.
 """
 
 import contextlib
@@ -178,7 +178,7 @@ class Journal:
             os.write(self._descriptor, after + _line(value))
 
     def proved(self, compared: ComparedTensor, piece: Piece) -> Tally | None:
-        """What an earlier run found in a piece that cannot have changed since; None if it has to be compared."""
+        """The tally of an earlier run for a piece that cannot have changed since; None if it must be compared."""
         place = self._proved.get(_key(compared, piece))
         if place is None:
             return None

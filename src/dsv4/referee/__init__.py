@@ -1,1 +1,1 @@
-"""What running servers make of a checkpoint: their log-probabilities of given tokens, beside dsv4's own."""
+"""Compares log-probabilities of running servers with dsv4's own, for given tokens."""

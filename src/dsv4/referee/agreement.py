@@ -1,4 +1,4 @@
-"""How far a server's log-probabilities are from dsv4's, and whether that is more than noise.
+"""Decides whether a server's log-probabilities differ from dsv4's by more than noise.
 
 Two floors are measured in the same run, per position: the server against itself (the same request twice), and dsv4
 with the release's simulated quantizations against dsv4 in float32. An engine that computes the right model may differ
@@ -178,7 +178,7 @@ def _chance(ours: Sequence[Ours], theirs: Sequence[Scores], vocabulary: int) -> 
 
 
 def _course(prompts: Sequence[PromptAgreement], limit: float) -> str:
-    """What the difference does along the longest prompt."""
+    """The course of the difference along the longest prompt, as a phrase."""
     longest = max(prompts, key=lambda prompt: len(prompt.difference)).difference
     quarter = len(longest) // 4
     if quarter < 4:

@@ -1,6 +1,6 @@
 """HTTP to a server: one session with the key, timeouts and retries, and errors that name who answered what.
 
-`requests` does the work, so proxies, certificates and `.netrc` are what a user already knows. A server that is loading
+The library `requests` is used, so proxies, certificates and `.netrc` work as usual. A server that is loading
 or overloaded (408, 425, 429, 5xx) and a broken connection are tried again a few times, `Retry-After` included.
 """
 
@@ -35,7 +35,7 @@ def api_key(given: str | None) -> str | None:
 
 
 class Client:
-    """A server at an address. Methods raise MachineError for what the network or the server does."""
+    """A server at an address. Methods raise MachineError for errors of the network or the server."""
 
     def __init__(
         self, address: str, key: str | None, seconds: float = SECONDS_TO_ANSWER, retries: int = RETRIES
@@ -117,7 +117,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _message(response: requests.Response) -> str:
-    """What a refusal says: the message of its JSON, or the beginning of its text."""
+    """The message of an error answer: from its JSON, or the beginning of its text."""
     try:
         content = response.json()
     except requests.JSONDecodeError:

@@ -1,7 +1,7 @@
 """`dsv4 run CHECKPOINT --compare http://host:port`: a running server's log-probabilities beside dsv4's own.
 
-The server is asked first: what is wrong with it shows before the weights are loaded. Every prompt is asked for twice,
-which measures the server's own noise; of a server that takes a request for each position, a few prompts are.
+The server is asked first, so that its errors show before the weights are loaded. Every prompt is sent twice, to measure
+the server's own noise; to a server that takes one request per position, only a few prompts are.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def _repeated(server: Server, prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def ask(client: Client, name: str | None, prompts: Sequence[Sequence[int]], out: Output) -> Asked:
-    """Score all prompts. Raises MachineError for what the server does."""
+    """Score all prompts. Raises MachineError for errors of the server."""
     short = next((number for number, tokens in enumerate(prompts) if len(tokens) < 2), None)
     if short is not None:
         raise UsageError(f"prompt {short} has one token: there is nothing to predict", "Give two tokens or more.")

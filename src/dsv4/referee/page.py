@@ -51,6 +51,6 @@ def render(comparison: Comparison, asked: Asked, judged: Judged, sentence: str) 
 
 
 def write(path: Path, comparison: Comparison, asked: Asked, judged: Judged, sentence: str) -> None:
-    """Write the page; an older file survives whatever goes wrong."""
+    """Write the page; on an error an older file stays."""
     with result_file(str(path), output.current().warn_once) as file:
         file.write(render(comparison, asked, judged, sentence).encode())

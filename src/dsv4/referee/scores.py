@@ -1,4 +1,4 @@
-"""What one side says about one prompt, and how a server's JSON becomes that.
+"""Log-probabilities of one prompt, and their conversion from a server's JSON.
 
 A prompt of n tokens has n - 1 scored positions: position p holds the log-probability of token p + 1 after tokens 0..p,
 and the likeliest tokens there. Numbers are natural logarithms. JSON has no NaN: a server that computed one sends `null`
@@ -41,7 +41,7 @@ def number(value: Any) -> float:
 
 
 def lacks(server: str, what: str, why: str = "") -> MachineError:
-    """The error for an answer that is not what this kind of server gives."""
+    """The error for an answer that this kind of server does not give."""
     return MachineError(
         f"{server} answered without {what}", why or "Check that it is this kind of server (--server names another)."
     )

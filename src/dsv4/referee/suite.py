@@ -1,4 +1,4 @@
-"""The prompts of `--suite`: a few dozen that cover what goes wrong when an engine reads a checkpoint wrongly.
+"""The prompts of `--suite`: a few dozen that show the known ways to read a checkpoint wrongly.
 
     texts       English, Chinese, Japanese, Arabic, code, numbers: rare and frequent tokens
     requests    with a system message, a tool, several turns: the edition's special tokens

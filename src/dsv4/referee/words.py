@@ -1,4 +1,4 @@
-"""What a comparison with a server found, and its words: for the terminal and for the page."""
+"""The result of a comparison with a server, and its sentences for terminal and page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .servers import Identity, Server
 
 @dataclass(frozen=True)
 class Asked:
-    """What a server answered: per prompt, and the differences between two answers to the same request."""
+    """A server's answers: per prompt, and the differences between two answers to the same request."""
 
     server: Server
     identity: Identity
@@ -29,7 +29,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared with whom: for the words, `--json` and the page."""
+    """The two sides of a comparison: for the sentences, `--json` and the page."""
 
     checkpoint: str
     address: str

@@ -1,10 +1,11 @@
-"""The header of a GGUF file, version 3: what stands before the data, read strictly and written.
+"""Reads and writes the header of a GGUF file, version 3.
 
     magic, version, counts | keys with typed values | name, dimensions, type, offset of each tensor | padding | data
 
 Dimensions stand with the innermost first; here shapes have it last, as everywhere else. Data of a tensor begins at a
-multiple of ALIGNMENT. Written by hand: the library gguf writes files itself, and would not leave them to the writer
-that can be interrupted; the tests read what is written here with that library.
+multiple of ALIGNMENT. The header is written here
+because the library gguf writes whole files itself, not through our writer, which can be interrupted. The tests read the
+files with that library.
 """
 
 import math
@@ -102,7 +103,7 @@ def _entry(entry: Entry) -> bytes:
 
 
 def build_header(entries: Iterable[Entry], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """Everything before the data. tensors: name, type and shape in data order."""
+    """The bytes before the data. tensors: name, type and shape in data order."""
     keys, described, position = [_entry(entry) for entry in entries], [], 0
     for name, kind, shape in tensors:
         dimensions = shape[::-1] or (1,)

@@ -1,4 +1,4 @@
-"""A folder of GGUF files as a checkpoint: which files belong to the model, and each tensor as the release has it.
+"""Reads a folder of GGUF files as a checkpoint: the files of the model, and its tensors as the release has them.
 
 A model is one file or its splits, `NAME-00001-of-00003.gguf`. The draft block is in a file of its own, known by its
 `nextn` tensors; what that file repeats (embedding and head) is not read again. Where the file says in which dtype the
@@ -35,7 +35,7 @@ _AS_STORED: dict[str, tuple[str, Encoding | None]] = {
 
 @dataclass
 class GgufFolder:
-    """What the files of a folder hold. keys: of the model's first file."""
+    """The contents of the files of a folder. keys: of the model's first file."""
 
     keys: dict[str, Any] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class GgufFolder:
 
 
 class GgufForm:
-    """The release's config lies beside the files, or is made of their keys. Of storage it says nothing that holds."""
+    """The release's config lies beside the files or is made from their keys. Its keys about storage do not apply."""
 
     name = "GGUF"
 
@@ -162,7 +162,7 @@ def _check_splits(names: list[str], label: str) -> None:
 
 
 def read_gguf(storage: Storage, sizes: Mapping[str, int]) -> GgufFolder:
-    """Every tensor of the GGUF files of a folder. Raises InputError for what cannot be read."""
+    """Every tensor of the GGUF files of a folder. Raises InputError for types and names that are not read."""
     names = sorted(name for name in sizes if "/" not in name and name.endswith(SUFFIX))
     headers = {name: read_header(storage, name, sizes[name]) for name in names}
     folder = GgufFolder()

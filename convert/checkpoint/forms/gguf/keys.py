@@ -105,7 +105,7 @@ def _shown(value: Any, kind: int) -> Any:
 
 
 def config_of(keys: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a file that has none beside it. What the file does not say is absent."""
+    """config.json of a file that has none beside it. Keys that the file lacks are absent."""
     names = [(key, kind, path) for key, kind, path, *_ in (*KEYS, *OPTIONAL_KEYS)]
     config = {path: _shown(keys[PREFIX + key], kind) for key, kind, path in names if PREFIX + key in keys}
     drafts = keys.get(PREFIX + "nextn_predict_layers", 0)

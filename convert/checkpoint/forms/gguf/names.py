@@ -75,7 +75,7 @@ def block_name(block: int, inner: str) -> str:
 
 
 def place_of(name: str) -> Place | None:
-    """What a name of a file stands for; None if it is not one of the architecture's."""
+    """The place of a file's tensor; None for a name that the architecture does not have."""
     if name in _ROOT_BACK:
         return Place(None, _ROOT_BACK[name])
     match = _BLOCK.fullmatch(name)

@@ -1,8 +1,9 @@
-"""How values lie in a GGUF file, and the bytes that the release has for them.
+"""The byte order of values in a GGUF file, and the release's bytes for the same values.
 
 A block of MXFP4 has 17 bytes for 32 elements: the E8M0 byte, then byte j with the codes of element j (low nibble) and
 of element j + 16. The release's byte i has elements 2i and 2i + 1. With a = bytes 0..7 and b = bytes 8..15 of the one,
-the other has `a & 15 | b << 4` at its even places and `a >> 4 | b & 0xF0` at its odd ones, and the way back is alike.
+the other has `a & 15 | b << 4` at its even places and `a >> 4 | b & 0xF0` at its odd ones, and the way back is the
+same.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""GGUF files as a container: the model's keys in the first, and what tells a loader that it is one of several."""
+"""GGUF files as a container: the first has the model's keys, and each its number among the splits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""`--to gguf`: which tensors go into which file.
+"""`--to gguf`: assigns the tensors to files.
 
 The model is one file, or splits of at most `--max-shard-size`; a draft block has a file of its own, with copies of
-embedding and head, as llama.cpp loads it. Vision tensors, and draft stages of the DSpark editions, are left out, and
-that is said. A tensor that the table of names does not know is an error.
+embedding and head, as llama.cpp loads it. Vision tensors, and draft stages of the DSpark editions, are left out,
+with a note. A tensor that the table of names does not have is an error.
 """
 
 import json
@@ -112,7 +112,7 @@ def _shards(groups: list[Group], keys: list[Entry], stem: str, settings: Setting
 
 
 class ToGguf(Recipe):
-    """See the module. One weight by itself becomes what it would be without its stack."""
+    """GGUF for llama.cpp. A weight alone becomes the tensor that it would be without its stack."""
 
     cast_format = Format.FP4
 

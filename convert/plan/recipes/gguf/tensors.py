@@ -1,4 +1,4 @@
-"""The tensors of GGUF files, and how each is made of the release's.
+"""The tensors of GGUF files, and how each is computed from the release's.
 
 routed experts of a layer   one stack for each matrix, MXFP4: codes and scales of the release in blocks of 32
 FP8 weights                 BF16; exact, because E4M3 has four significant bits
@@ -58,7 +58,7 @@ class Projections(Recipe):
         return False
 
     def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
-        """See `projections`."""
+        """None by itself: `projections` makes the tensor."""
         raise NotImplementedError("two weights make one tensor")
 
     def _parts(self, piece: Piece) -> list[Piece]:
@@ -117,7 +117,7 @@ def _pairs(reads: tuple[TensorInfo, ...]) -> list[tuple[TensorInfo, TensorInfo]]
 
 
 def stack(name: str, experts: list[Weight]) -> OutputTensor:
-    """The matrices of all experts of a layer as one tensor. Raises InputError naming one that is unlike the others."""
+    """The matrices of all experts of a layer as one tensor. Raises InputError naming one that differs."""
     first = experts[0]
     for weight in experts:
         if weight.format is not Format.FP4 or weight.logical_shape != first.logical_shape:
@@ -152,7 +152,7 @@ def projections(name: str, parts: list[Weight]) -> OutputTensor:
 
 
 def tensor_of(name: str, weight: Weight, settings: Settings, config: dict[str, Any]) -> OutputTensor:
-    """Any other tensor, under its name in the file. Raises InputError for a dtype that has no place there."""
+    """Any other tensor, under its name in the file. Raises InputError for a dtype that GGUF does not have."""
     if weight.format is not Format.PLAIN:
         (decoded,) = bf16.RECIPE.outputs(weight, settings, config)
         _size("BF16", weight.logical_shape, weight)

@@ -1,7 +1,7 @@
 """The tokenizer as keys of a GGUF file: tokens, their types, merges, and how text is split before them.
 
-llama.cpp does not read tokenizer.json: it has a name for each way of splitting text that it knows. Where this one is
-not among them, tokens would be wrong without a sign; no vocabulary is written then, and that is said.
+llama.cpp does not read tokenizer.json: it has a name for each way of splitting text that it implements. If this one is
+not among them, its tokens would be wrong without an error; then no vocabulary is written, with a note.
 """
 
 import json
