@@ -45,9 +45,9 @@ def _attention(
     if layer in config.kv_source_layer_ids:
         source = KeySource(config, weights, ratio, rotary, numerics)
     if layer in config.index_source_layer_ids:
-        candidates = (config.candidate_topk_blocks, config.candidate_block_size)
-        chooses = candidates if layer == config.candidate_source_layer_id else None
-        indexer = IndexSource(config, weights.view("indexer."), ratio, rotary, numerics, chooses)
+        keep = config.candidate_topk_blocks if layer == config.candidate_source_layer_id else None
+        size = config.candidate_block_size
+        indexer = IndexSource(config, weights.view("indexer."), ratio, rotary, numerics, size, keep)
     return SharedKeyAttention(config, weights, rotary, numerics, source, indexer)
 
 

@@ -15,7 +15,7 @@ from dsv4.model.config import Config
 from dsv4.model.weight_store import WeightView
 from dsv4.quant.activation import simulate_fp4, simulate_fp4_e4m3
 
-from .indexer import IndexQueries, best
+from .indexer import SCORES_AT_ONCE, IndexQueries, best
 from .numerics import Numerics
 from .rotary import Rotary
 
@@ -74,13 +74,14 @@ def _groups(state: CompressorState, first: int, last: int) -> torch.Tensor:
 
 @dataclass
 class Selection:
-    """Of one sequence in one call: what the latest index source chose, and the groups that candidate blocks leave.
+    """Of one sequence in one call: what the latest index source chose, and the blocks that later ones choose from.
 
-    chosen: int32 [count, most], ascending, then -1. candidates: bool [count, groups]; None before there are any.
+    chosen: int32 [count, most], ascending, then -1. blocks: int32 [count, most], -1 where there are fewer; None before
+    the candidate source.
     """
 
     chosen: torch.Tensor
-    candidates: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
 
 
 def nothing_chosen(count: int) -> Selection:
@@ -95,24 +96,28 @@ def in_ascending_order(chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(ordered == last, -1, ordered)
 
 
-def candidate_groups(scores: torch.Tensor, visible: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
-    """The groups in the best blocks of `size` groups: scores [T, N], -inf where out of reach -> bool [T, N].
+def candidate_blocks(scores: torch.Tensor, visible: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
+    """The best blocks of `size` groups: scores [T, N], -inf where out of reach -> int32 [T, most], then -1.
 
     A block counts as its best group; the block of the newest of a query's `visible` [T] groups is always kept.
     """
-    groups = scores.shape[1]
-    padded = torch.nn.functional.pad(scores, (0, -groups % size), value=-torch.inf)
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % size), value=-torch.inf)
     by_block = torch.unflatten(padded, 1, (-1, size)).amax(-1)
     newest = torch.div(visible - 1, size, rounding_mode="floor")
     number = torch.arange(by_block.shape[1], device=scores.device)
-    kept = best(by_block.masked_fill(number == newest[:, None], torch.inf), blocks).to(torch.int64)
-    mask = torch.zeros(len(scores), by_block.shape[1] + 1, dtype=torch.bool, device=scores.device)
-    mask.scatter_(1, torch.where(kept < 0, by_block.shape[1], kept), True)
-    return mask[:, :-1].repeat_interleave(size, 1)[:, :groups]
+    return best(by_block.masked_fill(number == newest[:, None], torch.inf), blocks)
+
+
+def groups_outside(blocks: torch.Tensor, groups: int, size: int) -> torch.Tensor:
+    """Blocks int32 [T, k], -1 where there is none -> the groups in none of them, bool [T, groups]."""
+    count = -(-groups // size)
+    outside = torch.ones(len(blocks), count + 1, dtype=torch.bool, device=blocks.device)
+    outside.scatter_(1, torch.where(blocks < 0, count, blocks).to(torch.int64), False)
+    return outside[:, :count].repeat_interleave(size, 1)[:, :groups]
 
 
 class IndexSource(IndexQueries):
-    """The indexer of an index source. `is_candidate_source`: it decides which blocks later ones choose from."""
+    """The indexer of an index source."""
 
     def __init__(
         self,
@@ -121,11 +126,12 @@ class IndexSource(IndexQueries):
         ratio: int,
         rotary: Rotary,
         numerics: Numerics,
-        candidates: tuple[int, int] | None,
+        block_size: int,
+        blocks_to_keep: int | None,
     ) -> None:
-        """candidates: blocks to keep and groups per block, for the candidate source alone."""
+        """block_size: groups in a block. blocks_to_keep: of the candidate source, None for the others."""
         super().__init__(config, weights, rotary, numerics, simulate_index_fp4)
-        self._ratio, self._candidates = ratio, candidates
+        self._ratio, self._block_size, self._blocks_to_keep = ratio, block_size, blocks_to_keep
 
     def choose(
         self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, position: int, before: Selection
@@ -135,11 +141,21 @@ class IndexSource(IndexQueries):
         before: of the index source before this one.
         """
         visible = (torch.arange(position, position + len(q), device=q.device) + 1) // self._ratio
+        together, chosen, blocks = max(1, SCORES_AT_ONCE // max(1, len(keys))), [], []
+        for first in range(0, len(q), together):
+            some = slice(first, first + together)
+            scores = self._scores(q[some], weights[some], keys, visible[some])
+            if self._blocks_to_keep is not None:
+                blocks.append(candidate_blocks(scores, visible[some], self._blocks_to_keep, self._block_size))
+            elif before.blocks is not None:
+                outside = groups_outside(before.blocks[some], len(keys), self._block_size)
+                scores = scores.masked_fill(outside, -torch.inf)
+            chosen.append(in_ascending_order(best(scores, self._config.index_topk)))
+        return Selection(torch.cat(chosen), torch.cat(blocks) if blocks else before.blocks)
+
+    def _scores(
+        self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """The score of every group, float32 [S, N], -inf for those that a query does not see."""
         out_of_reach = torch.arange(len(keys), device=q.device) >= visible[:, None]
-        scores = self._numerics.kernels.index_scores(q, weights, keys).masked_fill(out_of_reach, -torch.inf)
-        candidates = before.candidates
-        if self._candidates is not None:
-            candidates = candidate_groups(scores, visible, *self._candidates)
-        elif candidates is not None:
-            scores = scores.masked_fill(~candidates, -torch.inf)
-        return Selection(in_ascending_order(best(scores, self._config.index_topk)), candidates)
+        return self._numerics.kernels.index_scores(q, weights, keys).masked_fill(out_of_reach, -torch.inf)

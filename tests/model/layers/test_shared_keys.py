@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from dsv4.model.layers.shared_keys import candidate_groups, in_ascending_order
+from dsv4.model.layers.shared_keys import candidate_blocks, groups_outside, in_ascending_order
+
+
+def candidate_groups(scores: torch.Tensor, visible: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
+    return ~groups_outside(candidate_blocks(scores, visible, blocks, size), scores.shape[1], size)
 
 
 def scores_of(queries: int, groups: int, ratio: int, seed: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from dsv4.errors import MachineError, UsageError
 from dsv4.model import load, loading, transformer
 from dsv4.model.kernels import cpu
 from dsv4.model.kernels.table import REFERENCE
+from dsv4.model.layers import shared_keys
 from dsv4.model.transformer import Transformer
 
 TOKENS = torch.randint(0, 306, (1, 61), generator=torch.Generator().manual_seed(9))
@@ -129,6 +130,12 @@ def test_threads(model: Transformer, whole: torch.Tensor, monkeypatch: pytest.Mo
     assert torch.equal(in_calls(model, [30, 1, 30]), whole)
 
 
+def test_queries_a_few_at_a_time(model: Transformer, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long contexts are scored some queries at a time, which changes no choice."""
+    monkeypatch.setattr(shared_keys, "SCORES_AT_ONCE", 200)
+    assert torch.equal(in_calls(model, [61]), whole)
+
+
 def test_little_memory(folder: Path, model: Transformer, whole: torch.Tensor) -> None:
     """The n-gram tables are in no account: they are read where they lie."""
     with pytest.raises(MachineError) as caught:
@@ -142,7 +149,7 @@ def test_little_memory(folder: Path, model: Transformer, whole: torch.Tensor) ->
     assert torch.equal(in_calls(small, [30, 1, 30]), whole) and small.store.reads > 0
 
 
-PARTS = ("layers.", "embed.", "head.", "norm.")
+PARTS = ("layers.", "mtp.", "embed.", "head.", "norm.")
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "fp8": {"to": "fp8"},
     "fp8, float32 scales": {"to": "fp8", "scale_dtype": "f32"},
