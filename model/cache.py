@@ -207,7 +207,7 @@ def layer_bytes(config: Config, layer: int, tokens: int, piece: int, itemsize: i
 
     As if every layer with compressed keys had index keys too, and blocks that overlap.
     """
-    ratio, in_call = config.ratio(layer), min(tokens, piece) + MAX_UNDO
+    ratio, in_call = config.kept_ratio(layer), min(tokens, piece) + MAX_UNDO
     held = (config.sliding_window + in_call) * config.head_dim * itemsize
     if not ratio:
         return held

@@ -106,6 +106,7 @@ class Config:
     RATIOS: ClassVar[tuple[int, ...]] = (0, 4, 128)
     gate_epsilon: ClassVar[float] = 0.0  # added to the sum of the chosen experts' scores
     shares_index_keys: ClassVar[bool] = False  # between layers
+    smallest_indexed_ratio: ClassVar[int] = OVERLAP_RATIO
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
@@ -156,6 +157,10 @@ class Config:
     def ratio(self, layer: int) -> int:
         """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
         return self.compress_ratios[layer]
+
+    def kept_ratio(self, layer: int) -> int:
+        """Compress ratio of the keys that a layer keeps itself; 0 for none."""
+        return self.ratio(layer)
 
 
 def _ratios(config: Mapping[str, Any], known: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ class V41Config(Config):
     RATIOS: ClassVar[tuple[int, ...]] = (0, 1, 2)
     gate_epsilon: ClassVar[float] = 1e-20
     shares_index_keys: ClassVar[bool] = True
+    smallest_indexed_ratio: ClassVar[int] = 1
 
     @classmethod
     def _special(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +41,10 @@ class V41Config(Config):
             "dspark_target_layer_ids": _layers(config, "dspark_target_layer_ids", missing=[]),
             "engrams": _engrams(config),
         }
+
+    def kept_ratio(self, layer: int) -> int:
+        """Only KV sources keep compressed keys."""
+        return self.ratio(layer) if layer in self.kv_source_layer_ids else 0
 
     def kv_source(self, layer: int) -> int:
         """The KV source that a layer with a ratio reads: the nearest at or before it."""

@@ -14,12 +14,13 @@ from dsv4.convert import convert, verify
 from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
 from dsv4.errors import MachineError, UsageError
 from dsv4.model import load, loading, transformer
+from dsv4.model.cache import cache_bytes
 from dsv4.model.kernels import cpu
 from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.layers import shared_keys
 from dsv4.model.transformer import Transformer
 
-TOKENS = torch.randint(0, 306, (1, 61), generator=torch.Generator().manual_seed(9))
+TOKENS = torch.randint(0, 305, (1, 61), generator=torch.Generator().manual_seed(9))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,6 +118,18 @@ def test_cache_is_as_small_as_the_architecture_allows(model: Transformer) -> Non
         assert states[0] is not None and len(states[0].raw) <= 2
     histories = {i: len(layer.history.classes) for i, layer in enumerate(layers) if layer.history}
     assert histories == dict.fromkeys(g.engram_layer_ids, 4)  # three to look back on, and one to take back
+
+
+def test_the_estimate_of_the_cache_is_a_bound_that_counts_sources_only(model: Transformer) -> None:
+    """Drafts keep keys too; 2 bytes a value. A layer that reads another's keys counts as a window."""
+    cache, g = model.new_cache(1), V41Geometry()
+    model.forward(TOKENS, cache)
+    bound = cache_bytes(model.config, 61, 512, 2)
+    assert cache.nbytes < bound
+    grown = cache_bytes(model.config, 10061, 512, 2) - cache_bytes(model.config, 61 + 512, 512, 2)
+    groups = sum((10061 - 573) / g.compress_ratios[i] for i in g.kv_source_layer_ids)
+    # An eighth more than needed, and the largest layer twice.
+    assert grown < 2 * groups * (g.head_dim + g.index_head_dim) * 2
 
 
 def test_reference_row_gives_the_same_bits(folder: Path, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,6 @@ class Work:
 def working_memory(config: "Config", work: Work, simulation: bool) -> int:
     """Bytes at most of activations and logits of one piece of a call, and of the keys and tables of whole contexts."""
     from dsv4.model.cache import cache_bytes
-    from dsv4.model.config import OVERLAP_RATIO
     from dsv4.model.layers.indexer import BYTES_PER_SCORE, SCORES_AT_ONCE
     from dsv4.model.transformer import TOKENS_PER_PIECE
 
@@ -81,7 +80,7 @@ def working_memory(config: "Config", work: Work, simulation: bool) -> int:
     logits = max(2, work.rows) * (work.positions + tokens) if work.positions else work.sequences * work.rows
     keys = work.sequences * cache_bytes(config, work.context, TOKENS_PER_PIECE, 2 if simulation else 4)
     tables = ROTARY_TABLES * work.context * config.qk_rope_head_dim * 4
-    scores = BYTES_PER_SCORE * max(SCORES_AT_ONCE, work.context // OVERLAP_RATIO)
+    scores = BYTES_PER_SCORE * max(SCORES_AT_ONCE, work.context // config.smallest_indexed_ratio)
     return FIRST_USE + 4 * (WIDEST_TENSORS * tokens * widest + logits * config.vocab_size) + keys + tables + scores
 
 
