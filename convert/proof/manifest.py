@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from dsv4.convert.proof.forms.gguf import LAYOUT as GGUF
 
-from .config import file_hash, read_config
+from .config import read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
 from .schedule import UNSHARED, Share
@@ -35,13 +35,9 @@ class Manifest:
     files: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
     own_files: dict[str, int] = field(default_factory=dict)  # name -> size
+    hashed_files: frozenset[str] = frozenset()  # by this process or another
     format: int = 1
     understood: bool = True
-
-    @property
-    def bytes_to_hash(self) -> int:
-        """Bytes of the files that this process hashes."""
-        return sum(self.own_files.values())
 
 
 def read_manifest(checkpoint: Checkpoint, share: Share = UNSHARED) -> Manifest | None:
@@ -60,12 +56,7 @@ def read_manifest(checkpoint: Checkpoint, share: Share = UNSHARED) -> Manifest |
     said = {**shards, **files}
     names = [n for n, entry in said.items() if n in sizes and isinstance(entry, dict) and entry.get("size") == sizes[n]]
     own = share.of(names, [sizes[name] for name in names])
-    return Manifest(shards, files, tensors, {name: sizes[name] for name in own}, value["format"])
-
-
-def hash_files(checkpoint: Checkpoint, manifest: Manifest, advance: Callable[[int], None]) -> dict[str, str]:
-    """SHA-256 of the files that this process hashes."""
-    return {name: file_hash(checkpoint.files, name, size, advance) for name, size in manifest.own_files.items()}
+    return Manifest(shards, files, tensors, {name: sizes[name] for name in own}, frozenset(names), value["format"])
 
 
 def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, int], hashes: dict[str, str]) -> bool:

@@ -26,11 +26,12 @@ from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, largest_
 from .config import check_config, check_pointers, compare_configs, compare_side_files, declares_powers_of_two, identity
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
-from .manifest import Manifest, check_manifest, hash_files, read_manifest
+from .manifest import Manifest, check_manifest, read_manifest
 from .plan import ComparedTensor, Selection, absent_and_needed, parse_sample, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
 from .schedule import UNSHARED, Share, in_order
 from .tally import Statistics, Tally
+from .whole_files import Counter, FileFindings, WholeFile, bytes_to_read, file_of, look_at, plan_files
 
 # Memory of a thread, measured: for the largest band, buffers, table positions and masks; where values are decoded to
 # integers, a number of elements that does not depend on the band.
@@ -90,11 +91,11 @@ class Findings:
         self.read += count
         self.progress(self.read, self.total)
 
-    def add(self, piece: Piece, tally: Tally) -> None:
-        """Count a finished piece."""
+    def add(self, piece: Piece, tally: Tally, read: int | None = None) -> None:
+        """Count a finished piece. read: bytes that were not counted yet, if not all of the piece's."""
         self.statistics.take_histograms(self.compared[piece.tensor].name, tally)
         self.tallies[piece.tensor].add(tally)
-        self.advance(piece.size)
+        self.advance(piece.size if read is None else read)
 
     def so_far(self, error: Interrupted) -> Interrupted:
         """The interruption, with a message about the share of the work that was done and the differences found."""
@@ -168,6 +169,29 @@ def _compare_pieces(
                 journal.add(findings.compared[piece.tensor], piece, tally, began_ns)
                 findings.is_kept = journal.holds
             findings.add(piece, tally)
+
+
+def _look_at_files(findings: Findings, whole: list[WholeFile], output: Checkpoint, workers: int, band: int) -> None:
+    """Hash files of one checkpoint and look at the tensors in them."""
+    stopped, counter, files = threading.Event(), Counter(), output.files
+    remote = [files] if isinstance(files, RemoteFiles) else []
+
+    def look(file: WholeFile) -> FileFindings:
+        return look_at(file, files, lambda piece: findings.compared[piece.tensor], band, counter.add, stopped)
+
+    def shards_of(file: WholeFile) -> tuple[frozenset[str], ...]:
+        tensors = [t for piece in file.pieces for _, t in findings.compared[piece.tensor].tensors()] if remote else []
+        return (frozenset({file.name} & set(output.shards)).union(*(t.shards for t in tensors)),) if remote else ()
+
+    def report(_: int = 0) -> None:
+        findings.advance(counter.taken())
+
+    with closing(in_order(whole, look, workers, stopped, report, remote, shards_of)) as results:
+        for file, found in results:
+            findings.hashes[file.name] = found.sha256
+            for piece, tally in found.tallies:
+                findings.add(piece, tally, read=0)
+    report()
 
 
 def _journal(
@@ -249,19 +273,22 @@ def _compare(
     share: Share,
     manifest: Manifest | None,
 ) -> None:
-    """Do this process's share: compare tensors, then hash the files that the manifest lists."""
+    """Do this process's share: read the files that the manifest lists, then all other tensors."""
     workers, band = threads_and_band(settings, findings.compared)
     every = [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
-    pieces = share.of(every, [piece.size for piece in every])
-    findings.total = sum(piece.size for piece in pieces) + (manifest.bytes_to_hash if manifest else 0)
+    whole = plan_files(manifest.own_files, every, findings.compared) if manifest else []
+    hashed = manifest.hashed_files if manifest else frozenset()
+    others = [piece for piece in every if file_of(findings.compared[piece.tensor]) not in hashed]
+    pieces = share.of(others, [piece.size for piece in others])
+    findings.total = sum(piece.size for piece in pieces) + sum(bytes_to_read(f, findings.compared) for f in whole)
     findings.advance()
     files = {side.where: side.files for side in (source, output) if side is not None}
     journal = None if source is None else _journal(source, output, files, settings, share, band)
     findings.is_kept = journal is not None and journal.holds
     with journal or nullcontext():
+        if whole:
+            _look_at_files(findings, whole, output, workers, band)
         _compare_pieces(findings, pieces, files, settings, workers, band, journal)
-    if manifest is not None:
-        findings.hashes = hash_files(output, manifest, findings.advance)
 
 
 def _conclude(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import reference_converter
 from blake3 import blake3
+from exact_values import convert
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
 from dsv4.cli import run
@@ -178,10 +179,13 @@ def test_bands_and_pieces_change_nothing(
     assert found == wanted
 
 
-def verify_with(progress: Reached, *folders: Path, headers: Reached = ignore) -> Verification:
+def verify_with(
+    progress: Reached, *folders: Path, headers: Reached = ignore, max_workers: int | None = None
+) -> Verification:
     """`verify` with progress callbacks."""
     *source, output = map(LocalFiles, folders)
-    return verify_files(source[0] if source else None, output, Settings(), headers=headers, progress=progress)
+    settings = Settings(max_workers=max_workers)
+    return verify_files(source[0] if source else None, output, settings, headers=headers, progress=progress)
 
 
 def test_from_python_the_page_is_written_and_sizes_are_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -279,7 +283,7 @@ def test_one_checkpoint_alone(
 
 
 def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The quantized tensors for their codes, and with a manifest every byte of every file that it lists."""
+    """The quantized tensors for their codes; with a manifest every byte of each file that it lists, scales twice."""
     shutil.copytree(pair[0], tmp_path / "alone")
     quantized = verify(pair[0])
     shards = read_folder(pair[0])
@@ -294,8 +298,41 @@ def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsy
     listed = sum(f.stat().st_size for f in (tmp_path / "alone").rglob("*") if f.is_file() and f.name != "dsv4.json")
     calls: list[tuple[int, int]] = []
     hashed = verify_with(lambda *call: calls.append(call), tmp_path / "alone")
-    assert (expected + listed, *calls[-1]) == (hashed.read_bytes,) * 3
+    again = sum(len(tensors[n].data) for n in scales)
+    assert (listed + again, *calls[-1]) == (hashed.read_bytes,) * 3
     assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
+
+
+def test_alone_each_file_is_read_once_on_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte for its file's hash, the codes at the same time; only the scales in front of them twice."""
+    make_checkpoint(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "alone", "--max-shard-size", "500kB")
+    times: dict[str, Any] = {path.name: np.zeros(path.stat().st_size, int) for path in (tmp_path / "alone").iterdir()}
+    readers: set[int] = set()
+    began: list[int] = []
+    real = LocalFiles.read_into
+
+    def read(self: LocalFiles, name: str, offset: int, buffer: memoryview) -> None:
+        if began and name.endswith(".safetensors"):
+            times[name][offset : offset + len(buffer)] += 1
+            readers.add(threading.get_ident())
+            time.sleep(0.001)
+        real(self, name, offset, buffer)
+
+    monkeypatch.setattr(LocalFiles, "read_into", read)
+    result = verify_with(lambda done, total: began.append(done), tmp_path / "alone", max_workers=3)
+    assert result.exit_code == 0 and result.hashed and len(readers) == 3
+    shards = read_folder(tmp_path / "alone")
+    twice = 0
+    for name in shards:
+        data = (tmp_path / "alone" / name).read_bytes()
+        assert times[name].min() == 1 and times[name].max() <= 2
+        twice += int((times[name] == 2).sum())
+        for tensor, stored in shards[name].items():
+            if not tensor.endswith("scale"):
+                start = data.index(stored.data, 8)
+                assert len(stored.data) < 64 or (times[name][start : start + len(stored.data)] == 1).all(), tensor
+    assert twice == sum(len(t.data) for some in shards.values() for n, t in some.items() if n.endswith(".scale"))
 
 
 def test_a_manifest_may_be_as_large_as_the_checkpoint_has_tensors(pair: tuple[Path, Path], tmp_path: Path) -> None:
