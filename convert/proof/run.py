@@ -194,23 +194,6 @@ def _look_at_files(findings: Findings, whole: list[WholeFile], output: Checkpoin
     report()
 
 
-def _journal(
-    source: Checkpoint, output: Checkpoint, files: dict[str, Files], settings: Settings, share: Share, band: int
-) -> Journal | None:
-    """The journal of a pair; None if none is to be kept, or can be."""
-    if settings.journals is None:
-        return None
-    sides = {"source": source, "output": output}
-    identity = {
-        "sides": {side: [files[side].label, checkpoint.headers_sha256] for side, checkpoint in sides.items()},
-        "folder": os.getcwd(),  # labels may be relative paths
-        "inverse": settings.inverse,
-        "band": band,
-        "share": [share.index, share.count],
-    }
-    return open_journal(settings.journals, identity, files, {side: one.shards for side, one in sides.items()})
-
-
 def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
     """Compare configs and side files with each other, and configs and indexes with the headers."""
     if source is not None:
@@ -283,7 +266,10 @@ def _compare(
     findings.total = sum(piece.size for piece in pieces) + sum(bytes_to_read(f, findings.compared) for f in whole)
     findings.advance()
     files = {side.where: side.files for side in (source, output) if side is not None}
-    journal = None if source is None else _journal(source, output, files, settings, share, band)
+    journal = None
+    if source is not None and settings.journals is not None:
+        how = {"inverse": settings.inverse, "band": band, "share": [share.index, share.count]}
+        journal = open_journal(settings.journals, [source, output], how)
     findings.is_kept = journal is not None and journal.holds
     with journal or nullcontext():
         if whole:

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 
 from dsv4.convert.proof.compare_tensor import Piece
 from dsv4.convert.proof.files import Files
+from dsv4.convert.proof.layout import Checkpoint
 from dsv4.convert.proof.plan import ComparedTensor
 from dsv4.convert.proof.tally import Tally
 from dsv4.convert.proof.values.formats import Array
@@ -220,18 +221,22 @@ def _remove_unused(folder: Path) -> None:
                 path.unlink()
 
 
-def open_journal(
-    folder: Path, identity: dict[str, Any], files: Mapping[str, Files], shards: Mapping[str, list[str]]
-) -> Journal | None:
+def open_journal(folder: Path, sides: Sequence[Checkpoint], how: dict[str, Any]) -> Journal | None:
     """The journal of a pair. None if the folder cannot be used, or another run has the journal: then nothing is kept.
 
-    identity: all beside the code and the shards that decides what a piece's tally is, as plain data.
+    how: all beside the code and the checkpoints that decides what a piece's tally is, as plain data.
     """
-    text = json.dumps({"code": code_hash(), **identity}, sort_keys=True)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{_ENDING}"
+    identity = {
+        "code": code_hash(),
+        "sides": {side.where: [side.files.label, side.headers_sha256] for side in sides},
+        "working folder": os.getcwd(),  # labels may be relative paths
+        "how": how,
+    }
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_unused(folder)
-        return Journal(path, files, shards)
+        files, shards = {side.where: side.files for side in sides}, {side.where: side.shards for side in sides}
+        return Journal(folder / f"{name}{_ENDING}", files, shards)
     except OSError:
         return None
