@@ -82,6 +82,10 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
     drafts = sum(w.is_routed_expert and w.is_draft and w.format is Format.PLAIN for w in weights)
     if wanted is not None and drafts:
         notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
+    if CONVERSIONS[settings.to].way_back:
+        rounded = sum(w.info.released_dtype == "F8_E4M3" and w.info.dtype == "F32" for w in weights)
+        if rounded:
+            notes.append(f"{rounded} weights that the release has in FP8 were rounded to Q8_0: they become float32")
     if settings.wo_a == "fp8" and any(w.is_wo_a and w.stored == "bf16" and not w.info.released_dtype for w in weights):
         notes.append("wo_a is BF16 in the source and stays so: FP8 would be a new quantization")
     return notes

@@ -12,6 +12,7 @@ from dsv4.errors import UsageError
 from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, WoA
 
 OnInexact = Literal["error", "keep", "round"]
+Dense = Literal["bf16", "q8_0"]
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 DEFAULT_TARGET: TargetName = "base"
@@ -64,7 +65,8 @@ class Settings:
     """The options that decide the bytes of the output. Two runs with equal settings and source write equal files.
 
     model_parallel: number of rank files, 1 for a Hugging Face folder. scale_dtype, wo_a: None leaves them as the source
-    has them. max_shard_bytes: largest output shard; 0 for rank files, which have no limit.
+    has them. dense: type of the dense FP8 weights in a GGUF file. max_shard_bytes: largest output shard; 0 for rank
+    files, which have no limit.
     """
 
     to: To
@@ -75,6 +77,7 @@ class Settings:
     wo_a: WoA | None
     on_inexact: OnInexact
     max_shard_bytes: int
+    dense: Dense = "bf16"
 
     def to_json(self) -> dict[str, Any]:
         """The settings for manifest and journal, under the names of the command line's options."""
@@ -87,6 +90,7 @@ class Settings:
             "wo_a": self.wo_a,
             "on_inexact": self.on_inexact,
             "max_shard_size": self.max_shard_bytes,
+            **({"dense": self.dense} if self.dense != "bf16" else {}),
         }
 
 
@@ -159,6 +163,7 @@ def resolve(
     wo_a: WoA | None = None,
     on_inexact: OnInexact = "error",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    dense: Dense = "bf16",
 ) -> Settings:
     """The options of one run, completed by the target's.
 
@@ -167,6 +172,9 @@ def resolve(
     check_choice("--to", to, CONVERSIONS)
     check_choice("--layout", layout, get_args(Layout))
     check_choice("--on-inexact", on_inexact, get_args(OnInexact))
+    check_choice("--dense", dense, get_args(Dense))
+    if dense != "bf16" and to != "gguf":
+        raise UsageError(f"--dense {dense} goes with --to gguf")
     for option, value, choices in (
         ("--target", target, TARGETS),
         ("--scale-dtype", scale_dtype, get_args(ScaleDtype)),
@@ -191,4 +199,5 @@ def resolve(
         wo_a=wo_a,
         on_inexact=on_inexact,
         max_shard_bytes=max_shard_bytes,
+        dense=dense,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsv4.convert.proof.forms.packing import Packing
-from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
+from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, errors, float_scales, no_scales
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
 
@@ -259,6 +259,9 @@ class PieceComparison:
         if result.different is None:
             return
         self.tally.different += int(np.count_nonzero(result.different))
+        largest, total = errors(source, output, result.different)
+        self.tally.largest_error = max(self.tally.largest_error, largest)
+        self.tally.error_sum += total
         if block := coarse_block(self.compared):
             self.tally.blocks.update(count_blocks(result.different, start, block))
         if len(self.tally.first) < FIRST_DIFFERENCES:

@@ -27,6 +27,7 @@ STATUSES = {
 _STATUS_OF_KIND = {"missing": "-", "extra": "+", "unreadable": "!", "different": "*", "scan": "="}
 _SEVERITY = ".=≈+-*!"  # from not checked to unreadable: a cell of the proof grid shows the worst
 BLOCKS_LISTED = 4096  # differing blocks listed per tensor; an expert of the largest release has 1,344
+_NUMBER = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"((?:layers|mtp)\.\d+)\.ffn\.experts\.(\d+)\..*")
 
 
@@ -69,6 +70,9 @@ def _counts(compared: ComparedTensor, tally: Tally) -> dict[str, Any]:
     if tally.different:
         found["different_elements"] = tally.different
         found["first_differences"] = tally.first
+        if compared.kind == "values":
+            found["largest_error"] = tally.largest_error
+            found["mean_error"] = _mean_error([tally])
     block = coarse_block(compared)
     if tally.blocks and block:
         found["block"] = list(block)
@@ -82,6 +86,12 @@ def _counts(compared: ComparedTensor, tally: Tally) -> dict[str, Any]:
     if tally.rebuilt:
         found["rebuilt"] = dict(tally.rebuilt)
     return found
+
+
+def _mean_error(tallies: list[Tally]) -> float:
+    """Over all elements, to six digits: the order in which threads finish shows in later ones."""
+    mean = sum(tally.error_sum for tally in tallies) / max(sum(tally.elements for tally in tallies), 1)
+    return float(f"{mean:.6g}")
 
 
 def _counts_of_codes(tally: Tally) -> dict[str, Any]:
@@ -279,6 +289,24 @@ class Verification:
             for module in sorted(cells, key=module_order)
         }
 
+    def errors_by_kind(self) -> dict[str, dict[str, Any]]:
+        """Kind of tensor -> how many differ in value, their largest error, and the mean over all of their elements.
+
+        The kind is the name without numbers: `layers.3.attn.wq_a.weight` -> `layers.*.attn.wq_a.weight`.
+        """
+        kinds: dict[str, list[Tally]] = {}
+        for result in self.results:
+            if result.compared is not None and result.compared.kind == "values" and result.tally.different:
+                kinds.setdefault(_NUMBER.sub(".*.", result.name), []).append(result.tally)
+        return {
+            kind: {
+                "tensors": len(tallies),
+                "largest_error": max(tally.largest_error for tally in tallies),
+                "mean_error": _mean_error(tallies),
+            }
+            for kind, tallies in kinds.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data."""
         found: dict[str, Any] = {
@@ -296,6 +324,7 @@ class Verification:
             "positive_zeros_became_negative": self.gained_signs,
             "problems": [problem.to_json() for problem in self.problems],
             "differences": [result.to_json() for result in self.results if result.status not in "=≈"],
+            "errors": self.errors_by_kind(),
             "experts": self._grid(),
             "others": self._others(),
             "statistics": self.statistics.to_json(),

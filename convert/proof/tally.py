@@ -28,6 +28,8 @@ class Tally:
 
     elements: int = 0
     different: int = 0
+    largest_error: float = 0.0  # of the elements that differ, as far as both sides are numbers
+    error_sum: float = 0.0
     bytes_differ: bool = False
     scale_bytes_differ: bool = False
     copies_differ: set[str] = field(default_factory=set)
@@ -46,8 +48,9 @@ class Tally:
 
     def add(self, other: "Tally") -> None:
         """Merge the tally of other rows."""
-        for name in ("elements", "different", "lost_sign", "gained_sign", "other_scale"):
+        for name in ("elements", "different", "error_sum", "lost_sign", "gained_sign", "other_scale"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest_error = max(self.largest_error, other.largest_error)
         self.bytes_differ |= other.bytes_differ
         self.scale_bytes_differ |= other.scale_bytes_differ
         self.copies_differ |= other.copies_differ

@@ -6,7 +6,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.partition import All
 from dsv4.convert.plan.plan import make_plan
-from dsv4.convert.plan.settings import OnInexact, To, check_count, resolve
+from dsv4.convert.plan.settings import Dense, OnInexact, To, check_count, resolve
 from dsv4.convert.write.shards.resources import decide_resources
 from dsv4.machine import parse_size, usable_cores
 from dsv4.progress import Progress, ignore
@@ -25,6 +25,7 @@ def convert(
     scale_dtype: ScaleDtype | None = None,
     wo_a: WoA | None = None,
     on_inexact: OnInexact = "error",
+    dense: Dense = "bf16",
     max_shard_size: int | str = "5GB",
     max_workers: int | None = None,
     max_memory: int | str | None = None,
@@ -48,6 +49,7 @@ def convert(
         scale_dtype=scale_dtype,
         wo_a=wo_a,
         on_inexact=on_inexact,
+        dense=dense,
         max_shard_bytes=parse_size(max_shard_size),
     )
     if max_workers is not None:

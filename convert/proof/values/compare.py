@@ -265,4 +265,28 @@ def compare(first: RowBand, second: RowBand) -> Comparison:
     return _compare_integers(first, second)
 
 
+def errors(first: RowBand, second: RowBand, different: Array) -> tuple[float, float]:
+    """(largest, sum) of the absolute differences where `different` [rows, columns], NaN and infinity left out.
+
+    In float64, which holds every product of a code and a scale; only the differences are rounded.
+    """
+    largest, total = 0.0, 0.0
+    step = max(1, SLOW_ELEMENTS // first.columns)
+    for start in range(0, first.rows, step):
+        stop = min(start + step, first.rows)
+        where = different[start:stop]
+        if not where.any():
+            continue
+        a, b = exact_values(first, start, stop), exact_values(second, start, stop)
+        where = where & ~(a.special | b.special)
+        gaps = np.abs(_float64(a)[where] - _float64(b)[where])
+        largest, total = max(largest, float(gaps.max(initial=0.0))), total + float(gaps.sum())
+    return largest, total
+
+
+def _float64(values: Values) -> Array:
+    magnitude: Array = np.ldexp(values.mantissa.astype(np.float64), values.exponent.astype(np.int64))
+    return np.where(values.negative, -magnitude, magnitude)
+
+
 FORMATS = {"F4": E2M1, "F8_E4M3": E4M3, "BF16": BF16, "F32": F32}

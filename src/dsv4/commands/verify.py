@@ -102,6 +102,19 @@ def _print_signs(out: output.Output, found: dict[str, Any]) -> None:
             out.text(f"{found[key]:,} {words} (equal in value; --strict makes this a difference)")
 
 
+def _print_errors(out: output.Output, found: dict[str, Any]) -> None:
+    """How far values are apart, by the kind of tensor."""
+    if not found["errors"]:
+        return
+    head = ["tensors that differ", "number", "largest error", "mean error"]
+    rows = [
+        [kind, str(e["tensors"]), f"{e['largest_error']:.3g}", f"{e['mean_error']:.3g}"]
+        for kind, e in list(found["errors"].items())[:SHOWN]
+    ]
+    for line in aligned([head, *rows], right=[1, 2, 3]):
+        out.text(line)
+
+
 def _print_inverse(out: output.Output, found: dict[str, Any]) -> None:
     inverse = found.get("inverse")
     if inverse is None:
@@ -122,6 +135,7 @@ def _print_findings(out: output.Output, result: "Verification", found: dict[str,
     from dsv4.convert.proof.index import ignored_lines
 
     _print_differences(out, found["differences"])
+    _print_errors(out, found)
     for line in ignored_lines(found["ignored"]):
         out.text(line)
     for problem in found["problems"]:
@@ -152,7 +166,8 @@ def _write_report(report: Path, found: dict[str, Any], out: output.Output) -> No
 
 def _runs(folder: Path) -> bool:
     """Is this a folder that `dsv4 run` takes, rather than rank files or a repository?"""
-    return any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors"))
+    names = ("model.safetensors.index.json", "model.safetensors")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("model*.gguf"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,57 @@ def test_a_source_without_tokenizer_is_said(tmp_path: Path) -> None:
     assert fields(next((tmp_path / "out").glob("model-00001*")))["tokenizer.ggml.model"] == "none"
 
 
+class TestQ8:
+    """`--dense q8_0` rounds as ggml does, and says and counts it."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def rounded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("q8") / "out"
+        said = convert(source, folder, "--to", "gguf", "--dense", "q8_0")
+        assert "NOT exact" in said and "--dense q8_0" in said
+        return folder, read_json(folder / "dsv4.json")["summary"]
+
+    def test_the_bytes_are_ggml_s_and_the_changes_are_counted(
+        self, source: Path, rounded: tuple[Path, dict[str, Any]]
+    ) -> None:
+        before, (folder, summary) = tensors_of(source), rounded
+        names = {f"blk.{layer}.{new}": f"layers.{layer}.{old}" for layer in range(LAYERS) for old, new in LAYER.items()}
+        names |= {f"blk.{LAYERS}.{new}": f"mtp.0.{old}" for old, new in LAYER.items()}
+        tensors = {name: t for tensors in tensors_by_file(folder).values() for name, t in tensors.items()}
+        found = [name for name, tensor in tensors.items() if tensor.tensor_type == TYPES.Q8_0]
+        changed = 0
+        for name in found:
+            exact = values(names[name], before)
+            blocks = gguf.quants.quantize(exact.astype(np.float32), TYPES.Q8_0)
+            assert np.array_equal(tensors[name].data, blocks), name
+            changed += int((gguf.quants.dequantize(blocks, TYPES.Q8_0) != exact).sum())
+        assert len(found) > 20 and changed == summary["changed_elements"] > 0
+
+    def test_verify_says_how_far_off_each_kind_is(self, source: Path, rounded: tuple[Path, dict[str, Any]]) -> None:
+        before, found = tensors_of(source), verify(source, rounded[0])
+        different = [result.name for result in found.results if result.status == "*"]
+        assert found.exit_code == 1 and not [name for name in different if ".experts." in name]
+        gaps = []
+        for layer in range(LAYERS):
+            exact = values(f"layers.{layer}.attn.wkv.weight", before)
+            blocks = gguf.quants.quantize(exact.astype(np.float32), TYPES.Q8_0)
+            gaps.append(np.abs(gguf.quants.dequantize(blocks, TYPES.Q8_0).astype(np.float64) - exact))
+        said = found.to_json()["errors"]["layers.*.attn.wkv.weight"]
+        assert said["tensors"] == LAYERS and said["largest_error"] == np.max(gaps)
+        assert said["mean_error"] == pytest.approx(np.mean(gaps), rel=1e-5)  # it is shown to six digits
+        _, out, _ = dsv4("verify", source, rounded[0])
+        assert re.search(r"layers\.\*\.attn\.wkv\.weight +3 ", out)
+
+    def test_the_way_back_says_that_it_is_none(self, rounded: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+        assert "were rounded to Q8_0" in convert(rounded[0], tmp_path / "back", "--to", "fp4")
+        assert verify(rounded[0], tmp_path / "back").exit_code == 0
+
+    def test_it_goes_with_gguf_only(self, source: Path, tmp_path: Path) -> None:
+        code, _, err = dsv4("convert", source, tmp_path / "out", "--dense", "q8_0")
+        assert code == 2 and "--to gguf" in err
+
+
 class TestBadSources:
     @pytest.fixture
     def copy(self, source: Path, tmp_path: Path) -> Path:

@@ -109,7 +109,60 @@ class Converted(Recipe):
         return PieceResult(narrow, raw)
 
 
-STACKED, PROJECTIONS, CONVERTED = Stacked(), Projections(), Converted()
+class Rounded(Recipe):
+    """FP8 weights in Q8_0, for `--dense q8_0`: 32 elements as signed bytes under a float16. Elements that change count.
+
+    As ggml does it, to the bit: the factor is the largest magnitude / 127, elements are divided by it in float32 and
+    rounded half away from zero.
+    """
+
+    def takes(self, weight: Weight) -> bool:
+        """FP8 weights."""
+        return weight.format is Format.FP8
+
+    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+        """One tensor in blocks."""
+        assert weight.scale is not None and weight.block is not None
+        shape, reads = weight.logical_shape, (weight.info, weight.scale)
+        size = _size("Q8_0", shape, weight)
+        return [
+            OutputTensor(weight.name, "Q8_0", shape, self, weight, reads, row_unit=weight.block.rows, stored_bytes=size)
+        ]
+
+    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+        """Blocks of some rows."""
+        exact = bf16.RECIPE.compute(checkpoint, piece, None)
+        bits = exact.data.view(np.uint16).reshape(-1, GROUP_SIZE).astype(np.uint32) << np.uint32(16)
+        blocks, counts = to_q8_0(bits.view(np.float32))
+        counts.changed = max(counts.changed, exact.counts.changed)
+        return PieceResult(blocks, exact.source, counts)
+
+    def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
+        """How many elements changed, and by how much."""
+        entry = super().entry(tensor, counts, scan)
+        if counts.squared_value:
+            entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
+            entry["max_error"] = counts.max_error
+        return entry
+
+
+def to_q8_0(values: Array) -> tuple[Array, Counts]:
+    """float32 [n, 32] -> blocks uint8 [n, 34], and what changed."""
+    factor = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), factor, out=np.zeros_like(factor), where=factor != 0)
+    scaled = values * inverse
+    whole = np.floor(np.abs(scaled))
+    rounded = np.sign(scaled) * (whole + np.floor(2 * (np.abs(scaled) - whole)))  # half away from zero
+    stored = factor.astype(np.float16)
+    error = (rounded * stored.astype(np.float32)).astype(np.float64) - values
+    counts = Counts(
+        changed=int(np.count_nonzero(error)), squared_error=float((error**2).sum()),
+        squared_value=float((values.astype(np.float64) ** 2).sum()), max_error=float(np.abs(error).max(initial=0)),
+    )  # fmt: skip
+    return np.concatenate((stored.view(np.uint8), rounded.astype(np.int8).view(np.uint8)), axis=1), counts
+
+
+STACKED, PROJECTIONS, CONVERTED, ROUNDED = Stacked(), Projections(), Converted(), Rounded()
 
 
 def _pairs(reads: tuple[TensorInfo, ...]) -> list[tuple[TensorInfo, TensorInfo]]:
@@ -153,6 +206,8 @@ def projections(name: str, parts: list[Weight]) -> OutputTensor:
 
 def tensor_of(name: str, weight: Weight, settings: Settings, config: dict[str, Any]) -> OutputTensor:
     """Any other tensor, under its name in the file. Raises InputError for a dtype that GGUF does not have."""
+    if weight.format is Format.FP8 and settings.dense == "q8_0":
+        return replace(ROUNDED.outputs(weight, settings, config)[0], name=name)
     if weight.format is not Format.PLAIN:
         (decoded,) = bf16.RECIPE.outputs(weight, settings, config)
         _size("BF16", weight.logical_shape, weight)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
-from dsv4.convert.plan.settings import OnInexact, Settings, To, resolve
+from dsv4.convert.plan.settings import Dense, OnInexact, Settings, To, resolve
 from dsv4.errors import UsageError
 from dsv4.machine import parse_size
 from dsv4.options import (
@@ -54,6 +54,10 @@ class ConvertOptions:
     on_inexact: Annotated[
         OnInexact, typer.Option(help="What to do with a block without an exact form; keep: leave its tensor as it is.")
     ] = "error"
+    dense: Annotated[
+        Dense,
+        typer.Option(help="Of --to gguf: dense FP8 weights as bf16, exactly, or as q8_0, rounded, in half the bytes."),
+    ] = "bf16"
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what dsv4 wrote into OUTPUT before.")] = False
@@ -87,6 +91,7 @@ class ConvertOptions:
             wo_a=self.wo_a,
             on_inexact=self.on_inexact,
             max_shard_bytes=parse_size(self.max_shard_size),
+            dense=self.dense,
         )
 
     def memory(self) -> int | None:

@@ -62,11 +62,12 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
     )
 
 
-def _verdict(summary: dict[str, int], kept: list[str]) -> str:
+def _verdict(summary: dict[str, int], kept: list[str], settings: Settings) -> str:
     if kept:
         return f"{len(kept)} tensors have no exact form and were kept as they are"
     if summary["inexact_blocks"] or summary["changed_elements"]:
-        return f"NOT exact: {summary['changed_elements']:,} elements were rounded (--on-inexact round)"
+        asked = "--on-inexact round" if settings.dense == "bf16" else f"--dense {settings.dense}"
+        return f"NOT exact: {summary['changed_elements']:,} elements were rounded ({asked})"
     if summary["blocks"]:
         return f"every block exact: {summary['blocks']:,} blocks, scales span at most 2^{summary['max_span']}"
     return "every value exact"
@@ -113,7 +114,7 @@ def print_result(out: output.Output, result: "Result", source: str, caveats: tup
     )
     if result.shards_reused:
         out.say(f"{result.shards_reused} shards were there already and are whole")
-    out.say(_verdict(result.summary, result.kept_tensors))
+    out.say(_verdict(result.summary, result.kept_tensors, result.plan.settings))
     _warn(out, result, caveats)
     out.hint(next_step)
 
