@@ -99,15 +99,17 @@ class WindowAttention:
 
     def project(self, output: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[T, H, c] -> [T, D]: rotated back; each group of heads through its rows of wo_a, all groups through wo_b."""
-        output = self._rotary.rotate(output, positions, inverse=True)
-        numerics, rank = self._numerics, self._config.o_lora_rank
-        matrix, ranks = self._weights.matrix("wo_a.weight"), self._numerics.group
-        count = self._config.o_groups // ranks.count
+        low = self._low_rank(self._rotary.rotate(output, positions, inverse=True))
+        matrix = self._weights.matrix("wo_b.weight")
+        return self._numerics.group.all_gather(self._numerics.quantized_linear(low, matrix))
+
+    def _low_rank(self, output: torch.Tensor) -> torch.Tensor:
+        """[T, H, c] -> [T, o_groups * o_lora_rank]. Lets go of wo_a before wo_b is asked for: one may be in memory."""
+        numerics, rank, ranks = self._numerics, self._config.o_lora_rank, self._numerics.group
+        matrix, count = self._weights.matrix("wo_a.weight"), self._config.o_groups // ranks.count
         groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
         products = [Product(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(count)]
-        parts = numerics.kernels.linears(products, numerics.dtype)
-        low = ranks.all_gather(torch.cat(parts, dim=-1))
-        return ranks.all_gather(numerics.quantized_linear(low, self._weights.matrix("wo_b.weight")))
+        return ranks.all_gather(torch.cat(numerics.kernels.linears(products, numerics.dtype), dim=-1))
 
     def _normed(self, q: torch.Tensor) -> torch.Tensor:
         """Queries [T, H, c] before their rotation."""

@@ -12,7 +12,7 @@ import torch
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError, MachineError
-from dsv4.model import load
+from dsv4.model import load, weight_store
 from dsv4.model.reading import matrices
 from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Transformer
@@ -148,6 +148,15 @@ def test_a_weight_is_checked_when_it_is_read_first(folder: Path, monkeypatch: py
     first, reads = len(checked), model.store.reads
     steps(model)
     assert first and len(checked) == first and model.store.reads > reads
+
+
+def test_what_passes_through_has_room_within_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no dense matrix stays in memory, none is asked for while another fills the room that is left for one."""
+    outside: list[int] = []
+    monkeypatch.setattr(weight_store, "fresh", lambda nbytes: outside.append(nbytes) or matrices.fresh(nbytes))
+    model = load(folder, max_memory=smallest(folder))
+    steps(model)
+    assert model.store.reads > 50 and not outside
 
 
 def test_statistics(folder: Path) -> None:
