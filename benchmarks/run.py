@@ -1,35 +1,230 @@
-"""How fast is the engine? Against transformers on the same weights and machine, and against the memory bandwidth.
+"""How fast is the engine? Against transformers on the same weights, and against the rate at which memory is read.
 
-    python benchmarks/run.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512] [--rounds 3] [--threads N]
+    python benchmarks/run.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512] [--processes 3] [--rows NAME ...]
 
 Makes a checkpoint with the layer dimensions of V4-Flash (hidden size 4096, 64 heads of 512, experts of 2048, six of
-them per token; few layers, experts and words) in FOLDER, converts it to BF16 for transformers, and measures in turns:
+them per token; few layers, experts and words) in FOLDER, and converts it to BF16 for transformers. Then it starts the
+rows below in turn, each several times as a process of its own, because where a process's memory lies changes its speed
+more than anything else does. A process measures
 
-- decode: single steps after a prompt, the median step;
+- decode: single steps after a prompt of 32 tokens, the median step;
 - prefill: a prompt of `--tokens`, logits of the last one only;
-- the bandwidth bound: bytes of the weights that one token uses, over the rate at which this machine copies memory.
+- the bound: how fast this machine reads memory just then, and so the share of it that decode reaches. What other
+  processes used of the processor meanwhile is printed as "foreign"; where it is not near zero, only ratios mean much.
 
-transformers runs in bfloat16 with whichever of its two expert implementations is faster, each phase on its own.
-Wall time and CPU time are given: on a machine that others use as well, only the second means anything.
+transformers runs in bfloat16 with each of its two expert implementations; the faster counts. Loading and experts
+in files are in loading.py, a GPU is in gpu.py.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
+import psutil
 
+from dsv4 import machine
 from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.model import load
-from dsv4.model.transformer import Transformer
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager")
 RATIOS = (0, 4, 128)
-Times = list[tuple[float, float]]  # wall and CPU seconds
+PROMPT, STEPS, PREFILLS = 32, 40, 2
+BUSY = "while True: pass"
+BANDWIDTH_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind of process: the engine, its threads (0: as many as cores), variables, busy processes beside it."""
+
+    name: str
+    engine: str = "dsv4"
+    threads: int = 0
+    busy: int = 0
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+ROWS = (
+    Row("dsv4"),
+    Row("dsv4, 1 thread", threads=1),
+    Row("dsv4, AVX2", variables={"DSV4_KERNELS": "avx2"}),
+    Row("dsv4, plain", variables={"DSV4_KERNELS": "plain"}),
+    Row("dsv4, 1 busy process", busy=1),
+    Row("dsv4, 2 busy processes", busy=2),
+    *(Row(f"transformers, {name}", name) for name in EXPERT_IMPLEMENTATIONS),
+)
+
+
+class Engine(Protocol):
+    """What a row measures. Token ids are int64 [1, n]."""
+
+    def prefill(self, ids: Any) -> None:
+        """A fresh cache and the whole prompt."""
+
+    def step(self, ids: Any) -> None:
+        """More tokens."""
+
+
+class Ours:
+    """The engine, simulation on."""
+
+    def __init__(self, folder: Path) -> None:
+        from dsv4.model import load
+
+        self.model = load(folder / "flash")
+        self.cache = self.model.new_cache(1)
+
+    def prefill(self, ids: Any) -> None:
+        """See Engine."""
+        self.cache = self.model.new_cache(1)
+        self.step(ids)
+
+    def step(self, ids: Any) -> None:
+        """See Engine."""
+        self.model.forward(ids, self.cache, rows="last")
+
+    def active_bytes(self) -> int:
+        """Stored bytes of the weights that one token uses: all but the embedding and the experts not chosen."""
+        sizes, config = self.model.store.sizes, self.model.config
+        routed = sum(size for name, size in sizes.items() if ".experts." in name)
+        rest = sum(size for name, size in sizes.items() if ".experts." not in name and name != "embed.weight")
+        return rest + routed * config.num_experts_per_tok // config.n_routed_experts
+
+
+class Theirs:
+    """transformers in bfloat16 with one of its expert implementations."""
+
+    def __init__(self, model: Any, implementation: str) -> None:
+        self.model, self.implementation = model, implementation
+        self.cache: object = None
+
+    def prefill(self, ids: Any) -> None:
+        """See Engine."""
+        from transformers.cache_utils import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+        self.step(ids)
+
+    def step(self, ids: Any) -> None:
+        """See Engine."""
+        import torch
+
+        self.model.set_experts_implementation(self.implementation)
+        with torch.inference_mode():
+            self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1)
+
+
+def load_theirs(folder: Path, implementation: str) -> Theirs:
+    """transformers' model of the BF16 copy."""
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    model = DeepseekV4ForCausalLM.from_pretrained(folder / "flash-bf16", dtype=torch.bfloat16)
+    return Theirs(model.eval(), implementation)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that torch's threads read from memory when they add up half a gigabyte."""
+    import torch
+
+    numbers = torch.ones(BANDWIDTH_BYTES // 4)
+    return BANDWIDTH_BYTES / min(seconds(numbers.sum) for _ in range(5))
+
+
+@contextmanager
+def foreign_load(result: dict[str, Any]) -> Iterator[None]:
+    """Put into `result` the share of all processors that other processes used meanwhile."""
+
+    def used() -> tuple[float, float]:
+        times, own = psutil.cpu_times(), os.times()
+        busy = times.user + times.nice + times.system + getattr(times, "steal", 0.0)
+        return busy, own.user + own.system
+
+    start, (busy, own) = time.perf_counter(), used()
+    yield
+    (busy_after, own_after), cores = used(), psutil.cpu_count() or 1
+    result["foreign"] = max(0.0, busy_after - busy - own_after + own) / (time.perf_counter() - start) / cores
+
+
+def measure(engine: Engine, tokens: int) -> dict[str, Any]:
+    """Medians of decode and prefill in tokens per second, after a step and a prompt that warm up."""
+    import torch
+
+    ids = torch.randint(0, 16384, (1, max(tokens, PROMPT + STEPS + 4)), generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {}
+    engine.prefill(ids[:, :PROMPT])
+    for i in range(4):
+        engine.step(ids[:, i : i + 1])
+    with foreign_load(found):
+        steps = [seconds(lambda i=i: engine.step(ids[:, i : i + 1])) for i in range(STEPS)]
+        prompts = [seconds(lambda: engine.prefill(ids[:, :tokens])) for _ in range(PREFILLS + 1)][1:]
+    return found | {"decode": 1 / statistics.median(steps), "prefill": tokens / statistics.median(prompts)}
+
+
+def work(row: Row, folder: Path, tokens: int) -> dict[str, Any]:
+    """What a process of a row prints as JSON."""
+    import torch
+
+    torch.set_num_threads(row.threads or machine.usable_cores())
+    if row.engine != "dsv4":
+        return measure(load_theirs(folder, row.engine), tokens)
+    engine = Ours(folder)
+    found = measure(engine, tokens)
+    return found | {"bandwidth": read_bandwidth(), "bytes": engine.active_bytes()}
+
+
+def start(row: Row, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one process of a row, with busy processes beside it if the row has them."""
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(row.busy)]
+    command = [sys.executable, __file__, str(folder), "--tokens", str(arguments.tokens), "--work", row.name]
+    try:
+        done = subprocess.run(command, env=os.environ | row.variables, capture_output=True, text=True, check=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def cells(results: list[dict[str, Any]], key: str) -> str:
+    """Median, smallest and largest of a figure over the processes of a row."""
+    values = [result[key] for result in results]
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def report(found: dict[str, list[dict[str, Any]]]) -> None:
+    """The table, and how the engine compares with the faster transformers."""
+    print("\n| row | decode, tokens/s | prefill, tokens/s | share of read bandwidth | foreign |\n|---|---|---|---|---|")
+    for name, results in found.items():
+        shares = [r["bytes"] * r["decode"] / r["bandwidth"] for r in results if "bandwidth" in r]
+        share = f"{statistics.median(shares):.0%}" if shares else ""
+        foreign = statistics.median(result["foreign"] for result in results)
+        print(f"| {name} | {cells(results, 'decode')} | {cells(results, 'prefill')} | {share} | {foreign:.0%} |")
+    ours, reads = found.get(ROWS[0].name), [r["bandwidth"] for rs in found.values() for r in rs if "bandwidth" in r]
+    if reads:
+        print(f"\nmemory is read at {statistics.median(reads) / 1e9:.1f} GB/s (up to {max(reads) / 1e9:.1f})")
+    for key in ("decode", "prefill") if ours else ():
+        own = statistics.median(result[key] for result in ours or ())
+        others = {n: statistics.median(r[key] for r in rs) for n, rs in found.items() if rs is not ours}
+        print(f"{key}: dsv4 is " + ", ".join(f"{own / other:.2f} of {name}" for name, other in others.items()))
 
 
 def flash(layers: int, experts: int) -> Geometry:
@@ -42,96 +237,26 @@ def flash(layers: int, experts: int) -> Geometry:
     )  # fmt: skip
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+def prepare(folder: Path, arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Make the checkpoints that are not there yet."""
+    if not (folder / "flash").exists():
+        geometry = flash(arguments.layers, arguments.experts)
+        make_checkpoint(folder / "flash", geometry=geometry, tokenizer=False)
+    if any(row.engine != "dsv4" for row in rows) and not (folder / "flash-bf16").exists():
+        convert(folder / "flash", folder / "flash-bf16", to="bf16")
 
 
-class Ours:
-    """The engine, simulation on."""
-
-    name = "dsv4"
-
-    def __init__(self, folder: Path) -> None:
-        self.model: Transformer = load(folder)
-        self.cache = self.model.new_cache(1)
-
-    def prefill(self, ids: torch.Tensor) -> None:
-        """A fresh cache and the whole prompt."""
-        self.cache = self.model.new_cache(1)
-        self.model.forward(ids, self.cache, rows="last")
-
-    def step(self, ids: torch.Tensor) -> None:
-        """One more token."""
-        self.model.forward(ids, self.cache, rows="last")
-
-
-class Theirs:
-    """transformers in bfloat16 with one of its expert implementations. The model is shared between them."""
-
-    def __init__(self, model: object, implementation: str) -> None:
-        self.name, self.model, self.implementation = f"transformers, {implementation}", model, implementation
-        self.cache: object = None
-
-    def prefill(self, ids: torch.Tensor) -> None:
-        """A fresh cache and the whole prompt."""
-        from transformers.cache_utils import DynamicCache
-
-        self.cache = DynamicCache(config=self.model.config)
-        self.step(ids)
-
-    def step(self, ids: torch.Tensor) -> None:
-        """More tokens."""
-        self.model.set_experts_implementation(self.implementation)
-        with torch.inference_mode():
-            self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=1)
-
-
-def measure(engines: list[Ours | Theirs], tokens: int, rounds: int) -> dict[str, dict[str, Times]]:
-    """Prefill and decode times of each engine, one after the other in every round; a first round warms up."""
-    ids = torch.randint(0, 16384, (1, tokens + rounds), generator=torch.Generator().manual_seed(0))
-    times: dict[str, dict[str, Times]] = {phase: {e.name: [] for e in engines} for phase in ("prefill", "decode")}
-    for number in range(rounds + 1):
-        for engine in engines:
-            prefill = timed(lambda engine=engine: engine.prefill(ids[:, :tokens]))
-            step = [timed(lambda engine=engine, i=i: engine.step(ids[:, i : i + 1])) for i in range(4)]
-            if number:
-                times["prefill"][engine.name].append(prefill)
-                times["decode"][engine.name] += step
-    return times
-
-
-def middle(times: Times) -> tuple[float, float]:
-    """Median wall and median CPU seconds."""
-    return statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times)
-
-
-def report(times: dict[str, dict[str, Times]], tokens: int) -> None:
-    """A table per phase: tokens per second, and our ratio to the faster transformers."""
-    for phase, count in (("prefill", tokens), ("decode", 1)):
-        print(f"\n| {phase} | tokens/s | ms/token | CPU ms/token |\n|---|---|---|---|")
-        medians = {name: middle(values) for name, values in times[phase].items()}
-        for name, (wall, cpu) in medians.items():
-            print(f"| {name} | {count / wall:.1f} | {wall / count * 1e3:.1f} | {cpu / count * 1e3:.1f} |")
-        wall, cpu = medians.pop(Ours.name)
-        best = [min(values[i] for values in medians.values()) for i in range(2)]
-        print(f"\n{phase}: {best[0] / wall:.2f} times as fast as transformers, {best[1] / cpu:.2f} times by CPU time")
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second read from memory when copying 512 MiB; the writes are as many again, and not counted."""
-    source, target = torch.ones(1 << 29, dtype=torch.uint8), torch.empty(1 << 29, dtype=torch.uint8)
-    return source.nbytes / min(timed(lambda: target.copy_(source))[0] for _ in range(5)) * 2
-
-
-def active_bytes(model: Transformer, experts: int) -> int:
-    """Stored bytes of the weights that one token uses: all but the embedding and the experts not chosen."""
-    sizes = model.store.sizes
-    routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    rest = sum(size for name, size in sizes.items() if ".experts." not in name and name != "embed.weight")
-    return rest + routed * model.config.num_experts_per_tok // experts
+def run(folder: Path, arguments: argparse.Namespace) -> None:
+    """All processes of all rows, in turn, and the table."""
+    rows = [row for row in ROWS if not arguments.rows or row.name in arguments.rows]
+    prepare(folder, arguments, rows)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number in range(arguments.processes):
+        for row in rows:
+            result = start(row, arguments, folder)
+            found.setdefault(row.name, []).append(result)
+            print(f"{number + 1}: {row.name}: {json.dumps(result)}", file=sys.stderr, flush=True)
+    report(found)
 
 
 def main() -> None:
@@ -140,33 +265,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.work:
+        row = next(row for row in ROWS if row.name == arguments.work)
+        print(json.dumps(work(row, arguments.folder, arguments.tokens)))
+        return
+    machine.limit_spinning()  # for the processes of the rows, as the command line does it
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or Path(scratch)
-        source, decoded = folder / "flash", folder / "flash-bf16"
-        if not source.exists():
-            make_checkpoint(source, geometry=flash(arguments.layers, arguments.experts), tokenizer=False)
-        if not decoded.exists():
-            convert(source, decoded, to="bf16")
-        run(source, decoded, arguments)
-
-
-def run(source: Path, decoded: Path, arguments: argparse.Namespace) -> None:
-    """Load both, measure, print."""
-    from transformers import DeepseekV4ForCausalLM
-
-    theirs = DeepseekV4ForCausalLM.from_pretrained(decoded, dtype=torch.bfloat16).eval()
-    ours = Ours(source)
-    engines = [ours, *(Theirs(theirs, name) for name in EXPERT_IMPLEMENTATIONS)]
-    times = measure(engines, arguments.tokens, arguments.rounds)
-    report(times, arguments.tokens)
-    used, rate = active_bytes(ours.model, arguments.experts), copy_bandwidth()
-    step = middle(times["decode"][Ours.name])[0]
-    print(f"\nweights per token {used / 1e6:.0f} MB, memory copies at {rate / 1e9:.1f} GB/s (read and written)")
-    print(f"decode: {used / rate / step:.0%} of the bandwidth bound, with {torch.get_num_threads()} thread(s)")
+        run(arguments.folder or Path(scratch), arguments)
 
 
 if __name__ == "__main__":
