@@ -20,6 +20,11 @@ CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+# (quota, period) of a container's processor time in microseconds: version 2 has both in one file
+PROCESSOR_TIME = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
 NO_LIMIT = 2**60  # version 1 writes a huge number where there is no limit
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -34,11 +39,36 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
+def _container_cores() -> int | None:
+    """Cores whose time the container that this process runs in may use, rounded up; None without a limit."""
+    for files in PROCESSOR_TIME:
+        try:
+            quota, period = map(int, " ".join(Path(file).read_text(encoding="ascii") for file in files).split())
+        except (OSError, ValueError):  # "max" is no number
+            continue
+        return -(-quota // period) if quota > 0 and period > 0 else None  # -1 is no limit
+    return None
+
+
+def _affinity_cores() -> int:
+    """Cores that the system may run this process on."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity and its container's share of processor time."""
+    return min(_affinity_cores(), _container_cores() or sys.maxsize)
+
+
+def limit_threads() -> None:
+    """Have torch start no more threads than its container runs at once, unless the user decided. Before it is imported.
+
+    torch knows of affinity only; threads beyond the container's share of processor time would wait for each other.
+    """
+    if usable_cores() < _affinity_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
 def total_memory() -> int:

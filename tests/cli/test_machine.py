@@ -52,8 +52,51 @@ def test_this_machine(tmp_path: Path) -> None:
     assert machine.free_bytes(tmp_path / "not" / "there") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
 
 
+@pytest.fixture
+def processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a container's limits of processor time, on a machine with eight cores; without OMP_NUM_THREADS."""
+    files = [(str(tmp_path / "cpu.max"),), (str(tmp_path / "quota"), str(tmp_path / "period"))]
+    monkeypatch.setattr(machine, "PROCESSOR_TIME", files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "to be put back")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "6400000 100000\n"}, None),  # more than the machine has
+        ({"quota": "-1\n", "period": "100000\n"}, None),
+        ({"quota": "150000\n", "period": "50000\n"}, 3),
+        ({"quota": "150000\n"}, None),
+    ],
+)
+def test_a_container_may_have_less_processor_time(
+    files: dict[str, str], cores: int | None, processor_time: Path
+) -> None:
+    for name, content in files.items():
+        (processor_time / name).write_text(content)
+    assert machine.usable_cores() == (cores or 8)
+    machine.limit_threads()
+    assert os.environ.get("OMP_NUM_THREADS") == (None if cores is None else str(cores))
+
+
+def test_the_user_decides_on_threads(processor_time: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (processor_time / "cpu.max").write_text("200000 100000\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    machine.limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
 @pytest.mark.parametrize("cores", [1, 3])
 def test_cores_that_may_be_used(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROCESSOR_TIME", [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert machine.usable_cores() == cores
     monkeypatch.delattr(os, "sched_getaffinity")
