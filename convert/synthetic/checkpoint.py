@@ -7,11 +7,12 @@ without a download:
     from dsv4.convert.synthetic.checkpoint import make_checkpoint
     make_checkpoint("small")
 
-A geometry says which architecture and which draft stages it has. Left out: Vision-Exp.
+A geometry says which architecture it is of, and what its edition has.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,8 +63,8 @@ class Release(NamedTuple):
     shards: Callable[[Any, int, bool], Iterator[Tensors]]
     config: Callable[[Any, str], dict[str, Any]]
     inference_config: Callable[[Any, str], dict[str, Any]]
-    encoder: tuple[str, str]
-    special_tokens: tuple[str, ...] = ()
+    encoder: Callable[[Any], tuple[str, str]]
+    special_tokens: Callable[[Any], tuple[str, ...]]
 
 
 RELEASES: dict[type, Release] = {
@@ -72,20 +73,27 @@ RELEASES: dict[type, Release] = {
         _v4_shards,
         config,
         inference_config,
-        (encoder.FILE, encoder.PREVIEW),
+        lambda g: (encoder.FILE, encoder.PREVIEW if g.dspark is None else encoder.RELEASE_0731),
+        lambda g: (v41.IMAGE_TOKEN,) if g.vision else (),
     ),
     V41Geometry: Release(
         v41.count_shards,
         v41.shards,
         v41.config,
         v41.inference_config,
-        (v41.ENCODER_FILE, v41.ENCODER),
-        v41.SPECIAL_TOKENS,
+        lambda g: (v41.ENCODER_FILE, v41.ENCODER),
+        lambda g: v41.SPECIAL_TOKENS,
     ),
 }
 
 # A geometry for each edition that `dsv4 demo` can show.
-EDITIONS: dict[str, AnyGeometry] = {"v4": Geometry(), "v4.1": V41Geometry()}
+_DRAFTS = Geometry(compress_ratios=(0, 4, 128, 4, 0, 0, 0), dspark=DSpark())
+EDITIONS: dict[str, AnyGeometry] = {
+    "v4": Geometry(),
+    "0731": _DRAFTS,
+    "vision-exp": replace(_DRAFTS, vision=True, rms_norm_eps=1e-20),
+    "v4.1": V41Geometry(),
+}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -113,10 +121,10 @@ def _write_side_files(folder: Path, geometry: AnyGeometry, expert_dtype: str, wi
     _write_json(folder / "generation_config.json", _GENERATION)
     (folder / "README.md").write_text(_README, encoding="utf-8")
     (folder / "LICENSE").write_text("MIT License\n", encoding="utf-8")
-    file, text = release.encoder
+    file, text = release.encoder(geometry)
     (folder / file).write_text(text, encoding="utf-8")
     if with_tokenizer:
-        (folder / "tokenizer.json").write_text(tokenizer_json(release.special_tokens), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer_json(release.special_tokens(geometry)), encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", tokenizer_config())
 
 

@@ -8,6 +8,8 @@ at a size that is written and run in about a second.
 from dataclasses import dataclass
 from typing import Any
 
+VISION_WIDTH, VISION_PATCH, VISION_DOWNSAMPLE = 32, 14, 3
+
 
 @dataclass(frozen=True)
 class DSpark:
@@ -65,6 +67,7 @@ class Geometry:
     swiglu_limit: float = 10.0
     rms_norm_eps: float = 1e-6
     dspark: DSpark | None = None
+    vision: bool = False  # what Vision-Exp has beside the text model
 
     @property
     def draft_stages(self) -> int:
@@ -75,6 +78,20 @@ class Geometry:
     def num_hidden_layers(self) -> int:
         """Layers of the main stack, draft stages not counted."""
         return len(self.compress_ratios) - self.draft_stages
+
+
+VISION_CONFIG = {
+    "vision_n_layers": 1,
+    "vision_dim": VISION_WIDTH,
+    "vision_n_heads": 1,
+    "vision_inter_dim": 2 * VISION_WIDTH,
+    "vision_patch_size": VISION_PATCH,
+    "vision_rope_theta": 10000.0,
+    "vision_downsample_ratio": VISION_DOWNSAMPLE,
+    "vision_max_n_token": 384,
+    "vision_min_pixels": 147456,
+    "vision_max_wh_ratio": 8,
+}
 
 
 def _quantization_config() -> dict[str, Any]:
@@ -149,7 +166,8 @@ def config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
         "compress_rope_theta": 160000,
         "compress_ratios": list(geometry.compress_ratios),
     }
-    return values if geometry.dspark is None else values | geometry.dspark.config()
+    drafts = {} if geometry.dspark is None else geometry.dspark.config()
+    return values | drafts | (VISION_CONFIG if geometry.vision else {})
 
 
 def inference_config(geometry: Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from .geometry import DSpark, Geometry
+from .geometry import VISION_DOWNSAMPLE, VISION_PATCH, VISION_WIDTH, DSpark, Geometry
 
 # How often each magnitude occurs, of 128: about what rounding a normal distribution to E2M1 gives.
 _MAGNITUDES = (15, 28, 24, 19, 19, 14, 8, 1)
@@ -154,6 +154,33 @@ class ModuleSource(Generic[G]):
         yield self._normal(f"{name}_base", (rows,), 0.8)
         yield self._normal(f"{name}_scale", (scales,), 0.15, 0.7)
 
+    def _image_bias(self, name: str, experts: int) -> tuple[str, torch.Tensor]:
+        """The router's bias for image tokens, far from the other one."""
+        return self._normal(f"{name}.gate.bias_vl", (experts,), 3.0)
+
+    def _image_vectors(self, *names: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            yield self._normal(f"image_{name}", (self.g.hidden_size,), 1.0, dtype=torch.bfloat16)
+
+    def vision(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One block of a vision tower, and the aligner."""
+        width, hidden = VISION_WIDTH, self.g.hidden_size
+        shapes = {
+            "vision.patch_embed.proj": (width, 3 * VISION_PATCH**2),
+            "vision.blocks.0.attn.wqkv": (3 * width, width),
+            "vision.blocks.0.attn.wo": (width, width),
+            "vision.blocks.0.mlp.w1": (4 * width, width),
+            "vision.blocks.0.mlp.w2": (width, 2 * width),
+            "aligner.w1": (hidden, width * VISION_DOWNSAMPLE**2),
+            "aligner.w2": (hidden, hidden),
+        }
+        for name, (rows, columns) in shapes.items():
+            yield self._bf16(name, rows, columns)
+            if ".mlp." not in name:
+                yield self._normal(f"{name}.bias", (rows,), 0.1, dtype=torch.bfloat16)
+        for name in ("vision.blocks.0.norm1", "vision.blocks.0.norm2", "vision.norm"):
+            yield self._norm(name, width)
+
 
 class TensorSource(ModuleSource[Geometry]):
     """Draws the tensors of one V4 checkpoint, module by module."""
@@ -187,8 +214,10 @@ class TensorSource(ModuleSource[Geometry]):
         yield self._bf16(f"{name}.gate", self.g.n_routed_experts, self.g.hidden_size, 2.0)
         if hashed:
             yield self._token_to_experts(f"{name}.gate.tid2eid")
-        else:
+        if self.g.vision or not hashed:
             yield self._normal(f"{name}.gate.bias", (self.g.n_routed_experts,), 0.3)
+        if self.g.vision:
+            yield self._image_bias(name, self.g.n_routed_experts)
         yield from self._shared_expert(f"{name}.shared_experts")
         for expert in range(self.g.n_routed_experts):
             yield from self._expert(f"{name}.experts.{expert}")
@@ -203,9 +232,12 @@ class TensorSource(ModuleSource[Geometry]):
         yield from self._experts(f"{name}.ffn", hashed)
 
     def embedding(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """`embed.weight`, unit variance."""
+        """`embed.weight`, unit variance, and the vision part, if there is one."""
         shape = (self.g.vocab_size, self.g.hidden_size)
         yield self._normal("embed.weight", shape, 1.0, dtype=torch.bfloat16)
+        if self.g.vision:
+            yield from self._image_vectors("start", "pad", "newline", "end")
+            yield from self.vision()
 
     def layer(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of one layer of the main stack."""

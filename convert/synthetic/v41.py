@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from .geometry import VISION_DOWNSAMPLE, VISION_PATCH, VISION_WIDTH
 from .tensors import Block, ModuleSource
 
 ENGRAM_BLOCK = Block(1, 32)
 STAGES = 3
-VISION_WIDTH, PATCH, DOWNSAMPLE = 32, 14, 3
 
 # `encoding/encoding.py`, as far as it tells the edition.
 ENCODER_FILE = "encoding/encoding.py"
@@ -25,7 +25,8 @@ ENCODER = '''"""The release keeps its prompt encoder here. This file has only th
 DEFAULT_REASONING_EFFORT = "high"
 REASONING_EFFORT_MAPPINGS = {"low": 50, "high": 75, "max": 100}
 '''
-SPECIAL_TOKENS = ("<｜System｜>", "<｜deepseek_image｜>")
+IMAGE_TOKEN = "<｜deepseek_image｜>"
+SPECIAL_TOKENS = ("<｜System｜>", IMAGE_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,9 @@ def config(g: V41Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
             "hidden_size": VISION_WIDTH,
             "num_attention_heads": 1,
             "intermediate_size": 2 * VISION_WIDTH,
-            "patch_size": PATCH,
+            "patch_size": VISION_PATCH,
             "rope_theta": 10000,
-            "downsample_ratio": DOWNSAMPLE,
+            "downsample_ratio": VISION_DOWNSAMPLE,
             "max_image_tokens": 1024,
             "min_pixels": 295936,
             "max_wh_ratio": None,
@@ -253,7 +254,7 @@ class V41TensorSource(ModuleSource[V41Geometry]):
     def _experts(self, name: str, count: int) -> Named:
         yield self._bf16(f"{name}.gate", count, self.g.hidden_size, 2.0)
         yield self._normal(f"{name}.gate.bias", (count,), 0.3)
-        yield self._normal(f"{name}.gate.bias_vl", (count,), 3.0)
+        yield self._image_bias(name, count)
         yield from self._shared_expert(f"{name}.shared_experts")
         for expert in range(count):
             yield from self._expert(f"{name}.experts.{expert}")
@@ -267,31 +268,11 @@ class V41TensorSource(ModuleSource[V41Geometry]):
         yield from self._projections(f"{name}.attn")
         yield from self._experts(f"{name}.ffn", experts)
 
-    def vision(self) -> Named:
-        """One block of the vision tower, and the aligner."""
-        width, hidden = VISION_WIDTH, self.g.hidden_size
-        shapes = {
-            "vision.patch_embed.proj": (width, 3 * PATCH * PATCH),
-            "vision.blocks.0.attn.wqkv": (3 * width, width),
-            "vision.blocks.0.attn.wo": (width, width),
-            "vision.blocks.0.mlp.w1": (4 * width, width),
-            "vision.blocks.0.mlp.w2": (width, 2 * width),
-            "aligner.w1": (hidden, width * DOWNSAMPLE * DOWNSAMPLE),
-            "aligner.w2": (hidden, hidden),
-        }
-        for name, (rows, columns) in shapes.items():
-            yield self._bf16(name, rows, columns)
-            if ".mlp." not in name:
-                yield self._normal(f"{name}.bias", (rows,), 0.1, dtype=torch.bfloat16)
-        for name in ("vision.blocks.0.norm1", "vision.blocks.0.norm2", "vision.norm"):
-            yield self._norm(name, width)
-
     def embedding(self) -> Named:
         """`embed.weight`, unit variance, and the vectors around an image."""
         shape = (self.g.vocab_size, self.g.hidden_size)
         yield self._normal("embed.weight", shape, 1.0, dtype=torch.bfloat16)
-        for name in ("image_start", "image_newline", "image_end"):
-            yield self._normal(name, (self.g.hidden_size,), 1.0, dtype=torch.bfloat16)
+        yield from self._image_vectors("start", "newline", "end")
 
     def layer(self, index: int) -> Named:
         """Every tensor of one layer of the main stack, its n-gram table aside."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from exact_values import dsv4
-from vision_exp import IMAGE, vision_exp
+from images import IMAGE
 
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import EDITIONS, Geometry, make_checkpoint
 from dsv4.model.chat.detection import prompt_edition_of
+from dsv4.model.weights import draft_stages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "editions.md").read_text(encoding="utf-8")
 TABLE = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*\|$", PAGE, re.MULTILINE)]
@@ -32,7 +34,6 @@ def unknown(folder: Path) -> Path:
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "V4-Flash-Base, V4-Pro-Base": base,
-    "V4-Flash-Vision-Exp": vision_exp,
     "an unknown `model_type`": unknown,
 }
 
@@ -73,6 +74,22 @@ def runs(folder: Path) -> str:
     return "text" if '"vision.' in (folder / "model.safetensors.index.json").read_text() else "yes"
 
 
+def prompts(folder: Path) -> str:
+    told = prompt_edition_of(folder)
+    assert told.warnings == ()
+    return told.name
+
+
+def drafts(folder: Path) -> str:
+    """By which stages `--draft` drafts; the tokens are those without."""
+    options = ("--tokens", "4,5,6,7", "--max-new-tokens", "6", "--temperature", "0")
+    (code, plain, _), (drafting, out, err) = (dsv4("run", folder, *options, *more) for more in ((), ("--draft",)))
+    if code == drafting == 3:
+        return "refused"
+    assert code == drafting == 0 and out == plain, err
+    return {"mtp": "MTP", "dspark": "DSpark"}[draft_stages(Checkpoint.open(folder).tensors).kind]
+
+
 def images(folder: Path) -> str:
     messages = folder.parent / "messages.json"
     messages.write_text(json.dumps(IMAGE))
@@ -84,7 +101,8 @@ MEASURES: dict[str, Callable[[Path], str]] = {
     "convert, verify": converts,
     "inspect": inspected,
     "doctor": judged,
-    "prompts": lambda folder: prompt_edition_of(folder).name,
+    "prompts": prompts,
+    "drafts": drafts,
     "run": runs,
     "images": images,
 }

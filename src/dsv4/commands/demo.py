@@ -19,6 +19,8 @@ class DemoEdition(StrEnum):
     """Whose release the small checkpoint looks like."""
 
     v4 = "v4"
+    release_0731 = "0731"
+    vision_exp = "vision-exp"
     v41 = "v4.1"
 
 

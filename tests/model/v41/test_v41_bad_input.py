@@ -2,16 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from exact_values import dsv4
+from images import IMAGE
 from safetensors.torch import load_file, save_file
-from vision_exp import IMAGE, vision_exp
 
-from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import EDITIONS, Geometry, V41Geometry, make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model import load
 
@@ -86,15 +87,19 @@ def test_a_damaged_row_of_a_table_is_noticed_when_it_is_read(folder: Path, tmp_p
 
 
 def test_vision_exp_computes_text_as_without_its_vision_part(tmp_path: Path) -> None:
-    plain = load(make_checkpoint(tmp_path / "plain", geometry=Geometry(compress_ratios=(0, 4, 0))))
-    seeing, ids = load(vision_exp(tmp_path / "vision")), torch.tensor([[5, 6, 7, 8, 9]])
-    one, other = (model.forward(ids, model.new_cache(1)).logits for model in (plain, seeing))
+    """Its hash layers have a bias, too, and all layers one for images; text uses neither."""
+    seeing = EDITIONS["vision-exp"]
+    assert isinstance(seeing, Geometry)
+    folders = (make_checkpoint(tmp_path / str(g.vision), geometry=g) for g in (seeing, replace(seeing, vision=False)))
+    models, ids = [load(folder) for folder in folders], torch.tensor([[5, 6, 7, 8, 9]])
+    assert any(name.startswith("vision.") for name in models[0].store.checkpoint.tensors)
+    one, other = (model.forward(ids, model.new_cache(1)).logits for model in models)
     assert one is not None and other is not None and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("edition", ["v4.1", "vision-exp"])
 def test_images_are_refused_by_name(folder: Path, edition: str, tmp_path: Path) -> None:
-    source = folder if edition == "v4.1" else vision_exp(tmp_path / "vision")
+    source = folder if edition == "v4.1" else make_checkpoint(tmp_path / "vision", geometry=EDITIONS[edition])
     (tmp_path / "messages.json").write_text(json.dumps(IMAGE))
     code, _, err = dsv4("run", source, "--messages", tmp_path / "messages.json")
     assert code == 3 and "message 0 (user): images cannot be encoded" in err and "inference folder" in err
