@@ -146,6 +146,7 @@ def convert(options: ConvertOptions) -> None:
     from its headers, and only --scratch of its shards are on disk at once.
     """
     from dsv4.convert.plan.partition import Part
+    from dsv4.convert.write.estimate import measure
     from dsv4.convert.write.run import check_job
     from dsv4.convert.write.shards.resources import keep_freed_memory
     from dsv4.distributed import torchrun_rank
@@ -157,7 +158,8 @@ def convert(options: ConvertOptions) -> None:
         job, remote = _prepare(options, work, ranks.workers if ranks else usable_cores(), out, stack)
         if options.dry_run:
             check_job(job)
-            print_plan(out, job, free_bytes(options.output_folder), remote)
+            rates = measure(job.checkpoint, job.plan, options.output_folder)
+            print_plan(out, job, free_bytes(options.output_folder), remote, rates)
             return
         signals.begin_work()
         keep_freed_memory()

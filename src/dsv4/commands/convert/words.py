@@ -13,6 +13,7 @@ from dsv4.text import aligned, human_bytes, human_seconds
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
     from dsv4.convert.plan.partition import Part
+    from dsv4.convert.write.estimate import Rates
     from dsv4.convert.write.run import Job, Result
 
 
@@ -27,9 +28,18 @@ def _remote_rows(remote: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]) -> None:
-    """The plan. free: bytes on the disk of the output. remote: see `command._check_remote`."""
+def _time_row(seconds: float, rates: "Rates") -> tuple[str, str, str]:
+    disks = [("read", rates.read), ("written", rates.write)]
+    measured = [f"{human_bytes(rate)}/s {what}" for what, rate in disks if rate]
+    return "time", human_seconds(seconds), "at " + ", ".join([*measured, f"{human_bytes(rates.sha256)}/s hashed"])
+
+
+def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any], rates: "Rates") -> None:
+    """The plan. free: bytes on the disk of the output. remote: see `command._check_remote`. rates: as measured."""
+    from dsv4.convert.write.estimate import estimated_seconds
+
     plan, resources = job.plan, job.resources
+    seconds = estimated_seconds(plan, rates, resources.workers)
     needed = plan.output_bytes + remote.get("scratch_bytes", 0)
     rows = [
         ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
@@ -37,6 +47,7 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
         ("shards", str(len(plan.shards)), f"{plan.tensors:,} tensors"),
         ("free disk", human_bytes(free), "enough" if free > needed else "TOO LITTLE"),
         ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
+        _time_row(seconds, rates),
         *_remote_rows(remote),
     ]
     for line in aligned(rows, right=[1]):
@@ -54,6 +65,7 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
             "tensors": plan.tensors,
             "peak_memory_bytes": resources.peak_memory_bytes,
             "free_bytes": free,
+            "estimated_seconds": round(seconds, 1),
             "options": plan.settings.to_json(),
             "files": {shard.file: shard.size for shard in plan.shards},
             "notes": list(plan.notes),

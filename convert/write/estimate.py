@@ -1,0 +1,107 @@
+"""How long a conversion will take, estimated from a second of measuring: the source's disk, the output's, the hashes.
+
+All that is written is read, hashed and written, whatever else is done with it; so the estimate is the time of the
+disks, or that of the hashes on all cores, whichever is longer. Casts come on top: little for FP8 where it is compiled,
+much where torch computes. What the system has in memory is read faster than from the disk, here as in the conversion.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.storage import Folder
+from dsv4.convert.plan.plan import Plan
+
+BLOCK_BYTES = 8 * 2**20
+SECONDS = 0.3  # of reading, and of writing; a third of it for each hash
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes per second: of the disks, None if it could not be measured, and of each hash on one core.
+
+    same_disk: whether source and output share a disk, and its rate.
+    """
+
+    read: float | None
+    write: float | None
+    sha256: float
+    blake3: float
+    same_disk: bool
+
+
+def _rate(step: Callable[[int], int], most_bytes: int, seconds: float) -> float | None:
+    """Bytes per second of `step`, called with how many bytes were done and returning how many more are."""
+    done, started = 0, time.perf_counter()
+    while done < most_bytes and time.perf_counter() - started < seconds:
+        count = step(done)
+        if not count:
+            break
+        done += count
+    return done / max(time.perf_counter() - started, 1e-9) if done else None
+
+
+def _read_rate(checkpoint: Checkpoint) -> float | None:
+    """Of blocks that lie apart in the largest shards, which are hardly all in memory."""
+    shards = sorted(checkpoint.shards.values(), key=lambda shard: -shard.size)[:8]
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    places = [(s.name, at, s.size) for at in range(8) for s in shards]
+
+    def read(done: int) -> int:
+        name, eighth, size = places[done // BLOCK_BYTES % len(places)]
+        part = buffer[: min(BLOCK_BYTES, size)]
+        checkpoint.storage.read_into(name, part, (size - len(part)) * eighth // 8)
+        return len(part)
+
+    return _rate(read, sum(shard.size for shard in shards), SECONDS)
+
+
+def _write_rate(folder: Path, most_bytes: int) -> float | None:
+    """Of a file without a name, fsync included."""
+    block = memoryview(bytes(BLOCK_BYTES))
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        started = time.perf_counter()
+        _rate(lambda done: os.write(file.fileno(), block[: most_bytes - done]), most_bytes, SECONDS)
+        os.fsync(file.fileno())
+        return file.tell() / (time.perf_counter() - started) or None
+    return None
+
+
+def _hash_rate(update: Callable[[memoryview], object], most_bytes: int) -> float:
+    block = memoryview(bytes(min(BLOCK_BYTES, max(most_bytes, 1))))
+
+    def step(done: int) -> int:
+        update(block)
+        return len(block)
+
+    return _rate(step, most_bytes, SECONDS / 3) or float("inf")
+
+
+def measure(checkpoint: Checkpoint, plan: Plan, output: Path) -> Rates:
+    """Measure for about a second, less for a small checkpoint. Leaves nothing on the disk."""
+    there = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    local = checkpoint.storage.path if isinstance(checkpoint.storage, Folder) else None
+    return Rates(
+        _read_rate(checkpoint) if local is not None else None,
+        _write_rate(there, plan.output_bytes),
+        _hash_rate(hashlib.sha256().update, plan.output_bytes),
+        _hash_rate(blake3().update, plan.output_bytes),
+        same_disk=local is not None and os.stat(local).st_dev == os.stat(there).st_dev,
+    )
+
+
+def estimated_seconds(plan: Plan, rates: Rates, cores: int) -> float:
+    """Time of the disks, or of the hashes on so many cores, whichever is longer."""
+    reading = plan.source_bytes / rates.read if rates.read else 0.0
+    writing = plan.output_bytes / rates.write if rates.write else 0.0
+    disks = reading + writing if rates.same_disk else max(reading, writing)
+    hashes = plan.output_bytes / rates.sha256 + (plan.source_bytes + plan.output_bytes) / rates.blake3
+    return max(disks, hashes / cores)

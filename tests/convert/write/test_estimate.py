@@ -1,0 +1,65 @@
+"""The time that a dry run prints: from rates that were measured, and by arithmetic that can be done by hand."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from exact_values import dsv4, tree
+from fault_lab import GEOMETRY
+from jobs import job_of
+
+from dsv4.convert.plan.settings import resolve
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.write import estimate
+from dsv4.convert.write.estimate import Rates, estimated_seconds, measure
+
+PLAN: Any = SimpleNamespace(source_bytes=100, output_bytes=200)
+
+
+@pytest.mark.parametrize(
+    ("rates", "cores", "seconds"),
+    [
+        (Rates(10, 10, 1e9, 1e9, same_disk=True), 1, 10 + 20),
+        (Rates(10, 10, 1e9, 1e9, same_disk=False), 1, 20),
+        (Rates(1, 10, 1e9, 1e9, same_disk=False), 1, 100),
+        (Rates(None, 10, 1e9, 1e9, same_disk=False), 1, 20),
+        (Rates(1e9, 1e9, 2, 10, same_disk=True), 1, 200 / 2 + 300 / 10),
+        (Rates(1e9, 1e9, 2, 10, same_disk=True), 4, (200 / 2 + 300 / 10) / 4),
+        (Rates(None, None, 2, 10, same_disk=False), 1, 200 / 2 + 300 / 10),
+    ],
+)
+def test_the_longer_of_disks_and_hashes(rates: Rates, cores: int, seconds: float) -> None:
+    assert estimated_seconds(PLAN, rates, cores) == pytest.approx(seconds)
+
+
+def test_a_small_checkpoint_is_not_measured_for_longer_than_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is left on the disk, nor made: the output's folder is not there yet."""
+    source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
+    monkeypatch.setattr(estimate, "SECONDS", 60)
+    before = tree(tmp_path)
+    job = job_of(source, resolve(), tmp_path / "a" / "b")
+    rates = measure(job.checkpoint, job.plan, job.output)
+    assert rates.read and rates.write and rates.sha256 > 0 and rates.blake3 > 0 and rates.same_disk
+    assert tree(tmp_path) == before
+
+
+def test_a_disk_that_cannot_be_written_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(estimate.tempfile, "TemporaryFile", refuse)
+    job = job_of(make_checkpoint(tmp_path / "source", geometry=GEOMETRY), resolve(), tmp_path / "out")
+    assert measure(job.checkpoint, job.plan, job.output).write is None
+
+
+def test_a_dry_run_prints_it(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
+    code, out, _ = dsv4("convert", source, tmp_path / "out", "--dry-run")
+    (line,) = [line for line in out.splitlines() if line.startswith("time ")]
+    assert code == 0 and "/s read, " in line and "/s written, " in line and "/s hashed" in line
+    code, out, _ = dsv4("convert", source, tmp_path / "out", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["estimated_seconds"] >= 0
