@@ -23,7 +23,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class WholeFile:
-    """A file to hash, and the pieces of tensors in it that are looked at meanwhile, in the order of their bytes."""
+    """A file to hash, and the pieces of its tensors to check meanwhile, in the order of their bytes."""
 
     name: str
     size: int
@@ -39,7 +39,7 @@ class FileFindings:
 
 
 class Counter:
-    """Bytes that many threads have read, for the one that reports them."""
+    """Counts the bytes that several threads read, for the thread that reports them."""
 
     def __init__(self) -> None:
         self._lock, self._count = threading.Lock(), 0
@@ -57,7 +57,7 @@ class Counter:
 
 
 class HashedFile:
-    """Files (see `Files`) of which one is hashed as it is read: from front to back, whatever is asked for."""
+    """`Files` that hash one file while it is read: from front to back, in whichever order it is read."""
 
     def __init__(self, files: Files, file: WholeFile, count: Progress, stopped: threading.Event) -> None:
         self.label, self._files, self._file, self._count, self._stopped = files.label, files, file, count, stopped
@@ -65,11 +65,11 @@ class HashedFile:
         self._chunk = bytearray(min(CHUNK, file.size))
 
     def sizes(self) -> dict[str, int]:
-        """See Files."""
+        """Size in bytes of every file."""
         return self._files.sizes()
 
     def stamp(self, name: str) -> list[int | str]:
-        """See Files."""
+        """The stamp of a file."""
         return self._files.stamp(name)
 
     def _read(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -84,7 +84,7 @@ class HashedFile:
             self._position += len(view)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """See Files. Bytes of the file that were not hashed yet are, with all before them."""
+        """Fill `buffer` from `offset`. Bytes of the hashed file up to its end are hashed first, in order."""
         if name == self._file.name:
             self._hash_up_to(offset)
         self._read(name, offset, buffer)
