@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from exact_values import convert, dsv4, edit_tensors, experts, read_json, tensors_of, values
+from checkpoint_variants import VARIANTS
+from exact_values import convert, dsv4, edit_config, edit_tensors, experts, read_json, tensors_of, values
 from raw_safetensors import raw
 from tokenizers import Tokenizer
 
@@ -212,6 +213,14 @@ class TestBadSources:
     def test_fp8_experts(self, tmp_path: Path) -> None:
         base = make_checkpoint(tmp_path / "base", geometry=SMALL, experts="fp8")
         assert "--to fp4" in self.refused(base, tmp_path / "out")
+
+    def test_another_architecture(self, tmp_path: Path) -> None:
+        assert "deepseek_v41" in self.refused(VARIANTS["v41"](tmp_path / "v41"), tmp_path / "out")
+
+    @pytest.mark.parametrize("key", ["num_hash_layers", "n_routed_experts", "compress_ratios", "swiglu_limit"])
+    def test_a_key_that_the_config_lacks(self, key: str, copy: Path, tmp_path: Path) -> None:
+        edit_config(copy, **{key: None})
+        assert key in self.refused(copy, tmp_path / "out")
 
     def test_vision_is_left_out_and_said(self, copy: Path, tmp_path: Path) -> None:
         edit_tensors(copy, {"vision.blocks.0.norm.weight": raw("F32", np.zeros(3, np.float32))})

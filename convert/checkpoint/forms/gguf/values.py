@@ -11,22 +11,29 @@ import numpy as np
 from dsv4.convert.checkpoint.forms.tensor import Array, Encoding
 
 GROUP, BLOCK_BYTES = 32, 17
+_LOW, _FOUR = np.uint64(0x0F0F_0F0F_0F0F_0F0F), np.uint64(4)
+
+
+def _mixed(first: Array, last: Array) -> tuple[Array, Array]:
+    """`first & 15 | last << 4` and `first >> 4 | last & 0xF0` of bytes, eight at a time: uint64 [n] -> uint8 [n, 8]."""
+    low = (first & _LOW) | ((last & _LOW) << _FOUR)
+    high = ((first >> _FOUR) & _LOW) | (last & ~_LOW)
+    return low.view(np.uint8).reshape(-1, 8), high.view(np.uint8).reshape(-1, 8)
 
 
 def to_blocks(codes: Array, scales: Array) -> Array:
     """Codes uint8 [n, 16] in the release's order and E8M0 bytes [n] -> blocks uint8 [n, 17]."""
     blocks = np.empty((len(codes), BLOCK_BYTES), np.uint8)
-    first, last = codes[:, :8], codes[:, 8:]
+    words = np.ascontiguousarray(codes).view(np.uint64)
     blocks[:, 0] = scales
-    blocks[:, 1::2] = (first & 0x0F) | (last << 4)
-    blocks[:, 2::2] = (first >> 4) | (last & 0xF0)
+    blocks[:, 1::2], blocks[:, 2::2] = _mixed(words[:, 0], words[:, 1])
     return blocks
 
 
 def codes_of_blocks(blocks: Array) -> Array:
     """Blocks uint8 [n, 17] -> codes uint8 [n, 16] in the release's order."""
-    even, odd = blocks[:, 1::2], blocks[:, 2::2]
-    return np.concatenate(((even & 0x0F) | (odd << 4), (even >> 4) | (odd & 0xF0)), axis=1)
+    even, odd = (np.ascontiguousarray(blocks[:, at::2]).view(np.uint64)[:, 0] for at in (1, 2))
+    return np.concatenate(_mixed(even, odd), axis=1)
 
 
 def scales_of_blocks(blocks: Array) -> Array:

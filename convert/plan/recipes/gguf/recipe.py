@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dsv4.convert.checkpoint.editions.table import check_config, describes_v4
 from dsv4.convert.checkpoint.forms.gguf.container import TEXT, U32, Entry
 from dsv4.convert.checkpoint.forms.gguf.keys import ARCHITECTURE, FILE_TYPE, RELEASED_DTYPES, entries_of
 from dsv4.convert.checkpoint.forms.gguf.names import (
@@ -133,6 +134,12 @@ class ToGguf(Recipe):
     ) -> tuple[list[OutputShard], list[str]]:
         """The files of the model and of its draft block, and what is left out."""
         config = checkpoint.released
+        if not describes_v4(config):
+            raise InputError(
+                f"config.json: model_type is {config.get('model_type')}; llama.cpp's {ARCHITECTURE} is DeepSeek-V4",
+                "Other forms take it: --to mxfp4, --to mxfp8.",
+            )
+        check_config(config)
         main = [w for w in weights if not w.is_draft and not LEFT_OUT.fullmatch(w.name)]
         drafts = [w for w in weights if w.is_draft]
         hashed = {f"layers.{layer}.ffn.gate.bias" for layer in range(config["num_hash_layers"])}

@@ -54,7 +54,10 @@ def quantization_config(tensors: Sequence[OutputTensor], released: dict[str, Any
     for number, kind in enumerate(used):
         weights, inputs = GROUPS[kind]
         others = [module for other in used if other != kind for module in modules[other]]
-        targets = ["Linear"] if kind == used[-1] else _named(modules[kind], [*others, *modules[""]])
+        targets = _named(modules[kind], [*others, *modules[""]])
+        if kind == used[-1]:  # the class takes all but tables, such as those of the n-grams
+            tables = [module for module in modules[kind] if module.endswith(".embed")]
+            targets = ["Linear", *_named(tables, [*others, *modules[""]])]
         groups[f"group_{number}"] = {
             "targets": targets, "weights": weights, "input_activations": inputs, "format": kind,
         }  # fmt: skip
