@@ -16,9 +16,10 @@ KINDS = (
     (POINTER, "a git-LFS pointer, not the file it stands for", PULL),
     (b"<!doctype html", "a web page, such as a proxy or a login sends", AGAIN),
     (b"<html", "a web page, such as a proxy or a login sends", AGAIN),
-    (b"gguf", "a GGUF file", "dsv4 reads safetensors: take the release."),
+    (b"gguf", "a GGUF file, not safetensors", "dsv4 reads a folder of GGUF files: name that."),
     (b"pk\x03\x04", "a zip archive, such as torch.save writes", "dsv4 reads safetensors: take the release."),
 )
+OTHER_WEIGHTS = (".bin", ".pt", ".pth")
 PREFIX_BYTES = 64  # more than the longest, and some white space before it
 
 
@@ -28,6 +29,15 @@ def refuse_other_kinds(start: bytes, where: str) -> None:
     for prefix, kind, hint in KINDS:
         if found.startswith(prefix):
             raise InputError(f"{where}: {kind}", hint)
+
+
+def refuse_other_weights(storage: Storage, files: Mapping[str, int]) -> None:
+    """Raises InputError, naming the file and its kind, if a folder without safetensors has weights of another kind."""
+    if any(name.endswith(".safetensors") for name in files):
+        return
+    for name in sorted(files):
+        if name.endswith(OTHER_WEIGHTS):
+            refuse_other_kinds(storage.read(name, 0, min(PREFIX_BYTES, files[name])), f"{storage.label}/{name}")
 
 
 def lfs_pointers(storage: Storage, files: Mapping[str, int]) -> list[str]:

@@ -7,7 +7,7 @@ and a copy of everything else. The rules are those of the reference converter, a
 import re
 from dataclasses import dataclass
 
-from dsv4.errors import InputError
+from dsv4.errors import InputError, UsageError
 from dsv4.quant.blocks import Block
 
 from .names import expert_of
@@ -59,8 +59,11 @@ def mp_name(name: str) -> str:
     return name
 
 
+MOST_RANKS_NAMED = 64  # in the hint of an error
+
+
 def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice | None:
-    """The slice of a tensor that a rank holds; None for all of it. Raises InputError if it cannot be divided."""
+    """The slice of a tensor that a rank holds; None for all of it. Raises UsageError if it cannot be divided."""
     name = mp_name(name)
     if NOT_ESTABLISHED.search(name):
         raise InputError(f"'{name}': how the reference engine slices it is not known to dsv4", "Use --layout hf.")
@@ -68,20 +71,22 @@ def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice 
     if dim is None or ranks == 1:
         return None
     if dim >= len(shape) or shape[dim] % ranks:
-        raise InputError(
+        length = shape[dim] if dim < len(shape) else 1
+        fitting = [str(n) for n in range(1, min(length, MOST_RANKS_NAMED) + 1) if length % n == 0]
+        raise UsageError(
             f"'{name}' has shape {list(shape)}: dimension {dim} cannot be divided by {ranks} ranks",
-            "Choose another --model-parallel.",
+            f"--model-parallel {', '.join(fitting)} divide it.",
         )
     return Slice(dim, rank, ranks)
 
 
 def check_blocks(name: str, shape: tuple[int, ...], cut: Slice, block: Block) -> None:
-    """Raises InputError if a slice of a block-scaled weight would cut a block: its scale cannot be divided."""
+    """Raises UsageError if a slice of a block-scaled weight would cut a block: its scale cannot be divided."""
     if shape[cut.dim] // cut.count % block[cut.dim]:
-        raise InputError(
+        raise UsageError(
             f"'{name}' has shape {list(shape)}: {cut.count} ranks would cut its blocks of "
             f"{block.rows} x {block.columns}",
-            "Choose another --model-parallel.",
+            "Choose fewer ranks: --model-parallel.",
         )
 
 

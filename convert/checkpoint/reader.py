@@ -17,7 +17,7 @@ from dsv4.errors import InputError
 from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
-from .file_kinds import PREFIX_BYTES, refuse_other_kinds
+from .file_kinds import PREFIX_BYTES, refuse_other_kinds, refuse_other_weights
 from .forms.form import RELEASED, Form
 from .forms.gguf.files import GGUF, is_gguf, read_gguf
 from .forms.gguf.keys import config_of
@@ -78,6 +78,7 @@ def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, str] | Non
     if SINGLE_NAME in sizes:
         return None
     found = sum(f.endswith(".safetensors") for f in sizes)
+    refuse_other_weights(storage, sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
         "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run` and `dsv4 doctor`."
@@ -281,6 +282,8 @@ class Checkpoint:
 def open_file(path: Path) -> Checkpoint:
     """One .safetensors file, which need not belong to a checkpoint, with an empty config. Raises InputError."""
     if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            refuse_other_kinds(file.read(PREFIX_BYTES), str(path))
         raise InputError(f"{path}: not a .safetensors file", "Name a checkpoint's folder or one shard.")
     check_component(path.name, str(path.parent))
     size = path.stat().st_size

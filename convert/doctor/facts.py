@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.editions.spellings import release_view
-from dsv4.convert.checkpoint.file_kinds import lfs_pointers
+from dsv4.convert.checkpoint.file_kinds import lfs_pointers, refuse_other_weights
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
@@ -177,6 +177,7 @@ def gather(folder: Path, headers: Reached = ignore) -> Facts:
     with Folder(folder) as storage:
         sizes = storage.sizes()
         if not any(name.endswith(".safetensors") for name in sizes) and not is_gguf(sizes):
+            refuse_other_weights(storage, sizes)
             raise InputError(f"{storage.label}: holds no .safetensors file", "Name the folder of a checkpoint.")
         if any(map(rank_file, sizes)) and INDEX_NAME not in sizes:
             return _facts_of_rank_files(storage, sizes, headers)

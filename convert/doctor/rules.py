@@ -58,11 +58,11 @@ class Advice(NamedTuple):
     command: str
 
 
-def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | None:
+def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | UsageError | None:
     """Why a dry run of the conversion fails; None if it does not."""
     try:
         check_configs(checkpoint, make_plan(checkpoint, settings))
-    except InputError as error:
+    except (InputError, UsageError) as error:
         return error
     return None
 

@@ -95,11 +95,6 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith(("/", ".", "~", "\\")) or text.endswith("/") or text.count("/") > 1
 
 
-def _is_missing_folder(text: str) -> bool:
-    """Whether `a/b` is more likely a missing folder than a repository: the folder `a` exists."""
-    return "@" not in text and Path(text).parent.is_dir()
-
-
 def _parse(text: str, remote: bool) -> Path | HubSource:
     if not text or "\0" in text:
         raise UsageError("the source is empty" if not text else "the source holds a NUL character", _HOW)
@@ -116,7 +111,8 @@ def _parse(text: str, remote: bool) -> Path | HubSource:
         return path  # opening it reports that it does not exist
     if "/" not in text:
         raise UsageError(f"'{text}' is neither a folder that exists nor a repository", _HOW)
-    return path if not remote and _is_missing_folder(text) else _repository("hf", text, text)
+    is_path = not remote and _REPOSITORY.fullmatch(text) is not None
+    return path if is_path else _repository("hf", text, text)
 
 
 def parse_source(text: str, revision: str | None = None, remote: bool = False) -> Path | HubSource:
@@ -152,7 +148,7 @@ def require_folder(text: str) -> Path:
         return path
     error = missing_folder(text)
     try:
-        source = parse_source(text)
+        source = parse_source(text, remote=not path.parent.is_dir())
     except UsageError:
         raise error from None
     if isinstance(source, HubSource):

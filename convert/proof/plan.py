@@ -324,6 +324,7 @@ def select(
         shard = output.shards[selection.shard - 1]
     taken = [compared for compared in everything if selection.takes(compared, shard)]
     if not taken:
-        raise UsageError("no tensor is selected", "Check --tensor, --shard and --sample.")
+        pattern = "" if selection.tensor is None else f" called '{selection.tensor}'"
+        raise UsageError(f"no tensor{pattern} is selected", "Check --tensor, --shard and --sample.")
     names = {compared.name for compared in taken}
     return taken, [compared.name for compared in everything if compared.name not in names]

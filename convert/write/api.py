@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dsv4.convert.checkpoint.editions.table import require_known_edition
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.partition import All
@@ -30,11 +31,13 @@ def convert(
     max_workers: int | None = None,
     max_memory: int | str | None = None,
     overwrite: bool = False,
+    any_model: bool = False,
     progress: Progress = ignore,
 ) -> Result:
     """`dsv4 convert SOURCE OUTPUT` as a function, with the same options, defaults and errors.
 
     source, output: folders; the output is new, empty or an unfinished conversion of the same kind, which is continued.
+    any_model: also convert a checkpoint that is not DeepSeek-V4's, by dtypes and names alone.
     max_shard_size, max_memory: bytes, or text such as "5GB". progress: called with the number of bytes written since
     the last call; what it raises ends the conversion.
     Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `to_json()`.
@@ -57,6 +60,8 @@ def convert(
     memory = None if max_memory is None else parse_size(max_memory)
     checkpoint = Checkpoint.open(source)
     try:
+        if not any_model:
+            require_known_edition(checkpoint.config)
         plan = make_plan(checkpoint, settings)
         resources = decide_resources(plan, usable_cores(), max_workers, memory)
         return run_conversion(Job(checkpoint, plan, Path(output), resources), All(overwrite), progress)

@@ -130,12 +130,36 @@ def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**old, "options": {**options, "on_inexact": wanted.get("on_inexact")}}
 
 
+def _other_source(source: dict[str, Any], difference: str) -> str:
+    """How the source of an earlier job is not the present one."""
+    if "repository" in source:
+        return f"made from {source.get('hub')}:{source['repository']}@{source.get('commit')}"
+    shard = difference.removeprefix("source.shards.").partition(": ")[0]
+    file = "config.json" if difference.startswith("source.config_sha256") else shard
+    return f"made from another checkpoint, whose {file} is not this one's"
+
+
+def _in_words(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What makes two jobs different ones, in the user's terms; None if nothing does."""
+    difference = describe_difference(old, new)
+    before, now, source = old.get("options"), new.get("options"), old.get("source")
+    if difference is None:
+        return None
+    if difference.startswith("source.") and isinstance(source, dict):
+        return _other_source(source, difference)
+    if difference.startswith("options.") and isinstance(before, dict) and isinstance(now, dict):
+        changed = [name for name in now if before.get(name) != now[name]]
+        pairs = (f"--{name.replace('_', '-')} {before.get(name)}, now {now[name]}" for name in changed)
+        return "made with " + "; ".join(pairs)
+    return difference
+
+
 def check_same_job(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     """Raises UsageError naming what differs if the folder holds another job's output."""
-    difference = describe_difference(_as_resumed_by(old, new), new)
+    difference = _in_words(_as_resumed_by(old, new), new)
     if difference:
         raise UsageError(
-            f"{folder} holds the output of another conversion ({difference})",
+            f"{folder} holds the output of another conversion, {difference}",
             "Choose another folder, or replace it with --overwrite.",
         )
 

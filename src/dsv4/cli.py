@@ -20,6 +20,8 @@ from dsv4.commands.run import command as run_command
 from dsv4.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 from dsv4.text import printable
 
+VALIDATOR = "Value error, "  # which Typer's validator puts in front of a message
+
 
 class _Printable:
     """Typer prints itself what is wrong with arguments, and quotes them. They may be names of files, with any
@@ -32,7 +34,8 @@ class _Printable:
             return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
         except Exception as error:
             if hasattr(error, "format_message"):
-                error.message = printable(error.message)  # type: ignore[attr-defined]
+                message = error.message.replace(VALIDATOR, "")  # type: ignore[attr-defined]
+                error.message = printable(message)  # type: ignore[attr-defined]
             raise
 
 

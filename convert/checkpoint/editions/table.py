@@ -118,6 +118,16 @@ def check_signs(config: Config, names: Iterable[str]) -> None:
                 )
 
 
+def require_known_edition(config: Config) -> None:
+    """Raises InputError for the config of another model. One that names no model type is taken for V4's."""
+    kind = config_string(config, "model_type")
+    if kind is not None and edition_of(config) is UNKNOWN:
+        raise InputError(
+            f"config.json: model_type is '{kind}': this is no DeepSeek-V4 checkpoint",
+            "--any-model converts it all the same: FP4 and FP8 with block scales by dtype and name, the rest copied.",
+        )
+
+
 def describes_v4(config: Config) -> bool:
     """Whether a config is of V4, in any of its editions: their layers are alike."""
     return config_string(config, "model_type") in V4_TYPES

@@ -138,6 +138,11 @@ def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
 
 def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
     found = [info for name, info in checkpoint.tensors.items() if fnmatchcase(name, pattern)]
+    if not found:
+        raise UsageError(
+            f"no tensor is called '{pattern}', there are {len(checkpoint.tensors):,}",
+            f"The first is {min(checkpoint.tensors, key=natural_order, default='none')}. * stands for any characters.",
+        )
     total = sum(info.nbytes for info in found)
     out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
     for shard in dict.fromkeys(info.shard for info in found):
@@ -213,7 +218,7 @@ def inspect(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            parser=named, metavar="CHECKPOINT", help="Folder, org/name, hf:org/name, ms:org/name or .safetensors file."
+            parser=named, metavar="CHECKPOINT", help="Folder, hf:org/name, ms:org/name or .safetensors file."
         ),
     ],
     pattern: Annotated[str | None, typer.Argument(metavar="GLOB", help="With --tensors: which names.")] = None,

@@ -207,10 +207,10 @@ def test_on_a_hub_extra_shards_are_not_fetched(folder: Path, source: Path, tmp_p
     (folder / "consolidated.safetensors").write_bytes(shard.read_bytes() + bytes(50_000_000))
     with HubServer() as server:
         server.publish(REPOSITORY, folder)
-        planned = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--dry-run", "--json")
+        planned = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--dry-run", "--json")
         assert planned.returncode == 0, planned.stderr
         assert json.loads(planned.stdout)["scratch_bytes"] < 50_000_000
-        done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+        done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
         assert done.returncode == 0 and "no index names it: consolidated.safetensors" in done.stderr, done.stderr
         assert not any("consolidated" in request.path for request in server.requests)
     convert(source, tmp_path / "expected")

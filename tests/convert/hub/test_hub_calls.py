@@ -147,8 +147,8 @@ def test_a_portal_in_the_middle_of_a_conversion(source: Path, tmp_path: Path) ->
     with HubServer() as server:
         server.publish(REPOSITORY, source)
         server.portal = after_the_headers
-        done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+        done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
         assert done.returncode == 4 and SHOWN["page"] in done.stderr
         assert not (tmp_path / "out" / "config.json").exists()
         server.portal = lambda request: None
-        assert run_dsv4(server, tmp_path, "convert", REPOSITORY, "out").returncode == 0
+        assert run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out").returncode == 0

@@ -126,7 +126,9 @@ def test_shared_by_ranks_and_parts(server: HubServer, tmp_path: Path, expected: 
 
 
 def test_dry_run_reads_headers_only(server: HubServer, tmp_path: Path, source: Path) -> None:
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--dry-run", "--json", "--token", "secret-token")
+    done = run_dsv4(
+        server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--dry-run", "--json", "--token", "secret-token"
+    )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["source_bytes"] == sum((source / name).stat().st_size for name in SHARDS)
@@ -140,16 +142,16 @@ def test_dry_run_reads_headers_only(server: HubServer, tmp_path: Path, source: P
 
 def test_server_that_ignores_ranges(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("norange", times=999)
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
 
 
 def test_scratch_too_small_is_said_before_anything_is_fetched(server: HubServer, tmp_path: Path) -> None:
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--scratch", "1")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--scratch", "1")
     assert done.returncode == 2
     assert "--scratch 2" in done.stderr
-    ranks = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--layout", "mp", "--model-parallel", "2")
+    ranks = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--layout", "mp", "--model-parallel", "2")
     assert ranks.returncode == 2
     assert "--keep-source" in ranks.stderr
     assert server.whole_shards() == []
@@ -158,17 +160,17 @@ def test_scratch_too_small_is_said_before_anything_is_fetched(server: HubServer,
 
 @pytest.mark.slow
 def test_keep_source(server: HubServer, tmp_path: Path, source: Path, expected: dict[str, bytes]) -> None:
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--keep-source")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--keep-source")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
     commit = server.repositories[REPOSITORY].branches["main"]
     snapshot = tmp_path / "hf" / "hub" / "models--acme--Tiny-V4" / "snapshots" / commit
     assert all((snapshot / name).read_bytes() == (source / name).read_bytes() for name in SHARDS)
     server.requests.clear()
-    arguments = ("convert", REPOSITORY, "mp", "--layout", "mp", "--model-parallel", "2", "--keep-source")
+    arguments = ("convert", f"hf:{REPOSITORY}", "mp", "--layout", "mp", "--model-parallel", "2", "--keep-source")
     again = run_dsv4(server, tmp_path, *arguments, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
-    verified = run_dsv4(server, tmp_path, "verify", REPOSITORY, "out", HF_HUB_OFFLINE="1")
+    verified = run_dsv4(server, tmp_path, "verify", f"hf:{REPOSITORY}", "out", HF_HUB_OFFLINE="1")
     assert verified.returncode == 0
     assert server.requests == []
     assert all((snapshot / name).exists() for name in SHARDS)
@@ -188,7 +190,7 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(
     blob.chmod(0o644)
     blob.write_bytes(data)
     server.requests.clear()
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", *options)
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", *options)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
     assert server.whole_shards() == [SHARDS[2]]
@@ -197,7 +199,7 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(
 
 def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.CompletedProcess[str]:
     """Convert, and press Ctrl-C as soon as a file exists."""
-    command = [sys.executable, "-m", "dsv4", "convert", REPOSITORY, "out"]
+    command = [sys.executable, "-m", "dsv4", "convert", f"hf:{REPOSITORY}", "out"]
     running = subprocess.Popen(command, env=hub_environment(server, home), cwd=home, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline and running.poll() is None:
@@ -220,7 +222,7 @@ def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, byte
     on_disk = shards_on_disk(tmp_path / "out")
     server.heal()
     server.requests.clear()
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
     assert not {SHARDS[0], SHARDS[1]} & set(server.whole_shards())
@@ -230,7 +232,7 @@ def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, byte
 @pytest.mark.slow
 def test_wrong_bytes(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("wrong", SHARDS[3], times=99, whole_only=True)
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert done.returncode == 3
     assert SHARDS[3] in done.stderr
     assert "SHA-256" in done.stderr
@@ -239,7 +241,7 @@ def test_wrong_bytes(server: HubServer, tmp_path: Path, expected: dict[str, byte
     assert all(expected[name] == data for name, data in finished.items())
     assert "config.json" not in finished
     server.heal()
-    again = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    again = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert again.returncode == 0, again.stderr
     assert contents(tmp_path / "out") == expected
 
@@ -247,7 +249,7 @@ def test_wrong_bytes(server: HubServer, tmp_path: Path, expected: dict[str, byte
 def test_damaged_header(server: HubServer, tmp_path: Path) -> None:
     server.strike("wrong", SHARDS[0])  # the first answer is the range that the plan is made from
     server.strike("wrong", "model.safetensors.index.json")
-    done = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert "model.safetensors.index.json" in done.stderr  # fetched once more
     assert done.returncode == 4
     assert SHARDS[0] in done.stderr
@@ -259,13 +261,13 @@ def test_damaged_header(server: HubServer, tmp_path: Path) -> None:
 def test_branch_that_moves_between_two_runs(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     old = server.repositories[REPOSITORY].branches["main"]
     server.strike("500", SHARDS[5], times=99, whole_only=True)
-    assert run_dsv4(server, tmp_path, "convert", REPOSITORY, "out").returncode == 4
+    assert run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out").returncode == 4
     server.heal()
     server.publish(REPOSITORY, make_checkpoint(tmp_path / "newer", seed=1))
-    moved = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+    moved = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert moved.returncode == 2
     assert old in moved.stderr
-    pinned = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out", "--revision", old)
+    pinned = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--revision", old)
     assert pinned.returncode == 0, pinned.stderr
     assert contents(tmp_path / "out") == expected
 
@@ -274,7 +276,7 @@ def test_branch_that_moves_between_two_runs(server: HubServer, tmp_path: Path, e
 def test_verify_finds_another_model(server: HubServer, tmp_path: Path) -> None:
     output = tmp_path / "fp8"
     convert(make_checkpoint(tmp_path / "other", seed=3), output)
-    done = run_dsv4(server, tmp_path, "verify", REPOSITORY, "fp8", "--scratch", "1", "--json")
+    done = run_dsv4(server, tmp_path, "verify", f"hf:{REPOSITORY}", "fp8", "--scratch", "1", "--json")
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["counts"]["*"] > 0
     assert sorted(server.whole_shards()) == SHARDS
@@ -288,11 +290,11 @@ def test_verify_needs_shards_together(tmp_path: Path) -> None:
     convert(folder, tmp_path / "fp8")
     with HubServer() as server:
         server.publish(REPOSITORY, folder)
-        refused = run_dsv4(server, tmp_path, "verify", REPOSITORY, "fp8", "--scratch", "1")
+        refused = run_dsv4(server, tmp_path, "verify", f"hf:{REPOSITORY}", "fp8", "--scratch", "1")
         assert refused.returncode == 2 and "2 source shards are needed at once, --scratch allows 1" in refused.stderr
         assert "Give a larger --scratch" in refused.stderr and not server.whole_shards()
-        done = run_dsv4(server, tmp_path, "verify", REPOSITORY, "fp8")
+        done = run_dsv4(server, tmp_path, "verify", f"hf:{REPOSITORY}", "fp8")
         assert done.returncode == 0, done.stderr
-        other = run_dsv4(server, tmp_path, "convert", REPOSITORY, "out")
+        other = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
         assert other.returncode == 0, other.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "fp8")

@@ -13,7 +13,7 @@ from dsv4.errors import InputError, UsageError
 @pytest.mark.parametrize(
     ("text", "hub", "repository", "revision"),
     [
-        ("deepseek-ai/DeepSeek-V4-Flash", "hf", "deepseek-ai/DeepSeek-V4-Flash", None),
+        ("hf:deepseek-ai/DeepSeek-V4-Flash", "hf", "deepseek-ai/DeepSeek-V4-Flash", None),
         ("hf:org/name", "hf", "org/name", None),
         ("ms:org/name", "ms", "org/name", None),
         ("org/name@main", "hf", "org/name", "main"),
@@ -119,7 +119,7 @@ def test_commands_that_need_a_folder(text: str, source: str, tmp_path: Path) -> 
         assert "download" not in error.value.hint
 
 
-def test_beside_a_folder_of_that_owner_it_is_a_missing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_one_slash_is_a_path_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`models/Flash` with a typo in it should not ask a hub; where a repository is all that helps, it is one."""
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
@@ -128,7 +128,8 @@ def test_beside_a_folder_of_that_owner_it_is_a_missing_folder(tmp_path: Path, mo
     assert parse_source("models/Flash@main") == HubSource("hf", "models/Flash", "main")
     assert parse_source("models/Flash", "main") == HubSource("hf", "models/Flash", "main")
     assert parse_source("hf:models/Flash") == HubSource("hf", "models/Flash")
-    assert parse_source("deepseek-ai/DeepSeek-V4-Flash") == HubSource("hf", "deepseek-ai/DeepSeek-V4-Flash")
+    name = "deepseek-ai/DeepSeek-V4-Flash"
+    assert parse_source(name) == Path(name) and parse_source(name, remote=True) == HubSource("hf", name)
     for command in (["convert", "models/Flahs", "out"], ["inspect", "models/Flahs"], ["verify", "models/Flahs", "."]):
         code, _, err = dsv4(*command)
         assert code == 3 and "models/Flahs: does not exist" in err and "hf:models/Flahs" in err

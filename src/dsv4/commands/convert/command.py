@@ -4,7 +4,10 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from dsv4 import output, signals
+from dsv4.errors import EXIT_MACHINE
 from dsv4.machine import free_bytes, peak_memory, usable_cores
 from dsv4.options import command, example
 
@@ -114,6 +117,7 @@ def _prepare(
     options: ConvertOptions, work: "Work", cores: int, out: output.Output, stack: ExitStack
 ) -> tuple["Job", dict[str, Any]]:
     """The conversion, and the result of `_check_remote`. `stack` closes the source."""
+    from dsv4.convert.checkpoint.editions.table import require_known_edition
     from dsv4.convert.checkpoint.reader import Checkpoint
     from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.hub.storage import open_storage
@@ -133,6 +137,8 @@ def _prepare(
         storage = open_storage(options.source, options.revision, options.output_folder / scratch_name, hub)
         stack.enter_context(closing(storage))
         checkpoint = Checkpoint.open(storage, headers)
+        if not options.any_model:
+            require_known_edition(checkpoint.config)
         plan = make_plan(checkpoint, settings)
     resources = decide_resources(plan, cores, options.max_workers, memory)
     return Job(checkpoint, plan, options.output_folder, resources), _check_remote(storage, plan)
@@ -159,7 +165,8 @@ def convert(options: ConvertOptions) -> None:
         if options.dry_run:
             check_job(job)
             rates = measure(job.checkpoint, job.plan, options.output_folder)
-            print_plan(out, job, free_bytes(options.output_folder), remote, rates)
+            if not print_plan(out, job, free_bytes(options.output_folder), remote, rates):
+                raise typer.Exit(EXIT_MACHINE)
             return
         signals.begin_work()
         keep_freed_memory()

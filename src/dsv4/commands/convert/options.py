@@ -24,14 +24,22 @@ from dsv4.options import (
     named,
 )
 
+SMALLEST_BARE_SIZE = 1000  # a smaller number without a unit was meant as gigabytes
+
+
+def shard_bytes(size: str) -> int:
+    """Bytes of --max-shard-size. Raises UsageError for a small number without a unit."""
+    count = parse_size(size)
+    if size.strip().isdigit() and count < SMALLEST_BARE_SIZE:
+        raise UsageError(f"--max-shard-size {size} is {size} bytes", f"Write the unit: {size.strip()}GB.")
+    return count
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """The command line of one `dsv4 convert`. Raises UsageError for options that contradict each other."""
 
-    source: Annotated[
-        str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, org/name, hf:org/name or ms:org/name.")
-    ]
+    source: Annotated[str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, hf:org/name or ms:org/name.")]
     output_folder: Annotated[
         Path, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder to write; new, empty or ours.")
     ]
@@ -60,6 +68,9 @@ class ConvertOptions:
     ] = "bf16"
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Also convert other models, by the dtypes and names of tensors alone.")
+    ] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what dsv4 wrote into OUTPUT before.")] = False
     revision: Revision = None
     cache_dir: CacheDir = None
@@ -90,7 +101,7 @@ class ConvertOptions:
             scale_dtype=self.scale_dtype,
             wo_a=self.wo_a,
             on_inexact=self.on_inexact,
-            max_shard_bytes=parse_size(self.max_shard_size),
+            max_shard_bytes=shard_bytes(self.max_shard_size),
             dense=self.dense,
         )
 

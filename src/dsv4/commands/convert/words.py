@@ -34,8 +34,11 @@ def _time_row(seconds: float, rates: "Rates") -> tuple[str, str, str]:
     return "time", human_seconds(seconds), "at " + ", ".join([*measured, f"{human_bytes(rates.sha256)}/s hashed"])
 
 
-def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any], rates: "Rates") -> None:
-    """The plan. free: bytes on the disk of the output. remote: see `command._check_remote`. rates: as measured."""
+def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any], rates: "Rates") -> bool:
+    """Print the plan; returns whether the disk has room for it.
+
+    free: bytes on the disk of the output. remote: see `command._check_remote`. rates: as measured.
+    """
     from dsv4.convert.write.estimate import estimated_seconds
 
     plan, resources = job.plan, job.resources
@@ -45,7 +48,7 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
         ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
         ("output", human_bytes(plan.output_bytes), f"{plan.output_bytes:,} bytes"),
         ("shards", str(len(plan.shards)), f"{plan.tensors:,} tensors"),
-        ("free disk", human_bytes(free), "enough" if free > needed else "TOO LITTLE"),
+        ("free disk", human_bytes(free), "enough" if free > needed else f"{human_bytes(needed - free)} short"),
         ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
         _time_row(seconds, rates),
         *_remote_rows(remote),
@@ -66,12 +69,14 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
             "peak_memory_bytes": resources.peak_memory_bytes,
             "free_bytes": free,
             "estimated_seconds": round(seconds, 1),
+            "short_bytes": max(0, needed - free),
             "options": plan.settings.to_json(),
             "files": {shard.file: shard.size for shard in plan.shards},
             "notes": list(plan.notes),
             **remote,
         }
     )
+    return bool(free > needed)
 
 
 def _verdict(summary: dict[str, int], kept: list[str], settings: Settings) -> str:
@@ -111,9 +116,17 @@ def _warn(out: output.Output, result: "Result", caveats: tuple[str, ...]) -> Non
         out.warn(note)
 
 
+def _next_step(result: "Result", source: str) -> str:
+    """The command that proves the output; of one that is not exact, the command that lists what differs."""
+    summary = result.summary
+    is_proof = not result.kept_tensors and not summary.get("inexact_blocks") and not summary.get("changed_elements")
+    words = "prove it" if is_proof else "list what is not exact (ends with 1)"
+    return f"{words}: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
+
+
 def print_result(out: output.Output, result: "Result", source: str, caveats: tuple[str, ...]) -> None:
     """The closing lines of a whole conversion. source: as `dsv4 verify` takes it. caveats: of the engine."""
-    next_step = f"prove it: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
+    next_step = _next_step(result, source)
     if result.already_done:
         out.say(f"nothing to do: {result.output} is complete and from this source")
         out.hint(next_step)
