@@ -56,7 +56,7 @@ MISTAKES = [
     ("run {good} --tokens 1,x", 3, ["'1,x'"]),
     ("run {good} -p a --tokens 1", 2, ["given 2 times"]),
     ("inspect {web}", 3, ["config.json", "a web page"]),
-    ("inspect {root}/gguf/model.gguf", 3, ["a GGUF file", "name that"]),
+    ("inspect {root}/gguf/model.gguf", 3, ["a GGUF file", "a folder of GGUF files"]),
     ("inspect {root}/bin/model.bin", 3, ["torch.save", "dsv4 reads safetensors"]),
     ("convert {root}/bin {out}", 3, ["model.bin: a zip archive", "dsv4 reads safetensors"]),
     ("doctor {root}/pth --for vllm", 3, ["model.pth: a zip archive", "dsv4 reads safetensors"]),
