@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsv4.convert.synthetic import encoder
-from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import DSpark, Geometry, make_checkpoint
 from dsv4.errors import InputError
 from dsv4.model.chat.detection import module_literals, prompt_edition_of
 from dsv4.model.chat.editions.preview import ABSOLUTE_MAXIMUM
@@ -173,3 +173,11 @@ def test_a_small_checkpoint_speaks_as_the_preview_does(tmp_path: Path) -> None:
     found = prompt_edition_of(path)
     assert (found.name, found.warnings) == ("preview", ())
     assert module_literals(encoder.PREVIEW)["REASONING_EFFORT_MAX"] == ABSOLUTE_MAXIMUM
+
+
+def test_a_small_checkpoint_with_draft_stages_speaks_as_0731_does(tmp_path: Path) -> None:
+    ratios, stages = (0, 0, 0, 0), DSpark(target_layer_ids=(0,))
+    path = make_checkpoint(tmp_path / "small", geometry=Geometry(compress_ratios=ratios, dspark=stages))
+    found = prompt_edition_of(path)
+    assert (found.name, found.warnings) == ("0731", ())
+    assert module_literals(encoder.RELEASE_0731)["REASONING_EFFORT_PROMPTS"] == TEXTS
