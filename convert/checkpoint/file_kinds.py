@@ -16,7 +16,7 @@ KINDS = (
     (POINTER, "a git-LFS pointer, not the file it stands for", PULL),
     (b"<!doctype html", "a web page, such as a proxy or a login sends", AGAIN),
     (b"<html", "a web page, such as a proxy or a login sends", AGAIN),
-    (b"gguf", "a GGUF file, not safetensors", "Safetensors are expected here. dsv4 reads a folder of GGUF files."),
+    (b"gguf", "a GGUF file, not safetensors", "Name a .safetensors file, or a folder of GGUF files."),
     (b"pk\x03\x04", "a zip archive, such as torch.save writes", "dsv4 reads safetensors: take the release."),
 )
 OTHER_WEIGHTS = (".bin", ".pt", ".pth")
