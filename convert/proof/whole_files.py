@@ -84,7 +84,7 @@ class HashedFile:
             self._position += len(view)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`. Bytes of the hashed file up to its end are hashed first, in order."""
+        """Fill `buffer` from `offset`. Of the hashed file, all bytes up to the end of `buffer` are hashed, in order."""
         if name == self._file.name:
             self._hash_up_to(offset)
         self._read(name, offset, buffer)
