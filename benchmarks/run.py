@@ -85,12 +85,12 @@ class Ours:
         self.cache = self.model.new_cache(1)
 
     def prefill(self, ids: Any) -> None:
-        """See Engine."""
+        """A fresh cache and the whole prompt."""
         self.cache = self.model.new_cache(1)
         self.step(ids)
 
     def step(self, ids: Any) -> None:
-        """See Engine."""
+        """More tokens."""
         self.model.forward(ids, self.cache, rows="last")
 
     def active_bytes(self) -> int:
@@ -109,14 +109,14 @@ class Theirs:
         self.cache: object = None
 
     def prefill(self, ids: Any) -> None:
-        """See Engine."""
+        """A fresh cache and the whole prompt."""
         from transformers.cache_utils import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
         self.step(ids)
 
     def step(self, ids: Any) -> None:
-        """See Engine."""
+        """More tokens."""
         import torch
 
         self.model.set_experts_implementation(self.implementation)

@@ -17,9 +17,9 @@ DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "-
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = [
     path
-    for top in ("quant", "convert", "model", "src/dsv4", "docs", "examples", "benchmarks", ".ci")
+    for top in ("quant", "convert", "model", "src/dsv4", "docs", "examples", "benchmarks", ".ci", "tests")
     for path in sorted((ROOT / top).rglob("*"))
-    if path.suffix in (".py", ".c", ".h", ".j2", ".md", ".sh") and not path.is_symlink()
+    if path.suffix in (".py", ".c", ".h", ".j2", ".md", ".sh") and not path.is_symlink() and path != Path(__file__)
 ] + [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
 # Phrases that CONTRIBUTING's rule of words replaces; none has a use of its own.
 BANNED = re.compile(

@@ -252,7 +252,7 @@ class Lab:
         if ending.code == 0 and left <= 1:
             return
         if ending.code != 128 + SIGNALS[fault.kind] or "Run the same command again" not in ending.words:
-            self.complain("expected to be told how to continue", fault, ending)
+            self.complain("expected a hint how to continue", fault, ending)
         if self.output.exists() and list(self.output.rglob(f"{PREFIX}*.part")):
             self.complain("a temporary file was left", fault, ending)
 
@@ -296,7 +296,7 @@ def main() -> None:
     torch.set_num_threads(1)
     signals.prepare()
     before, shared = None, options[-1:] == ["--shared"]
-    pipeline.BLOCK_BYTES = 2**13  # the shards are small: many writes all the same
+    pipeline.BLOCK_BYTES = 2**13  # the shards are small: many writes in spite of that
     if options[-1:] == ["--direct"]:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
     if options[-1:] == ["--slow-hash"]:

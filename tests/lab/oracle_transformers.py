@@ -115,7 +115,7 @@ def release_name(name: str) -> str:
 
 
 def release_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A transformers state dict under the release's names, experts taken apart."""
+    """A transformers state dict under the release's names, one tensor per expert."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         name = release_name(name)

@@ -189,7 +189,7 @@ def test_promises_hold_after_power_loss_at_any_moment(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**13)  # the shards are small: many writes all the same
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**13)  # the shards are small: many writes in spite of that
     if direct:  # as large shards are written
         monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)

@@ -1,4 +1,4 @@
-"""One conversion by several processes: the same bytes as from one, whoever writes what, dies, or comes later."""
+"""One conversion by several processes: the same bytes as from one, for any division, death or late start of parts."""
 
 import fcntl
 import json
@@ -228,7 +228,7 @@ class TestFinish:
         data[-1] ^= 1
         victim.write_bytes(data)
         assert check_part(job, Part(1, 2)) == found[1][:-1]
-        with pytest.raises(InputError, match=victim.name):  # what was not confirmed is read by whoever publishes
+        with pytest.raises(InputError, match=victim.name):  # the publishing process reads what was not confirmed
             run_conversion(job, Publish(frozenset(found[0] + found[1][:-1])))
         data[-1] ^= 1
         victim.write_bytes(data)

@@ -18,7 +18,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class NoStorage:
-    """Roles come from headers: whoever reads here fails."""
+    """Roles come from headers: any read of data fails."""
 
     label = "headers only"
 

@@ -70,7 +70,7 @@ def test_a_source_without_any(tmp_path: Path) -> None:
 
 
 def test_one_file_without_an_index(tmp_path: Path) -> None:
-    """`model.safetensors` alone is a checkpoint too; the output is indexed all the same."""
+    """`model.safetensors` alone is a checkpoint too; the output gets an index."""
     source = VARIANTS["release"](tmp_path / "source")
     convert(source, tmp_path / "one", "--to", "same", "--max-shard-size", "6GB")
     single = tmp_path / "single"

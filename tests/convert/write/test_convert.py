@@ -227,7 +227,7 @@ def test_block_scales_are_the_references(sources: dict[str, Path], tmp_path: Pat
 
 
 def test_an_upcast_checkpoint_goes_back_to_fp4(sources: dict[str, Path], tmp_path: Path) -> None:
-    """FP8 -> FP4 of values that came from FP4, whoever cast them; also of dsv4's own output."""
+    """FP8 -> FP4 of values that came from FP4 by any converter, dsv4 included."""
     stranger = upcast(tmp_path / "upcast", sources["release"])
     convert(sources["release"], tmp_path / "ours")
     release = tensors_of(sources["release"])

@@ -191,7 +191,7 @@ class TestResume:
             assert tree(output) == whole
 
     def test_interrupted_again_and_again(self, source: Path, whole: Path, tmp_path: Path) -> None:
-        """A run that gets no further than one shard each time arrives all the same."""
+        """Runs that each write one shard only finish the conversion."""
         output, rounds = tmp_path / "out", 0
         job = job_of(source, SETTINGS, output, workers=2)
         while True:

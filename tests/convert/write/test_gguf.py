@@ -272,7 +272,7 @@ class TestOtherPeoplesFiles:
         assert found.exit_code == 0 and found.counts["*"] == 0
 
     def test_q8_0_is_seen_as_inexact(self, single: Path, source: Path, tmp_path: Path) -> None:
-        """As llama.cpp's own converter writes dense weights. The experts are exact all the same."""
+        """As llama.cpp's own converter writes dense weights. The experts stay exact."""
         (tmp_path / "other").mkdir()
         rewritten(single, tmp_path / "other" / "other.gguf", TYPES.Q8_0)
         found = verify(source, tmp_path / "other", tensor="layers.*")

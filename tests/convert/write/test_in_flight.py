@@ -82,7 +82,7 @@ def test_a_slow_hash_has_as_many_shards_in_flight_as_there_are_workers(
 def test_no_other_shard_is_begun_while_the_workers_are_busy(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in flight is lost when a run is killed. A piece under way means that no worker of one is free."""
+    """A killed run loses the shards in flight. While a piece is computed, the only worker is busy."""
     begun: list[str] = []
     ended: list[str] = []
     real_write, real_compute = shard.write_shard, shard.compute_piece

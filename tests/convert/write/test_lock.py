@@ -23,7 +23,7 @@ def test_one_at_a_time_and_nothing_is_left(tmp_path: Path) -> None:
 def test_a_file_that_its_holder_removes_before_we_lock_it_is_no_lock(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file that was opened has no name any more: whoever comes next would make and lock another one."""
+    """The file that was opened has no name any more: the next run would create and lock another one."""
     real, removed = os.open, []
 
     def open_and_lose(path: Any, *arguments: Any) -> int:
