@@ -7,7 +7,8 @@ and the heavy packages inside the command, so that `dsv4 --help` answers at once
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -93,9 +94,15 @@ for _module, _function, _help in (
     app.command(_function.__name__, cls=_Command, short_help=_help, epilog=_module.EPILOG)(_function)
 
 
+@cache
+def program() -> Callable[..., object]:
+    """The program that the declarations above make; making it takes longer than many a command."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    return endings.run(app, arguments)
+    return endings.run(program(), arguments)
 
 
 def _open_closed_streams() -> None:

@@ -463,7 +463,8 @@ class TestFullDisk:
         allocate = files.allocate
 
         def fail(descriptor: int, size: int) -> None:
-            begun.append(size)
+            if ".safetensors." in os.readlink(f"/proc/self/fd/{descriptor}"):
+                begun.append(size)
             if len(begun) > shard:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             allocate(descriptor, size)
