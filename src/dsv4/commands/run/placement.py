@@ -1,7 +1,7 @@
 """Where `dsv4 run` computes: the device of this process, its rank, and how many bytes of weights may stay in memory.
 
 This is decided once, when the prompts are known and before any weight is read. `--max-memory` bounds the whole
-process, the engine bounds weights only. The bound for weights is `--max-memory` less
+process, the engine bounds weights only. The bound for weights is the process's bound less
 
     what the process occupies already   the interpreter, torch, the headers of all shards
     activations, keys and logits        by the model's widths and the number of tokens, see `working_memory`
