@@ -19,6 +19,8 @@ from .indexer import SCORES_AT_ONCE, IndexQueries, best
 from .numerics import Numerics
 from .rotary import Rotary
 
+FEW = 2  # from so many times the groups of all candidate blocks on, only these are scored
+
 
 def simulate_index_fp4(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
     """A query or key of the indexer [..., d] as FP4; V4.1 does not rotate it before."""
@@ -141,6 +143,8 @@ class IndexSource(IndexQueries):
         before: of the index source before this one.
         """
         visible = (torch.arange(position, position + len(q), device=q.device) + 1) // self._ratio
+        if before.blocks is not None and len(keys) >= FEW * before.blocks.shape[1] * self._block_size:
+            return Selection(self._among(q, weights, keys, visible, before.blocks), before.blocks)
         together, chosen, blocks = max(1, SCORES_AT_ONCE // max(1, len(keys))), [], []
         for first in range(0, len(q), together):
             some = slice(first, first + together)
@@ -152,6 +156,20 @@ class IndexSource(IndexQueries):
                 scores = scores.masked_fill(outside, -torch.inf)
             chosen.append(in_ascending_order(best(scores, self._config.index_topk)))
         return Selection(torch.cat(chosen), torch.cat(blocks) if blocks else before.blocks)
+
+    def _among(
+        self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, blocks: torch.Tensor
+    ) -> torch.Tensor:
+        """What `choose` takes from the candidate blocks, where these are few: other groups are not scored at all."""
+        chosen = torch.full((len(q), self._config.index_topk), -1, dtype=torch.int32, device=q.device)
+        inside = torch.arange(self._block_size, device=q.device)
+        for row, kept in enumerate(blocks):
+            groups = (kept[kept >= 0].sort().values[:, None] * self._block_size + inside).flatten()
+            groups = groups[groups < visible[row]]
+            scores = self._numerics.kernels.index_scores(q[row : row + 1], weights[row : row + 1], keys[groups])
+            found = in_ascending_order(best(scores, self._config.index_topk))[0]
+            chosen[row, : len(found)] = groups[found].to(torch.int32)
+        return chosen
 
     def _scores(
         self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor

@@ -5,6 +5,7 @@ joined by XOR, modulo a prime of the head. All primes of all layers differ, and 
 after the other in its table.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,8 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
-def primes_of_tables(engrams: Engrams) -> list[torch.Tensor]:
+@functools.cache
+def primes_of_tables(engrams: Engrams) -> tuple[torch.Tensor, ...]:
     """The primes of each table, int64 [n-grams, heads]: the first ones from `vocabulary` on, none twice."""
     candidate = engrams.vocabulary
     found: list[int] = []
@@ -64,7 +66,7 @@ def primes_of_tables(engrams: Engrams) -> list[torch.Tensor]:
             found.append(candidate)
         candidate += 1
     tables = torch.tensor(found, dtype=torch.int64).view(len(engrams.layers), engrams.longest - 1, engrams.heads)
-    return list(tables)
+    return tuple(tables)
 
 
 class NGramHash:

@@ -149,6 +149,18 @@ def test_queries_a_few_at_a_time(model: Transformer, whole: torch.Tensor, monkey
     assert torch.equal(in_calls(model, [61]), whole)
 
 
+def test_candidate_blocks_are_the_same_choice_scored_alone_or_with_all(
+    model: Transformer, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups outside are left out before they are scored, or masked afterwards; the latter at every length here."""
+    scored_alone: list[int] = []
+    right = shared_keys.IndexSource._among
+    monkeypatch.setattr(shared_keys.IndexSource, "_among", lambda *a: (scored_alone.append(len(a[3])), right(*a))[1])
+    assert torch.equal(in_calls(model, [61]), whole) and scored_alone == [61]
+    monkeypatch.setattr(shared_keys, "FEW", 1000)
+    assert torch.equal(in_calls(model, [61]), whole) and scored_alone == [61]
+
+
 def test_little_memory(folder: Path, model: Transformer, whole: torch.Tensor) -> None:
     """The n-gram tables are in no account: they are read where they lie."""
     with pytest.raises(MachineError) as caught:
