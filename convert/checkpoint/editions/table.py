@@ -124,7 +124,7 @@ def require_known_edition(config: Config) -> None:
     if kind is not None and edition_of(config) is UNKNOWN:
         raise InputError(
             f"config.json: model_type is '{kind}': this is no DeepSeek-V4 checkpoint",
-            "--any-model converts it all the same: FP4 and FP8 with block scales by dtype and name, the rest copied.",
+            "--any-model converts it anyway: FP4 and FP8 with block scales by dtype and name, the rest copied.",
         )
 
 
