@@ -22,9 +22,9 @@ DEFAULT_TARGET: TargetName = "base"
 class Conversion:
     """A value of `--to`.
 
-    recipe: its module in the folder recipes/. keeps_codes: codes stay as they are, and so do scales and
-    wo_a unless a target or an option names them. quantized: the output has FP8 weights and block scales.
-    scale_dtype: of the block scales where no target is named, None for that of the usual target.
+    help: what it does, for `--help`. recipe: its module in the folder recipes/. keeps_codes: codes stay as they are,
+    and so do scales and wo_a unless a target or an option names them. quantized: the output has FP8 weights and block
+    scales. scale_dtype: of the block scales where no target is named, None for that of the usual target.
     rank_files: whether the reference engine can run the result. way_back: it reverses another conversion, and is only
     offered for checkpoints with experts that it casts.
     instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
@@ -32,6 +32,7 @@ class Conversion:
     to tensors, or the files are no safetensors: the recipe says itself what the shards are.
     """
 
+    help: str
     recipe: str
     keeps_codes: bool = False
     quantized: bool = True
@@ -42,15 +43,27 @@ class Conversion:
     has_own_form: bool = False
     joins: bool = False
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether the size of its output depends on the engine that it is for."""
+        return self.quantized and not (self.keeps_codes or self.way_back or self.has_own_form)
+
 
 CONVERSIONS: dict[str, Conversion] = {
-    "fp8": Conversion(recipe="fp4_to_fp8", rank_files=True, instead="--to bf16 or --on-inexact round"),
-    "bf16": Conversion(recipe="bf16", quantized=False),
-    "fp4": Conversion(recipe="fp8_to_fp4", scale_dtype="e8m0", way_back=True),
-    "same": Conversion(recipe="scales", keeps_codes=True, rank_files=True),
-    "mxfp8": Conversion(recipe="mx.mxfp8", has_own_form=True),
-    "mxfp4": Conversion(recipe="mx.mxfp4", has_own_form=True),
-    "gguf": Conversion(recipe="gguf.recipe", has_own_form=True, joins=True),
+    "fp8": Conversion(
+        help="routed experts to FP8",
+        recipe="fp4_to_fp8",
+        rank_files=True,
+        instead="--to bf16 or --on-inexact round",
+    ),
+    "bf16": Conversion(help="all to BF16", recipe="bf16", quantized=False),
+    "fp4": Conversion(
+        help="experts to FP4, the release's form", recipe="fp8_to_fp4", scale_dtype="e8m0", way_back=True
+    ),
+    "same": Conversion(help="no numbers change", recipe="scales", keeps_codes=True, rank_files=True),
+    "mxfp8": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp8", has_own_form=True),
+    "mxfp4": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp4", has_own_form=True),
+    "gguf": Conversion(help="for llama.cpp", recipe="gguf.recipe", has_own_form=True, joins=True),
 }
 
 # Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.

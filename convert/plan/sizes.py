@@ -18,11 +18,11 @@ from .settings import CONVERSIONS, Settings, To, resolve
 
 # Options of `dsv4 convert` -> the arguments of `resolve` that they stand for.
 OPTIONS: dict[str, tuple[To, TargetName | None]] = {
-    "--to fp8": ("fp8", None),
-    **{f"--to fp8 --target {name}": ("fp8", name) for name, engine in ENGINES.items() if engine.layout == "hf"},
-    "--to bf16": ("bf16", None),
-    "--to fp4": ("fp4", None),
-    **{f"--to {name}": (name, None) for name, form in CONVERSIONS.items() if form.has_own_form and not form.joins},
+    f"--to {name}" + (f" --target {target}" if target else ""): (name, target)
+    for name, conversion in CONVERSIONS.items()
+    if not (conversion.keeps_codes or conversion.joins)
+    for target in (None, *(engine for engine, row in ENGINES.items() if row.layout == "hf"))
+    if target is None or conversion.has_targets
 }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
-from dsv4.convert.plan.settings import Dense, OnInexact, Settings, To, resolve
+from dsv4.convert.plan.settings import CONVERSIONS, Dense, OnInexact, Settings, To, resolve
 from dsv4.errors import UsageError
 from dsv4.machine import parse_size
 from dsv4.options import (
@@ -45,10 +45,7 @@ class ConvertOptions:
     ]
     to: Annotated[
         To,
-        typer.Option(
-            help="fp8: routed experts to FP8. bf16: all to BF16. fp4: experts to FP4, the release's form. "
-            "same: no numbers change. mxfp8, mxfp4: as compressed-tensors stores them. gguf: for llama.cpp."
-        ),
+        typer.Option(help=" ".join(f"{name}: {conversion.help}." for name, conversion in CONVERSIONS.items())),
     ] = "fp8"
     layout: Annotated[
         Layout, typer.Option(help="hf: one Hugging Face folder. mp: the reference engine's rank files.")
