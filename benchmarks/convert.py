@@ -6,7 +6,8 @@ Makes a checkpoint of real V4-Flash expert dimensions (2048 x 4096) in FOLDER, r
 cache is warm, and then compares, in turns:
 
 - the whole conversion with the obvious one: whole files in memory, table lookup into float32, multiply, cast;
-- the whole conversion with a plain copy (`cp`) of the source and of the result, both made durable with fsync;
+- the whole conversion with a plain copy (`cp`) of the source and of the result, both made durable with fsync; also
+  those into the forms of other tools;
 - the kernel alone, two threads, with a memcpy of its output by two threads: compiled, and in torch.
 
 Every run of the first two has a process of its own, as it would for a user, and is timed without the imports. In a
@@ -31,27 +32,27 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dsv4.convert import convert
 from dsv4.convert.checkpoint.header import build_header
+from dsv4.convert.synthetic.geometry import Geometry, config
 from dsv4.quant import e2m1, fp4_to_fp8, fp4_to_fp8_compiled
 from dsv4.quant.block_scales import Block
 
 ROWS, COLUMNS = 2048, 4096
 LAYER = 256  # experts
 BLOCK = Block(128, 128)
-CONFIG = {
-    "expert_dtype": "fp4",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128],
-    },
-}
+FORMS = ("mxfp8", "mxfp4", "gguf")
+
+
+def config_of(experts: int) -> dict[str, Any]:
+    """config.json of V4 for as many experts; the other dimensions are those of a small checkpoint."""
+    widths = Geometry(hidden_size=COLUMNS, moe_intermediate_size=ROWS, n_routed_experts=min(experts, LAYER))
+    return config(widths)
 
 
 def make_source(folder: Path, gigabytes: float) -> None:
@@ -76,7 +77,7 @@ def make_source(folder: Path, gigabytes: float) -> None:
     total = experts * ROWS * (COLUMNS // 2 + COLUMNS // 32)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config_of(experts)))
 
 
 def obvious(source: Path, output: Path) -> None:
@@ -132,6 +133,17 @@ def row(name: str, a: list[float], b: list[float], target: str) -> None:
     middle = statistics.median
     spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
     print(f"| {name} | {middle(a):.3f} s | {middle(b):.3f} s | {middle(ratios):.2f} ({spread}) | {target} |")
+
+
+def form_row(source: Path, work: Path, to: str, rounds: int) -> None:
+    """A conversion into another tool's form against the copy of source and result, in turns."""
+    result = work / to
+    convert(source, result, to=to)
+    jobs = [partial(convert, source, to=to), partial(copy_all, [source, result], durable=True)]
+    times = [[seconds(job, work / "scratch") for job in jobs] for _ in range(rounds + 1)][1:]
+    first, second = ([turn[i] for turn in times] for i in (0, 1))
+    row(f"dsv4 convert --to {to} / cp of source and result, fsynced", first, second, "at most 1.25")
+    shutil.rmtree(result)
 
 
 def kernel_times(rounds: int) -> dict[str, list[float]]:
@@ -216,6 +228,8 @@ def measure(work: Path, gigabytes: float, rounds: int) -> None:
     row("obvious code / dsv4 convert", times["obvious"], times["dsv4"], "at least 10")
     row("dsv4 convert / cp of source and result, fsynced", times["dsv4"], times["cp+fsync"], "at most 1.5")
     row("dsv4 convert / cp of source and result, not fsynced", times["dsv4"], times["cp"], "")
+    for to in FORMS:
+        form_row(source, work, to, rounds)
     kernel = kernel_times(rounds)
     form = "compiled" if fp4_to_fp8_compiled.is_compiled() else "not compiled"
     row(f"cast kernel ({form}) / memcpy of its output, 2 threads", kernel["fastest"], kernel["copy"], "at most 4")

@@ -20,7 +20,7 @@ from hub_servers import STALL_SECONDS, HubServer, Request, hub_environment, run_
 from ranks import run_ranks
 from raw_safetensors import scatter
 
-from dsv4.convert import convert
+from dsv4.convert import convert, verify
 from dsv4.convert.hub.client import RemoteFile
 from dsv4.convert.hub.open import HubOptions
 from dsv4.convert.hub.storage import HubStorage
@@ -108,6 +108,23 @@ def test_same_bytes_as_from_a_local_copy(
     assert sorted(server.whole_shards()) == sorted(SHARDS * 2)
     assert 1 <= max(seen) <= 2
     assert contents(tmp_path / "out") == expected  # verify left nothing behind
+
+
+@pytest.mark.slow
+def test_into_gguf_and_from_there(server: HubServer, source: Path, tmp_path: Path) -> None:
+    """The draft block's file draws on three shards. A repository of GGUF files is a source like any other."""
+    convert(source, tmp_path / "local", to="gguf", max_shard_size="3MB")
+    options = ("--to", "gguf", "--max-shard-size", "3MB", "--scratch", "3")
+    done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert run_dsv4(server, tmp_path, "verify", f"hf:{REPOSITORY}", "out", "--scratch", "3").returncode == 0
+    server.publish("acme/Tiny-V4-GGUF", tmp_path / "local")
+    done = run_dsv4(server, tmp_path, "convert", "hf:acme/Tiny-V4-GGUF", "back", "--to", "fp4", "--scratch", "3")
+    assert done.returncode == 0, done.stderr
+    proof = run_dsv4(server, tmp_path, "verify", "hf:acme/Tiny-V4-GGUF", "back", "--scratch", "3")
+    assert proof.returncode == 0 and "IDENTICAL" in proof.stdout, proof.stderr
+    assert verify(source, tmp_path / "back").exit_code == 0
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from exact_values import convert, different_values, dsv4, edit_config, edit_tensors, read_json, tensors_of, tree
 from jobs import job_of
+from ranks import run_ranks
 from raw_safetensors import raw
 from tiny import RAGGED
 
@@ -85,6 +86,12 @@ def test_parts_and_workers_write_the_same_bytes(to: str, source: Path, whole: Pa
         convert(source, tmp_path / "parts", "--to", to, *SHARDS, "--part", part, "--max-workers", 1)
     convert(source, tmp_path / "parts", "--to", to, *SHARDS, "--finish")
     assert tree(tmp_path / "parts") == tree(whole)
+
+
+def test_ranks_of_a_launcher_write_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
+    ended = run_ranks(2, tmp_path, "convert", source, tmp_path / "ranks", "--to", to, *SHARDS)
+    assert ended.codes == [0, 0], ended.err
+    assert tree(tmp_path / "ranks") == tree(whole)
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:

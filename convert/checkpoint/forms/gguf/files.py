@@ -143,10 +143,14 @@ def _tensors(
             yield _info(prefix + place.inner, tensor, file, released.get(prefix + place.inner, ""))
 
 
+def gguf_files(sizes: Mapping[str, int]) -> list[str]:
+    """Names of the GGUF files of a folder, sorted; those in sub-folders are not its own."""
+    return sorted(name for name in sizes if "/" not in name and name.endswith(SUFFIX))
+
+
 def is_gguf(sizes: Mapping[str, int]) -> bool:
     """Whether a folder is one of GGUF files: it has some, and no safetensors file."""
-    names = [name for name in sizes if "/" not in name]
-    return any(name.endswith(SUFFIX) for name in names) and not any(name.endswith(".safetensors") for name in names)
+    return bool(gguf_files(sizes)) and not any("/" not in name and name.endswith(".safetensors") for name in sizes)
 
 
 def _check_splits(names: list[str], label: str) -> None:
@@ -163,7 +167,7 @@ def _check_splits(names: list[str], label: str) -> None:
 
 def read_gguf(storage: Storage, sizes: Mapping[str, int]) -> GgufFolder:
     """Every tensor of the GGUF files of a folder. Raises InputError for types and names that are not read."""
-    names = sorted(name for name in sizes if "/" not in name and name.endswith(SUFFIX))
+    names = gguf_files(sizes)
     headers = {name: read_header(storage, name, sizes[name]) for name in names}
     folder = GgufFolder()
     drafts = {name for name, h in headers.items() if any(".nextn." in t.name for t in h.tensors)}
