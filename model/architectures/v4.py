@@ -19,7 +19,7 @@ from dsv4.model.drafting.dspark import DSpark, Keys, MarkovHead, Start
 from dsv4.model.drafting.stage_attention import StageAttention
 from dsv4.model.layers.attention import Attention
 from dsv4.model.layers.head import Head, OutputHead
-from dsv4.model.layers.hyper_connection import HyperConnection
+from dsv4.model.layers.hyper_connection import HyperConnection, mean_of_streams
 from dsv4.model.layers.moe import MixtureOfExperts
 from dsv4.model.layers.numerics import Numerics
 from dsv4.model.layers.rotary import Rotary, rotary_frequencies
@@ -176,10 +176,5 @@ class V4:
         for number, layer in enumerate(self.layers):
             h = layer(h, token_ids, call, f"layers.{number}", number)
             if number in self._targets:
-                means.append(self._mean(h))
+                means.append(mean_of_streams(h, self._numerics))
         return Streams(h, torch.cat(means, dim=-1) if means else h)
-
-    def _mean(self, h: torch.Tensor) -> torch.Tensor:
-        """The streams [T, n, D] as one, [T, D]."""
-        weights = torch.full(h.shape[:2], 1 / h.shape[1], dtype=torch.float32, device=h.device)
-        return self._numerics.kernels.hc_pre(weights, h)

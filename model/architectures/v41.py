@@ -23,7 +23,7 @@ from dsv4.model.drafting.stage_attention import StageAttention
 from dsv4.model.layers.engram.layer import Engram
 from dsv4.model.layers.engram.token_classes import token_classes
 from dsv4.model.layers.head import OutputHead
-from dsv4.model.layers.hyper_connection import HyperConnection
+from dsv4.model.layers.hyper_connection import HyperConnection, mean_of_streams
 from dsv4.model.layers.moe import MixtureOfExperts
 from dsv4.model.layers.numerics import Numerics
 from dsv4.model.layers.rotary import Rotary, rotary_frequencies
@@ -154,6 +154,7 @@ class V41:
             own = V41Stages(config, stages.blocks, store, self._rotaries[False], numerics)
             markov = MarkovHead(f"mtp.{stages.blocks - 1}.", ("embed", "head"), store, numerics)
             self.dspark = DSpark(config, own, markov, store, numerics)
+        self._targets = () if self.dspark is None else self.dspark.own.target_layer_ids
 
     def _build_engrams(self, store: WeightStore) -> dict[int, Engram]:
         config, engrams = self._config, self._config.engrams
@@ -173,7 +174,7 @@ class V41:
     @property
     def hidden_shape(self) -> tuple[int, ...]:
         """Of one token: the means of the streams in front of the target layers, one after the other."""
-        return (len(self._config.dspark_target_layer_ids) * self._config.hidden_size,)
+        return (len(self._targets) * self._config.hidden_size,)
 
     def _layer_cache(self, layer: int) -> LayerCache:
         config, dtype, device = self._config, self._numerics.dtype, self._device
@@ -195,6 +196,7 @@ class V41:
         return Cache(self._config, [Sequence([]) for _ in range(batch_size)])
 
     def shared(self, layer: int, call: Call, selections: list[Selection]) -> Shared | None:
+        """What a layer shares with others in a call, with the selections so far; None for a window alone."""
         config = self._config
         if not config.ratio(layer):
             return None
@@ -202,11 +204,6 @@ class V41:
         if self._numerics.released_index_keys:
             handed_over = call.layer_caches(config.hands_over_to(layer))
         return Shared(keys, handed_over, selections)
-
-    def mean(self, h: torch.Tensor) -> torch.Tensor:
-        """The mean of the streams [T, n, D] -> [T, D]."""
-        share = torch.full(h.shape[:2], 1 / h.shape[1], dtype=torch.float32, device=h.device)
-        return self._numerics.kernels.hc_pre(share, h)
 
     def __call__(self, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> Streams:
         """See `stack.Stack`. `hidden` is what DSpark stages go on from."""
@@ -219,7 +216,7 @@ class V41:
             if number in self.engrams:
                 h = self.engrams[number](h, token_ids, call.segments, call.layer_caches(number))
                 call.trace(f"layers.{number}.engram", h)
-            if number in self._config.dspark_target_layer_ids:
-                targets.append(self.mean(h))
+            if number in self._targets:
+                targets.append(mean_of_streams(h, self._numerics))
             h, pre = layer(h, pre, token_ids, call, number, self.shared(number, call, selections))
         return Streams(self._numerics.kernels.hc_pre(pre, h), torch.cat(targets, dim=1))

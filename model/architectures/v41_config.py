@@ -10,6 +10,8 @@ from dsv4.model.config import Config
 from dsv4.model.layers.engram.hashing import Engrams
 
 FP8_BLOCK = 32
+MOST_ROWS = 1 << 32  # of one head: a hostile config must not make us search for primes without end
+MOST_PRIMES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,6 @@ class V41Config(Config):
     candidate_source_layer_id: int  # -1: none
     candidate_topk_blocks: int
     candidate_block_size: int
-    dspark_target_layer_ids: tuple[int, ...]
     engrams: Engrams
 
     FIXED: ClassVar[dict[str, Any]] = {**Config.FIXED, "model_type": "deepseek_v41"}
@@ -38,7 +39,6 @@ class V41Config(Config):
             "kv_source_layer_ids": _layers(config, "kv_source_layer_ids"),
             "index_source_layer_ids": _layers(config, "index_source_layer_ids"),
             "candidate_source_layer_id": _candidate_source(config),
-            "dspark_target_layer_ids": _layers(config, "dspark_target_layer_ids", missing=[]),
             "engrams": _engrams(config),
         }
 
@@ -74,8 +74,8 @@ class V41Config(Config):
         for name, width in widths.items():
             yield width % FP8_BLOCK != 0, f"{name} is not a multiple of {FP8_BLOCK}"
         yield self.engrams.pad_token >= self.vocab_size, "engram_pad_token_id is not in the vocabulary"
-        beyond = any(layer >= self.num_hidden_layers for layer in (*self.engrams.layers, *self.dspark_target_layer_ids))
-        yield beyond, "engram_layer_ids or dspark_target_layer_ids name a layer that does not exist"
+        beyond = any(layer >= self.num_hidden_layers for layer in self.engrams.layers)
+        yield beyond, "engram_layer_ids name a layer that does not exist"
 
 
 def _source_problems(config: V41Config) -> Iterator[tuple[bool, str]]:
@@ -106,9 +106,9 @@ def _candidate_problems(config: V41Config) -> Iterator[tuple[bool, str]]:
     yield visible < config.index_topk, f"the candidate blocks hold {visible} groups, fewer than index_topk"
 
 
-def _layers(config: Mapping[str, Any], key: str, missing: list[int] | None = None) -> tuple[int, ...]:
+def _layers(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     """A list of layers in ascending order. Raises InputError."""
-    value = config.get(key, missing)
+    value = config.get(key)
     if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
         raise InputError(f"config.json: {key} must be a list of layers")
     if sorted(set(value)) != value:
@@ -135,7 +135,3 @@ def _engrams(config: Mapping[str, Any]) -> Engrams:
     if longest < 2 or vocabulary > MOST_ROWS or len(layers) * (longest - 1) * heads > MOST_PRIMES:
         raise InputError("config.json: the engram tables are larger than any model's")
     return Engrams(layers, tuple(rows), longest, heads, width, vocabulary, pad, classes)
-
-
-MOST_ROWS = 1 << 32  # of one head: a hostile config must not make us search for primes without end
-MOST_PRIMES = 1 << 10

@@ -19,6 +19,12 @@ def stream_mixes(h: torch.Tensor, fn: Matrix, numerics: Numerics, eps: float) ->
     return numerics.linear(x, fn) * numerics.kernels.inverse_rms(x, eps).unsqueeze(-1)
 
 
+def mean_of_streams(h: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """The mean of the streams: h [T, n, D] -> [T, D], which draft stages read."""
+    share = torch.full(h.shape[:2], 1 / h.shape[1], dtype=torch.float32, device=h.device)
+    return numerics.kernels.hc_pre(share, h)
+
+
 class HyperConnection:
     """mHC around one sublayer, "attn" or "ffn": its weights from the streams that enter, and the streams that leave."""
 
