@@ -129,7 +129,11 @@ class Config:
     def _special(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that are not plain numbers. Raises InputError."""
         scaling = _rope_scaling(config.get("rope_scaling"))
-        return {"compress_ratios": _ratios(config, cls.RATIOS), "rope_scaling": scaling, "dspark": _dspark(config)}
+        return {
+            "compress_ratios": _ratios(config, cls.RATIOS),
+            "rope_scaling": scaling,
+            "dspark": dspark_config(config),
+        }
 
     def _problems(self) -> Iterator[tuple[bool, str]]:
         """Whether something is wrong, and what: dimensions that do not divide or that exceed one another."""
@@ -184,8 +188,11 @@ def _rope_scaling(scaling: Any) -> RopeScaling | None:
     )
 
 
-def _dspark(config: Mapping[str, Any]) -> DSparkConfig | None:
-    """The keys `dspark_*`; None in an edition without. Raises InputError for some of them without the others."""
+def dspark_config(config: Mapping[str, Any], experts: str = "") -> DSparkConfig | None:
+    """The keys `dspark_*`; None in an edition without. Raises InputError for some of them without the others.
+
+    experts: what the keys for the experts of the stages begin with; "" where the main stack's count for them too.
+    """
     if "dspark_block_size" not in config:
         return None
     targets = config.get("dspark_target_layer_ids")
@@ -196,12 +203,6 @@ def _dspark(config: Mapping[str, Any]) -> DSparkConfig | None:
         noise_token_id=required_number(config, "dspark_noise_token_id", True),
         target_layer_ids=tuple(targets),
         markov_rank=required_number(config, "dspark_markov_rank", True),
-        **{key: _of_stages(config, key) for key in ("n_routed_experts", "num_experts_per_tok")},
+        n_routed_experts=required_number(config, f"{experts}n_routed_experts", True),
+        num_experts_per_tok=required_number(config, f"{experts}num_experts_per_tok", True),
     )
-
-
-def _of_stages(config: Mapping[str, Any], key: str) -> int:
-    """A number of the draft stages: a key of its own, else that of the main stack."""
-    own = f"dspark_{key}"
-    number: int = required_number(config, own if own in config else key, True)
-    return number

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from dsv4.convert.checkpoint.config import required_number
 from dsv4.errors import InputError
-from dsv4.model.config import Config
+from dsv4.model.config import Config, dspark_config
 from dsv4.model.layers.engram.hashing import Engrams
 
 FP8_BLOCK = 32
@@ -36,6 +36,7 @@ class V41Config(Config):
         return {
             **super()._special(config),
             "num_hash_layers": 0,
+            "dspark": dspark_config(config, experts="dspark_"),
             "kv_source_layer_ids": _layers(config, "kv_source_layer_ids"),
             "index_source_layer_ids": _layers(config, "index_source_layer_ids"),
             "candidate_source_layer_id": _candidate_source(config),

@@ -104,13 +104,13 @@ def install() -> torch.library.Library:
 
 
 def logits(folder: str, device: str, **options: Any) -> list[torch.Tensor]:
-    """Of main model and MTP block, if there is one: a prefill and single steps, across blocks of 4 and of 128."""
+    """Of main model and draft stages: a prefill and single steps, across blocks of 4 and of 128."""
     from dsv4.model import load
     from dsv4.model.evaluate.logits import teacher_forced
 
     tokens = [7 * i % 250 for i in range(136)]
     done = teacher_forced(load(folder, device, **options), tokens, prefill=131)
-    return [computed for computed in (done.logits, done.mtp_logits) if computed is not None]
+    return [computed for computed in (done.logits, done.draft_logits) if computed is not None]
 
 
 def is_mixing_refused() -> bool:

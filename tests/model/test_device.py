@@ -45,7 +45,7 @@ def least_memory(folder: Path) -> int:
     return int("".join(c for c in str(caught.value.hint) if c.isdigit()))
 
 
-@pytest.fixture(scope="module", params=["v4", "v4.1"])
+@pytest.fixture(scope="module", params=["v4", "0731", "v4.1"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = make_checkpoint(tmp_path_factory.mktemp("compare") / "c", seed=6, geometry=EDITIONS[request.param])
     return output_of(PROGRAM, "compare", folder, least_memory(folder))

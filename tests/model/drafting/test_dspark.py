@@ -158,6 +158,13 @@ def test_stages_of_one_edition_and_a_config_of_another(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_keys_of_another_edition_mean_nothing(tmp_path: Path, expected: Drafts) -> None:
+    """V4 has no keys for the experts of its stages: they are as many as the main stack's."""
+    folder = random_drafts(tmp_path / "checkpoint")
+    edit_config(folder, dspark_n_routed_experts=2, dspark_num_experts_per_tok=1)
+    assert same_bits(drafts_of(load(folder), None), expected)
+
+
 @pytest.mark.parametrize(
     "name", ["mtp.0.main_proj.weight", "mtp.1.attn.wkv.weight", "mtp.2.markov_head.markov_w2.weight"]
 )
