@@ -42,7 +42,9 @@ class Rotary:
 
     def reserve(self, positions: int) -> None:
         """Make the tables reach positions [0, positions): before a call, because asking a device later would wait."""
-        starts = range(len(self._cos), positions, POSITIONS_PER_CHUNK)
+        if positions <= len(self._cos):
+            return
+        starts = range(len(self._cos), max(positions, len(self._cos) * 9 // 8), POSITIONS_PER_CHUNK)
         angles = [
             torch.arange(start, start + POSITIONS_PER_CHUNK, dtype=torch.float32)[:, None] * self._frequencies
             for start in starts

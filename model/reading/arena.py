@@ -66,7 +66,7 @@ class Arena:
         return nbytes, self._used - nbytes
 
     def take(self, nbytes: int) -> torch.Tensor | None:
-        """uint8 [nbytes], not zeroed, at a multiple of ALIGNMENT; None if there is no room. nbytes is at least 1."""
+        """uint8 [nbytes], nbytes at least 1, of any contents, at a multiple of ALIGNMENT; None if there is no room."""
         part = self._place(aligned(nbytes))
         if part is None:
             return None
@@ -74,4 +74,7 @@ class Arena:
         lease = memoryview(self._mapping)[first : first + nbytes]
         # Tensors that share this memory keep `lease` alive, and nothing else does.
         weakref.finalize(lease, self._free.append, part).atexit = False
-        return torch.frombuffer(lease, dtype=torch.uint8)
+        memory = torch.frombuffer(lease, dtype=torch.uint8)
+        # Makes the large pages. Of several threads that first used one at the same time, each would clear it.
+        memory[::LARGE_PAGE] = 0
+        return memory

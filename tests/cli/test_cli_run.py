@@ -1,5 +1,6 @@
 """`dsv4 run` from the command line, on a checkpoint small enough to answer in milliseconds."""
 
+import errno
 import html
 import io
 import json
@@ -666,6 +667,39 @@ def test_what_came_from_the_files_is_reported(
     again = run(capfd, folder, "--tokens", "0,5,9", "--logits", str(tmp_path / "l.safetensors"), "-v")[1]
     assert re.search(line, again), again
     assert "from the files" not in run(capfd, folder, "--tokens", "0,5,9", *FEW)[1]
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "problem"),
+    [("cut", 3, r"model-\S+\.safetensors ends at byte \d+"), ("unreadable", 4, r"model-\S+: Input/output error"),
+     ("deleted", 0, "")],
+)  # fmt: skip
+def test_shards_that_go_bad_while_experts_are_read_from_them(
+    capfd: Capture, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, code: int, problem: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    def unreadable(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def load_and_harm(*arguments: Any, **more: Any) -> Transformer:
+        model = load_model(*arguments, **more)
+        for path in copy.glob("*.safetensors"):
+            if harm == "cut":
+                os.truncate(path, path.stat().st_size // 2)
+            elif harm == "deleted":
+                path.unlink()
+        if harm == "unreadable":
+            monkeypatch.setattr(os, "preadv", unreadable)
+        return model
+
+    allow_weights(monkeypatch, 400_000)
+    arguments = ("--tokens", "0,5,9", "--seed", "1", *FEW)
+    expected = run(capfd, str(copy), *arguments)[0]
+    monkeypatch.setattr("dsv4.commands.run.command.load_model", load_and_harm)
+    out, err = run(capfd, str(copy), *arguments, code=code)
+    assert re.search(problem, err), err
+    assert out == (expected if harm == "deleted" else "")
 
 
 # 180 MB of weights, nine tenths of them experts: more than what is left of the bound beside the interpreter and torch.
