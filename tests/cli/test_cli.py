@@ -217,6 +217,7 @@ def test_standard_streams_may_be_closed(line: str, code: int, tmp_path: Path) ->
     assert bool(done.stderr) == (code == 3 and "2>&-" not in line)
 
 
+@pytest.mark.slow
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """Messages would be written into it."""
     code = """

@@ -129,6 +129,7 @@ sys.exit(cli.run(arguments))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", LACKING)
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"]])
 def test_the_command_line_starts_on_other_systems(system: str, arguments: list[str]) -> None:

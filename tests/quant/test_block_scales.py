@@ -180,6 +180,7 @@ def smallest_power(amax: float, largest_code: float) -> int:
     return next((byte for byte in range(255) if amax <= Fraction(largest_code) * E8M0_VALUES[byte]), 254)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest", [e2m1.MAX, e4m3.MAX])
 def test_power_of_two_above(largest: float) -> None:
     normal = [largest * 2.0**e for e in range(-117, 119)]

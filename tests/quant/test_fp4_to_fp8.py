@@ -154,6 +154,7 @@ def test_choice_where_the_reference_s_scale_would_be_below_e8m0(span: int) -> No
         check_against_oracle(codes, torch.tensor([[largest - span, largest]], dtype=torch.uint8), Block(128, 64))
 
 
+@pytest.mark.slow
 def test_choice_for_every_pair_of_codes_and_span() -> None:
     # One block per row: a group that holds only code a and one that holds only code b, `span` above it.
     first, second, span = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(31), indexing="ij")

@@ -61,6 +61,7 @@ def check(codes: torch.Tensor, scale: torch.Tensor, block: Block) -> list[bool]:
     return exact
 
 
+@pytest.mark.slow
 def test_every_pair_of_codes() -> None:
     # A group that holds code a and code b: 127 x 127 / 2 pairs of magnitudes decide exactness.
     pairs = [(a, b) for a in range(127) for b in range(a, 127)]

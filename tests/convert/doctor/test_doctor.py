@@ -257,6 +257,7 @@ def dry_runs(diagnosis: Diagnosis, tmp_path: Path) -> list[int]:
             for words in here]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "engine", "keys", "removed", "rule"), DAMAGE)
 def test_the_commands_that_it_prints_do_not_refuse(
     release: Path,

@@ -223,6 +223,7 @@ def dsv4(arguments: list[str], before: str = "", between: str = "") -> subproces
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 @EITHER
 @pytest.mark.parametrize(("argument", "expected"), [("--version", 0), ("convert", 2)])
 def test_after_the_last_word_it_changes_nothing(

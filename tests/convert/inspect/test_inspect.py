@@ -347,6 +347,7 @@ def test_bad_input(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, True, -1, 0, 2**70, 1.5, "text", [], {}, [[1]], {"a": 1}])
 def test_no_config_makes_it_crash(small: Path, value: object) -> None:
     checkpoint = Checkpoint.open(small)

@@ -154,6 +154,7 @@ def test_workers_and_memory_change_nothing(
     assert found == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
 def test_bands_and_pieces_change_nothing(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expert_dtype: str

@@ -205,6 +205,7 @@ def check(first: RowBand, second: RowBand) -> None:
         assert rebuild(first, second) == {"codes": codes, "sign": lost + gained, "wrong": different}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     formats=st.tuples(st.sampled_from(list(FORMATS)), st.sampled_from(list(FORMATS))),

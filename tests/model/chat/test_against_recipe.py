@@ -121,7 +121,10 @@ def as_checkpoint(prompt: str) -> str:
     return re.sub(r'(<｜DSML｜invoke name="[^"]*">\n)(?=</｜DSML｜invoke>)', r"\1\n", prompt)
 
 
-@pytest.mark.parametrize(("edition", "level"), CASES)
+@pytest.mark.parametrize(
+    ("edition", "level"),
+    [pytest.param(*case, marks=() if case[1] in (None, "high") else pytest.mark.slow) for case in CASES],
+)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_the_service_renders_the_same_prompt(edition: str, level: str | None, data: st.DataObject) -> None:
