@@ -191,6 +191,11 @@ def _name(stored: str, layers: int, is_draft: bool) -> str | None:
     return prefix + inner if inner else None
 
 
+def _is_stack(stored: _Stored) -> bool:
+    match = _BLOCK.fullmatch(stored.name)
+    return match is not None and match[2] in _STACKS and len(stored.shape) == 3 and stored.shape[0] > 0
+
+
 def _entries(stored: _Stored, file: str, layers: int, is_draft: bool) -> Iterator[Entry]:
     """What a tensor of a file holds, under the release's names."""
     match = _BLOCK.fullmatch(stored.name)
@@ -198,9 +203,9 @@ def _entries(stored: _Stored, file: str, layers: int, is_draft: bool) -> Iterato
     if match:
         block = int(match[1])
         prefix = f"mtp.{block - layers}." if block >= layers else f"layers.{block}."
-    if match and match[2] in _STACKS and len(stored.shape) == 3 and stored.shape[0]:
+    if match and _is_stack(stored):
         yield from _matrices(prefix, _STACKS[match[2]], stored, file)
-    elif match and match[2] == "nextn.eh_proj" and stored.kind in ("BF16", "F32"):
+    elif match and match[2] == "nextn.eh_proj" and stored.kind in ("BF16", "F32") and len(stored.shape) == 2:
         half = replace(stored, shape=(stored.shape[0], stored.shape[1] // 2))
         row = stored.size // max(stored.shape[0], 1)
         yield _entry(f"{prefix}e_proj.weight", half, file, stored.kind, half_of_rows(row, False))
@@ -227,7 +232,7 @@ def _read_headers(checkpoint: Checkpoint, names: list[str], on_header: Callable[
             headers[name] = _read(checkpoint.files, name)
             raw = read_bytes(checkpoint.files, name, 0, headers[name].end)
             described.append(f"{name} {sizes[name]} {hashlib.sha256(raw).hexdigest()}")
-        except (ValueError, struct.error, MemoryError) as error:
+        except (ValueError, struct.error, MemoryError, OverflowError, RecursionError) as error:
             checkpoint.problem("shard", f"{name} cannot be read: {error}", "unreadable")
         on_header()
     checkpoint.headers_sha256 = hashlib.sha256("\n".join(described).encode("utf-8", "surrogatepass")).hexdigest()
@@ -256,7 +261,7 @@ def open_gguf(files: Files, where: str, on_header: Callable[[], None] = lambda: 
     _check_splits(checkpoint, names)
     for name in sorted(headers, key=lambda name: (name in drafts, name)):
         for stored in headers[name].tensors:
-            if stored.kind not in _SHOWN and not (stored.kind == "MXFP4" and len(stored.shape) == 3):
+            if stored.kind not in _SHOWN and not (stored.kind == "MXFP4" and _is_stack(stored)):
                 checkpoint.problem("shard", f"{name}: {stored.name} is {stored.kind}", "unreadable")
                 checkpoint.unreadable[_name(stored.name, layers, name in drafts) or stored.name] = stored.kind
                 continue

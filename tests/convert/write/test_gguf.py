@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from checkpoint_variants import VARIANTS
 from exact_values import convert, dsv4, edit_config, edit_tensors, experts, read_json, tensors_of, values
 from raw_safetensors import raw
+from tiny import TINY
 from tokenizers import Tokenizer
 
 from dsv4.convert import verify
@@ -345,6 +347,48 @@ class TestDamage:
             path.write_bytes(path.read_bytes()[:length])
         code, _, err = dsv4("inspect", copy)
         assert code == 3 and re.search(r"\.gguf", err) and "Traceback" not in err
+
+
+class TestHostile:
+    """Whatever a header says, a command ends with a verdict or an error, never with a traceback (exit code 70)."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        source = make_checkpoint(tmp_path_factory.mktemp("hostile") / "source", geometry=TINY, tokenizer=False)
+        convert(source, source.parent / "out", "--to", "gguf")
+        return source.parent / "out"
+
+    def judged(self, folder: Path) -> None:
+        for command in ("inspect", "verify"):
+            code, _, err = dsv4(command, folder)
+            assert code in (0, 1, 3), err
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_other_bytes_in_a_header(self, seed: int, small: Path, tmp_path: Path) -> None:
+        random = np.random.default_rng(seed)
+        copy = Path(shutil.copytree(small, tmp_path / "copy"))
+        (copy / "config.json").unlink()
+        path = random.choice(sorted(copy.glob("*.gguf")))
+        raw = bytearray(path.read_bytes())
+        for _ in range(3):
+            raw[random.integers(0, 6000)] = random.choice([0, 1, 9, 0x7F, 0xFF, random.integers(256)])
+        path.write_bytes(raw)
+        self.judged(copy)
+
+    @pytest.mark.parametrize("kind", [4, 8, 9])
+    @pytest.mark.parametrize("count", [2**63, 2**40, 2**20])
+    def test_an_array_that_is_too_long(self, kind: int, count: int, tmp_path: Path) -> None:
+        header = (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, kind, count)
+        )
+        (tmp_path / "model.gguf").write_bytes(header + bytes(100))
+        self.judged(tmp_path)
+
+    def test_arrays_in_arrays(self, tmp_path: Path) -> None:
+        header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
+        (tmp_path / "model.gguf").write_bytes(header + struct.pack("<IQ", 9, 1) * 50_000)
+        self.judged(tmp_path)
 
 
 def test_doctor_says_what_llama_cpp_computes_with(output: Path, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def _read_key(cursor: _Cursor) -> tuple[str, Any]:
     if kind != ARRAY:
         return key, _read_value(cursor, kind)
     inner, count = cursor.numbers("<IQ")
+    if count > MAX_HEADER_BYTES:
+        raise InputError(f"{cursor.where}: a key has an array of {count} values")
     if inner in _SCALARS:
         return key, list(cursor.numbers(f"<{count}{_SCALARS[inner][1]}"))
     return key, [_read_value(cursor, inner) for _ in range(count)]

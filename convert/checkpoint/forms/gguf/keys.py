@@ -101,7 +101,7 @@ def released_dtypes(keys: dict[str, Any]) -> dict[str, str]:
 
 def _shown(value: Any, kind: int) -> Any:
     """A float32 as the number that was written: 1e-06, and not what float32 makes of it."""
-    return float(str(np.float32(value))) if kind == F32 else value
+    return float(str(np.float32(value))) if kind == F32 and isinstance(value, float) else value
 
 
 def config_of(keys: dict[str, Any]) -> dict[str, Any]:
