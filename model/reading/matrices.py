@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
-from dsv4.convert.checkpoint.torch_tensors import typed
+from dsv4.convert.checkpoint.torch_tensors import as_tensor, typed
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.errors import InputError
 from dsv4.model.config import Config
@@ -125,10 +125,13 @@ def read_vector(checkpoint: Checkpoint, config: Config, weight: Weight, rows: Ro
 
 
 def _gather(checkpoint: Checkpoint, info: TensorInfo, rows: list[int]) -> torch.Tensor:
-    """Rows of a tensor in the order given, each read alone."""
-    found = checkpoint.read_rows(info, 0, 0)
-    parts = [checkpoint.read_rows(info, row, row + 1).view(torch.uint8) for row in rows]
-    return torch.cat([found.view(torch.uint8), *parts]).view(found.dtype)
+    """Rows of a tensor in the order given, each read alone, into one buffer."""
+    width = info.row_bytes
+    data = bytearray(len(rows) * width)
+    view = memoryview(data)
+    for place, row in enumerate(rows):
+        checkpoint.read_into(info.name, view[place * width : (place + 1) * width], row * width)
+    return as_tensor(data, info.dtype, (len(rows), *info.shape[1:]), info.name)
 
 
 def read_single_rows(checkpoint: Checkpoint, weight: Weight, rows: list[int]) -> torch.Tensor:
