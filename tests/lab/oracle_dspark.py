@@ -40,19 +40,25 @@ def rotated(x: Array, position: int, config: dict[str, Any], sign: int = 1) -> A
 
 
 class Oracle:
-    """The stages of one checkpoint."""
+    """The stages of one checkpoint of V4."""
+
+    tables, block = ("markov_w1", "markov_w2"), (128, 128)
 
     def __init__(self, tensors: Tensors, config: dict[str, Any]) -> None:
         self.tensors, self.config, self.eps = tensors, config, config["rms_norm_eps"]
         self.stages = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("mtp."))
 
     def value(self, name: str) -> Array:
-        return values(name, self.tensors)
+        return values(name, self.tensors, self.block)
 
     def keys(self, stage: int, x: Array, positions: list[int]) -> Array:
         name, eps = f"mtp.{stage}.attn.", self.eps
         kv = norm(x @ self.value(f"{name}wkv.weight").T, self.value(f"{name}kv_norm.weight"), eps)
         return np.stack([rotated(row, p, self.config) for row, p in zip(kv, positions, strict=True)])
+
+    def heads(self, q: Array) -> Array:
+        """Queries [B, H, c] before their rotation."""
+        return norm(q, 1.0, self.eps)
 
     def attention(self, stage: int, x: Array, before: Array, positions: list[int]) -> Array:
         name, c = f"mtp.{stage}.attn.", self.config["head_dim"]
@@ -61,7 +67,7 @@ class Oracle:
         qr = norm(x @ self.value(f"{name}wq_a.weight").T, self.value(f"{name}q_norm.weight"), self.eps)
         q = (qr @ self.value(f"{name}wq_b.weight").T).reshape(len(x), -1, c)
         out = []
-        for row, position in zip(norm(q, 1.0, self.eps), positions, strict=True):
+        for row, position in zip(self.heads(q), positions, strict=True):
             heads = []
             for head, query in enumerate(rotated(row, position, self.config)):
                 weights = np.exp(keys @ query / np.sqrt(c))
@@ -121,22 +127,25 @@ class Oracle:
         ids = [anchor] + [config["dspark_noise_token_id"]] * (size - 1)
         main = norm(hidden @ self.value("mtp.0.main_proj.weight").T, self.value("mtp.0.main_norm.weight"), self.eps)
         h = np.repeat(self.value("embed.weight")[ids][:, None], config["hc_mult"], axis=1)
-        positions = list(range(known, known + size))
-        for s in range(self.stages):
-            before = self.keys(s, main[first:], list(range(first, known)))
-            h = self.sublayer(s, "attn", h, lambda x, s=s, b=before: self.attention(s, x, b, positions))
-            h = self.sublayer(s, "ffn", h, lambda x, s=s: self.experts(s, x))
-        return self.chain(h, anchor)
+        before = [self.keys(s, main[first:], list(range(first, known))) for s in range(self.stages)]
+        return self.chain(self.vectors(h, before, list(range(known, known + size))), anchor)
 
-    def chain(self, h: Array, before: int) -> Draft:
-        """Token after token from the streams of the last stage."""
+    def vectors(self, h: Array, before: list[Array], positions: list[int]) -> Array:
+        """The streams [B, n, D] through all stages, and as one [B, D]."""
+        for s in range(self.stages):
+            h = self.sublayer(s, "attn", h, lambda x, s=s: self.attention(s, x, before[s], positions))
+            h = self.sublayer(s, "ffn", h, lambda x, s=s: self.experts(s, x))
+        last = f"mtp.{self.stages - 1}.hc_head"
+        scale, base = self.value(f"{last}_scale"), self.value(f"{last}_base")
+        pre = [sigmoid(self.mixes(last, streams) * scale + base) + self.config["hc_eps"] for streams in h]
+        return np.stack([weights @ streams for weights, streams in zip(pre, h, strict=True)])
+
+    def chain(self, vectors: Array, before: int) -> Draft:
+        """Token after token from the vectors behind the last stage [B, D]."""
         last = f"mtp.{self.stages - 1}."
-        scale, base = self.value(f"{last}hc_head_scale"), self.value(f"{last}hc_head_base")
-        w1, w2 = (self.value(f"{last}markov_head.markov_w{i}.weight") for i in (1, 2))
+        w1, w2 = (self.value(f"{last}markov_head.{name}.weight") for name in self.tables)
         tokens, logits, confidence = [], [], []
-        for streams in h:
-            pre = sigmoid(self.mixes(f"{last}hc_head", streams) * scale + base) + self.config["hc_eps"]
-            x = pre @ streams
+        for x in vectors:
             own = self.value("head.weight") @ norm(x, self.value(f"{last}norm.weight"), self.eps)
             logits.append(own + w2 @ w1[before])
             joined = np.concatenate([x, w1[before]])
@@ -144,3 +153,29 @@ class Oracle:
             before = int(logits[-1].argmax())
             tokens.append(before)
         return Draft(tokens, np.stack(logits), np.array(confidence))
+
+
+class OracleV41(Oracle):
+    """Those of V4.1: no norm of the heads, experts of their own, and the streams' weights lag by one sublayer."""
+
+    tables, block = ("embed", "head"), (32, 32)
+
+    def __init__(self, tensors: Tensors, config: dict[str, Any]) -> None:
+        text = config["text_config"]
+        super().__init__(tensors, text | {"num_experts_per_tok": text["dspark_num_experts_per_tok"]})
+
+    def heads(self, q: Array) -> Array:
+        return q
+
+    def vectors(self, h: Array, before: list[Array], positions: list[int]) -> Array:
+        pre = np.zeros(h.shape[:2])
+        pre[:, 0] = 1
+        for s in range(self.stages):
+            for part in ("attn", "ffn"):
+                found = [self.weights(f"mtp.{s}.hc_{part}", streams) for streams in h]
+                x = norm((pre[:, :, None] * h).sum(1), self.value(f"mtp.{s}.{part}_norm.weight"), self.eps)
+                output = self.attention(s, x, before[s], positions) if part == "attn" else self.experts(s, x)
+                pairs = zip(found, output, h, strict=True)
+                h = np.stack([np.outer(post, out) + comb.T @ streams for (_, post, comb), out, streams in pairs])
+                pre = np.stack([weights for weights, _, _ in found])
+        return (pre[:, :, None] * h).sum(1)
