@@ -12,7 +12,7 @@
     void dsv4_linears_##form(const struct product *, int64_t, void *, int32_t);                                        \
     void dsv4_sparse_attention_##form(const void *, const void *, const void *, const int32_t *, const float *, float, \
                                       int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, void *, void *, int32_t);  \
-    void dsv4_index_scores_##form(const struct matrix *, const float *, const float *, int64_t, int64_t, int32_t,      \
+    void dsv4_index_scores_##form(const struct matrix *, const void *, const float *, int64_t, int64_t, int32_t,       \
                                   float *, void *, int32_t);                                                           \
     void dsv4_simulate_fp8_##form(const void *, void *, int64_t, int64_t, int64_t, int32_t, int32_t);                  \
     void dsv4_simulate_index_##form(const void *, void *, void *, int64_t, int64_t, int64_t, int32_t, int32_t);        \
@@ -91,8 +91,7 @@ static void attention(int is_bf16) {
 static void scores(int rounded) {
     enum { QUERIES = 5, HEADS = 12, C = 64, KEYS = 31 };
     static float q[QUERIES * HEADS * C], weights[QUERIES * HEADS], keys[KEYS * C];
-    fill(q, QUERIES * HEADS * C, 0), fill(weights, QUERIES * HEADS, 0), fill(keys, KEYS * C, rounded);
-    for (int i = 0; i < QUERIES * HEADS * C && rounded; i++) q[i] = rounded_to_bf16(q[i]);
+    fill(q, QUERIES * HEADS * C, rounded), fill(weights, QUERIES * HEADS, 0), fill(keys, KEYS * C, rounded);
     struct matrix w = {keys, 0, KEYS, C, 1, C, 1, rounded ? BFLOAT16 : FLOAT32, 0};
     CALL(A, index_scores)(&w, q, weights, QUERIES, HEADS, rounded, (float *)result_a, scratch, 2);
     CALL(B, index_scores)(&w, q, weights, QUERIES, HEADS, rounded, (float *)result_b, scratch, 2);

@@ -37,7 +37,8 @@ compare() { # COMPILER FORM RUNNER OPTION...
     local c=model/kernels/c out="$work/compare-$2" objects=() source
     local options=(-O3 -std=gnu11 -ffp-contract=off -fno-math-errno -Wno-psabi -Wall -Wextra -Werror "-I$c" "${@:4}")
     local plain=(-DFORM=plain -DNO_VECTORS)
-    for source in linear attention small; do
+    for source in $(grep -l OF_FORM "$c"/*.c); do
+        source=$(basename "$source" .c)
         "$1" "${options[@]}" "${plain[@]}" -c "$c/$source.c" -o "$out-$source-plain.o"
         "$1" "${options[@]}" -DFORM="$2" -c "$c/$source.c" -o "$out-$source.o"
         objects+=("$out-$source-plain.o" "$out-$source.o")

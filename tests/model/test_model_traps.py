@@ -172,7 +172,7 @@ def sinkhorn_rows_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reference_small, "sinkhorn", _sinkhorn_rows_first)
 
 
-def _sinkhorn_rows_first(logits: torch.Tensor, iterations: int, eps: float, exp: object) -> torch.Tensor:
+def _sinkhorn_rows_first(logits: torch.Tensor, iterations: int, eps: float, *functions: object) -> torch.Tensor:
     comb = torch.softmax(logits, -1) + eps
     for _ in range(iterations):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
