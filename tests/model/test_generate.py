@@ -241,6 +241,16 @@ def test_the_seed_and_the_row_decide() -> None:
     assert Sampler(Sampling(seed=4), 0).choose(logits) != first[0]
 
 
+def test_what_is_foreseen_is_drawn_later() -> None:
+    """A draft is chosen with the random number of its own place, and looking ahead draws nothing."""
+    logits = torch.zeros(1000)
+    looking, other = Sampler(Sampling(seed=3)), Sampler(Sampling(seed=3))
+    foreseen = {ahead: looking.foresee(logits, ahead) for ahead in (2, 0, 3, 1)}
+    drawn = [looking.choose(logits) for _ in range(5)]
+    assert [foreseen[ahead] for ahead in range(4)] == drawn[:4]
+    assert drawn == [other.choose(logits) for _ in range(5)]
+
+
 def test_extreme_logits() -> None:
     logits = torch.tensor([float("-inf"), 3e38, -3e38])
     assert Sampler(Sampling(0.01)).choose(logits) == 1
