@@ -27,14 +27,14 @@ def unknown(folder: Path) -> Path:
     make_checkpoint(folder, geometry=Geometry(compress_ratios=(0, 4, 0)))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps(config | {"model_type": "deepseek_v9", "architectures": ["DeepseekV9ForCausalLM"]})
+        json.dumps(config | {"model_type": "deepseek_v42", "architectures": ["DeepseekV42ForCausalLM"]})
     )
     return folder
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "V4-Flash-Base, V4-Pro-Base": base,
-    "an unknown `model_type`": unknown,
+    "an edition without a row, `deepseek_v4…`": unknown,
 }
 
 
@@ -68,7 +68,7 @@ def judged(folder: Path) -> str:
 def runs(folder: Path) -> str:
     code, out, err = dsv4("run", folder, "--tokens", "4,5,6,7", "--max-new-tokens", "1", "--temperature", "0")
     if code == 3:
-        assert "model_type is 'deepseek_v9', this engine runs" in err
+        assert "model_type is 'deepseek_v42', this engine runs" in err
         return "refused"
     assert code == 0 and re.fullmatch(r"\d+\n", out), err
     return "text" if '"vision.' in (folder / "model.safetensors.index.json").read_text() else "yes"

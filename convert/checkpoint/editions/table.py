@@ -15,6 +15,7 @@ from . import v41
 from .spellings import contradictions
 from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
 
+FAMILY = "deepseek_v4"  # the beginning of every release's model type
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
 # Draft stages, vision, and the router biases of the vision edition.
 OPTIONAL = re.compile(r"mtp\..*|(vision|aligner)\..*|image_.*|.*\.ffn\.gate\.bias(_vl)?")
@@ -119,9 +120,13 @@ def check_signs(config: Config, names: Iterable[str]) -> None:
 
 
 def require_known_edition(config: Config) -> None:
-    """Raises InputError for the config of another model. One that names no model type is taken for V4's."""
+    """Raises InputError for the config of another model.
+
+    One that names no model type is taken for V4's. A model type of the family that has no row yet is a later edition:
+    what dtypes and names say holds for it, too.
+    """
     kind = config_string(config, "model_type")
-    if kind is not None and edition_of(config) is UNKNOWN:
+    if kind is not None and not kind.startswith(FAMILY) and edition_of(config) is UNKNOWN:
         raise InputError(
             f"config.json: model_type is '{kind}': this is no DeepSeek-V4 checkpoint",
             "--any-model converts it anyway: FP4 and FP8 with block scales by dtype and name, the rest copied.",
