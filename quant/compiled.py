@@ -15,6 +15,8 @@ from pathlib import Path
 FILE = Path(__file__).with_name("_compiled.so")
 FOLDERS = ("quant", "model/kernels/c", "model/kernels/c/decode")  # of C, in the package
 NOT_BUILT = "dsv4 was installed without a C compiler"
+ELF_HEADER = 64  # bytes, of the 64-bit form
+SECTIONS = slice(0x28, 0x30), slice(0x3A, 0x3C), slice(0x3C, 0x3E)  # of the header: offset, entry size, entries
 
 
 def sources(package: Path) -> list[Path]:
@@ -30,9 +32,21 @@ def fingerprint(package: Path) -> str:
     return contents.hexdigest()[:16]
 
 
+def _is_cut_short(file: Path) -> bool:
+    """Whether an ELF file ends before its table of sections, its last part: to load it can end the process (SIGBUS)."""
+    with file.open("rb") as opened:
+        head = opened.read(ELF_HEADER)
+    if not head.startswith(b"\x7fELF"):
+        return False
+    offset, entry, count = (int.from_bytes(head[field], "little") for field in SECTIONS)
+    return len(head) < ELF_HEADER or offset + entry * count > file.stat().st_size
+
+
 def _load(file: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if not file.exists():
         return None, NOT_BUILT
+    if _is_cut_short(file):
+        return None, f"{file.name} is incomplete"
     try:
         loaded = ctypes.CDLL(str(file))
         loaded.dsv4_fingerprint.restype = ctypes.c_char_p

@@ -15,7 +15,17 @@ def test_missing(tmp_path: Path) -> None:
     assert compiled._load(tmp_path / "nothing.so") == (None, "dsv4 was installed without a C compiler")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF and no more", b"MZ"])
+def test_a_library_that_is_cut_short_is_not_loaded(tmp_path: Path) -> None:
+    """As after a full disk; the loader of the system would map what is missing and end the process."""
+    if not compiled.FILE.exists() or not (whole := compiled.FILE.read_bytes()).startswith(b"\x7fELF"):
+        pytest.skip("no library was built, or not for Linux")
+    for length in (4, 63, 64, 5000, len(whole) // 2, len(whole) - 1):
+        cut = tmp_path / "_compiled.so"
+        cut.write_bytes(whole[:length])
+        assert compiled._load(cut) == (None, "_compiled.so is incomplete")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(60), b"MZ"])
 def test_what_is_no_library_does_not_load(content: bytes, tmp_path: Path) -> None:
     damaged = tmp_path / "_compiled.so"
     damaged.write_bytes(content)
