@@ -7,9 +7,9 @@
     cache = model.new_cache(batch_size=1)
     output = model.forward(torch.tensor([[0, 17, 4]]), cache)  # output.logits float32 [1, 3, V]
 
-Bottom-up: config, weights (names and formats), parallel (the ranks' shares), weight_store (what stays in memory),
-kernels/ (the hot operations, one row of functions for each kind of device), cache, layers/, transformer, generate,
-loading; evaluate/ compares logits, chat/ has the text around the tokens.
+Bottom-up: config, weights (names and formats), parallel (the ranks' shares), reading/ (weights from the files),
+weight_store (what stays in memory), kernels/ (the hot operations, one row of functions for each kind of device),
+cache, layers/, transformer, generate, loading; evaluate/ compares logits, chat/ has the text around the tokens.
 """
 
 from importlib import import_module
