@@ -24,7 +24,7 @@ from dsv4.convert.checkpoint.names import is_expert_matrix
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import InputError, MachineError
-from dsv4.model.reading.arena import Arena
+from dsv4.model.reading.arena import ALIGNMENT, Arena
 from dsv4.model.reading.matrices import Memory, fresh, into, memory_of, read_matrix, read_single_rows, read_vector
 from dsv4.model.reading.meter import ReadMeter, ReadStatistics
 from dsv4.model.reading.streamed import READERS, Streamed
@@ -120,7 +120,7 @@ class WeightStore:
             )
         self._pinned_names, passing, left = self._choose_pinned(matrices, max_memory)
         on_cpu = self.device.type == "cpu"
-        self._passing = Arena(passing) if on_cpu else None
+        self._passing = Arena(passing + ALIGNMENT) if on_cpu else None  # values and scale are aligned one by one
         memory = {name: self._memory_of(name) for name in self._experts}
         self._streamed = Streamed(self._read_passing, memory, left, on_cpu)
 
