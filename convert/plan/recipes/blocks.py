@@ -4,22 +4,24 @@ A block's scale is the smallest power of two with which no code saturates. A val
 power of two is then a code too: a smaller scale only has more fine steps. The scan checks that for every element.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from dsv4 import quant
 from dsv4.convert.checkpoint.names import scale_name
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import fp8_block
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
-from dsv4.quant import e4m3, e8m0
-from dsv4.quant.block_scales import Block, expand_scale, quantize_fp8, scale_shape
+from dsv4.quant.blocks import Block, scale_shape
 
 from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import read_rows, tiles
+
+if TYPE_CHECKING:
+    import torch
 
 
 def is_released_in_fp8(weight: Weight) -> bool:
@@ -48,6 +50,8 @@ class ToBlocks(Recipe):
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Choose the scales, and count the elements that are not codes under them."""
+        import torch
+
         _, scales, changed = _quantized(checkpoint, piece, piece.start, piece.stop)
         return Scan(Counts(changed=changed), {"scales": torch.from_numpy(scales)})
 
@@ -56,13 +60,17 @@ class ToBlocks(Recipe):
         assert scan is not None
         if piece.tensor.is_scale:
             chosen = scan.needed["scales"][piece.start : piece.stop]
-            return PieceResult((e8m0.decode(chosen) if piece.tensor.dtype == "F32" else chosen).numpy())
+            return PieceResult((quant.e8m0.decode(chosen) if piece.tensor.dtype == "F32" else chosen).numpy())
         codes, _, changed = _quantized(checkpoint, piece, piece.start, piece.stop)
         return PieceResult(codes, counts=Counts(changed=changed))
 
 
 def _quantized(checkpoint: Checkpoint, piece: Piece, start: int, stop: int) -> tuple[Array, Array, int]:
     """Codes and E8M0 scales of some rows, and how many elements change."""
+    import torch
+
+    from dsv4.quant.block_scales import expand_scale
+
     info, block = piece.tensor.source, piece.tensor.block
     assert block is not None
     raw = read_rows(checkpoint, info, start, stop).view(np.int16)
@@ -74,14 +82,14 @@ def _quantized(checkpoint: Checkpoint, piece: Piece, start: int, stop: int) -> t
         found, chosen = _quantize(values, block, info.name)
         codes[tile.rows, tile.columns] = found.numpy()
         scales[tile.scale_rows, tile.scale_columns] = chosen.numpy()
-        back = e4m3.decode(found) * expand_scale(e8m0.decode(chosen), tuple(values.shape), block)
+        back = quant.e4m3.decode(found) * expand_scale(quant.e8m0.decode(chosen), tuple(values.shape), block)
         changed += int(torch.count_nonzero(back != values))
     return codes, scales, changed
 
 
-def _quantize(values: torch.Tensor, block: Block, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(values: "torch.Tensor", block: Block, name: str) -> tuple["torch.Tensor", "torch.Tensor"]:
     try:
-        return quantize_fp8(values, block)
+        return quant.quantize_fp8(values, block)
     except ValueError as error:
         raise InputError(f"'{name}': {error}", "The source is damaged: download it again.") from None
 

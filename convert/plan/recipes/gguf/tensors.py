@@ -22,7 +22,7 @@ from dsv4.convert.plan.recipes.recipe import Array, Counts, OutputTensor, Piece,
 from dsv4.convert.plan.recipes.rows import check_scale, read_rows
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
-from dsv4.quant.e2m1 import GROUP_SIZE
+from dsv4.quant.blocks import GROUP_SIZE
 
 
 class Stacked(Recipe):
