@@ -95,14 +95,14 @@ for _module, _function, _help in (
 
 
 @cache
-def program() -> Callable[..., object]:
-    """The program that the declarations above make; making it takes longer than many a command."""
-    return typer.main.get_command(app)
+def program(declared: typer.Typer) -> Callable[..., object]:
+    """The program that declarations make; made once, because making it takes longer than many a command."""
+    return typer.main.get_command(declared)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    return endings.run(program(), arguments)
+    return endings.run(program(app), arguments)
 
 
 def _open_closed_streams() -> None:
