@@ -33,13 +33,13 @@ def test_every_number_is_in_its_row() -> None:
     assert found == {
         "Bits of all logits": ["equal", "not equal"],
         "Largest |difference| of a logit": ["0", "0.5"],
-        "Largest |difference|, MTP block": ["0", "0.75"],
+        "Largest |difference|, drafts": ["0", "0.75"],
         "KL divergence, mean (nats)": ["0", "0.125"],
         "KL divergence, largest (nats)": ["0", "0.25"],
         "Likeliest token agrees": ["at all 3 positions", "at 2 of 3 positions"],
     }
     without = rows(page_of(replace(FOUND, mtp_max_difference=None)))
-    assert without["Largest |difference|, MTP block"] == ["0", "not compared"]
+    assert without["Largest |difference|, drafts"] == ["0", "not compared"]
 
 
 def test_red_or_green_and_the_first_module() -> None:

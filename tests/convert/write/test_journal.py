@@ -145,7 +145,7 @@ class TestAnotherJob:
     """What is not tested with the options in test_convert_resume.py: there of finished folders, here of begun ones."""
 
     def test_layout(self, source: Path, begun: Path) -> None:
-        check_refused(source, begun, "options.layout", "--layout", "mp", "--model-parallel", "1")
+        check_refused(source, begun, "--layout ", "--layout", "mp", "--model-parallel", "1")
 
     def test_version(self, source: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("dsv4.convert.write.manifest.__version__", "99.9")
@@ -154,11 +154,11 @@ class TestAnotherJob:
     def test_config_of_the_source(self, source: Path, begun: Path, tmp_path: Path) -> None:
         source = Path(shutil.copytree(source, tmp_path / "source"))
         edit_config(source, rope_theta=12345)
-        check_refused(source, begun, "source.config_sha256")
+        check_refused(source, begun, "config.json is not this one")
 
     def test_shards_of_the_source(self, begun: Path, tmp_path: Path) -> None:
         source = make_checkpoint(tmp_path / "source", geometry=replace(GEOMETRY, n_routed_experts=3))
-        check_refused(source, begun, "source.")
+        check_refused(source, begun, "made from another checkpoint")
 
 
 def as_format_1(path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_same_job_in_an_older_format_begins_anew(
     contents = read_journal(output)
     assert contents is not None and not contents.shards and contents.owned
     code, _, err = dsv4("convert", source, output, *OPTIONS, "--to", "bf16")
-    assert code == 2 and "options.to" in err
+    assert code == 2 and "--to " in err
     assert "were there already" not in convert(source, output, *OPTIONS)
     assert tree(output) == whole
 
