@@ -181,7 +181,7 @@ class TestRefused:
         assert not output.exists() or tree(output) == {}
 
     def test_a_dimension_that_ranks_do_not_divide(self, source: Path, tmp_path: Path) -> None:
-        self.refused(source, tmp_path / "out", 3, "3 ranks", "--model-parallel")
+        self.refused(source, tmp_path / "out", 3, "3 ranks", "--model-parallel", code=2)
 
     def test_experts_that_ranks_do_not_share(self, tmp_path: Path) -> None:
         geometry = Geometry(vocab_size=60, compress_ratios=(0,), num_nextn_predict_layers=0, n_routed_experts=4,
@@ -205,7 +205,9 @@ class TestRefused:
                 *(tensors_of(tmp_path / "source")[wo_a + s] for s in (".weight", ".scale"))
             )
             edit_tensors(tmp_path / "source", {wo_a + ".weight": decoded}, drop=(wo_a + ".scale",))
-        self.refused(tmp_path / "source", tmp_path / "out", 2, f"layers.0.attn.{name}.weight", "would cut its blocks")
+        self.refused(
+            tmp_path / "source", tmp_path / "out", 2, f"layers.0.attn.{name}.weight", "would cut its blocks", code=2
+        )
 
     def test_ragged_blocks_on_one_rank_are_fine(self, tmp_path: Path) -> None:
         make_checkpoint(tmp_path / "source", geometry=RAGGED)
