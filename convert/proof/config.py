@@ -14,6 +14,7 @@ from typing import Any
 from dsv4.convert.proof.forms import compressed_tensors, gguf
 
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
+from .forms.transformers import as_released, is_harmless
 from .layout import Checkpoint
 from .plan import Weight, understand
 
@@ -132,14 +133,16 @@ def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str,
     # `check_config` compares quantization_config with the tensors.
     inner = [side.get("quantization_config") for side in (expected, found)]
     unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
-    expected, found = _flat(expected), _flat(found)
+    expected, found = _flat(as_released(expected, found)), _flat(as_released(found, expected))
     for key in sorted(expected.keys() | found.keys()):
         if key in _STORAGE_KEYS or (key in expected and key in found and expected[key] == found[key]):
             continue
         if unquantized and key.startswith("quantization_config."):
             continue
         was, now = (repr(side[key]) if key in side else "absent" for side in (expected, found))
-        severity: Severity = "note" if key == "transformers_version" else "difference"
+        one_side = key in expected and key in found
+        added = not one_side and is_harmless(key, found.get(key, expected.get(key)))
+        severity: Severity = "note" if added or key == "transformers_version" else "difference"
         output.problem("config", f"{key} is {now}, in the source's {name} it is {was}", severity)
 
 
