@@ -126,12 +126,6 @@ def scales_of(weight: str, tensors: Mapping[str, T]) -> list[T]:
     return [tensors[stem + suffix] for suffix in SCALE_SUFFIXES if stem + suffix in tensors]
 
 
-def find_scale(weight: str, tensors: Mapping[str, T]) -> T | None:
-    """The block scale of a weight, by name; None if `tensors` has none or the name is not one of a weight."""
-    found = scales_of(weight, tensors)
-    return found[0] if found else None
-
-
 def weight_of_scale(scale: str) -> str:
     """The name of the weight that a scale belongs to. Raises ValueError for a name that `is_scale` denies."""
     for suffix in (*SCALE_SUFFIXES, *FOREIGN_SCALE_SUFFIXES):

@@ -26,7 +26,7 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
 # What git allows in a branch name, without the characters that would need quoting in a path.
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./+-]{0,199})")
-_HOW = "Write a folder, org/name, hf:org/name or ms:org/name, and @revision behind a repository if you want one."
+_HOW = "Write a folder, hf:org/name or ms:org/name, and @revision behind a repository if you want one."
 _HOSTS: dict[str, HubName] = {
     "huggingface.co": "hf", "www.huggingface.co": "hf", "hf.co": "hf",
     "modelscope.cn": "ms", "www.modelscope.cn": "ms", "modelscope.ai": "ms", "www.modelscope.ai": "ms",

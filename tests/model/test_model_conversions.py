@@ -1,6 +1,5 @@
 """The same tokens on a checkpoint and on its conversions give bit-equal logits: weights decode to equal values."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,8 @@ from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load
 
 SMALL = Geometry(compress_ratios=(0, 4, 0), vocab_size=64, hidden_size=128, n_routed_experts=4, index_topk=3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 64, (1, 41), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(folder: Path, simulation: bool = True) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,9 @@ from dsv4.model import load, loading, transformer
 from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GEOMETRY = Geometry(compress_ratios=(0, 4, 128, 4), sliding_window=16, vocab_size=64, hidden_size=128, index_topk=3)
 TOKENS = torch.randint(0, 64, (1, 140), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads are the matter of test_threads only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,11 @@ from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Transformer
 from dsv4.model.weight_store import MemoryNeed, WeightStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GEOMETRY = Geometry(
     compress_ratios=(0, 4, 0), vocab_size=64, hidden_size=128, n_routed_experts=16, num_experts_per_tok=2
 )
 TOKENS = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from dsv4.convert.checkpoint.config import Config, compress_ratios, config_count, config_value
@@ -33,6 +33,16 @@ def missing_keys(config: Config) -> list[str]:
     return [key for key in keys if config_value(config, key) is None]
 
 
+def counts_of(config: Config, keys: Iterable[str]) -> dict[str, int]:
+    """The counts that a config has under some keys. Raises InputError naming those that are missing or not counts."""
+    values = {key: config_count(config, key) for key in keys}
+    missing = [key for key, value in values.items() if value is None]
+    zero = ("o_groups",) if values["o_groups"] == 0 else ()
+    if missing or zero:
+        raise InputError(f"config.json lacks {', '.join([*missing, *zero])}", COPY_CONFIG)
+    return {key: value for key, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """The widths that the shapes follow from, under the names of config.json."""
@@ -56,12 +66,7 @@ class Dimensions:
     @classmethod
     def read(cls, config: Config) -> "Dimensions":
         """The dimensions in a config. Raises InputError naming the keys that are missing or not counts."""
-        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
-        missing = [key for key, value in values.items() if value is None]
-        zero = ("o_groups",) if values["o_groups"] == 0 else ()
-        if missing or zero:
-            raise InputError(f"config.json lacks {', '.join([*missing, *zero])}", COPY_CONFIG)
-        return cls(**{key: value for key, value in values.items() if value is not None})
+        return cls(**counts_of(config, cls.__dataclass_fields__))
 
 
 def _compressor(name: str, ratio: int, width: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dsv4.convert.checkpoint.config import Config, config_count, config_value
 from dsv4.errors import InputError
 
-from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, experts, hyper_connection, ratios_of, require_believable
+from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, counts_of, experts, hyper_connection, ratios_of, require_believable
 
 # Keys without which no engine can compute the model.
 KEYS = (
@@ -63,12 +63,7 @@ class Dimensions:
     @classmethod
     def read(cls, config: Config) -> "Dimensions":
         """The dimensions in a config. Raises InputError naming the keys that are missing or not counts."""
-        values = {key: config_count(config, key) for key in cls.__dataclass_fields__}
-        missing = [key for key, value in values.items() if value is None]
-        zero = ("o_groups",) if values["o_groups"] == 0 else ()
-        if missing or zero:
-            raise InputError(f"config.json lacks {', '.join([*missing, *zero])}", COPY_CONFIG)
-        return cls(**{key: value for key, value in values.items() if value is not None})
+        return cls(**counts_of(config, cls.__dataclass_fields__))
 
 
 def _attention(d: Dimensions) -> Iterator[tuple[str, Shape]]:

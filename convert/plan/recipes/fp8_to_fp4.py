@@ -15,7 +15,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import FP4_BLOCK, GROUP_SIZE, scale_shape
 
-from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
+from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
 from .rows import read_codes, read_scale, tiles, typed_scale
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ class Fp8ToFp4(Recipe):
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """The number of changed elements, and the error."""
-        entry = super().entry(tensor, counts, scan)
-        if counts.squared_value:
-            entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
-            entry["max_error"] = counts.max_error
-        return entry
+        return with_error(super().entry(tensor, counts, scan), counts)
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """FP4 experts, whatever the target."""

@@ -186,6 +186,14 @@ def join_scans(scans: Sequence[Scan]) -> Scan:
     return Scan(counts, _joined([scan.needed for scan in scans]), _joined([scan.spared for scan in scans]))
 
 
+def with_error(entry: dict[str, Any], counts: "Counts") -> dict[str, Any]:
+    """A manifest entry with the error of the values, where a recipe measured it."""
+    if counts.squared_value:
+        entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
+        entry["max_error"] = counts.max_error
+    return entry
+
+
 class Recipe(Protocol):
     """One kind of conversion. Subclass it; the defaults here are for a kind that is always exact.
 

@@ -24,11 +24,6 @@ AGAIN = (408, 425, 429, 500, 502, 503, 504)
 MOST_SHOWN = 200  # characters of an answer in a message
 
 
-def is_address(text: str) -> bool:
-    """Whether this is the address of a server and not a folder."""
-    return urlsplit(text).scheme.lower() in ("http", "https")
-
-
 def api_key(given: str | None) -> str | None:
     """--api-key, or the first of the usual variables that is set."""
     return given or next((os.environ[name] for name in KEYS if os.environ.get(name)), None)

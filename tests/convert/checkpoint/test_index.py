@@ -192,7 +192,7 @@ def test_a_tensor_in_another_shard_than_the_index_says(folder: Path) -> None:
 
 
 def test_an_edition_that_is_not_written_down(folder: Path) -> None:
-    """Nothing but scales is left out where nobody knows what the model needs."""
+    """Where the config names no known edition, only scales may be missing."""
     config = read_json(folder / "config.json") | {"model_type": "deepseek_v9"}
     (folder / "config.json").write_text(json.dumps(config))
     change_map(folder, **{"layers.0.attn.wkv.scale": None})

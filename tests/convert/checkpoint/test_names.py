@@ -52,10 +52,10 @@ def test_draft_stages() -> None:
 
 def test_scales() -> None:
     tensors = {name: name for name in ("a.scale", "b.weight_scale_inv", "c.scale", "c.weight_scale_inv", "d")}
-    assert names.find_scale("a.weight", tensors) == "a.scale"
-    assert names.find_scale("b.weight", tensors) == "b.weight_scale_inv"
+    assert names.scales_of("a.weight", tensors) == ["a.scale"]
+    assert names.scales_of("b.weight", tensors) == ["b.weight_scale_inv"]
     assert names.scales_of("c.weight", tensors) == ["c.scale", "c.weight_scale_inv"]
-    assert names.find_scale("d", tensors) is None and names.find_scale("a", tensors) is None
+    assert names.scales_of("d", tensors) == [] and names.scales_of("a", tensors) == []
     assert names.scale_name("a.weight") == "a.scale"
 
 

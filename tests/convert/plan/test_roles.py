@@ -6,7 +6,7 @@ import pytest
 
 from dsv4.convert.checkpoint.config import checked_expert_dtype
 from dsv4.convert.checkpoint.header import tensor_bytes
-from dsv4.convert.checkpoint.names import find_scale
+from dsv4.convert.checkpoint.names import scales_of
 from dsv4.convert.checkpoint.reader import Checkpoint, Extent, TensorInfo
 from dsv4.convert.checkpoint.storage import Storage
 from dsv4.convert.checkpoint.weights import Format
@@ -119,7 +119,7 @@ def test_block_size() -> None:
 
 def test_scales_by_name() -> None:
     tensors = checkpoint(fp8("a") | fp8("b", suffix=".weight_scale_inv") | {"c": ("F32", (1,))}).tensors
-    found = {name: getattr(find_scale(name, tensors), "name", None) for name in tensors}
+    found = {name: next((scale.name for scale in scales_of(name, tensors)), None) for name in tensors}
     assert found == {
         "a.weight": "a.scale", "a.scale": None, "b.weight": "b.weight_scale_inv", "b.weight_scale_inv": None, "c": None,
     }  # fmt: skip

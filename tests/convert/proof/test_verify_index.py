@@ -139,7 +139,7 @@ def test_names_that_no_shard_holds(folders: dict[str, Path], side: str) -> None:
     result = compare(folders)
     assert (result.exit_code, faults(result)) == (0, [])
     assert result.ignored == {side: {"absent": ["layers.7.norm.weight"]}}
-    assert verify(folder).exit_code == 1  # alone, nobody knows that it is not needed
+    assert verify(folder).exit_code == 1  # without the source, verify cannot tell that it is not needed
     place(folder, SHARDS[0], "embed.scale")
     edit_index(folder, lambda index: index["weight_map"].pop("layers.7.norm.weight"))
     assert verify(folder).exit_code == 0  # no weight that is not quantized needs one

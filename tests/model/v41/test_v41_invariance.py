@@ -1,6 +1,5 @@
 """V4.1: the same bits whatever is computed together, however tokens arrive, and wherever and however weights lie."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,8 @@ from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.layers import shared_keys
 from dsv4.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 305, (1, 61), generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads are the matter of test_threads only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes import bf16
 from dsv4.convert.plan.recipes.copy import copied
-from dsv4.convert.plan.recipes.recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
+from dsv4.convert.plan.recipes.recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
 from dsv4.convert.plan.recipes.rows import check_scale, read_rows
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
@@ -139,11 +139,7 @@ class Rounded(Recipe):
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """How many elements changed, and by how much."""
-        entry = super().entry(tensor, counts, scan)
-        if counts.squared_value:
-            entry["relative_rms_error"] = (counts.squared_error / counts.squared_value) ** 0.5
-            entry["max_error"] = counts.max_error
-        return entry
+        return with_error(super().entry(tensor, counts, scan), counts)
 
 
 def to_q8_0(values: Array) -> tuple[Array, Counts]:
