@@ -4,6 +4,8 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import api
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import AtomicFile
+from dsv4.convert.write.shards.pipeline import ShardPipeline
 from dsv4.errors import Interrupted
 
 AT_ONCE = 2**14
@@ -108,6 +111,10 @@ def test_a_large_file_goes_past_the_page_cache(tmp_path: Path, monkeypatch: pyte
     assert direct == list(zip(sizes, [able, able, False], strict=True))
 
 
+def names(folder: Path, pattern: str) -> list[str]:
+    return [path.name for path in folder.glob(pattern)]
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_an_interrupt_does_not_wait_until_a_huge_file_is_deleted(
     slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,14 +129,28 @@ def test_an_interrupt_does_not_wait_until_a_huge_file_is_deleted(
     convert(source, whole, *options)
     monkeypatch.setattr(files, "SLOW_TO_DELETE_BYTES", 1 if slow else 2**30)
 
+    finish, all_written = ShardPipeline.finish, threading.Event()
+
+    def finish_late(self: Any) -> str:
+        """The second shard stays open, all of it written, until the run stops: `progress` then raises."""
+        digest = finish(self)
+        while "-00002-of-" in self._file.path.name:
+            all_written.set()
+            self._progress(0)
+            time.sleep(0.001)
+        return digest
+
     def interrupt(count: int) -> None:
-        if count and list(output.glob("*.safetensors")):
+        if all_written.is_set() and list(output.glob("*.safetensors")):
             raise Interrupted("interrupted")
 
+    monkeypatch.setattr(ShardPipeline, "finish", finish_late)
     with pytest.raises(Interrupted) as raised:
         api.convert(source, output, max_shard_size=150_000, progress=interrupt)
-    parts = list(output.glob(".dsv4-*.part"))
-    assert len(parts) == slow and ("removes the" in raised.value.hint) == slow
+    monkeypatch.setattr(ShardPipeline, "finish", finish)
+    published, parts = names(output, "model-*"), names(output, ".dsv4-*.part")
+    assert len(published) == 1 and any("-00002-of-" in name for name in parts) == bool(parts) == slow
+    assert ("removes the" in raised.value.hint) == slow
     convert(source, output, *options)
     assert tree(output) == tree(whole)
 
