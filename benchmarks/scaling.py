@@ -11,7 +11,8 @@ Then the cost of each stage on one core, measured on pieces of the same size, an
 cores: the time of a core for each GB, divided by the cores, unless memory is slower. Where there are only two cores,
 the model is all that there is for more.
 
-Needs no network, no compiler and no hub library: numpy, torch, blake3 and psutil, and the command line's packages.
+Needs no network, compiler or hub library: numpy, torch, blake3 and psutil. In a checkout without an installation:
+`PYTHONPATH=src python3 benchmarks/scaling.py`.
 """
 
 import argparse
@@ -61,7 +62,9 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(workers)])
 from dsv4.convert import convert
 from dsv4.convert.write.shards.resources import keep_freed_memory
 from dsv4.machine import peak_memory
-import dsv4.convert.plan.recipes.fp4_to_fp8
+import torch
+from dsv4.quant.fp4_to_fp8_compiled import best_kernel
+best_kernel()
 keep_freed_memory()
 wall, cpu = time.perf_counter(), time.process_time()
 convert(source, output, max_workers=int(workers), max_shard_size=int(shard_bytes))
