@@ -111,16 +111,13 @@ def read_files(
     return shards, tensors
 
 
-def under_released_names(form: Form, tensors: dict[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
-    """The tensors of one file of a form under the release's names and dtypes. Raises InputError if two become one."""
+def as_released(form: Form, stored: dict[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
+    """The tensors of a form under the release's names and dtypes. Raises InputError if two become one."""
     found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        released = form.tensor_name(name)
-        if released in found:
-            raise InputError(f"{where}: '{name}' and another tensor both stand for '{released}'")
-        dtype = form.dtype(name, info.dtype)
-        same = (released, dtype) == (name, info.dtype)
-        found[released] = info if same else replace(info, name=released, dtype=dtype)
+    for info in form.tensors(stored):
+        if info.name in found:
+            raise InputError(f"{where}: two tensors both stand for '{info.name}'")
+        found[info.name] = info
     return found
 
 
@@ -183,17 +180,19 @@ class Checkpoint:
         checkpoint = cls(storage, config, sizes, {}, {}, notes, form)
         storage.choose_shards(names)
         shards, stored = read_files(storage, names, sizes, progress)
-        found = {
-            name: under_released_names(form, tensors, f"{storage.label}/{name}") for name, tensors in stored.items()
-        }
         if weight_map is None:
-            return replace(checkpoint, shards=shards, tensors=found[SINGLE_NAME])
-        weight_map = {form.tensor_name(name): shard for name, shard in weight_map.items()}
+            return replace(checkpoint, shards=shards, tensors=as_released(form, stored[SINGLE_NAME], storage.label))
         where = f"{storage.label}/{INDEX_NAME}"
-        selection = select(weight_map, found, where)
-        check_needed(selection, checkpoint.config, where)
-        check_twins(list(selection.tensors), storage.label)
-        return replace(checkpoint, shards=shards, tensors=selection.tensors, notes=[*notes, *selection.notes])
+        selection = select(weight_map, stored, where)
+        released = replace(
+            selection,
+            tensors=as_released(form, selection.tensors, storage.label),
+            absent=[form.tensor_name(name) for name in selection.absent],
+            unlisted=[form.tensor_name(name) for name in selection.unlisted],
+        )
+        check_needed(released, checkpoint.config, where)
+        check_twins(list(released.tensors), storage.label)
+        return replace(checkpoint, shards=shards, tensors=released.tensors, notes=[*notes, *selection.notes])
 
     @classmethod
     def _of_gguf(cls, storage: Storage, sizes: dict[str, int]) -> "Checkpoint":

@@ -81,8 +81,8 @@ class RuleContext:
         """Advice: convert this checkpoint for this engine."""
         if self.engine.layout == "mp":
             return self._rank_files(self.tensor_parallel)
-        if self.engine.layout == "gguf":
-            return self._advice("--to gguf", resolve("gguf"))
+        for to in self.engine.forms.values() if self.engine.target is None else ():
+            return self._advice(f"--to {to}", resolve(to))
         decoded = not self.facts.wo_a <= set(self.engine.wo_a)  # FP8 from BF16 would be a new quantization
         return self._advice(f"--target {self.name}", resolve(target=self.name), from_release=decoded)
 
@@ -135,7 +135,7 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
     if p.engine.model_types and model not in p.engine.model_types:
         known = ", ".join(p.engine.model_types)
         yield Check("architecture", "refuses", f"{shown}; of this family {p.name} knows model_type {known}")
-    elif architecture != "DeepseekV4ForCausalLM":
+    elif architecture not in p.engine.architectures:
         yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
     else:
         yield Check("architecture", "ok", shown)
@@ -147,6 +147,9 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
     for key, value in p.engine.fixed.items():
         if (there := p.facts.dimension(key)) not in (None, value):
             yield Check("architecture", "refuses", f"{key} is {there}: {p.name} computes with {value} only")
+    for key in p.engine.refused:
+        if p.facts.config.get(key):
+            yield Check("architecture", "refuses", f"{key} is {p.facts.config[key]}: {p.name} has no code for it")
     head_dim = p.facts.dimension("head_dim")
     if p.engine.head_dims and head_dim is not None and head_dim not in p.engine.head_dims:
         listed = " and ".join(map(str, p.engine.head_dims))
@@ -332,7 +335,7 @@ def _foreign(p: RuleContext) -> Iterator[Check]:
 
 
 def _form(p: RuleContext) -> Iterator[Check]:
-    if p.facts.layout == p.engine.layout == "gguf":
+    if p.facts.form in p.engine.forms:
         formats = ", ".join(sorted(p.facts.experts))
         yield Check("form", "ok", f"experts {formats}; {p.name} loads each type that dsv4 reads")
         return

@@ -102,9 +102,10 @@ class Engine:
     """What one engine accepts.
 
     evidence: what was executed to know it, None if nothing was. target: what `convert --target` writes for it,
-    None if that is a form of its own. layout: of the folders that it reads.
-    fixed: config keys that must have one value. model_types, compress_ratios, head_dims: values that it knows, () if
-    it takes any.
+    None if that is a form of another tool. layout: of the folders that it reads. forms: those of other tools that it
+    was seen to load, and for each the value of `--to` that writes it.
+    fixed: config keys that must have one value. refused: config keys that must be absent or empty. model_types,
+    compress_ratios, head_dims: values that it knows, () if it takes any. architectures: those whose rules are known.
     expert_scales: format of the experts -> dtypes of their block scales that it reads right; a format that is not a
     key is not known to work. declared: format of the experts -> values of expert_dtype that make it read that format;
     a format that is not a key: it looks at the tensors. undeclared: what it takes experts for if the key is absent.
@@ -121,7 +122,10 @@ class Engine:
     evidence: Evidence | None
     target: Target | None
     layout: FolderLayout
+    forms: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ("DeepseekV4ForCausalLM",)
     model_types: tuple[str, ...] = ()
     compress_ratios: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
@@ -247,6 +251,7 @@ ENGINES: dict[str, Engine] = {
         ),
         target=None,
         layout="gguf",
+        forms={"GGUF": "gguf"},
         fixed={"hc_mult": 4},
         model_types=("deepseek_v4",),
         compress_ratios=(0, 4, 128),
@@ -259,6 +264,26 @@ ENGINES: dict[str, Engine] = {
         divided=(),
         splits=(),
         caveats=(Caveat(text="llama.cpp reads the FP4 code of -0 as +0, and rounds activations to 8 bits for MXFP4"),),
+    ),
+    "mlx-lm": Engine(
+        evidence=Evidence(
+            "mlx-lm 0.32.2", "2026-11", "its loader, on the CPU: all of a small V4.1 model; no forward pass"
+        ),
+        target=None,
+        layout="hf",
+        forms={"MLX": "mlx"},
+        refused=("engram_layer_ids",),
+        architectures=("DeepseekV41ForCausalLM",),
+        model_types=("deepseek_v41",),
+        expert_scales={},
+        declared={},
+        undeclared="",
+        wo_a=(),
+        needs=(),
+        wants=TOKENIZER,
+        divided=(),
+        splits=(),
+        caveats=(Caveat(rule="mtp", text="mlx-lm leaves out the draft blocks: no speculative decoding", mtp=True),),
     ),
 }
 

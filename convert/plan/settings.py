@@ -63,6 +63,7 @@ CONVERSIONS: dict[str, Conversion] = {
     "same": Conversion(help="no numbers change", recipe="scales", keeps_codes=True, rank_files=True),
     "mxfp8": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp8", has_own_form=True),
     "mxfp4": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp4", has_own_form=True),
+    "mlx": Conversion(help="for MLX, on Apple's machines", recipe="mx.mlx", has_own_form=True, joins=True),
     "gguf": Conversion(help="for llama.cpp", recipe="gguf.recipe", has_own_form=True, joins=True),
 }
 

@@ -21,7 +21,7 @@ OPTIONS: dict[str, tuple[To, TargetName | None]] = {
     f"--to {name}" + (f" --target {target}" if target else ""): (name, target)
     for name, conversion in CONVERSIONS.items()
     if not (conversion.keeps_codes or conversion.joins)
-    for target in (None, *(engine for engine, row in ENGINES.items() if row.layout == "hf"))
+    for target in (None, *(engine for engine, row in ENGINES.items() if row.layout == "hf" and row.target))
     if target is None or conversion.has_targets
 }
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.convert.proof.forms import compressed_tensors, gguf
+from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx
 
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
 from .forms.transformers import as_released, is_harmless
@@ -131,6 +131,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
     # `check_config` compares quantization_config with the tensors.
+    expected, found = mlx.without_storage(expected), mlx.without_storage(found)
     inner = [side.get("quantization_config") for side in (expected, found)]
     unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
     expected, found = _flat(as_released(expected, found)), _flat(as_released(found, expected))
@@ -224,6 +225,11 @@ def check_config(checkpoint: Checkpoint) -> None:
     weights = _weights(checkpoint)
     _check_experts(checkpoint, config, weights)
     if checkpoint.layout == "mp":
+        return
+    if mlx.is_described(config):
+        modules = {weight.tensor.slices[0].name.removesuffix(".weight"): weight for weight in weights.values()}
+        for text in mlx.faults(config, {module: weight.number_format.bits for module, weight in modules.items()}):
+            checkpoint.problem("config", text)
         return
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and compressed_tensors.is_described(quantization):

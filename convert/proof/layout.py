@@ -7,7 +7,8 @@ These layouts and names are read on both sides of a comparison:
   engine slices, experts are collected from all ranks, copies are compared with each other;
 - a leading `model.`, and `self_attn`, `mlp`, `weight_scale_inv`, `e_score_correction_bias`, which other tools write
   for `attn`, `ffn`, `scale`, `bias`;
-- `weight_packed` and `weight_scale` of compressed-tensors, for `weight` and `scale`.
+- `weight_packed` and `weight_scale` of compressed-tensors, for `weight` and `scale`;
+- the stacks and names of MLX.
 
 These rules are written for `verify` alone and share nothing with the converter. Where files break a rule (a rank lacks
 a tensor, an expert is in the wrong rank, two names mean the same tensor), the result has a `Problem`.
@@ -16,10 +17,11 @@ a tensor, an expert is in the wrong rank, two names mean the same tensor), the r
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dsv4.convert.proof.forms import mlx
 from dsv4.errors import InputError
 from dsv4.text import some_of
 
@@ -77,6 +79,7 @@ class Checkpoint:
     unreadable: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)
+    repacked: bool = False  # the tensors are not those of the files: stacks are taken apart, words are codes
     keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files: what they say of the model
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
@@ -180,21 +183,34 @@ def _open_whole(checkpoint: Checkpoint, sizes: dict[str, int], names: list[str],
     _collect_whole(checkpoint, shards)
 
 
+def _stored(checkpoint: Checkpoint, shards: dict[str, Shard]) -> Iterator[tuple[str, Entry]]:
+    """(the release's name, entry) of every tensor of the shards; what cannot be read is recorded."""
+    entries = [entry for shard in shards.values() for entry in shard.entries.values()]
+    if not mlx.holds(entries):
+        yield from ((canonical(entry.name), entry) for entry in entries)
+        return
+    checkpoint.repacked = True
+    for name, entry, fault in mlx.released(entries):
+        if fault:
+            checkpoint.problem("shard", f"{entry.shard}: {entry.name}: {fault}", "unreadable")
+            checkpoint.unreadable[name] = fault
+        else:
+            yield name, entry
+
+
 def _collect_whole(checkpoint: Checkpoint, shards: dict[str, Shard]) -> None:
-    """Hugging Face: every entry is a whole tensor."""
-    for shard in shards.values():
-        for entry in shard.entries.values():
-            name = canonical(entry.name)
-            if name in checkpoint.tensors:
-                first = checkpoint.tensors[name].slices[0]
-                checkpoint.problem(
-                    "layout",
-                    f"{entry.name} in {shard.name} and {first.name} in {first.shard} are the same tensor twice",
-                    "unreadable",
-                )
-                checkpoint.unreadable[name] = "the checkpoint holds it twice"
-            else:
-                checkpoint.tensors[name] = Tensor(name, entry.dtype, entry.shape, 0, (entry,))
+    """Hugging Face: every entry is a whole tensor, but for the stacks of MLX."""
+    for name, entry in _stored(checkpoint, shards):
+        if name in checkpoint.tensors:
+            first = checkpoint.tensors[name].slices[0]
+            checkpoint.problem(
+                "layout",
+                f"{entry.name} in {entry.shard} and {first.name} in {first.shard} are the same tensor twice",
+                "unreadable",
+            )
+            checkpoint.unreadable[name] = "the checkpoint holds it twice"
+        else:
+            checkpoint.tensors[name] = Tensor(name, entry.dtype, entry.shape, 0, (entry,))
 
 
 def _ranks(names: list[str]) -> list[tuple[int, int, str]]:

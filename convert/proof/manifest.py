@@ -12,8 +12,6 @@ from typing import Any
 
 from blake3 import blake3
 
-from dsv4.convert.proof.forms.gguf import LAYOUT as GGUF
-
 from .config import read_config
 from .files import Entry
 from .layout import Checkpoint, canonical
@@ -120,5 +118,5 @@ def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str,
         _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {name}")
-    if checkpoint.layout != GGUF:  # its tensors have other names; the hashes of its files cover them
+    if not checkpoint.repacked:  # else the hashes of its files cover them
         _check_tensors(checkpoint, manifest, broken)

@@ -56,13 +56,14 @@ def ascend(rows: int, columns: int) -> Stored:
 
 
 def mlx(rows: int, columns: int) -> Stored:
-    return {"weight": ("U32", rows, columns // 8), "scales": ("U8", rows, columns // 32)}
+    scales = {"scales": ("BF16", rows, columns // 64), "biases": ("BF16", rows, columns // 64)}
+    return {"weight": ("U32", rows, columns // 8), **scales}
 
 
 RELEASED = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
 MODELOPT = {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION", "group_size": 16, "ignore": ["*.attn.*"]}
 INT4 = {"bits": 4, "group_size": 128}
-MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 # Name that dsv4 gives it -> the matrices, and the keys of config.json that change (None: the key is removed).
 KINDS: dict[str, tuple[Callable[[int, int], Stored], dict[str, Any]]] = {
@@ -78,7 +79,7 @@ KINDS: dict[str, tuple[Callable[[int, int], Stored], dict[str, Any]]] = {
     "AWQ": (awq, {"quantization_config": {"quant_method": "awq", "version": "gemm", "zero_point": True, **INT4}}),
     "GPTQ": (gptq, {"quantization_config": {"quant_method": "gptq", "desc_act": False, "sym": True, **INT4}}),
     "INT8 of Ascend ModelSlim": (ascend, {"quantization_config": None, "expert_dtype": None}),
-    "MLX (mxfp4)": (mlx, {"quantization": MXFP4, "quantization_config": None, "expert_dtype": None}),
+    "MLX (affine)": (mlx, {"quantization": AFFINE, "quantization_config": None, "expert_dtype": None}),
 }
 
 

@@ -38,6 +38,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "bf16": {"to": "bf16"},
     "mxfp8": {"to": "mxfp8"},
     "mxfp4": {"to": "mxfp4"},
+    "mlx": {"to": "mlx"},
 }
 
 

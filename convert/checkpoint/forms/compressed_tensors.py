@@ -7,26 +7,22 @@ The scale bytes are E8M0. `quantization_config.config_groups` says which modules
 keys that it does not know there, so the release's own config can lie beside them, under RELEASED_KEY.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_value, quantization
 from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, scale_name
 
-from .form import MX_BLOCK
+from .form import MX_BLOCK, RELEASED_QUANTIZATION
+from .tensor import TensorInfo
 
 METHOD = "compressed-tensors"
 MXFP4, MXFP8, MIXED = "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision"
 RELEASED_KEY = "released"  # of quantization_config: the keys that the release has for how weights are stored
 PACKED_SUFFIX, SCALE_SUFFIX = ".weight_packed", ".weight_scale"
+DTYPES = {PACKED_SUFFIX: "I8", SCALE_SUFFIX: "F8_E8M0"}  # of a release, where the file has U8
 FORMATS = {8: MXFP8, 4: MXFP4}  # bits of a weight -> format
-# What a release of V4 says, for checkpoints that do not bring RELEASED_KEY.
-RELEASED_QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
 
 
 def _bits(group: Any) -> int | None:
@@ -62,11 +58,12 @@ class CompressedTensors:
             return scale_name(name.removesuffix(SCALE_SUFFIX) + WEIGHT_SUFFIX)
         return name
 
-    def dtype(self, name: str, dtype: str) -> str:
-        """I8 for packed FP4 and F8_E8M0 for scales, which are U8 here."""
-        if dtype != "U8":
-            return dtype
-        return {PACKED_SUFFIX: "I8", SCALE_SUFFIX: "F8_E8M0"}.get("." + name.rpartition(".")[2], dtype)
+    def tensors(self, stored: Mapping[str, TensorInfo]) -> Iterator[TensorInfo]:
+        """Each under the release's name: I8 for packed FP4 and F8_E8M0 for scales, which are U8 here."""
+        for name, info in stored.items():
+            ending = "." + name.rpartition(".")[2]
+            dtype = DTYPES.get(ending, info.dtype) if info.dtype == "U8" else info.dtype
+            yield replace(info, name=self.tensor_name(name), dtype=dtype)
 
     def stored_config(self, config: Config) -> dict[str, Any]:
         """The release's config with 1x32 blocks and the experts' format here."""

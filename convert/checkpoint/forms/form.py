@@ -1,17 +1,29 @@
 """Another way to store a release's numbers: with other names and dtypes, described by another config.
 
-A form is read by renaming. `Checkpoint.tensors` has the release's names and dtypes, and `Checkpoint.config` the
-release's keys; only the offsets are those of the files. Conversions, `run`, `inspect` and `doctor` then work on
-every form. Nothing is decoded here: weights.py classifies the tensors by dtype and name.
+A form is read by renaming, and by taking stacks of matrices apart. `Checkpoint.tensors` has the release's names and
+dtypes, and `Checkpoint.config` the release's keys; only the offsets are those of the files. Conversions, `run`,
+`inspect` and `doctor` then work on every form. Nothing is decoded here: weights.py classifies the tensors by dtype and
+name.
 
 A new form is a new file with a class like `Form`, and a row of FORMS in table.py.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from dsv4.convert.checkpoint.config import Config
 
+from .tensor import TensorInfo
+
 MX_BLOCK = (1, 32)  # elements that share one scale in the MX formats
+# What a release of V4 says, for checkpoints that do not bring the release's keys.
+RELEASED_QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 
 
 class Form(Protocol):
@@ -20,11 +32,14 @@ class Form(Protocol):
     name: str
 
     def tensor_name(self, name: str) -> str:
-        """The release's name of a stored tensor."""
+        """The release's name of a stored tensor; of a stack, of its first matrix."""
         ...
 
-    def dtype(self, name: str, dtype: str) -> str:
-        """The dtype that a release has for a stored tensor: I8 for packed FP4, F8_E8M0 for its scales."""
+    def tensors(self, stored: Mapping[str, TensorInfo]) -> Iterable[TensorInfo]:
+        """The tensors of a release that the stored ones hold, with its dtypes: I8 for FP4, F8_E8M0 for scales.
+
+        Raises InputError, naming the tensor, for one that cannot be read.
+        """
         ...
 
     def stored_config(self, config: Config) -> dict[str, Any]:
@@ -45,9 +60,9 @@ class Released:
         """The same name."""
         return name
 
-    def dtype(self, name: str, dtype: str) -> str:
-        """The same dtype."""
-        return dtype
+    def tensors(self, stored: Mapping[str, TensorInfo]) -> Iterable[TensorInfo]:
+        """The same tensors."""
+        return stored.values()
 
     def stored_config(self, config: Config) -> dict[str, Any]:
         """A copy of the config."""

@@ -6,8 +6,12 @@ from dsv4.convert.checkpoint.config import Config
 
 from .compressed_tensors import COMPRESSED_TENSORS, is_mx
 from .form import RELEASED, Form
+from .mlx import MLX, is_mlx
 
-FORMS: tuple[tuple[Callable[[Config], bool], Form], ...] = ((is_mx, COMPRESSED_TENSORS),)
+FORMS: tuple[tuple[Callable[[Config], bool], Form], ...] = (
+    (is_mx, COMPRESSED_TENSORS),
+    (is_mlx, MLX),
+)
 
 
 def form_of(config: Config) -> Form:

@@ -249,7 +249,7 @@ def _check_splits(checkpoint: Checkpoint, names: list[str]) -> None:
 
 def open_gguf(files: Files, where: str, on_header: Callable[[], None] = lambda: None) -> Checkpoint:
     """Read all headers of a folder of GGUF files. Raises InputError if none of them is of `deepseek4`."""
-    checkpoint, names = Checkpoint(where, files, LAYOUT), gguf_names(files)
+    checkpoint, names = Checkpoint(where, files, LAYOUT, repacked=True), gguf_names(files)
     headers = _read_headers(checkpoint, names, on_header)
     checkpoint.shards = names
     drafts = {name for name, h in headers.items() if any(".nextn." in stored.name for stored in h.tensors)}

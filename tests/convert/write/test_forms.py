@@ -20,7 +20,7 @@ from dsv4.errors import Interrupted
 
 SMALL = Geometry(compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
 FORMS = [name for name, conversion in CONVERSIONS.items() if conversion.has_own_form]
-KEEP_BYTES = ("mxfp8", "mxfp4")  # of every weight; the others keep those of the experts
+KEEP_BYTES = ("mxfp8", "mxfp4", "mlx")  # of every weight; the others keep those of the experts
 SHARDS = ("--max-shard-size", "900kB")
 
 pytestmark = pytest.mark.parametrize("to", FORMS)
@@ -63,7 +63,7 @@ def test_ragged_widths(to: str, tmp_path: Path) -> None:
 def with_a_flipped_bit(folder: Path, copy: Path, place: float) -> Path:
     """A copy with another bit at this share of its second shard."""
     shutil.copytree(folder, copy)
-    (shard,) = copy.glob("*-00002-of-*")
+    (shard,) = copy.glob("model-00002-of-*")
     raw = bytearray(shard.read_bytes())
     raw[int(place * len(raw))] ^= 0b0000_0100
     shard.write_bytes(raw)
@@ -175,7 +175,8 @@ def test_float32_scales_that_are_no_powers_of_two(to: str, source: Path, tmp_pat
     factors[-1, -1] = 1.1
     edit_tensors(copy, {name: raw("F32", factors)})
     edit_config(copy, quantization_config=read_json(copy / "config.json")["quantization_config"] | {"scale_fmt": None})
-    named = "blk.1.attn_q_a.weight" if to == "gguf" else "layers.1.attn.wq_a.weight"
+    named = {"gguf": "blk.1.attn_q_a.weight", "mlx": "model.layers.1.self_attn.q_a_proj.weight"}
+    named = named.get(to, "layers.1.attn.wq_a.weight")
     assert named in refused(copy, tmp_path / "out", "--to", to)
     code, out, _ = dsv4("convert", copy, tmp_path / "rounded", "--to", to, "--on-inexact", "round", "--json")
     result = json.loads(out)

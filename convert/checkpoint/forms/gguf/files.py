@@ -7,7 +7,7 @@ release has a tensor (dsv4 writes that), it is read in that dtype; else in the f
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,9 +52,9 @@ class GgufForm:
         """The name itself: names are mapped when the files are read."""
         return name
 
-    def dtype(self, name: str, dtype: str) -> str:
-        """The dtype itself: it is decided when the files are read."""
-        return dtype
+    def tensors(self, stored: Mapping[str, TensorInfo]) -> Iterable[TensorInfo]:
+        """The tensors themselves."""
+        return stored.values()
 
     def stored_config(self, config: Config) -> dict[str, Any]:
         """The config for experts in FP4, with nothing else quantized."""
