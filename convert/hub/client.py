@@ -26,6 +26,7 @@ _CHUNK_BYTES = 4 << 20
 _BAD = "It was fetched twice. Try again later."
 AGAIN = "Run the same command again later: finished files are kept."
 _ATTEMPTS = 3
+LONGEST_WAIT = 60.0
 
 Result = TypeVar("Result")
 
@@ -35,7 +36,15 @@ class NetworkError(MachineError):
 
 
 class Busy(NetworkError):
-    """The hub is overloaded (429, 5xx): worth another try within seconds."""
+    """The hub is overloaded (429, 5xx): worth another try, after `retry_after` seconds if the hub says so."""
+
+    def __init__(self, message: str, hint: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(message, hint)
+        self.retry_after = retry_after
+
+
+class Dropped(NetworkError):
+    """The connection was lost in the middle of an answer: worth another try within seconds."""
 
 
 class BadFile(InputError):
@@ -125,13 +134,17 @@ def first_line(error: BaseException) -> str:
     return line if line and line.isascii() else type(error).__name__
 
 
-def with_patience(action: Callable[[], Result]) -> Result:
-    """Call `action`, and again after 1 and 2 seconds while the hub is busy: the libraries retry files only."""
+def with_patience(action: Callable[[], Result], passing: tuple[type[NetworkError], ...] = (Busy, Dropped)) -> Result:
+    """Call `action`, and again after 1 and 2 seconds for errors that pass: the libraries retry whole files only.
+
+    If the hub says how long to wait, at least that long, up to LONGEST_WAIT seconds.
+    """
     for attempt in range(_ATTEMPTS - 1):
         try:
             return action()
-        except Busy:
-            time.sleep(2**attempt)
+        except passing as error:
+            asked = error.retry_after if isinstance(error, Busy) else 0.0
+            time.sleep(max(2**attempt, min(asked, LONGEST_WAIT)))
     return action()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import errors, file_download, hf_api
@@ -27,13 +28,14 @@ from dsv4.errors import Dsv4Error, InputError, MachineError
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
-from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line
+from .client import AGAIN, BadFile, Busy, Dropped, NetworkError, NoRepository, RemoteFile, first_line, with_patience
 from .source import HubName
 
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."
 _NOT_CACHED = "HF_HUB_OFFLINE is set and the cache does not have it"
 _OFFLINE = "Unset HF_HUB_OFFLINE, or fetch it first where there is a network."
+_DROPS = ("ReadError", "RemoteProtocolError", "ReadTimeout")  # of the HTTP client, in the middle of an answer
 _HEX = re.compile(r"[0-9a-f]+")
 
 Result = TypeVar("Result")
@@ -56,7 +58,8 @@ def _http_status(error: errors.HfHubHTTPError, label: str) -> Dsv4Error:
         return NetworkError(f"{label}: the hub refuses access ({status})", _LOGIN)
     if status in _TRANSIENT:
         why = "too many requests" if status == 429 else "the hub has a problem"
-        return Busy(f"{label}: the hub answers {status} ({why})", AGAIN)
+        asked = error.response.headers.get("retry-after", "")
+        return Busy(f"{label}: the hub answers {status} ({why})", AGAIN, float(asked) if asked.isdecimal() else 0.0)
     return MachineError(f"{label}: the hub answers {status}", first_line(error))
 
 
@@ -64,6 +67,10 @@ def _no_connection(error: Exception, label: str) -> Dsv4Error:
     hint = "Check the network, HF_ENDPOINT and proxies, and run the same command again."
     text = f"{label}: {huggingface_hub.constants.ENDPOINT} does not answer: {first_line(error)}"
     return NetworkError(text, hint)
+
+
+def _dropped(error: Exception, label: str) -> Dsv4Error:
+    return Dropped(f"{label}: the hub dropped the connection: {first_line(error)}", AGAIN)
 
 
 def _transfer_failed(error: Exception, label: str) -> Dsv4Error:
@@ -78,6 +85,11 @@ def _has_wrong_size(error: BaseException) -> bool:
 
 def _module(error: BaseException) -> str:
     return type(error).__module__
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Whether it comes from the library's HTTP client."""
+    return _module(error).partition(".")[0].startswith("httpx")
 
 
 def _offline(error: Exception, label: str) -> Dsv4Error:
@@ -125,7 +137,8 @@ _TYPES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Meaning], ...
 )
 # The same for those that have no type of their own, or one of another library.
 _OTHERS: tuple[tuple[Callable[[BaseException], bool], Meaning], ...] = (
-    (lambda error: _module(error).partition(".")[0].startswith("httpx"), _no_connection),  # the library's HTTP client
+    (lambda error: _is_of_client(error) and type(error).__name__ in _DROPS, _dropped),
+    (lambda error: _is_of_client(error), _no_connection),
     (lambda error: _module(error) == "hf_xet", _transfer_failed),
     (lambda error: isinstance(error, RuntimeError | ConnectionError | TimeoutError), _transfer_failed),
     (_has_wrong_size, _wrong_size),
@@ -213,6 +226,7 @@ class HuggingFace:
     def __init__(self, token: str | None) -> None:
         self._token = token
         self._api = huggingface_hub.HfApi(token=token)
+        self._storage: dict[str, str] = {}  # address of a file at the hub -> where it redirects to
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(
             logging.ERROR
@@ -269,18 +283,35 @@ class HuggingFace:
         ]
 
     def read(self, repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
-        """`length` bytes by a range request. If the server ignores Range, the bytes before `offset` are skipped."""
-        url = huggingface_hub.hf_hub_url(repository, file.name, revision=commit)
-        headers = build_hf_headers(token=self._token)
-        headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-        return self._call(repository, lambda: self._read(url, headers, file, offset, length))
+        """`length` bytes by a range request. If the server ignores Range, the bytes before `offset` are skipped.
 
-    def _read(self, url: str, headers: dict[str, str], file: RemoteFile, offset: int, length: int) -> bytes:
+        The hub redirects to its storage, by an address that is valid for a while. Later ranges of a file are read there
+        at once: the hub limits how often it may be asked, and an audit reads many ranges.
+        """
+        url = huggingface_hub.hf_hub_url(repository, file.name, revision=commit)
+
+        def read() -> bytes:
+            if (storage := self._storage.get(url)) is not None:
+                with contextlib.suppress(errors.HfHubHTTPError):  # such as 403: the address is no longer valid
+                    return self._read(storage, build_hf_headers(token=False), url, file, offset, length)
+                self._storage.pop(url, None)
+            return self._read(url, build_hf_headers(token=self._token), url, file, offset, length)
+
+        return with_patience(lambda: self._call(repository, read), (Dropped,))
+
+    def _read(
+        self, address: str, headers: dict[str, str], url: str, file: RemoteFile, offset: int, length: int
+    ) -> bytes:
+        """Read from the hub's `url` or from the `address` where it redirected to."""
+        headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+        with http_stream_backoff("GET", address, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else offset
-            return cut(response.iter_bytes(1 << 16), skip, length, file, url)
+            data = cut(response.iter_bytes(1 << 16), skip, length, file, url)
+        if urlsplit(str(response.url)).netloc != urlsplit(url).netloc:
+            self._storage[url] = str(response.url)
+        return data
 
     def _download(
         self,

@@ -25,7 +25,7 @@ from dsv4.errors import Dsv4Error, InputError, MachineError
 from dsv4.progress import Progress
 
 from .answers import Answer, Page, check_listed, cut, file_expected, forget, not_a_hub, note
-from .client import AGAIN, BadFile, Busy, NetworkError, NoRepository, RemoteFile, first_line, with_patience
+from .client import AGAIN, BadFile, Busy, Dropped, NetworkError, NoRepository, RemoteFile, first_line, with_patience
 from .source import HubName
 
 _LOGIN = "Log in with `modelscope login`, set MODELSCOPE_API_TOKEN, or give --token."
@@ -48,8 +48,8 @@ def _no_repository(error: Exception, label: str) -> Dsv4Error:
     return NoRepository(f"{label}: no such repository, revision or file", f"If it is private: {_LOGIN}")
 
 
-def _too_many(error: Exception, label: str) -> Dsv4Error:
-    return Busy(f"{label}: the hub answers 429 (too many requests)", AGAIN)
+def _too_many(error: errors.RateLimitError, label: str) -> Dsv4Error:
+    return Busy(f"{label}: the hub answers 429 (too many requests)", AGAIN, float(error.retry_after or 0))
 
 
 def _server_error(error: errors.APIError, label: str) -> Dsv4Error:
@@ -58,6 +58,10 @@ def _server_error(error: errors.APIError, label: str) -> Dsv4Error:
 
 def _no_answer(error: Exception, label: str) -> Dsv4Error:
     return NetworkError(f"{label}: the hub does not answer: {first_line(error)}", AGAIN)
+
+
+def _dropped(error: Exception, label: str) -> Dsv4Error:
+    return Dropped(f"{label}: the hub dropped the connection: {first_line(error)}", AGAIN)
 
 
 def _another_form(error: Exception, label: str) -> Dsv4Error:
@@ -73,6 +77,7 @@ _MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[
     (errors.RateLimitError, _too_many),
     (errors.ServerError, _server_error),
     (requests.JSONDecodeError, _another_form),
+    (requests.exceptions.ChunkedEncodingError, _dropped),
     ((errors.NetworkError, requests.RequestException), _no_answer),
     (errors.APIError, _status),
     (errors.HubError, lambda error, label: NetworkError(f"{label}: {first_line(error)}", AGAIN)),

@@ -16,7 +16,7 @@ HEAD_BYTES = 192 * 1024  # one request gets the whole header of a shard of V4-Fl
 
 
 class Ranges:
-    """Ranges of the files of one commit. Use it from the thread that created it."""
+    """Ranges of the files of one commit. Use it from the thread that created it, but for `read_here`."""
 
     def __init__(self, snapshot: Snapshot, options: HubOptions) -> None:
         self._snapshot, self._options = snapshot, options
@@ -33,6 +33,10 @@ class Ranges:
                 stream.seek(offset)
                 return stream.read(length)
         return snapshot.hub.read(snapshot.source.repository, snapshot.commit, file, offset, length)
+
+    def read_here(self, name: str, offset: int, length: int) -> bytes:
+        """The same as `read`, fetched by the calling thread, which may be any."""
+        return self._fetch(self._snapshot.files[name], offset, length) if length else b""
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes of a file, unchecked. Raises InputError if the file ends before."""

@@ -19,11 +19,13 @@ from .ranges import Ranges
 from .shards import Shards
 from .source import HubSource, missing_folder, parse_source
 
+_WEIGHTS = (".safetensors", ".gguf")  # large files, of which parts are read; others are read whole
+
 
 class HubStorage:
     """The files of one commit, as a Storage. `scratch` is the folder for shards, created at the first fetch.
 
-    Several threads may read prepared shards at once; reads of other files wait for each other.
+    Several threads may read shards at once, prepared or not; reads of headers and of small files wait for each other.
     """
 
     def __init__(self, snapshot: Snapshot, scratch: Path, options: HubOptions) -> None:
@@ -44,18 +46,25 @@ class HubStorage:
         source = self._snapshot.source
         return {"hub": source.hub, "repository": source.repository, "commit": self._snapshot.commit}
 
+    def listed(self, name: str) -> list[int | str]:
+        """What the listing says of a file: where it is, its size and its hash."""
+        file = self._snapshot.files[name]
+        return [*self.identity().values(), file.size, file.sha256 or file.git_sha1 or ""]
+
     def changed_ns(self, name: str) -> int:
         """0: a commit does not change."""
         return 0
 
     def choose_shards(self, names: Collection[str]) -> None:
-        """Name the shards whose headers are fetched; without a call all .safetensors files of the top folder."""
+        """Name the shards whose headers are fetched; without a call all of the top folder."""
         self._names = list(names)
 
     @property
     def _shard_names(self) -> list[str]:
-        every = (name for name in self.sizes() if name.endswith(".safetensors") and "/" not in name)
-        return list(every) if self._names is None else self._names
+        if self._names is not None:
+            return self._names
+        top = [name for name in self.sizes() if "/" not in name]
+        return [n for n in top if n.endswith(".safetensors")] or [n for n in top if n.endswith(_WEIGHTS)]
 
     def _fetch_heads(self) -> None:
         self._ranges.fetch_heads(self._shard_names)
@@ -63,7 +72,7 @@ class HubStorage:
     def _read(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a file that is not on disk. The first read of a shard fetches the headers of all shards."""
         stop = offset + length
-        if not name.endswith(".safetensors"):
+        if not name.endswith(_WEIGHTS):
             keep = self._options.keep
             whole = self._shards.keep(name).read_bytes() if keep else self._ranges.small_file(name)
             return whole[offset:stop]
@@ -83,6 +92,9 @@ class HubStorage:
         folder = self._shards.folder_of(name)
         if folder is not None:
             return folder.read(name, offset, length)
+        head = self._ranges.head(name)
+        if head and offset > len(head):  # behind the header
+            return self._ranges.read_here(name, offset, length)
         with self._lock:
             return self._read(name, offset, length)
 
@@ -151,8 +163,8 @@ class HubFiles:
         self._storage.read_into(name, buffer, offset)
 
     def stamp(self, name: str) -> list[int | str]:
-        """The commit, which does not change."""
-        return [*self._storage.identity().values()]
+        """The commit, and the hash that the hub lists: a branch that could not be resolved to a commit may move."""
+        return self._storage.listed(name)
 
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if --scratch is too small for one of the groups."""

@@ -7,15 +7,17 @@ that each thread reuses, so memory does not grow with the checkpoint.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 
 from dsv4.convert.proof.forms.packing import Packing
 from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, errors, float_scales, no_scales
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
+from dsv4.errors import MachineError, UsageError
 
 from .files import DTYPE_BITS, Entry, Files
 from .layout import Tensor
@@ -34,6 +36,12 @@ from .tally import (
 
 PIECE_BYTES = 64 << 20  # of the output's rows
 BAND_BYTES = 1 << 20  # of the larger side: it fits a core's cache, and makes calls few
+# Memory of a thread, measured: for the largest band, buffers, table positions and masks; where values are decoded to
+# integers, a number of elements that does not depend on the band.
+BYTES_PER_BAND_BYTE = 28
+LEAST_THREAD_BYTES = 12 << 20
+TABLES_BYTES = 16 << 20
+MIN_BAND_BYTES = 1 << 16
 COUNTED_BANDS = 8  # codes are counted in the first of this many bands: counting costs as much as comparing
 
 
@@ -72,7 +80,24 @@ def largest_band(compared: list[ComparedTensor], band_bytes: int) -> int:
     return largest
 
 
-def _rows_per_piece(compared: ComparedTensor) -> tuple[int, int, int]:
+def threads_and_band(workers: int, max_memory: int | None, compared: list[ComparedTensor]) -> tuple[int, int]:
+    """(threads, bytes of a band) with which the whole process stays within `max_memory`, now that headers are read.
+
+    At most `workers` threads. Bands become smaller first, then threads fewer. Raises UsageError if not even one fits.
+    """
+    if max_memory is None:
+        return workers, BAND_BYTES
+    used = psutil.Process().memory_info().rss + TABLES_BYTES
+    free = max_memory - used
+    band = min(max(free // workers // BYTES_PER_BAND_BYTE, MIN_BAND_BYTES), BAND_BYTES)
+    thread = max(BYTES_PER_BAND_BYTE * largest_band(compared, band), LEAST_THREAD_BYTES)
+    if free < thread:
+        needed = math.ceil((used + thread) / 10**6)
+        raise UsageError(f"--max-memory {max_memory} is too little", f"Give at least {needed}MB.")
+    return min(workers, free // thread), band
+
+
+def rows_per_piece(compared: ComparedTensor) -> tuple[int, int, int]:
     """(rows of the tensor, rows of a piece, `row_bytes` of a piece). No rows: there is nothing to read."""
     if compared.kind == "bytes":
         assert compared.source is not None and compared.output is not None
@@ -91,7 +116,7 @@ def plan_pieces(number: int, compared: ComparedTensor) -> Iterator[Piece]:
 
     They do not depend on threads or memory: several processes plan the same ones.
     """
-    rows, per_piece, step = _rows_per_piece(compared)
+    rows, per_piece, step = rows_per_piece(compared)
     for start in range(0, rows, per_piece):
         stop = min(start + per_piece, rows)
         size = compared.size * stop // rows - compared.size * start // rows
@@ -312,3 +337,16 @@ class PieceComparison:
             at = np.unravel_index(first + int(position), output.shape or (1,))
             codes = [side[position].tobytes()[::-1].hex() for side in (a, b)]
             self.tally.first.append(raw_difference([int(i) for i in at], codes, output.dtype))
+
+
+def confirmed(compare: Callable[[], Tally]) -> Tally:
+    """The tally of a piece that is read by range requests, whose bytes no hash covers: a difference is read twice.
+
+    Raises MachineError if the second reading finds something else: then the bytes changed on their way.
+    """
+    tally = compare()
+    if tally.different:
+        again = compare()
+        if (again.different, again.blocks, again.first) != (tally.different, tally.blocks, tally.first):
+            raise MachineError("bytes of a range request arrived damaged", "Run the same command again.")
+    return tally

@@ -7,7 +7,6 @@ two sides declare different floating-point dtypes: then their values are compare
 """
 
 import fnmatch
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -259,31 +258,15 @@ def plan_scan(checkpoint: Checkpoint) -> list[ComparedTensor]:
     return [_scanned(name, checkpoint) for name in _names(checkpoint, checkpoint)]
 
 
-# Which tensors are compared: all, or those that --tensor, --shard and --sample select.
-
-
-def parse_sample(sample: str | float | None) -> float | None:
-    """The fraction of the tensors to draw: `5%` or `0.05` -> 0.05. Raises UsageError unless it is in (0, 1]."""
-    if sample is None:
-        return None
-    text = str(sample)
-    try:
-        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        fraction = 0.0
-    if not 0 < fraction <= 1:
-        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
-    return fraction
+# Which tensors are compared: all, or those that --tensor and --shard select.
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tensors to compare: a glob of names, one output shard (counted from 1), a fraction drawn by `seed`."""
+    """Which tensors to compare: a glob of names, one output shard (counted from 1)."""
 
     tensor: str | None = None
     shard: int | None = None
-    sample: float | None = None
-    seed: int = 0
 
     def describe(self) -> str:
         """The selection as a phrase for the verdict; "" for everything."""
@@ -292,15 +275,7 @@ class Selection:
             words.append(f"only tensors named '{self.tensor}'")
         if self.shard:
             words.append(f"only shard {self.shard}")
-        if self.sample is not None:
-            words.append(f"only a sample of {100 * self.sample:g}% of the tensors, seed {self.seed}")
         return ", ".join(words)
-
-    def _drawn(self, name: str) -> bool:
-        if self.sample is None:
-            return True
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode("utf-8", "surrogatepass")).digest()
-        return int.from_bytes(digest[:8], "big") < self.sample * 2**64
 
     def takes(self, compared: ComparedTensor, shard: str | None) -> bool:
         """Whether to compare it. `shard`: name of the only output shard to compare, None for all."""
@@ -308,9 +283,7 @@ class Selection:
         names = {compared.name, compared.scale_name, *stored}
         if self.tensor and not any(fnmatch.fnmatchcase(name, self.tensor) for name in names):
             return False
-        if shard is not None and not any(s == "output" and shard in t.shards for s, t in compared.tensors()):
-            return False
-        return self._drawn(compared.name)
+        return shard is None or any(side == "output" and shard in t.shards for side, t in compared.tensors())
 
 
 def select(
@@ -325,6 +298,6 @@ def select(
     taken = [compared for compared in everything if selection.takes(compared, shard)]
     if not taken:
         pattern = "" if selection.tensor is None else f" called '{selection.tensor}'"
-        raise UsageError(f"no tensor{pattern} is selected", "Check --tensor, --shard and --sample.")
+        raise UsageError(f"no tensor{pattern} is selected", "Check --tensor and --shard.")
     names = {compared.name for compared in taken}
     return taken, [compared.name for compared in everything if compared.name not in names]

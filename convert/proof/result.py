@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT
+from dsv4.convert.proof.audit.odds import Audit
+from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT, EXIT_SAMPLE
 
 from .files import Problem
 from .plan import ComparedTensor, coarse_block
@@ -24,6 +25,7 @@ STATUSES = {
     "+": "extra",
     "!": "unreadable",
 }
+OF_A_SAMPLE = {"=": "same bytes in the sample", "≈": "other bytes, equal values in the sample"}
 _STATUS_OF_KIND = {"missing": "-", "extra": "+", "unreadable": "!", "different": "*", "scan": "="}
 _SEVERITY = ".=≈+-*!"  # from not checked to unreadable: a cell of the proof grid shows the worst
 BLOCKS_LISTED = 4096  # differing blocks listed per tensor; an expert of the largest release has 1,344
@@ -187,6 +189,7 @@ class Verification:
     identity: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)  # side -> what -> SHA-256
     read_bytes: int = 0
     continued_bytes: int = 0  # of read_bytes: read by an earlier run that was interrupted, and not changed since
+    audit: Audit | None = None  # the blocks that were compared, if not all were
     seconds: float = 0.0
 
     @property
@@ -220,7 +223,7 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 identical, 1 a difference, 3 something could not be read."""
+        """0 identical, 1 a difference, 3 something could not be read, 5 no difference in a sample of the blocks."""
         severities = {problem.severity for problem in self.problems}
         if self.counts["!"] or "unreadable" in severities:
             return EXIT_INPUT
@@ -228,15 +231,28 @@ class Verification:
         inverse = self.inverse and bool(self._unbuildable("wrong"))
         if self._values_differ or "difference" in severities or signs or inverse:
             return EXIT_DIFFERENCE
-        return EXIT_DONE
+        return EXIT_DONE if self.audit is None else EXIT_SAMPLE
+
+    @property
+    def checked(self) -> str:
+        """What was compared, in words; "" for everything."""
+        return ", ".join(filter(None, (self.selection, self.audit.described if self.audit else "")))
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """What each status means."""
+        return STATUSES if self.audit is None else STATUSES | OF_A_SAMPLE
 
     @property
     def verdict(self) -> str:
         """One sentence."""
-        part = f" ({self.selection})" if self.selection else ""
+        part = f" ({self.checked})" if self.checked else ""
         if self.exit_code == EXIT_INPUT:
             sure = "; what could be read differs" if self._values_differ else ""
             return f"NOT READABLE: not everything could be read{sure}{part}"
+        if self.exit_code == EXIT_SAMPLE and self.audit is not None:
+            word = "NO FAULT" if self.source is None else "NO DIFFERENCE"
+            return f"{word} {self.audit.words}" + (f", {self.selection}" if self.selection else "")
         word, words = self._judgement_alone() if self.source is None else self._judgement()
         return f"{word}{part}: {words}"
 
@@ -316,10 +332,10 @@ class Verification:
             "output": self.output,
             "identity": self.identity,
             "ignored": self.ignored,
-            "selection": self.selection,
+            "selection": self.checked,
             "strict": self.strict,
             "counts": self.counts,
-            "statuses": STATUSES,
+            "statuses": self.statuses,
             "negative_zeros_became_positive": self.lost_signs,
             "positive_zeros_became_negative": self.gained_signs,
             "problems": [problem.to_json() for problem in self.problems],
@@ -338,6 +354,8 @@ class Verification:
                 "sign_of_zero_lost_in": self._unbuildable("sign"),
                 "not_rebuilt": self._unbuildable("wrong"),
             }
+        if self.audit is not None:
+            found["audit"] = self.audit.to_json()
         found["tensors"] = {result.name: _short(result) for result in self.results}
         return found
 

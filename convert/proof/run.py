@@ -1,6 +1,5 @@
 """`verify(source, output)`: read the headers, plan, compare, and draw the verdict."""
 
-import math
 import os
 import threading
 import time
@@ -11,35 +10,32 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
-import psutil
 import torch
 
+from dsv4.convert.proof.audit.draw import Sample, draw, parse_sample
+from dsv4.convert.proof.audit.odds import Audit
 from dsv4.convert.proof.forms.gguf import gguf_names, open_gguf
 from dsv4.convert.proof.resume.journal import Journal, open_journal
-from dsv4.errors import Interrupted, UsageError
+from dsv4.errors import Dsv4Error, Interrupted, UsageError
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size, usable_cores
 from dsv4.progress import Reached, ignore
 from dsv4.text import human_bytes, some_of
 
-from .compare_tensor import BAND_BYTES, Piece, PieceComparison, Reader, largest_band, plan_pieces
+from .compare_tensor import Piece, PieceComparison, Reader, confirmed, plan_pieces, threads_and_band
 from .config import check_config, check_pointers, compare_configs, compare_side_files, declares_powers_of_two, identity
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, read_manifest
-from .plan import ComparedTensor, Selection, absent_and_needed, parse_sample, plan_pair, plan_scan, select
+from .plan import ComparedTensor, Selection, absent_and_needed, plan_pair, plan_scan, select
 from .result import Verification, code_problems, tensor_results
 from .schedule import UNSHARED, Share, in_order
 from .tally import Statistics, Tally
 from .whole_files import Counter, FileFindings, WholeFile, bytes_to_read, file_of, look_at, plan_files
 
-# Memory of a thread, measured: for the largest band, buffers, table positions and masks; where values are decoded to
-# integers, a number of elements that does not depend on the band.
-BYTES_PER_BAND_BYTE = 28
-LEAST_THREAD_BYTES = 12 << 20
-TABLES_BYTES = 16 << 20
-MIN_BAND_BYTES = 1 << 16
+RANGES_AT_ONCE = 16  # threads that wait for range requests of a sample
 NAMES_SHOWN = 5
+KEPT = "What was compared is kept: the same command continues with what is left."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +43,12 @@ class Settings:
     """What to compare and how: see `verify`. journals: folder for what an interrupted run has compared, if any."""
 
     selection: Selection = field(default_factory=Selection)
+    sample: Sample | None = None
     strict: bool = False
     inverse: bool = False
     max_workers: int | None = None
     max_memory: int | None = None
     journals: Path | None = None
-
-
-def threads_and_band(settings: Settings, compared: list[ComparedTensor]) -> tuple[int, int]:
-    """(threads, bytes of a band) with which the whole process stays within `max_memory`, now that headers are read.
-
-    Bands become smaller first, then threads fewer. Raises UsageError if not even one thread fits.
-    """
-    workers = settings.max_workers or usable_cores()
-    if settings.max_memory is None:
-        return workers, BAND_BYTES
-    used = psutil.Process().memory_info().rss + TABLES_BYTES
-    free = settings.max_memory - used
-    band = min(max(free // workers // BYTES_PER_BAND_BYTE, MIN_BAND_BYTES), BAND_BYTES)
-    thread = max(BYTES_PER_BAND_BYTE * largest_band(compared, band), LEAST_THREAD_BYTES)
-    if free < thread:
-        needed = math.ceil((used + thread) / 10**6)
-        raise UsageError(f"--max-memory {settings.max_memory} is too little", f"Give at least {needed}MB.")
-    return min(workers, free // thread), band
 
 
 @dataclass
@@ -85,6 +64,7 @@ class Findings:
     total: int = 0
     continued: int = 0  # bytes of `read` that an earlier run has read
     is_kept: bool = False  # whether the same command continues with what is left
+    audit: Audit | None = None  # the drawn blocks, for a sample
 
     def advance(self, count: int = 0) -> None:
         """Count bytes that were read, and report how far the work is."""
@@ -153,10 +133,18 @@ def _compare_pieces(
     stopped = threading.Event()
     reader = Reader(files.get("source"), files["output"])
     remote = {side: some for side, some in files.items() if isinstance(some, RemoteFiles)}
+    by_ranges = settings.sample is not None and bool(remote)
+    if by_ranges:
+        remote = {}  # no shard is fetched
 
     def compare(piece: Piece) -> tuple[Tally, int]:
-        compared, began_ns = findings.compared[piece.tensor], time.time_ns()
-        return PieceComparison(compared, piece, reader, band, settings.inverse, stopped).run(), began_ns
+        began_ns = time.time_ns()
+
+        def run() -> Tally:
+            compared = findings.compared[piece.tensor]
+            return PieceComparison(compared, piece, reader, band, settings.inverse, stopped).run()
+
+        return (confirmed(run) if by_ranges else run()), began_ns
 
     def shards_of(piece: Piece) -> tuple[frozenset[str], ...]:
         tensors = list(findings.compared[piece.tensor].tensors()) if remote else []
@@ -248,6 +236,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _plan(findings: Findings, sample: Sample | None) -> list[Piece]:
+    """The pieces of all tensors, or of the blocks that a sample draws."""
+    if sample is None:
+        return [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
+    pieces, findings.audit = draw(findings.compared, sample)
+    return pieces
+
+
 def _compare(
     source: Checkpoint | None,
     output: Checkpoint,
@@ -256,19 +252,22 @@ def _compare(
     share: Share,
     manifest: Manifest | None,
 ) -> None:
-    """Do this process's share: read the files that the manifest lists, then all other tensors."""
-    workers, band = threads_and_band(settings, findings.compared)
-    every = [piece for number, some in enumerate(findings.compared) for piece in plan_pieces(number, some)]
+    """Do this process's share: read the files that the manifest lists, then all other tensors, or the drawn blocks."""
+    files = {side.where: side.files for side in (source, output) if side is not None}
+    by_ranges = settings.sample is not None and any(isinstance(some, RemoteFiles) for some in files.values())
+    workers = settings.max_workers or (RANGES_AT_ONCE if by_ranges else usable_cores())
+    workers, band = threads_and_band(workers, settings.max_memory, findings.compared)
+    every = _plan(findings, settings.sample)
     whole = plan_files(manifest.own_files, every, findings.compared) if manifest else []
     hashed = manifest.hashed_files if manifest else frozenset()
     others = [piece for piece in every if file_of(findings.compared[piece.tensor]) not in hashed]
     pieces = share.of(others, [piece.size for piece in others])
     findings.total = sum(piece.size for piece in pieces) + sum(bytes_to_read(f, findings.compared) for f in whole)
     findings.advance()
-    files = {side.where: side.files for side in (source, output) if side is not None}
     journal = None
     if source is not None and settings.journals is not None:
-        how = {"inverse": settings.inverse, "band": band, "share": [share.index, share.count]}
+        sample = settings.sample and [settings.sample.share, settings.sample.seed]
+        how = {"inverse": settings.inverse, "band": band, "share": [share.index, share.count], "sample": sample}
         journal = open_journal(settings.journals, [source, output], how)
     findings.is_kept = journal is not None and journal.holds
     with journal or nullcontext():
@@ -321,6 +320,8 @@ def verify_files(
     started = time.monotonic()
     if settings.inverse and source is None:
         raise UsageError("--inverse needs the source too", "Give SOURCE and OUTPUT.")
+    if settings.inverse and settings.sample is not None:
+        raise UsageError("--inverse rebuilds every code, --sample compares some", "Leave out one of them.")
     findings = Findings(progress)
     try:
         with _one_torch_thread():
@@ -329,17 +330,23 @@ def verify_files(
             findings.compared, unchecked = select(everything, settings.selection, other)
             findings.tallies = [Tally() for _ in findings.compared]
             _check_files(one, other)
-            manifest = read_manifest(other, share) if one is None else None
+            is_hashed = one is None and settings.sample is None  # a sample reads no file whole
+            manifest = read_manifest(other, share) if is_hashed else None
             _compare(one, other, findings, settings, share, manifest)
         result = _conclude(one, other, _merged(findings, share), manifest)
     except Interrupted as error:
         raise findings.so_far(error) from None
+    except Dsv4Error as error:
+        if findings.is_kept:
+            error.hint = f"{error.hint} {KEPT}".strip()
+        raise
     return replace(
         result,
         strict=settings.strict,
         inverse=settings.inverse,
         selection=settings.selection.describe(),
         unchecked=unchecked,
+        audit=findings.audit,
         seconds=time.monotonic() - started,
     )
 
@@ -360,20 +367,21 @@ def verify(
 ) -> Verification:
     """Compare two checkpoints: does the folder `output` hold the same model as `source`? Or check one alone.
 
-    tensor: a glob of tensor names. shard: one shard of `output`, counted from 1. sample: the fraction of the tensors to
-    compare, "5%" or 0.05, drawn by `seed`. strict: a changed sign of zero is a difference. inverse: rebuild the
-    source's FP4 codes from the output's values. max_memory: bytes that the whole process may use, or text such as
-    "16GB". max_workers: threads; default: the cores that this process may use. report: a file for the page with the
-    proof, complete when this function returns; where its file system cannot fsync, with a Python warning.
+    tensor: a glob of tensor names. shard: one shard of `output`, counted from 1. sample: the fraction of the blocks to
+    compare, "5%" or 0.05, drawn by `seed`; the verdict is then never IDENTICAL. strict: a changed sign of zero is a
+    difference. inverse: rebuild the source's FP4 codes from the output's values. max_memory: bytes that the whole
+    process may use, or text such as "16GB". max_workers: threads; default: the cores that this process may use.
+    report: a file for the page with the proof, complete when this function returns; where its file system cannot
+    fsync, with a Python warning.
 
     Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected or the report cannot be
     written; every other fault of the files is in the result.
     """
     if report is not None:
         check_writable(os.fspath(report))
-    selection = Selection(tensor, shard, parse_sample(sample), seed)
     settings = Settings(
-        selection=selection,
+        selection=Selection(tensor, shard),
+        sample=parse_sample(sample, seed),
         strict=strict,
         inverse=inverse,
         max_workers=max_workers,

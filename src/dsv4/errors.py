@@ -7,7 +7,8 @@ Messages quote names, values and answers as they were found: the exception escap
 for the command line and for Python.
 
 Exit codes: 0 done or identical; 1 `verify` found a difference (a result, not an error); 2 wrong usage;
-3 invalid or corrupt input; 4 system error; 70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
+3 invalid or corrupt input; 4 system error; 5 `verify --sample` found no difference, which proves nothing;
+70 a bug in dsv4; 130 interrupted (143 on SIGTERM).
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ EXIT_DIFFERENCE = 1
 EXIT_USAGE = 2
 EXIT_INPUT = 3
 EXIT_MACHINE = 4
+EXIT_SAMPLE = 5
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143

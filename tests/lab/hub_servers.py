@@ -209,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
         xet = {"X_Xet_Hash": "ab" * 32, "X_Xet_Refresh_Route": f"{self.hub.url}/api/xet-token"} if self.hub.xet else {}
         size = len(data) - 7 if self.hub.lies_about_size(name) else len(data)
         self._send(
-            302, X_Repo_Commit=commit, X_Linked_Size=str(size), Location=self.hub.storage_url + quote(storage_path),
+            302, X_Repo_Commit=commit, X_Linked_Size=str(size), Location=self.hub.signed(storage_path),
             X_Linked_ETag=f'"{hashlib.sha256(data).hexdigest()}"', ETag=f'"{hashlib.sha256(data).hexdigest()}"',
             **xet,
         )  # fmt: skip
@@ -217,6 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _storage(self, path: str) -> None:
         if path.startswith(("/v1/", "/v2/")):  # Xet
             return self._error(404)
+        if self.hub.has_expired(self.path):
+            return self._error(403)
         owner, name, commit, file = path[1:].split("/", 3)
         if self.command == "GET" and self._busy(file):
             return
@@ -235,6 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(first), min(int(last or len(data) - 1), len(data) - 1)
             status, headers["Content_Range"] = 206, f"bytes {start}-{end}/{len(data)}"
             data = data[start : end + 1]
+            if self._struck("flip", name):
+                data = bytes([data[0] ^ 1]) + data[1:]
         if self.command == "GET" and self._struck("cut", name):
             self.send_response(status)
             for key, value in headers.items():
@@ -304,6 +308,8 @@ class HubServer:
         self.healed = threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
         self.portal: Callable[[Request], bytes | None] = lambda request: None  # what somebody else answers instead
+        self.expire_after = 0  # answers that an address of the storage gives; 0: any number
+        self._addresses: list[str] = []
         self._strikes: list[list[Any]] = []
         self._moves: list[tuple[str, str, str]] = []
         self._servers = []
@@ -344,7 +350,8 @@ class HubServer:
     def strike(self, fault: str, pattern: str = "*", times: int = 1, whole_only: bool = False) -> None:
         """Switch on a fault for the next `times` requests of files (or `revision`, `tree`, `files`) that match.
 
-        Faults: 429, 500, stall, cut, norange, wrong, short. `whole_only`: requests without a range.
+        Faults: 429, 500, stall, cut, norange, wrong, short; flip (the first byte of a range).
+        `whole_only`: requests without a range.
         """
         self.healed.clear()
         self._strikes.append([fault, pattern, times, whole_only])
@@ -356,6 +363,16 @@ class HubServer:
                 strike[2] -= 1
                 return True
         return False
+
+    def signed(self, path: str) -> str:
+        """A new address of a file in the storage."""
+        self._addresses.append("")
+        return f"{self.storage_url}{quote(path)}" + (f"?signature={len(self._addresses)}" if self.expire_after else "")
+
+    def has_expired(self, address: str) -> bool:
+        """Whether an address of the storage has given all its answers."""
+        self._addresses.append(address)
+        return 0 < self.expire_after < self._addresses.count(address)
 
     def heal(self) -> None:
         """Switch off every fault, and continue stalled answers."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from dsv4.convert.proof.index import ignored_lines
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Format, decode
+from dsv4.errors import EXIT_DONE, EXIT_SAMPLE
 from dsv4.text import human_bytes
 
 from .charts import Chart, code_bars, proof_grid, scale_map, size_bars, span_histogram
@@ -23,6 +24,7 @@ from .template import render_page
 LISTED = 200  # differing tensors and problems shown; the JSON has all
 IN_BANNER = 10  # problems shown beside the verdict; all are listed below it
 BLOCKS = 24
+GOOD = (EXIT_DONE, EXIT_SAMPLE)
 Step = tuple[str, str]  # advice, and a command for it or ""
 
 LEGEND = (
@@ -32,6 +34,9 @@ LEGEND = (
     ("unreadable", "unreadable"),
     ("unchecked", "not checked"),
 )
+
+
+LEGEND_OF_A_SAMPLE = (("same", "same bytes in the sample"), ("equal", "equal values in the sample"))
 
 
 def made_by(command: str = "") -> dict[str, str]:
@@ -82,7 +87,7 @@ def next_steps(found: dict[str, Any]) -> list[Step]:
     source, output = found["source"], found["output"]
     if found["exit_code"] == 3:
         return [("Download or copy the files that the problems name again, and verify again.", "")]
-    if found["exit_code"]:
+    if found["exit_code"] not in GOOD:
         return list(_next_for_a_difference(found))
     if found["selection"]:
         words = "Only a part was compared. Verify without --tensor, --shard and --sample for a proof:"
@@ -191,8 +196,9 @@ def render(found: dict[str, Any]) -> str:
     return render_page(
         "verify.html.j2",
         found=found,
+        good=found["exit_code"] in GOOD,
         word=word,
-        rest=f":{rest}",
+        rest=f":{rest}" if rest else "",
         problems=[_sentence(problem) for problem in wrong],
         ignored=ignored_lines(found["ignored"]),
         notes=[_sentence(problem) for problem in found["problems"] if problem["severity"] == "note"],
@@ -202,7 +208,7 @@ def render(found: dict[str, Any]) -> str:
         steps=next_steps(found),
         counts=_counts(found),
         signs=_signs(found),
-        legend=LEGEND,
+        legend=LEGEND if "audit" not in found else (*LEGEND_OF_A_SAMPLE, *LEGEND[2:]),
         grid=proof_grid(found["experts"], found["others"], {**found["statuses"], ".": "not checked"}),
         blocks=blocks,
         spans=span_histogram(blocks["spans"], blocks["span_limit"]) if blocks else None,

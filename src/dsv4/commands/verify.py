@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output, signals
-from dsv4.errors import InputError, Interrupted
+from dsv4.errors import EXIT_DONE, EXIT_SAMPLE, InputError, Interrupted
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
 from dsv4.options import (
@@ -188,9 +188,10 @@ class VerifyOptions:
         None
     )
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="SHARE", help="Only a random sample of the tensors, such as 5%.")
+        str | None,
+        typer.Option("--sample", metavar="SHARE", help="Compare a random share of the blocks, such as 1%."),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which tensors --sample draws.")] = 0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which blocks --sample draws.")] = 0
     strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT: could SOURCE be deleted?")
@@ -210,12 +211,14 @@ class VerifyOptions:
 
 
 def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
-    from dsv4.convert.proof.plan import Selection, parse_sample
+    from dsv4.convert.proof.audit.draw import parse_sample
+    from dsv4.convert.proof.plan import Selection
     from dsv4.convert.proof.resume.journal import default_folder
     from dsv4.convert.proof.run import Settings
 
     return Settings(
-        selection=Selection(options.tensor, options.shard, parse_sample(options.sample), options.seed),
+        selection=Selection(options.tensor, options.shard),
+        sample=parse_sample(options.sample, options.seed),
         strict=options.strict,
         inverse=options.inverse,
         max_workers=options.max_workers or (ranks.workers if ranks else None),
@@ -279,6 +282,8 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
 
 def _suggest(out: output.Output, options: VerifyOptions) -> None:
     """The command to try after a good verdict."""
+    if options.sample is not None:
+        return out.hint(f"prove it: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
     if not _runs(Path(options.source)):
         return
     words = ["dsv4", "run", options.source, "-p", "Hello"]
@@ -297,7 +302,7 @@ def _print_and_report(out: output.Output, result: "Verification", options: Verif
     _print_findings(out, result, found)
     if options.report is not None and out.mode != "silent":
         _write_report(options.report, found, out)
-    if not result.exit_code:
+    if result.exit_code in (EXIT_DONE, EXIT_SAMPLE):
         _suggest(out, options)
 
 

@@ -55,6 +55,8 @@ PORTAL = """
     found = {}
     for name, body in bodies.items():
         for host in ("hub", "storage"):
+            if hub_name == "hf":
+                hub = open_hub(hub_name)  # which knows no address of the storage yet
             server.portal = lambda request: body.encode() if request.host == host else None
             for what, call in calls.items():
                 if host == "storage" and "shard" not in what:

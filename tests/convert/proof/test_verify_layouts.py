@@ -232,7 +232,7 @@ def test_where_a_tensor_in_column_slices_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[int, int]
 ) -> None:
     """Compared byte for byte, in bands of eight rows."""
-    monkeypatch.setattr("dsv4.convert.proof.run.BAND_BYTES", 128)
+    monkeypatch.setattr("dsv4.convert.proof.compare_tensor.BAND_BYTES", 128)
     name, codes = "layers.0.attn.wo_b.weight", np.arange(512, dtype=np.uint16).reshape(64, 8)
     write_folder(tmp_path / "source", {"model.safetensors": {name: raw("BF16", codes)}}, index=False)
     changed = codes.copy()
