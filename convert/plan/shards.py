@@ -56,7 +56,7 @@ class OutputShard:
         """Bytes of the file."""
         return len(self.header) + self.data_bytes
 
-    @property
+    @cached_property
     def source_shards(self) -> tuple[str, ...]:
         """The source shards that this one is made from, sorted."""
         return tuple(sorted({info.shard for t in self.tensors for info in t.reads}))

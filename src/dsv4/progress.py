@@ -6,7 +6,7 @@ a second. An exception from the callback ends the work.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 Progress = Callable[[int], None]
@@ -27,9 +27,13 @@ def ignore(*counts: int) -> None:
 
 def result_of(future: Future[Result], progress: Progress) -> Result:
     """The result of a future, with `progress(0)` called while it is waited for. Raises what the work or it raises."""
-    while not wait([future], SECONDS_BETWEEN_CALLS).done:
-        progress(0)
-    return future.result()
+    while True:
+        try:
+            return future.result(SECONDS_BETWEEN_CALLS)
+        except TimeoutError:
+            if future.done():  # just now, or the work itself raised it
+                return future.result()
+            progress(0)
 
 
 def bounded_map(

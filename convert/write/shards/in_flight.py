@@ -2,7 +2,8 @@
 
 One core's SHA-256 is slower than a disk, and a file's hash cannot be divided among cores; so there are as many shards
 in flight as keep the workers busy, and no more, because a killed run loses the shards in flight. The next shard starts
-when the last piece of the one before it is submitted, or when that shard waits for its hash while a worker is idle.
+when the last piece of the one before it is submitted, or when a worker is idle although that one is scanned or waits
+for its hash.
 Each shard has a thread that drives it (shard.py). The caller's thread starts shards, reports progress, and takes the
 finished ones in order, so the visible files and the error raised are those of writing one shard after the other.
 """

@@ -4,7 +4,7 @@ The answer decides the header (with `--on-inexact keep`, a tensor without one st
 the first byte is written. The recipes scan the weights piece by piece; their results are passed on to the computation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dsv4.convert.checkpoint.reader import Checkpoint
@@ -62,7 +62,11 @@ class _TensorScan:
 
 
 def _scan_tensors(
-    checkpoint: Checkpoint, tensors: list[OutputTensor], workers: Workers, progress: Progress
+    checkpoint: Checkpoint,
+    tensors: list[OutputTensor],
+    workers: Workers,
+    progress: Progress,
+    all_submitted: Callable[[], None],
 ) -> Iterator[Scanned]:
     pieces = (piece for tensor in tensors for piece in split(tensor))
     whole = _TensorScan(workers)
@@ -70,7 +74,7 @@ def _scan_tensors(
     def scan(piece: Piece) -> Scan:
         return piece.tensor.recipe.scan(checkpoint, piece)
 
-    for piece, found in workers.map(scan, pieces, progress):
+    for piece, found in workers.map(scan, pieces, progress, all_submitted):
         whole.add(found)
         if piece.stop == piece.tensor.rows:
             yield piece.tensor, whole.joined()
@@ -92,15 +96,21 @@ def _refuse(
 
 
 def scan_shard(
-    checkpoint: Checkpoint, shard: OutputShard, settings: Settings, workers: Workers, progress: Progress
+    checkpoint: Checkpoint,
+    shard: OutputShard,
+    settings: Settings,
+    workers: Workers,
+    progress: Progress,
+    all_submitted: Callable[[], None],
 ) -> ScannedShard:
-    """Scan a shard's casts and decide what is written.
+    """Scan a shard's casts and decide what is written. all_submitted: called when the last piece to scan is.
 
     Raises InputError naming every tensor of the shard without an exact form, if `on_inexact` is "error".
     """
     scans: dict[str, Scan] = {}
     inexact: list[Scanned] = []
-    for tensor, scan in _scan_tensors(checkpoint, [t for t in shard.tensors if t.scanned], workers, progress):
+    casts = [t for t in shard.tensors if t.scanned]
+    for tensor, scan in _scan_tensors(checkpoint, casts, workers, progress, all_submitted):
         scans[tensor.weight.name] = scan
         if not scan.is_exact:
             inexact.append((tensor, scan))

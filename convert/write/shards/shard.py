@@ -148,7 +148,13 @@ def write_shard(
 
     On any error the file is removed. The caller commits the file and then records the shard.
     """
-    scanned = scan_shard(checkpoint, shard, settings, workers, flight.advance)
+
+    def use_idle_workers() -> None:
+        if workers.has_room:
+            flight.let_next_begin()
+
+    scanned = scan_shard(checkpoint, shard, settings, workers, flight.advance, use_idle_workers)
+    use_idle_workers()  # the file system may take long to allocate the file
     try:
         return _write_file(checkpoint, scanned, folder, workers, flight)
     finally:

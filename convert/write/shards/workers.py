@@ -51,6 +51,11 @@ class Workers:
         """Whether a thread is idle."""
         return self._unfinished < self._count
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a thread is idle and the window has room: more pieces would keep it busy."""
+        return self.has_free and self._alive < self._window
+
     def spare(self, count: int) -> bool:
         """Reserve memory for scan results that could be computed again. Returns whether enough was left."""
         with self._changed:

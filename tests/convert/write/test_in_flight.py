@@ -16,6 +16,7 @@ from fault_lab import GEOMETRY
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import run as conversion
+from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards import pipeline, shard
 from dsv4.convert.write.shards.resources import Resources
 from dsv4.convert.write.shards.workers import Workers
@@ -76,6 +77,25 @@ def test_a_slow_hash_has_as_many_shards_in_flight_as_there_are_workers(
     watched.seconds = 0.02
     convert(source, tmp_path / "out", *OPTIONS, workers)
     assert watched.most == workers
+    assert tree(tmp_path / "out") == whole
+
+
+def test_shards_are_begun_while_the_file_system_allocates_another(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allocating a file may take as long as writing it (tmpfs clears its pages); idle workers take the next shard."""
+    together, real = threading.Barrier(3), AtomicFile._allocate
+    begun: set[str] = set()
+
+    def allocate(file: AtomicFile) -> None:
+        begun.add(file.path.name)
+        if "model-00001" <= file.path.name < "model-00004":
+            together.wait(60)  # raises if the others do not come
+        real(file)
+
+    monkeypatch.setattr(AtomicFile, "_allocate", allocate)
+    convert(source, tmp_path / "out", *OPTIONS, "3")
+    assert {f"model-0000{number}" for number in (1, 2, 3)} <= {name[:11] for name in begun}
     assert tree(tmp_path / "out") == whole
 
 
