@@ -359,7 +359,8 @@ class Diagnosis:
     """All verdicts about one folder and one engine.
 
     evidence: how the engine's rules were checked, None if they were not. start: the command that
-    starts the engine on the folder, "" if it has none.
+    starts the engine on the folder, "" if it has none. checkpoint: the opened folder, None if it is not a readable
+    Hugging Face folder.
     """
 
     folder: str
@@ -367,6 +368,7 @@ class Diagnosis:
     evidence: Evidence | None
     checks: tuple[Check, ...]
     start: str
+    checkpoint: Checkpoint | None = None
 
     @property
     def loads(self) -> bool | None:
@@ -415,4 +417,5 @@ def diagnose(
     elif checks[0].status == "ok":  # it does not read this layout at all: no other rule applies
         rules = RULES_FOR_FOREIGN if facts.foreign else RULES_FOR_FORMS if facts.form else RULES
         checks += [check for rule in rules for check in rule(context)]
-    return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context))
+    readable = facts.checkpoint if facts.layout == "hf" else None
+    return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context), readable)

@@ -97,6 +97,18 @@ class Split:
     experts: str = ""
 
 
+@dataclass(frozen=True)
+class Loader:
+    """The Python package of an engine, whose weight loader `dsv4 doctor --python` runs.
+
+    title: its name. tried: versions that dsv4's script for it ran with. decodes: it holds every weight as BF16.
+    """
+
+    title: str
+    tried: tuple[str, ...]
+    decodes: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """What one engine accepts.
@@ -116,7 +128,7 @@ class Engine:
     needs: side files without which it stops. wants: side files that a user would miss.
     divided: config keys that the number of ranks must divide. splits: what ranks share in whole FP8 blocks.
     serve: the command that starts it on a folder, "" if there is none; ranks_option: its option for the number of
-    ranks.
+    ranks. loader: the package for `dsv4 doctor --python`, None if there is no script for it.
     """
 
     evidence: Evidence | None
@@ -144,6 +156,7 @@ class Engine:
     caveats: tuple[Caveat, ...]
     serve: str = ""
     ranks_option: str = ""
+    loader: Loader | None = None
 
 
 _LOADER = "its config class, choice of quantization and weight loader, on the CPU; no kernel and no forward pass"
@@ -171,6 +184,7 @@ ENGINES: dict[str, Engine] = {
         caveats=(Caveat(text="of its MoE backends, MegaMoE takes FP4 experts only", experts="fp8"),),
         serve="vllm serve",
         ranks_option="--tensor-parallel-size",
+        loader=Loader("vLLM", ("0.32.0", "0.33.0")),
     ),
     "sglang": Engine(
         evidence=Evidence("SGLang 0.5.23", "2026-11", _LOADER),
@@ -194,6 +208,7 @@ ENGINES: dict[str, Engine] = {
         ),
         serve="python -m sglang.launch_server --model-path",
         ranks_option="--tp-size",
+        loader=Loader("SGLang", ("0.5.23",)),
     ),
     "transformers": Engine(
         evidence=Evidence("transformers 5.24.0", "2026-11", "every weight and logit, on the CPU; no GPU kernel"),
@@ -224,6 +239,7 @@ ENGINES: dict[str, Engine] = {
                 mtp=True,
             ),
         ),
+        loader=Loader("transformers", ("5.24.0",), decodes=True),
     ),
     "reference": Engine(
         evidence=None,

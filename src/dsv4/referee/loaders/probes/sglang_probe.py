@@ -1,0 +1,121 @@
+"""SGLang: its config, its choice of quantization and its weight loader, on the CPU and without a forward pass.
+
+Packages with GPU kernels that are not installed are replaced by stand-ins. SGLANG_OPT_FP8_WO_A_GEMM and the like have
+the value that they have in the environment; unset, SGLang behaves as on Blackwell.
+"""
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+from .modules import Spelling, describe, held
+from .record import Record, fill
+from .stand_ins import stand_in
+
+KERNELS = (
+    "torchvision", "torchaudio", "sgl_kernel", "flashinfer", "tilelang", "deep_gemm", "cuda", "cutlass", "decord",
+    "flash_attn", "quack", "deep_ep", "flash_mla", "humming",
+)  # fmt: skip
+ONE_PROCESS = {"tp": 1, "attn_tp": 1, "moe_tp": 1, "pp": 1, "attn_dp": 1, "attn_cp": 1, "moe_ep": 1, "moe_dp": 1}
+SPELLING = Spelling(
+    names=(
+        ("embed_tokens.", "embed."), ("lm_head.", "head."), (".e_score_correction_bias", ".bias"),
+        (".topk.tid2eid", ".gate.tid2eid"), (".self_attn.", ".attn."), (".mlp.", ".ffn."),
+        (".input_layernorm.", ".attn_norm."), (".post_attention_layernorm.", ".ffn_norm."),
+        (".shared_experts.down_proj.", ".shared_experts.w2."),
+    ),
+    fused={"wqkv_a": ("wq_a", "wkv"), "wkv_gate": ("wkv", "wgate"), "gate_up_proj": ("w1", "w3")},
+)  # fmt: skip
+
+
+def prepare() -> None:
+    """What must hold before SGLang is imported: a CPU engine, and stand-ins that transformers does not use."""
+    os.environ.update(SGLANG_USE_CPU_ENGINE="1", GLOO_SOCKET_IFNAME="lo")
+    import transformers.utils.import_utils as optional
+
+    for question in ("is_torchvision_available", "is_torchaudio_available", "is_flash_attn_2_available"):
+        getattr(optional, question, lambda: None)()  # transformers remembers the answer
+    stand_in(*KERNELS)
+
+
+def settings(folder: str) -> tuple[Any, Any]:
+    """(server arguments, SGLang's configuration of the model): here it chooses classes and quantization."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    arguments = ServerArgs(model_path=folder, device="cpu", skip_tokenizer_init=True)
+    set_global_server_args_for_scheduler(arguments)
+    return arguments, ModelConfig.from_server_args(arguments)
+
+
+def alone(arguments: Any, meeting: str) -> None:
+    """A group of one process, which SGLang's layers ask for their share."""
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.dp_attention import initialize_dp_attention_flags
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.runtime_context import get_parallel
+
+    init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+    sizes = {f"{name}_size": size for name, size in ONE_PROCESS.items()}
+    get_parallel().override_permanently(**sizes, **{f"{name}_rank": 0 for name in ONE_PROCESS}, attn_dcp_size=1)
+    initialize_model_parallel()
+    initialize_dp_attention_flags(arguments)
+    initialize_moe_config()
+
+
+def load(model_config: Any, record: Record) -> Any:
+    """The model as its loader leaves it, before weights are rearranged for kernels."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.layers.rotary_embedding import factory
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    # Rotary tables are no weights. The form for CPUs knows YaRN only, and layers without compression have none.
+    factory.get_rope_cpu = lambda *args: factory.get_rope(*args[:-1])
+
+    class Loader(DefaultModelLoader):  # type: ignore[misc]
+        """Fills the parameters, loads, and stops there."""
+
+        @staticmethod
+        def load_weights_and_postprocess(model: Any, weights: Any, target_device: Any) -> None:
+            fill(model.parameters())
+            model.post_load_weights = lambda **kwargs: None
+            model._prewarm_mhc_kernels = lambda: None
+            record.stage = "loading"
+            DefaultModelLoader.load_weights_only(model, weights, target_device)
+
+    return Loader(LoadConfig()).load_model(model_config=model_config, device_config=DeviceConfig("cpu", 0))
+
+
+def in_order(ape: torch.Tensor) -> torch.Tensor:
+    """The table of an overlapping compressor (ratio 4) as it is in the file: SGLang keeps its halves one below the
+    other, [2 * ratio, width], in a parameter [ratio, 2 * width].
+    """
+    if len(ape) != 4:
+        return ape
+    first, second = ape.reshape(2, 4, -1)
+    return torch.cat((first, second), dim=-1)
+
+
+def probe(folder: str, record: Record) -> None:
+    """Load the folder and record every weight."""
+    record.stage = "import"
+    import sglang.version
+
+    record.version = sglang.version.__version__
+    prepare()
+    import sglang.srt.model_loader.loader
+
+    record.stage = "configuration"
+    arguments, model_config = settings(folder)
+    with tempfile.TemporaryDirectory() as meeting:
+        alone(arguments, f"{meeting}/group")
+        record.stage = "construction"
+        model = load(model_config, record)
+    describe(model, model_config.hf_config, model_config.quantization, record)
+    record.stage = "reading back"
+    for name, values in held(model, SPELLING, record):
+        record.weight(name, in_order(values) if name.endswith(".ape") else values)
+    record.stage = "done"
