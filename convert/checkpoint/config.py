@@ -103,12 +103,17 @@ def quantization(config: Config) -> Config:
     return value if isinstance(value, dict) else {}
 
 
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_BLOCK
+
+
 def weight_block(config: Config) -> tuple[int, int] | None:
     """(rows, columns) of an FP8 block, `weight_block_size`; None if it is absent or something else."""
     value = quantization(config).get("weight_block_size")
-    if isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in value):
-        return value[0], value[1]
-    return None
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    rows, columns = value
+    return (rows, columns) if _is_side(rows) and _is_side(columns) else None
 
 
 def ignored_layers(config: Config) -> tuple[str, ...]:

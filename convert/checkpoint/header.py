@@ -9,9 +9,10 @@ case.
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv4.errors import InputError
 
@@ -31,10 +32,13 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 _PATH_LIKE = re.compile(r"[/\\]|^\.{1,2}$|^[A-Za-z]:")
+_PATH_SIGNS = "/\\:"
+_MAX_NAME = 512
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a header: dtype tag, logical shape, [begin, end) relative to the start of the data."""
 
     dtype: str
@@ -93,39 +97,70 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def check_name(name: str, what: str) -> None:
     """Refuse a tensor name that is empty, has control characters or lone surrogates, or looks like a path."""
-    if not name or len(name) > 512 or not name.isprintable() or _PATH_LIKE.search(name):
+    if not name or len(name) > _MAX_NAME or not name.isprintable() or _PATH_LIKE.search(name):
         raise InputError(f"{what}: '{name[:80]}' is not a tensor name", "Names are short, printable and no paths.")
 
 
+def _check_names(names: Collection[str], what: str) -> None:
+    """`check_name` for all names of a file. Each is looked at only if all together might hold one that is refused."""
+    text = "".join(names)
+    plain = text.isprintable() and not any(sign in text for sign in _PATH_SIGNS)
+    if plain and not {"", ".", ".."}.intersection(names) and max(map(len, names), default=0) <= _MAX_NAME:
+        return
+    for name in names:
+        check_name(name, what)
+
+
+class _Kind(NamedTuple):
+    """The dtype and shape that many tensors share, and their bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 @lru_cache(maxsize=KINDS)
-def _one_of_each(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+def _one_of_each(dtype: str, shape: tuple[int, ...]) -> _Kind:
     """The same objects for equal arguments: a hundred bytes less for each tensor."""
-    return dtype, shape
+    return _Kind(dtype, shape, tensor_bytes(dtype, shape))
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _entry(name: str, value: Any, what: str) -> Entry:
-    where = f"{what}: tensor '{name}'"
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: expected dtype, shape and data_offsets, found {str(value)[:80]}")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+def _kind(dtype: Any, shape: Any, where: str) -> _Kind:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InputError(f"{where}: unknown dtype {str(dtype)[:40]}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
         raise InputError(f"{where}: the shape is not a list of counts")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise InputError(f"{where}: data_offsets is not a pair of counts")
-    begin, end = offsets
     try:
-        expected = tensor_bytes(dtype, tuple(shape))
+        return _one_of_each(dtype, tuple(shape))
     except ValueError as error:
         raise InputError(f"{where}: {dtype} {shape}: {error}") from None
-    if end - begin != expected:
-        raise InputError(f"{where}: {dtype} {shape} needs {expected} bytes, its offsets span {end - begin}")
-    return Entry(*_one_of_each(dtype, tuple(shape)), begin, end)
+
+
+def _entries(parsed: dict[str, Any], what: str) -> dict[str, Entry]:
+    """The tensors of a parsed header. A dtype with a shape is checked once, however many tensors have it."""
+    kinds: dict[str, _Kind] = {}  # by repr, in which 1, true, 1.0 and "1" differ
+    entries: dict[str, Entry] = {}
+    for name, value in parsed.items():
+        if not isinstance(value, dict) or value.keys() != _KEYS:
+            raise InputError(
+                f"{what}: tensor '{name}': expected dtype, shape and data_offsets, found {str(value)[:80]}"
+            )
+        offsets, key = value["data_offsets"], f"{value['dtype']!r}{value['shape']!r}"
+        if key not in kinds:
+            kinds[key] = _kind(value["dtype"], value["shape"], f"{what}: tensor '{name}'")
+        dtype, shape, nbytes = kinds[key]
+        if not isinstance(offsets, list) or len(offsets) != 2 or not (_is_count(offsets[0]) and _is_count(offsets[1])):
+            raise InputError(f"{what}: tensor '{name}': data_offsets is not a pair of counts")
+        begin, end = offsets
+        if end - begin != nbytes:
+            text = f"{dtype} {list(shape)} needs {nbytes} bytes, its offsets span {end - begin}"
+            raise InputError(f"{what}: tensor '{name}': {text}")
+        entries[name] = Entry(dtype, shape, begin, end)
+    return entries
 
 
 def _check_contiguous(entries: dict[str, Entry], data_bytes: int, what: str) -> None:
@@ -143,6 +178,9 @@ def _check_contiguous(entries: dict[str, Entry], data_bytes: int, what: str) -> 
 
 def check_twins(names: list[str], what: str) -> None:
     """Refuse names that differ only by case: on some file systems and in some engines they are one."""
+    text = "".join(names)
+    if text == text.casefold():
+        return
     folded: dict[str, str] = {}
     for name in names:
         twin = folded.setdefault(name.casefold(), name)
@@ -178,23 +216,29 @@ def parse_header(raw: bytes, file_bytes: int, what: str) -> Header:
     metadata = parsed.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(f"{what}: {METADATA} must map names to text")
-    for name in parsed:
-        check_name(name, what)
+    _check_names(parsed, what)
     check_twins(list(parsed), what)
-    entries = {name: _entry(name, value, what) for name, value in parsed.items()}
+    entries = _entries(parsed, what)
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     data_start = LENGTH_BYTES + len(raw)
     _check_contiguous(ordered, file_bytes - data_start, what)
     return Header(ordered, metadata, data_start)
 
 
+@lru_cache(maxsize=KINDS)
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    """Dtype and shape in the JSON of a header."""
+    return f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}]'
+
+
 def build_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """The bytes before the data, for tensors {name: (dtype, shape)} in data order, padded to a multiple of 8."""
-    described, position = {}, 0
+    described, position = [], 0
     for name, (dtype, shape) in tensors.items():
         end = position + tensor_bytes(dtype, shape)
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        kind = _described(dtype, shape)
+        described.append(f'{_quoted(name)}:{{{kind},"data_offsets":[{position},{end}]}}')
         position = end
-    raw = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = f"{{{','.join(described)}}}".encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(LENGTH_BYTES, "little") + raw

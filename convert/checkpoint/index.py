@@ -5,8 +5,10 @@ name, older copies of a tensor in other shards than the index says (a newer shar
 that the index does not name, and names that no shard has. Of the last two, a tensor that the model needs is an error.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 from dsv4.errors import InputError
@@ -76,11 +78,10 @@ def select(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T]],
 
     Raises InputError if a tensor is in another shard than the index names.
     """
-    holders: dict[str, int] = {}
-    for tensors in shards.values():
-        for name in tensors:
-            holders[name] = holders.get(name, 0) + 1
     chosen = {n: info for shard, tensors in shards.items() for n, info in tensors.items() if weight_map.get(n) == shard}
+    if len(chosen) == len(weight_map) == sum(map(len, shards.values())):
+        return Selection(chosen, [], [], [])
+    holders = Counter(chain.from_iterable(shards.values()))
     elsewhere = [name for name in weight_map if name not in chosen and name in holders]
     if elsewhere:
         raise InputError(f"{where}: names {len(elsewhere)} tensors that are not in their shard: {shown(elsewhere)}")

@@ -22,7 +22,7 @@ FOREIGN_SCALE_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale")
 _BLOCK = re.compile(r"(?:model\.)?(layers|mtp)\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
 _FFN = re.compile(r"(?:.*\.)?(?:ffn|mlp)")
-_EXPERT_MATRIX = re.compile(r"w[123]\.weight")
+_EXPERT_MATRIX = re.compile(r"(?:.*\.)?(?:ffn|mlp)\.experts\.\d+\.w[123]\.weight")
 _WO_A = re.compile(r".*\.(?:self_)?attn\.wo_a\.weight")
 _RANK_FILE = re.compile(r"model(\d{1,5})-mp(\d{1,5})\.safetensors")
 _CACHED_NAMES = 1 << 18  # V4-Pro has 145116, and each is asked for several times
@@ -75,21 +75,16 @@ def _is_feed_forward(module: str) -> bool:
     return _FFN.fullmatch(module) is not None
 
 
-@lru_cache(maxsize=_CACHED_PARTS)
-def _is_matrix(inner: str) -> bool:
-    return _EXPERT_MATRIX.fullmatch(inner) is not None
-
-
 def is_routed_expert(name: str) -> bool:
     """Whether a tensor, a weight or its scale, belongs to a routed expert of the main stack or of a draft stage."""
     expert = expert_of(name)
     return expert is not None and _is_feed_forward(expert.module)
 
 
+@lru_cache(maxsize=_CACHED_NAMES)
 def is_expert_matrix(name: str) -> bool:
     """Whether a tensor is one of the three matrices w1, w2, w3 of a routed expert."""
-    expert = expert_of(name)
-    return expert is not None and _is_matrix(expert.inner) and _is_feed_forward(expert.module)
+    return _EXPERT_MATRIX.fullmatch(name) is not None
 
 
 def is_wo_a(name: str) -> bool:
@@ -97,10 +92,16 @@ def is_wo_a(name: str) -> bool:
     return _WO_A.fullmatch(name) is not None
 
 
+def is_draft(name: str) -> bool:
+    """Whether a tensor belongs to a draft stage. Most names lack the word: they are not parsed."""
+    block = block_of(name) if "mtp." in name else None
+    return block is not None and block.stack == "mtp"
+
+
 def draft_stages(names: Iterable[str]) -> set[int]:
     """Numbers of the draft stages `mtp.{M}` that some tensor belongs to."""
-    blocks = map(block_of, names)
-    return {block.number for block in blocks if block is not None and block.stack == "mtp"}
+    blocks = map(block_of, filter(is_draft, names))
+    return {block.number for block in blocks if block is not None}
 
 
 def count_draft_stages(names: Iterable[str]) -> int:

@@ -4,7 +4,6 @@ Every tensor has its whole shape and one extent in each file that holds a slice 
 layout, and their number may differ from N. All N files must be present.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from dsv4.errors import InputError
@@ -46,7 +45,7 @@ def _whole(name: str, slices: list[TensorInfo], label: str) -> TensorInfo:
     if len(rests) > 1 or len(first.shape) <= dim or (dim and any(s.nbytes % max(s.shape[0], 1) for s in slices)):
         raise InputError(f"{label}: the slices of '{name}' do not fit together")
     shape = (*first.shape[:dim], sum(s.shape[dim] for s in slices), *first.shape[dim + 1 :])
-    return replace(first, shape=shape, extents=tuple(s.extents[0] for s in slices), by_columns=dim == 1)
+    return first._replace(shape=shape, extents=tuple(s.extents[0] for s in slices), by_columns=dim == 1)
 
 
 def rank_file_names(sizes: dict[str, int], label: str) -> list[str]:

@@ -12,15 +12,17 @@ and keeps its bytes, so checkpoints with unknown tensors convert too.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from dsv4.quant.blocks import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
 from .editions.table import block_by_name
-from .names import WEIGHT_SUFFIX, block_of, is_expert_matrix, is_wo_a, scale_name, scales_of
+from .header import KINDS
+from .names import WEIGHT_SUFFIX, is_draft, is_expert_matrix, is_wo_a, scale_name, scales_of
 from .reader import TensorInfo
 
 RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, if the config does not name one
@@ -51,8 +53,7 @@ class Fault:
         return f"'{self.tensor}': {self.text}"
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A tensor that is not a scale, with its block scale and the block size.
 
     `info` and `scale` have the release's dtypes: I8 and F8_E8M0 where the file says U8. If there is a `fault`, the
@@ -78,8 +79,7 @@ class Weight:
     @property
     def is_draft(self) -> bool:
         """Whether it belongs to a draft stage."""
-        block = block_of(self.name)
-        return block is not None and block.stack == "mtp"
+        return is_draft(self.name)
 
     @property
     def is_wo_a(self) -> bool:
@@ -103,31 +103,36 @@ def _logical_shape(info: TensorInfo) -> tuple[int, ...]:
     return info.shape if info.dtype == "F4" or not info.shape else (*info.shape[:-1], 2 * info.shape[-1])
 
 
+@lru_cache(maxsize=KINDS)
+def _fit(scale: tuple[int, ...], shape: tuple[int, ...], block: Block) -> bool:
+    return len(shape) == 2 and scale == scale_shape(shape, block)
+
+
 def _fits(scale: TensorInfo, shape: tuple[int, ...], block: Block) -> bool:
-    return len(shape) == 2 and scale.shape == scale_shape(shape, block)
+    return _fit(scale.shape, shape, block)
 
 
 def _as_e8m0(scale: TensorInfo) -> TensorInfo:
-    return replace(scale, dtype=_E8M0) if scale.dtype == "U8" else scale
+    return scale._replace(dtype=_E8M0) if scale.dtype == "U8" else scale
 
 
 def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault | None:
     """The fault in dtype or shape of a scale; None if it is right."""
     scale, block, shape = weight.scale, weight.block, weight.logical_shape
     assert scale is not None and block is not None
+    if scale.dtype in dtypes and _fits(scale, shape, block):
+        return None
     if len(shape) != 2:
         return Fault(weight.name, f"shape {list(weight.info.shape)}; a quantized weight has two dimensions")
     if scale.dtype not in dtypes:
         return Fault(scale.name, f"block scale of dtype {scale.dtype}; {' or '.join(dtypes)} expected")
-    if not _fits(scale, shape, block):
-        text = f"block scale of shape {list(scale.shape)}; {list(scale_shape(shape, block))} expected"
-        return Fault(scale.name, f"{text}, one per {block.rows} x {block.columns} of a weight {list(shape)}")
-    return None
+    text = f"block scale of shape {list(scale.shape)}; {list(scale_shape(shape, block))} expected"
+    return Fault(scale.name, f"{text}, one per {block.rows} x {block.columns} of a weight {list(shape)}")
 
 
 def _checked(weight: Weight, dtypes: tuple[str, ...]) -> Weight:
     fault = _scale_fault(weight, dtypes)
-    return weight if fault is None else replace(weight, fault=fault)
+    return weight if fault is None else weight._replace(fault=fault)
 
 
 def _fp8(info: TensorInfo, scale: TensorInfo, config: Config) -> Weight:
@@ -160,18 +165,19 @@ def _weight(info: TensorInfo, scales: list[TensorInfo], config: Config) -> Weigh
     elif info.dtype == _FP8_DTYPE:
         weight = _fp8(info, scale, config)
     elif info.dtype == "U8" and _fits(scale, _logical_shape(info), FP4_BLOCK):
-        weight = _fp4(replace(info, dtype="I8"), scale)
+        weight = _fp4(info._replace(dtype="I8"), scale)
     else:
         weight = Weight(info, Format.PLAIN, scale)
     if len(scales) > 1:
         names = " and ".join(s.name.rpartition(".")[2] for s in scales)
-        return replace(weight, fault=Fault(info.name, f"two scales, {names}"))
+        return weight._replace(fault=Fault(info.name, f"two scales, {names}"))
     return weight
 
 
 def find_weights(tensors: Mapping[str, TensorInfo], config: Config) -> dict[str, Weight]:
     """Every tensor that is not the scale of another, by name, in the order of `tensors`."""
-    scales = {name: found for name in tensors if (found := scales_of(name, tensors))}
+    weights = (name for name in tensors if name.endswith(WEIGHT_SUFFIX))
+    scales = {name: found for name in weights if (found := scales_of(name, tensors))}
     owned = {scale.name for found in scales.values() for scale in found}
     return {name: _weight(tensors[name], scales.get(name, []), config) for name in tensors if name not in owned}
 

@@ -22,6 +22,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Weight, expert_formats, find_weights
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError
+from dsv4.machine import collection_paused
 
 from .findings import Finding, check_checkpoint
 from .kv_cache import CacheLayout, Widths, cache_sizes, shares_of_v3_2, v4_cache, v41_cache
@@ -132,26 +133,29 @@ def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | 
 def _amounts(
     tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]
 ) -> tuple[dict[str, Amount], dict[str, Amount]]:
+    counts: dict[tuple[str, str], list[int]] = {}
+    for name, info in tensors.items():
+        some = counts.setdefault((info.dtype, family(name)), [0, 0, 0])
+        some[0] += 1
+        some[1] += parameters_of(weights[name]) if name in weights else 0
+        some[2] += info.nbytes
     dtypes: dict[str, Amount] = {}
     families = {name: Amount() for name in FAMILIES}
-    for info in tensors.values():
-        parameters = parameters_of(weights[info.name]) if info.name in weights else 0
-        one = Amount(1, parameters, info.nbytes)
-        dtypes[info.dtype] = dtypes.get(info.dtype, Amount()) + one
-        families[family(info.name)] += one
+    for (dtype, part), some in counts.items():
+        dtypes[dtype] = dtypes.get(dtype, Amount()) + Amount(*some)
+        families[part] += Amount(*some)
     by_bytes = sorted(dtypes.items(), key=lambda item: -item[1].bytes)
     return dict(by_bytes), {name: amount for name, amount in families.items() if amount.tensors}
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
+def _sizes(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, int] | None:
     try:
-        return sizes_after_conversion(checkpoint)
+        return sizes_after_conversion(checkpoint, weights.values())
     except InputError:
         return None  # the findings name the fault
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Facts and findings about an opened checkpoint; for a single file only the facts."""
+def _inspect(checkpoint: Checkpoint) -> Inspection:
     tensors, config = checkpoint.tensors, checkpoint.config
     weights = find_weights(tensors, config)
     layers, mtp_blocks = _layers(tensors, config)
@@ -171,9 +175,15 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         mtp_blocks=mtp_blocks,
         expert_formats=sorted(expert_formats(weights.values()).every),
         cache=_cache_layout(layers, config),
-        sizes=_sizes(checkpoint) if config else None,
+        sizes=_sizes(checkpoint, weights) if config else None,
         findings=check_checkpoint(checkpoint, weights) if config else [],
     )
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Facts and findings about an opened checkpoint; for a single file only the facts."""
+    with collection_paused():
+        return _inspect(checkpoint)
 
 
 def layer_counts(inspection: Inspection) -> dict[str, int]:

@@ -10,9 +10,8 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
-from dsv4.convert.checkpoint.names import block_of, expert_of, is_routed_expert, is_scale
+from dsv4.convert.checkpoint.names import block_of, expert_of, is_draft, is_routed_expert, is_scale
 from dsv4.convert.checkpoint.weights import Weight
 
 LOOKUP_TABLES = re.compile(r"(model\.)?embed\.weight|(model\.)?layers\.\d+\.engram\.embed\.weight")
@@ -35,14 +34,16 @@ _FAMILIES = (
 FAMILIES = (*(name for name, _ in _FAMILIES), "mtp blocks", "other")
 
 
-@lru_cache(maxsize=1 << 18)
 def family(name: str) -> str:
     """Which of `FAMILIES` a tensor belongs to; everything under `mtp.*` is one family."""
-    block = block_of(name)
-    if block and block.stack == "mtp":
+    if is_draft(name):
         return "mtp blocks"
+    block = block_of(name)
     inner = block.inner if block else name.removeprefix("model.")
-    return next((title for title, pattern in _FAMILIES if pattern.match(inner)), "other")
+    for title, pattern in _FAMILIES:
+        if pattern.match(inner):
+            return title
+    return "other"
 
 
 def parameters_of(weight: Weight) -> int:
@@ -89,5 +90,5 @@ def count_parameters(
     main: list[Weight] = []
     drafts: list[Weight] = []
     for weight in weights:
-        (drafts if family(weight.name) == "mtp blocks" else main).append(weight)
+        (drafts if weight.is_draft else main).append(weight)
     return Parameters(*_active(main, experts_per_token), *_active(drafts, mtp_experts_per_token))

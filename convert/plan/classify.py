@@ -1,5 +1,6 @@
 """Classifies the tensors of a checkpoint for a conversion: the first fault raises an error."""
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from dsv4.convert.checkpoint.config import checked_expert_dtype, required_weight_block
@@ -22,29 +23,35 @@ def check_groups(block: Block) -> None:
         )
 
 
-def _check_config(weights: list[Weight], config: dict[str, Any]) -> None:
+def _check_config(weights: Iterable[Weight], config: dict[str, Any]) -> None:
     declared = checked_expert_dtype(config)
+    if declared is None:
+        return
+    others = [form for form in Format if form not in (Format.PLAIN, Format(declared))]
     for weight in weights:
-        if not weight.is_routed_expert or weight.is_draft or declared is None or weight.format is Format.PLAIN:
-            continue  # draft stages may have another format than the config declares
-        if weight.format.value != declared:
+        # Draft stages may have another format than the config declares.
+        if weight.format in others and weight.is_routed_expert and not weight.is_draft:
             raise InputError(
                 f"config.json says expert_dtype '{declared}', but '{weight.name}' holds {weight.format.value}",
                 "Take config.json and the shards from the same release.",
             )
 
 
-def classify(checkpoint: Checkpoint) -> list[Weight]:
-    """Every tensor of the checkpoint that is not the scale of another, in the order of the shards.
-
-    Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors.
-    """
-    config = checkpoint.config
-    weights = list(find_weights(checkpoint.tensors, config).values())
+def check_weights(weights: Collection[Weight], config: dict[str, Any]) -> None:
+    """Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors."""
     if any(weight.format is Format.FP8 for weight in weights):
         fp8_block(config)
     for weight in weights:
         if weight.fault is not None:
             raise InputError(str(weight.fault), weight.fault.hint)
     _check_config(weights, config)
+
+
+def classify(checkpoint: Checkpoint) -> list[Weight]:
+    """Every tensor of the checkpoint that is not the scale of another, in the order of the shards.
+
+    Raises InputError as `check_weights` does.
+    """
+    weights = list(find_weights(checkpoint.tensors, checkpoint.config).values())
+    check_weights(weights, checkpoint.config)
     return weights

@@ -18,6 +18,7 @@ DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
+_PLACES = {dtype: place for place, dtype in enumerate(DTYPE_ORDER)}
 
 
 class Container(Protocol):
@@ -61,7 +62,7 @@ class Safetensors:
 
     def order(self, dtype: str, name: str) -> tuple[int, str]:
         """By dtype and then by name, as the safetensors library does."""
-        return DTYPE_ORDER.index(dtype), name
+        return _PLACES[dtype], name
 
     def padding(self, nbytes: int) -> int:
         """None: the order aligns them."""

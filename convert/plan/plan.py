@@ -5,6 +5,7 @@ of `--dry-run`, the required disk space and the work itself all come from the pl
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
@@ -12,6 +13,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.recipe import piece_memory
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError
+from dsv4.machine import collection_paused
 from dsv4.text import natural_order
 
 from .classify import classify
@@ -40,10 +42,16 @@ class Plan:
         """Number of output tensors; one that is in the files of several ranks counts in each."""
         return sum(len(shard.tensors) for shard in self.shards)
 
-    @property
+    @cached_property
     def piece_memory(self) -> int:
         """Most bytes of memory that one piece takes, see `piece_memory`."""
-        return max((piece_memory(tensor) for shard in self.shards for tensor in shard.tensors), default=1)
+        # Of each kind one: there are 150,000 tensors of 50 kinds.
+        kinds = {
+            (t.dtype, t.shape, t.row_unit, t.bytewise, t.rank_slice is None, t.source.dtype, t.source.shape): t
+            for shard in self.shards
+            for t in shard.tensors
+        }
+        return max(map(piece_memory, kinds.values()), default=1)
 
     @property
     def spared_bytes(self) -> int:
@@ -65,7 +73,7 @@ def _check_experts(weights: list[Weight], settings: Settings) -> None:
     if recipe_of(settings.to).cast_format is None:
         return
     for weight in weights:
-        if weight.is_routed_expert and not weight.is_draft and weight.format is Format.PLAIN:
+        if weight.format is Format.PLAIN and weight.is_routed_expert and not weight.is_draft:
             raise InputError(
                 f"'{weight.name}' is {weight.info.dtype}, neither FP4 nor FP8: "
                 f"--to {settings.to} would be a new quantization",
@@ -77,9 +85,9 @@ def _notes(weights: list[Weight], settings: Settings) -> list[str]:
     """Lines for the user about this source with these settings."""
     notes = []
     wanted = recipe_of(settings.to).cast_format
-    if wanted is not None and wanted not in {w.format for w in weights if w.is_routed_expert}:
+    if wanted is not None and not any(w.format is wanted and w.is_routed_expert for w in weights):
         notes.append(f"no routed expert is {wanted.value.upper()}: only the layout changes")
-    drafts = sum(w.is_routed_expert and w.is_draft and w.format is Format.PLAIN for w in weights)
+    drafts = sum(w.format is Format.PLAIN and w.is_routed_expert and w.is_draft for w in weights)
     if wanted is not None and drafts:
         notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
     if CONVERSIONS[settings.to].way_back:
@@ -118,9 +126,10 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         )
     if not CONVERSIONS[settings.to].keeps_codes or settings.layout == "mp":
         refuse_foreign(checkpoint.config, checkpoint.tensors)
-    weights = _in_order(classify(checkpoint))
-    _check_experts(weights, settings)
-    shards, told = _shards(weights, settings, checkpoint)
+    with collection_paused():
+        weights = _in_order(classify(checkpoint))
+        _check_experts(weights, settings)
+        shards, told = _shards(weights, settings, checkpoint)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
     notes = *checkpoint.notes, *_notes(weights, settings), *told
     return Plan(settings, shards[0].container if shards else SAFETENSORS, tuple(shards), source_bytes, notes)

@@ -6,7 +6,7 @@ its slices of the tensor parallel weights, and a copy of everything else.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,7 +88,7 @@ def fill_shards(groups: Iterable[list[OutputTensor]], settings: Settings) -> Ite
     for group in groups:
         size = sum(o.nbytes for o in group)
         needs = {info.shard for o in group for info in o.reads}
-        crowded = not merges and len(sources | needs) > MAX_SOURCE_SHARDS
+        crowded = not (merges or needs <= sources) and len(sources | needs) > MAX_SOURCE_SHARDS
         if shard and (filled + size > settings.max_shard_bytes or crowded):
             yield shard
             shard, filled, sources = [], 0, set()
@@ -117,7 +117,7 @@ def _rank_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
         if output.weight.block is not None:
             check_blocks(output.weight.name, output.weight.logical_shape, cut, output.weight.block)
         shape = cut.apply_to(shape)
-    return replace(output, name=mp_name(output.name), dtype=dtype, shape=shape, rank_slice=cut)
+    return output._replace(name=mp_name(output.name), dtype=dtype, shape=shape, rank_slice=cut)
 
 
 def _kept_instead_of(output: OutputTensor, layout: Layout) -> list[OutputTensor]:

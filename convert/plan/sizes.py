@@ -5,14 +5,14 @@ planned and counted: V4-Pro has 71424 expert matrices of two kinds.
 """
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.convert.plan.recipes.registry import outputs_of, recipe_of
 
-from .classify import classify
+from .classify import check_weights
 from .engines import ENGINES, TargetName
 from .settings import CONVERSIONS, Settings, To, resolve
 
@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[To, TargetName | None]] = {
 
 def _kind(weight: Weight) -> Hashable:
     scale = (weight.scale.dtype, weight.scale.shape) if weight.scale else None
-    return weight.format, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, weight.is_wo_a
+    return weight.stored, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, weight.is_wo_a
 
 
 def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:
@@ -36,16 +36,16 @@ def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoi
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-def sizes_after_conversion(checkpoint: Checkpoint) -> dict[str, int]:
+def sizes_after_conversion(checkpoint: Checkpoint, weights: Collection[Weight]) -> dict[str, int]:
     """Bytes of all tensors after each conversion, by the options of `dsv4 convert`. Exactness is not checked.
 
-    Raises InputError for a checkpoint that cannot be converted.
+    weights: all of the checkpoint. Raises InputError for a checkpoint that cannot be converted.
     """
     refuse_foreign(checkpoint.config, checkpoint.tensors)
-    every = classify(checkpoint)
-    counts = Counter(map(_kind, every))
-    one_of = {_kind(weight): weight for weight in every}
-    experts = {weight.format for weight in every if weight.is_routed_expert}
+    check_weights(weights, checkpoint.config)
+    kinds = list(map(_kind, weights))
+    counts, one_of = Counter(kinds), dict(zip(kinds, weights, strict=True))
+    experts = {weight.format for weight in one_of.values() if weight.is_routed_expert}
     return {
         options: _tensor_bytes(
             [one_of[kind] for kind in counts], list(counts.values()), checkpoint, resolve(to, target=target)

@@ -77,6 +77,19 @@ def _are_pages(data: memoryview) -> bool:
     return address % mmap.PAGESIZE == 0 and len(data) % mmap.PAGESIZE == 0
 
 
+def set_direct(descriptor: int, on: bool) -> bool:
+    """Switch O_DIRECT of an open file on or off. Returns whether the file system accepted it."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if fcntl is None or not direct:
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~direct
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags)
+    except OSError:
+        return False
+    return True
+
+
 class AtomicFile:
     """A file of known size that is written front to back and appears under its name only in `commit`.
 
@@ -91,7 +104,7 @@ class AtomicFile:
         self._committed = False
         try:
             self._allocate()
-            self._direct = size >= DIRECT_BYTES and self._set_direct(True)
+            self._direct = size >= DIRECT_BYTES and set_direct(self._descriptor, True)
         except BaseException:
             self.abort()
             raise
@@ -106,22 +119,10 @@ class AtomicFile:
             error.filename = str(self.path)
             raise
 
-    def _set_direct(self, on: bool) -> bool:
-        """Switch O_DIRECT on or off. Returns whether the file system accepted it."""
-        direct = getattr(os, "O_DIRECT", 0)
-        if fcntl is None or not direct:
-            return False
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~direct
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | direct if on else flags)
-        except OSError:
-            return False
-        return True
-
     def _write_cached(self) -> None:
         """Switch O_DIRECT off: for the last bytes, which fill no page, or because the file system refuses the write."""
         if self._direct:
-            self._set_direct(False)
+            set_direct(self._descriptor, False)
             self._direct = False
 
     def _put(self, data: memoryview) -> None:

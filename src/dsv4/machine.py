@@ -4,9 +4,12 @@ psutil has most of them for every system. It lacks a container's memory limit an
 a process; this module reads both.
 """
 
+import gc
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -123,6 +126,18 @@ def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write to the disk that holds, or will hold, `folder`."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Pause the search for garbage in cycles, which looks at all objects often while many are made that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def parse_size(size: str | int) -> int:

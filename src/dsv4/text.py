@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def human_bytes(count: float) -> str:
@@ -68,6 +69,11 @@ def some_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts expert 2 before expert 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+_NUMBERS = re.compile(r"(\d+)")
+
+
+def natural_order(name: str) -> list[Any]:
+    """Sort key that puts expert 2 before expert 10: text and numbers in turns, text first, which may be empty."""
+    parts: list[Any] = _NUMBERS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts

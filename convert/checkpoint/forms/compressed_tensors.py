@@ -8,7 +8,6 @@ keys that it does not know there, so the release's own config can lie beside the
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_value, quantization
@@ -63,7 +62,7 @@ class CompressedTensors:
         for name, info in stored.items():
             ending = "." + name.rpartition(".")[2]
             dtype = DTYPES.get(ending, info.dtype) if info.dtype == "U8" else info.dtype
-            yield replace(info, name=self.tensor_name(name), dtype=dtype)
+            yield info._replace(name=self.tensor_name(name), dtype=dtype)
 
     def stored_config(self, config: Config) -> dict[str, Any]:
         """The release's config with 1x32 blocks and the experts' format here."""

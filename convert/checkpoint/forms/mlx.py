@@ -10,7 +10,6 @@ itself believes the shapes, and so does this reader. The release's own keys lie 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_string
@@ -60,8 +59,8 @@ def _part(info: TensorInfo, index: int, name: str, dtype: str, shape: tuple[int,
     """Tensor `index` of a stack."""
     (extent,) = info.extents
     size = extent.nbytes // info.shape[0]
-    extents = (replace(extent, offset=extent.offset + index * size, nbytes=size),)
-    return replace(info, name=name, dtype=dtype, shape=shape, extents=extents)
+    extents = (extent._replace(offset=extent.offset + index * size, nbytes=size),)
+    return info._replace(name=name, dtype=dtype, shape=shape, extents=extents)
 
 
 def _released(info: TensorInfo, dtype: str, is_scale: bool) -> Iterator[TensorInfo]:
@@ -76,7 +75,7 @@ def _released(info: TensorInfo, dtype: str, is_scale: bool) -> Iterator[TensorIn
     name = released_name(stored)
     if is_wo_a(name) and len(shape) == 3:
         shape = math.prod(shape[:2]), shape[2]
-    yield replace(info, name=scale_name(name) if is_scale else name, dtype=dtype, shape=shape)
+    yield info._replace(name=scale_name(name) if is_scale else name, dtype=dtype, shape=shape)
 
 
 class Mlx:

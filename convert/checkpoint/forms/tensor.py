@@ -2,11 +2,13 @@
 
 Most tensors lie in a file as they are. Some forms pack several into common blocks (codes and scales of GGUF's MXFP4),
 or store one in another dtype of the same values; an `Encoding` turns such bytes into the release's.
+
+TensorInfo and Extent are named tuples: V4-Pro has 145116 of each, and a frozen dataclass takes three times as long.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +32,7 @@ def row_count(shape: tuple[int, ...], nbytes: int) -> int:
     return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of bytes in one file. `offset` counts from the start of the file."""
 
     shard: str
@@ -39,8 +40,7 @@ class Extent:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header declares of a tensor, and where its bytes are.
 
     A tensor of the Hugging Face layout lies in one extent. One that is split over the rank files has an extent for
@@ -63,7 +63,8 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        stored = sum(extent.nbytes for extent in self.extents)
+        extents = self.extents
+        stored = extents[0].nbytes if len(extents) == 1 else sum(extent.nbytes for extent in extents)
         return stored if self.encoding is None else stored // self.encoding.stored * self.encoding.decoded
 
     @property

@@ -33,8 +33,7 @@ WORD = 8  # bytes; a multiple of the size of every scale
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One tensor to write: its name, dtype and shape in the output, its source tensors, and how it is computed.
 
     reads: the source tensors that are needed; rows of the first correspond to rows of this one.

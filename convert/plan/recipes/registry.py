@@ -1,5 +1,6 @@
 """Finds the recipe of a conversion. Recipes are imported when a plan is made: they need torch, command lines do not."""
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +11,7 @@ from . import bf16, blocks, copy, scales
 from .recipe import OutputTensor, Recipe
 
 
+@cache
 def recipe_of(to: To) -> Recipe:
     """The recipe of a conversion, by the table of settings.py."""
     recipe: Recipe = import_module(f"{__package__}.{CONVERSIONS[to].recipe}").RECIPE

@@ -23,6 +23,7 @@ from dsv4.convert.checkpoint.header import (
 )
 from dsv4.convert.proof.files import LocalFiles, read_shard
 from dsv4.errors import InputError
+from dsv4.text import printable
 
 DTYPES = ["F32", "BF16", "F8_E4M3", "F8_E8M0", "I8", "I64", "F4", "BOOL", "U8", "F8_E5M2", "F64"]
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -181,6 +182,24 @@ def test_dimensions_that_overflow_are_refused_wherever_the_zero_is(tmp_path: Pat
     assert ours(content) is None
     (tmp_path / "x.safetensors").write_bytes(content)
     assert verifier_s(tmp_path / "x.safetensors") is None
+
+
+@pytest.mark.parametrize("shape", [[True], [1.0], "[1]", ["1"], {"1": 1}])
+def test_a_shape_that_equals_one_seen_before_is_still_looked_at(shape: Any) -> None:
+    """A dtype with a shape is checked once for all tensors that have it; 1, true and 1.0 are equal in Python."""
+    first = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    header = json.dumps({"a": first, "b": {"dtype": "U8", "shape": shape, "data_offsets": [1, 2]}}).encode()
+    with pytest.raises(InputError, match="tensor 'b': the shape is not a list of counts"):
+        parse_header(header, 8 + len(header) + 2, "x")
+
+
+@pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "a\\b", "C:x", "n" * 513, "a\tb", "\ud800"])
+def test_one_bad_name_among_good_ones_is_named(bad: str) -> None:
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({"good": entry, bad: entry, "x.y": entry, "x:y": entry}).encode()
+    with pytest.raises(InputError, match="is not a tensor name") as raised:
+        parse_header(header, 8 + len(header), "file")
+    assert f"'{printable(bad[:80])}'" in str(raised.value)
 
 
 def test_reads_what_safetensors_writes() -> None:

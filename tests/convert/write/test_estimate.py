@@ -1,6 +1,7 @@
 """The time that a dry run prints: from rates that were measured, and by arithmetic that can be done by hand."""
 
 import json
+import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,3 +64,30 @@ def test_a_dry_run_prints_it(tmp_path: Path) -> None:
     assert code == 0 and "/s read, " in line and "/s written, " in line and "/s hashed" in line
     code, out, _ = dsv4("convert", source, tmp_path / "out", "--dry-run", "--json")
     assert code == 0 and json.loads(out)["estimated_seconds"] >= 0
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_no_step_leaves_more_than_a_block_to_a_later_fsync(
+    is_direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cache takes in a third of a second, a busy disk may need a minute for."""
+    waiting, most = 0, 0
+
+    def write(descriptor: int, data: mmap.mmap) -> int:
+        nonlocal waiting, most
+        waiting += 0 if is_direct else len(data)
+        most = max(most, waiting)
+        return len(data)
+
+    def fsync(descriptor: int) -> None:
+        nonlocal waiting
+        waiting = 0
+
+    job = job_of(make_checkpoint(tmp_path / "source", geometry=GEOMETRY), resolve(), tmp_path / "out")
+    monkeypatch.setattr(estimate, "BLOCK_BYTES", 4 * mmap.PAGESIZE)
+    monkeypatch.setattr(estimate, "set_direct", lambda descriptor, on: is_direct)
+    monkeypatch.setattr(estimate.os, "write", write)
+    monkeypatch.setattr(estimate.os, "fsync", fsync)
+    assert job.plan.output_bytes > 2 * estimate.BLOCK_BYTES
+    assert measure(job.checkpoint, job.plan, job.output).write
+    assert waiting == 0 and most == (0 if is_direct else estimate.BLOCK_BYTES)

@@ -7,7 +7,6 @@ BF16 vectors                float32, in which llama.cpp wants them
 tid2eid                     int32
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,8 +63,8 @@ class Projections(Recipe):
     def _parts(self, piece: Piece) -> list[Piece]:
         tensor = piece.tensor
         width = tensor.shape[1] // 2
-        weights = [replace(tensor.weight, info=codes, scale=scale) for codes, scale in _pairs(tensor.reads)]
-        parts = [replace(tensor, recipe=bf16.RECIPE, weight=w, shape=(tensor.shape[0], width)) for w in weights]
+        weights = [tensor.weight._replace(info=codes, scale=scale) for codes, scale in _pairs(tensor.reads)]
+        parts = [tensor._replace(recipe=bf16.RECIPE, weight=w, shape=(tensor.shape[0], width)) for w in weights]
         return [Piece(part, piece.start, piece.stop) for part in parts]
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
@@ -203,14 +202,14 @@ def projections(name: str, parts: list[Weight]) -> OutputTensor:
 def tensor_of(name: str, weight: Weight, settings: Settings, config: dict[str, Any]) -> OutputTensor:
     """Any other tensor, under its name in the file. Raises InputError for a dtype that GGUF does not have."""
     if weight.format is Format.FP8 and settings.dense == "q8_0":
-        return replace(ROUNDED.outputs(weight, settings, config)[0], name=name)
+        return ROUNDED.outputs(weight, settings, config)[0]._replace(name=name)
     if weight.format is not Format.PLAIN:
         (decoded,) = bf16.RECIPE.outputs(weight, settings, config)
         _size("BF16", weight.logical_shape, weight)
-        return replace(decoded, name=name)
+        return decoded._replace(name=name)
     dtype, vector = weight.info.dtype, len(weight.info.shape) < 2
     if dtype == "I64" or (dtype == "BF16" and vector):
-        return replace(CONVERTED.outputs(weight, settings, config)[0], name=name)
+        return CONVERTED.outputs(weight, settings, config)[0]._replace(name=name)
     if dtype in ("F32", "BF16", "I32"):
-        return replace(copied(weight), name=name)
+        return copied(weight)._replace(name=name)
     raise InputError(f"'{weight.name}' is {dtype}, which llama.cpp's {name} cannot be")

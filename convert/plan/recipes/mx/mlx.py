@@ -10,7 +10,7 @@ blocks, vision and n-gram tables are therefore in files of their own, which the 
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,16 +92,16 @@ def _folded(parts: Sequence[OutputTensor], name: str, first: int | None) -> Outp
     """Matrices of one kind as one tensor of MLX. first: the size of its first dimension, None where it stays one."""
     part, (dtype, shape) = parts[0], _words(parts[0])
     if first is None:
-        return replace(part, name=name, dtype=dtype, shape=shape)
+        return part._replace(name=name, dtype=dtype, shape=shape)
     rows = shape[0] * len(parts)
     shape = first, rows // first, *shape[1:]
     if len(parts) == 1 and part.bytewise:
-        return replace(part, name=name, dtype=dtype, shape=shape)
-    by_rows = tuple(replace(one, bytewise=False) for one in parts)
+        return part._replace(name=name, dtype=dtype, shape=shape)
+    by_rows = tuple(one._replace(bytewise=False) for one in parts)
     unit = part.row_unit // math.gcd(part.row_unit, shape[1]) if len(parts) == 1 else 1
     reads = tuple(info for one in parts for info in one.reads)
-    return replace(
-        part, name=name, dtype=dtype, shape=shape, recipe=Folded(by_rows), reads=reads, bytewise=False, row_unit=unit
+    return part._replace(
+        name=name, dtype=dtype, shape=shape, recipe=Folded(by_rows), reads=reads, bytewise=False, row_unit=unit
     )
 
 
