@@ -28,7 +28,7 @@ PER_FORM = [KERNELS / "linear.c", KERNELS / "attention.c", KERNELS / "index.c", 
 OPTIONS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-X86_64 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86_64 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vbmi"]}
 FORMS = {"x86_64": X86_64, "AMD64": X86_64, "aarch64": {"neon": []}, "arm64": {"neon": []}}
 PLAIN = ["-DNO_VECTORS"]
 

@@ -1,12 +1,12 @@
-/* Matrix products: one row of x with rows of the stored weight, decoded in registers; many rows with a strip of the
- * weight that is decoded once. */
-#include "products.h"
+/* Matrix products: one row of x with rows of the stored weight (one_row.h); many rows with a strip of the weight that is
+ * decoded once. */
+#include "one_row.h"
 #include "threads.h"
 
 /* Rows of a weight that are decoded at once for many rows of x. */
 #define ROWS_PER_STRIP 16
 /* Of a weight that one row of x is multiplied with, what a thread takes at once: some microseconds of reading. */
-#define BYTES_PER_TURN (1 << 17)
+#define BYTES_PER_TURN (1 << 18)
 
 /* How products are added up; a constant wherever it is an argument. */
 enum arithmetic {
@@ -14,43 +14,6 @@ enum arithmetic {
     FUSED,         /* float32 pairs whose products are exact */
     BF16_DOT,      /* bfloat16 in natural order, by vdpbf16ps */
 };
-
-/* The next four rows begin so many bytes ahead. They are fetched while these are multiplied: rows of one to four KB are
- * over before the processor's own prefetcher has found them. Of BF16 it finds enough. */
-INLINE int64_t bytes_ahead(const struct matrix *w, int format) { return 4 * (w->columns / 32 * bytes_of_32(format)); }
-
-INLINE int begins_line(int format, int64_t k) {
-    return format == FLOAT8_E4M3FN ? k % 64 == 0 : format == FLOAT4_E2M1FN && k % 128 == 0;
-}
-
-/* One row of paired x with `ot` rows of a stored weight; `ot` (at most 4), format and exact are constants. */
-INLINE void gemv(int ot, const struct matrix *w, int format, int exact, const float *x, int64_t row, float *y) {
-    sixteen sum[4];
-    const uint8_t *p[4];
-    int64_t step = step_columns(w), scales[4], ahead = bytes_ahead(w, format);
-    for (int o = 0; o < ot; o++) {
-        sum[o] = zeros();
-        p[o] = row_of(w, format, row + o);
-        scales[o] = scale_row(w, row + o);
-    }
-    for (int64_t start = 0; start < w->columns; start += step) {
-        int64_t stop = least(start + step, w->columns);
-        float scale[4];
-        for (int o = 0; o < ot; o++) scale[o] = scale_at(w, scales[o]++);
-        for (const float *value = x + start; value < x + stop; value += 32) {
-            sixteen odd = load_sixteen(value), even = load_sixteen(value + 16);
-            if (begins_line(format, value - x))
-                for (int o = 0; o < ot; o++) __builtin_prefetch(p[o] + ahead);
-            for (int o = 0; o < ot; o++) {
-                struct pair weight = decode(p[o], format, scale[o]);
-                sum[o] = add_product(odd, weight.odd, sum[o], exact);
-                sum[o] = add_product(even, weight.even, sum[o], exact);
-                p[o] += bytes_of_32(format);
-            }
-        }
-    }
-    horizontal_sums(sum, ot, y);
-}
 
 /* Products of `mt` rows of paired x with `ot` rows of paired weights; mt, ot and exact are constants. */
 INLINE void float_tile(int exact, int mt, int ot, const float *w, int64_t w_stride, int64_t columns, const float *x,
@@ -170,87 +133,6 @@ int32_t OF_FORM(dsv4_dot_is_in_order)(void) {
     }
     return 1;
 }
-
-/* FP4 by a table of bfloat16: a byte b becomes the two indices b and b >> 4, of which the lookup uses five bits. The
- * table repeats after sixteen entries. `shift` is the exponent of the scale at its place; zeros stay zeros. */
-INLINE __m512i bf16_of_e2m1(const uint8_t *p, __m512i shift) {
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, (short)0x8000, (short)0xbf00, (short)0xbf80,
-        (short)0xbfc0, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0));
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    __m512i bf16 = _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
-    return _mm512_mask_add_epi16(bf16, _mm512_test_epi16_mask(bf16, _mm512_set1_epi16(0x7fff)), bf16, shift);
-}
-
-/* FP8 by shifting: exponent and mantissa to their places in a bfloat16, the bias from 7 to 127; the seven subnormals
- * from a table. `shift` is the exponent of the scale at its place. */
-INLINE __m512i bf16_of_e4m3(const uint8_t *p, __m512i shift) {
-    const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40,
-                                                                     0x3c60));
-    __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p));
-    __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
-    __m512i bf16 = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-    __mmask32 subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-    bf16 = _mm512_mask_permutexvar_epi16(bf16, subnormal, magnitude, subnormals);
-    bf16 = _mm512_mask_add_epi16(bf16, _mm512_test_epi16_mask(magnitude, magnitude), bf16, shift);
-    return _mm512_or_si512(bf16, _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16((short)0x8000)));
-}
-
-INLINE __m512i shift_of_scale(float scale) {
-    int32_t bits;
-    memcpy(&bits, &scale, 4);
-    return _mm512_set1_epi16((short)(((bits >> 23) - 127) * 128));
-}
-
-/* Columns [start, stop) of a stored row, which begin at p, as bfloat16. The scale is a moderate power of two. */
-static void decode_as_bf16(const uint8_t *p, int format, float scale, int64_t count, uint16_t *out) {
-    if (format == BFLOAT16) {
-        memcpy(out, p, count * sizeof(uint16_t));
-    } else if (format == FLOAT8_E4M3FN) {
-        __m512i shift = shift_of_scale(scale);
-        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e4m3(p + k, shift));
-    } else {
-        __m512i shift = shift_of_scale(scale);
-        for (int64_t k = 0; k < count; k += 32) _mm512_storeu_si512(out + k, bf16_of_e2m1(p + k / 2, shift));
-    }
-}
-
-/* One row of bfloat16 x with four rows of a weight; format is a constant. */
-INLINE void dot_gemv(const struct matrix *w, int format, const uint16_t *x, int64_t row, float *y) {
-    __m512 sum[4];
-    const uint8_t *p[4];
-    int64_t step = step_columns(w), scales[4], ahead = bytes_ahead(w, format);
-    for (int o = 0; o < 4; o++) {
-        sum[o] = _mm512_setzero_ps();
-        p[o] = row_of(w, format, row + o);
-        scales[o] = scale_row(w, row + o);
-    }
-    for (int64_t start = 0; start < w->columns; start += step) {
-        int64_t stop = least(start + step, w->columns);
-        __m512i shift[4];
-        for (int o = 0; o < 4 && format != BFLOAT16; o++) shift[o] = shift_of_scale(scale_at(w, scales[o]++));
-        for (const uint16_t *value = x + start; value < x + stop; value += 32) {
-            __m512bh one = (__m512bh)_mm512_loadu_si512(value);
-            if (begins_line(format, value - x))
-                for (int o = 0; o < 4; o++) __builtin_prefetch(p[o] + ahead);
-            for (int o = 0; o < 4; o++) {
-                __m512i weight = format == FLOAT4_E2M1FN   ? bf16_of_e2m1(p[o], shift[o])
-                                 : format == FLOAT8_E4M3FN ? bf16_of_e4m3(p[o], shift[o])
-                                                           : _mm512_loadu_si512(p[o]);
-                sum[o] = _mm512_dpbf16_ps(sum[o], one, (__m512bh)weight);
-                p[o] += bytes_of_32(format);
-            }
-        }
-    }
-    for (int o = 0; o < 4; o++) y[o] = horizontal_sum((lanes)sum[o]);
-}
-
-/* One row of bfloat16 x with four rows of a quantized or bfloat16 weight. */
-static void dot_gemv4(const struct matrix *w, const uint16_t *x, int64_t row, float *y) {
-    if (w->format == FLOAT4_E2M1FN) dot_gemv(w, FLOAT4_E2M1FN, x, row, y);
-    else if (w->format == FLOAT8_E4M3FN) dot_gemv(w, FLOAT8_E4M3FN, x, row, y);
-    else dot_gemv(w, BFLOAT16, x, row, y);
-}
 #endif
 
 void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out) {
@@ -277,42 +159,6 @@ void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t coun
                 store_sixteen(to + 16, v.even);
             }
         }
-    }
-}
-
-INLINE void gemv_rows(const struct matrix *w, int format, int exact, const float *x, int64_t row, int64_t count,
-                      float *y) {
-    if (count == 4) gemv(4, w, format, exact, x, row, y);
-    else
-        for (int64_t o = 0; o < count; o++) gemv(1, w, format, exact, x, row + o, y + o);
-}
-
-/* One row of x, paired and, if not null, as bfloat16, with up to four rows of w. */
-static void gemv4(const struct matrix *w, const float *x, const uint16_t *x_bf16, int64_t row, int64_t count, int exact,
-                  float *y) {
-#ifdef HAVE_DOT
-    if (x_bf16 && count == 4) {
-        dot_gemv4(w, x_bf16, row, y);
-        return;
-    }
-#else
-    (void)x_bf16;
-#endif
-    switch (w->format) {
-    case FLOAT32: /* whose products are never exact */
-        gemv_rows(w, FLOAT32, 0, x, row, count, y);
-        break;
-    case BFLOAT16:
-        if (exact) gemv_rows(w, BFLOAT16, 1, x, row, count, y);
-        else gemv_rows(w, BFLOAT16, 0, x, row, count, y);
-        break;
-    case FLOAT8_E4M3FN:
-        if (exact) gemv_rows(w, FLOAT8_E4M3FN, 1, x, row, count, y);
-        else gemv_rows(w, FLOAT8_E4M3FN, 0, x, row, count, y);
-        break;
-    default:
-        if (exact) gemv_rows(w, FLOAT4_E2M1FN, 1, x, row, count, y);
-        else gemv_rows(w, FLOAT4_E2M1FN, 0, x, row, count, y);
     }
 }
 
@@ -350,6 +196,7 @@ struct part {
     const struct product *product;
     float *pairs;   /* x as paired float32, padded; with `bf16` only for a single row */
     uint16_t *bf16; /* x as it is, padded; null where vdpbf16ps is not used */
+    const void *tables; /* of the whole list, see one_row.h */
     int64_t rows_per_item, first_item;
 };
 
@@ -358,15 +205,6 @@ struct linears {
     int64_t count, buffer_floats;
     float *buffers; /* of each worker: a decoded strip and its sums */
 };
-
-INLINE int uses_dot(const struct product *p) {
-#ifdef HAVE_DOT
-    return p->exact;
-#else
-    (void)p;
-    return 0;
-#endif
-}
 
 /* Whether a product has the x of the one before it, in the same form. */
 static int shares_x(const struct product *p, int64_t index) {
@@ -393,11 +231,21 @@ static int64_t buffer_floats(const struct product *list, int64_t count) {
     return most;
 }
 
+/* Bytes of the parts of a list: what lies behind them begins a line of the cache. */
+static int64_t parts_bytes(int64_t count) { return (count * (int64_t)sizeof(struct part) + 63) / 64 * 64; }
+
+/* Floats of the tables that some product of a list needs. */
+static int64_t table_floats(const struct product *list, int64_t count) {
+    for (const struct product *p = list; p < list + count; p++)
+        if (needs_tables(p)) return TABLE_BYTES / (int64_t)sizeof(float);
+    return 0;
+}
+
 int64_t OF_FORM(dsv4_linears_scratch)(const struct product *list, int64_t count, int32_t threads) {
-    int64_t floats = threads * buffer_floats(list, count);
+    int64_t floats = table_floats(list, count) + threads * buffer_floats(list, count);
     for (int64_t i = 0; i < count; i++)
         if (!shares_x(list + i, i)) floats += pairs_floats(list + i) + bf16_floats(list + i);
-    return count * (int64_t)sizeof(struct part) + floats * (int64_t)sizeof(float);
+    return parts_bytes(count) + floats * (int64_t)sizeof(float);
 }
 
 static void prepare(const void *job, int64_t first, int64_t last, int64_t worker) {
@@ -425,11 +273,14 @@ static int64_t rows_per_item(const struct product *p) {
 
 /* Fill the parts, prepare each x once, and return the number of items. `floats` is the scratch behind the parts. */
 static int64_t begin(const struct product *list, int64_t count, struct part *parts, float **floats, int32_t threads) {
-    int64_t items = 0;
+    int64_t items = 0, tables = table_floats(list, count);
+    const void *filled = *floats;
+    if (tables) fill_tables(*floats);
+    *floats += tables;
     for (int64_t i = 0; i < count; i++) {
         const struct product *p = list + i;
         struct part *part = parts + i;
-        *part = (struct part){p, 0, 0, rows_per_item(p), items};
+        *part = (struct part){p, 0, 0, filled, rows_per_item(p), items};
         if (p->m_count) items += (p->stop - p->start + part->rows_per_item - 1) / part->rows_per_item;
         if (shares_x(p, i)) {
             part->pairs = parts[i - 1].pairs, part->bf16 = parts[i - 1].bf16;
@@ -448,7 +299,7 @@ static void one_row(const struct part *part, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row += 4) {
         int64_t count = least(last - row, 4);
         float sums[4];
-        gemv4(p->w, part->pairs, part->bf16, row, count, p->exact, sums);
+        one_row_by_four(p->w, part->pairs, part->bf16, part->tables, row, count, p->exact, sums);
         for (int64_t o = 0; o < count; o++) store_as(p->y, p->y_is_bf16, row - p->start + o, sums[o]);
     }
 }
@@ -479,7 +330,7 @@ static void multiply(const void *job, int64_t first, int64_t last, int64_t worke
 
 void OF_FORM(dsv4_linears)(const struct product *list, int64_t count, void *scratch, int32_t threads) {
     struct part *parts = scratch;
-    float *floats = (float *)(parts + count);
+    float *floats = (float *)((uint8_t *)scratch + parts_bytes(count));
     int64_t items = begin(list, count, parts, &floats, threads);
     struct linears all = {parts, count, buffer_floats(list, count), floats};
     dsv4_share(multiply, &all, items, 1, threads);

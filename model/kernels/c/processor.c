@@ -21,7 +21,8 @@ int32_t dsv4_has_avx512(void) {
 
 int32_t dsv4_has_avx512bf16(void) {
     unsigned a = 0, b, c, d;
-    return dsv4_has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    if (!dsv4_has_avx512() || !__builtin_cpu_supports("avx512vbmi")) return 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1); /* bit 5: bfloat16 */
 }
 #elif defined(__aarch64__)
 int32_t dsv4_has_neon(void) { return 1; }

@@ -19,7 +19,7 @@
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define HAVE_AVX512 1
 #include <immintrin.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define HAVE_DOT 1
 #endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

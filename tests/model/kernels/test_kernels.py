@@ -358,6 +358,7 @@ def test_the_library_has_every_form_of_this_processor() -> None:
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
     assert {form for form in needed if form in cpu.forms()} == {f for f, n in needed.items() if n <= {*flags}}
+    assert "avx512bf16" not in cpu.forms() or {"avx512_bf16", "avx512vbmi"} <= {*flags}
     assert cpu.forms()[-1] == "plain"
 
 
