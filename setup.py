@@ -22,7 +22,7 @@ COMPILED = runpy.run_path(str(PACKAGE / "quant" / "compiled.py"))
 KERNELS = PACKAGE / "model" / "kernels" / "c"
 # Once for all forms, with no instruction that some processor lacks.
 COMMON = [PACKAGE / "quant" / "fp4_to_fp8.c", KERNELS / "threads.c", KERNELS / "processor.c"]
-PER_FORM = [KERNELS / "linear.c", KERNELS / "attention.c", KERNELS / "index.c", KERNELS / "small.c"]
+PER_FORM = [KERNELS / f"{name}.c" for name in ("linear", "attention", "index", "small", "experts")]
 # -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
 # than the machine's registers are passed between inlined functions only, so by no ABI.
 OPTIONS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]

@@ -19,7 +19,9 @@
     void dsv4_rms_norm_##form(const void *, const float *, float, void *, void *, int64_t, int64_t, int32_t, int32_t); \
     void dsv4_swiglu_##form(const void *, const void *, const float *, void *, int64_t, int64_t, float, int32_t,       \
                             int32_t);                                                                                  \
-    void dsv4_sqrtsoftplus_##form(const float *, float *, int64_t, int32_t);
+    void dsv4_sqrtsoftplus_##form(const float *, float *, int64_t, int32_t);                                           \
+    void dsv4_add_experts_##form(const void *, const void *, const int64_t *, void *, float *, int64_t, int64_t,       \
+                                 int64_t, int32_t, int32_t);
 #define CALL(form, name) CALL_OF(form, name)
 #define CALL_OF(form, name) dsv4_##name##_##form
 DECLARED(A)
@@ -118,6 +120,10 @@ static void small(int is_bf16) {
     CALL(A, sqrtsoftplus)(weight, (float *)result_a, ROWS * COLUMNS, 2);
     CALL(B, sqrtsoftplus)(weight, (float *)result_b, ROWS * COLUMNS, 2);
     compare("sqrtsoftplus", ROWS * COLUMNS * 4);
+    static const int64_t experts[] = {4, 0, 2, 1, 9, 5};
+    CALL(A, add_experts)(x, y, experts, result_a, (float *)scratch, 2, 3, COLUMNS, is_bf16, 2);
+    CALL(B, add_experts)(x, y, experts, result_b, (float *)scratch, 2, 3, COLUMNS, is_bf16, 2);
+    compare("add_experts", 2 * COLUMNS * (is_bf16 ? 2 : 4));
 }
 
 int main(void) {

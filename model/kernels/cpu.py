@@ -11,9 +11,11 @@ library `library` is None, and `table.py` selects the reference forms instead of
 import ctypes
 import functools
 import os
+import struct
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -53,35 +55,20 @@ class _Matrix(ctypes.Structure):
     ]
 
 
-class _Product(ctypes.Structure):
-    """struct product of products.h."""
-
-    _fields_ = [
-        ("w", ctypes.c_void_p),  # struct matrix *
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("m_count", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("y_stride", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("stop", ctypes.c_int64),
-        ("x_is_bf16", ctypes.c_int32),
-        ("y_is_bf16", ctypes.c_int32),
-        ("exact", ctypes.c_int32),
-    ]
+# struct product of products.h: w, x and y; m_count, strides of x and y, start, stop; x is bfloat16, y is, exact.
+_PRODUCT = struct.Struct("@PPPqqqqqiii4x")
 
 
 _TYPES = {
     "m": ctypes.POINTER(_Matrix),
-    "c": ctypes.POINTER(_Product),
     "p": ctypes.c_void_p,
     "l": ctypes.c_int64,
     "i": ctypes.c_int32,
     "f": ctypes.c_float,
 }
-# Argument types of each C function: m struct matrix *, c struct product *, p pointer, l int64, i int32, f float.
+# Argument types of each C function: m struct matrix *, p pointer, l int64, i int32, f float.
 _OPERATIONS = {
-    "dsv4_linears": "clpi",
+    "dsv4_linears": "plpi",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
     "dsv4_simulate_fp8": "pplllii",
@@ -96,10 +83,13 @@ _OPERATIONS = {
     "dsv4_sqrtsoftplus": "ppli",
     "dsv4_pool": "pppplli",
     "dsv4_simulate_index": "ppplllii",
+    "dsv4_choose_experts": "pppplll",
+    "dsv4_expert_weights": "pppplllff",
+    "dsv4_add_experts": "ppppplllii",
 }
 # The same of those that return an int64: what C alone knows about scratch (bytes) and limits.
 _SIZES = {
-    "dsv4_linears_scratch": "cli",
+    "dsv4_linears_scratch": "pli",
     "dsv4_sparse_attention_scratch": "lll",
     "dsv4_index_scores_scratch": "lll",
     "dsv4_row_scratch": "ll",
@@ -177,22 +167,34 @@ def _loaded() -> SimpleNamespace:
     return found
 
 
-def _describe(matrix: Matrix) -> _Matrix:
+class _Described(NamedTuple):
     """A matrix as C sees it, made once."""
-    found: _Matrix | None = matrix.kept.get("c")
+
+    matrix: _Matrix
+    address: int  # of `matrix`
+    exact: bool  # whether products with bfloat16 are exact in float32: eight significant bits times eight at most
+    whole_steps: bool  # whether rows, and blocks of rows, are whole steps of a dot product, as C takes for granted
+
+
+def _describe(matrix: Matrix) -> _Described:
+    found: _Described | None = matrix.kept.get("c")
     if found is None:
-        quantized = matrix.scale is not None
-        found = matrix.kept["c"] = _Matrix(
+        (rows, columns), quantized = matrix.shape, matrix.scale is not None
+        block_columns = matrix.block.columns if quantized else columns
+        described = _Matrix(
             values=matrix.values.data_ptr(),
             scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
-            rows=matrix.shape[0],
-            columns=matrix.shape[1],
+            rows=rows,
+            columns=columns,
             block_rows=matrix.block.rows if quantized else 1,
-            block_columns=matrix.block.columns if quantized else matrix.shape[1],
+            block_columns=block_columns,
             scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
             format=FORMATS[matrix.format],
             scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
         )
+        whole = columns > 0 and columns % ELEMENTS_PER_STEP == 0 and block_columns % ELEMENTS_PER_STEP == 0
+        exact = matrix.format != FLOAT32 and matrix.exact_products
+        found = matrix.kept["c"] = _Described(described, ctypes.addressof(described), exact, whole)
     return found
 
 
@@ -224,47 +226,38 @@ def _row_scratch(columns: int, threads: int) -> int:
     return _scratch(_loaded().dsv4_row_scratch(columns, threads))
 
 
-def _whole_steps(matrix: Matrix) -> bool:
-    """Whether rows, and blocks of rows, are whole steps of a dot product, as the C code takes for granted."""
-    columns, step = matrix.shape[1], ELEMENTS_PER_STEP
-    return columns > 0 and columns % step == 0 and (matrix.scale is None or matrix.block.columns % step == 0)
-
-
-def _product(product: Product, y: torch.Tensor) -> _Product:
-    """A product as C sees it. `y` must stay until C has returned, as must x and the matrix."""
-    x, matrix, start, _ = product
-    rounded = x.dtype == torch.bfloat16
-    # Eight significant bits times eight at most: a product that float32 holds exactly.
-    exact = rounded and matrix.format != FLOAT32 and matrix.exact_products
-    return _Product(
-        ctypes.addressof(_describe(matrix)), x.data_ptr(), y.data_ptr(), x.shape[0], x.stride(0), y.stride(0),
-        start, start + y.shape[1], rounded, y.dtype == torch.bfloat16, exact,
-    )  # fmt: skip
-
-
 def _rows_together(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def linears(products: Sequence[Product], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Several of `linear` in one call, whose threads share out the rows of all; see KernelTable.linears."""
-    if not all(_whole_steps(product.matrix) for product in products):
-        return [reference.linear(*product, dtype) for product in products]
-    products = [product._replace(x=_rows_together(product.x)) for product in products]
-    stops = [p.matrix.shape[0] if p.stop is None else p.stop for p in products]
-    results = [torch.empty(p.x.shape[0], stop - p.start, dtype=dtype) for p, stop in zip(products, stops, strict=True)]
-    count, work = len(products), sum(y.numel() * p.x.shape[1] for p, y in zip(products, results, strict=True))
-    listed = (_Product * count)(*map(_product, products, results))
-    loaded, threads = _loaded(), _threads(work)
-    loaded.dsv4_linears(listed, count, _scratch(loaded.dsv4_linears_scratch(listed, count, threads)), threads)
-    return results
+def linears_into(products: Sequence[Product], results: Sequence[torch.Tensor]) -> None:
+    """Several of `linear` in one call, whose threads share out the rows of all; see KernelTable.linears_into."""
+    described = [_describe(product.matrix) for product in products]
+    if not all(one.whole_steps for one in described):
+        for product, y in zip(products, results, strict=True):
+            y.copy_(reference.linear(*product, y.dtype))
+        return
+    inputs, listed, work = [_rows_together(product.x) for product in products], [], 0
+    for x, one, product, y in zip(inputs, described, products, results, strict=True):
+        (rows, columns), is_bf16, start = x.shape, x.dtype == torch.bfloat16, product.start
+        listed.append(
+            _PRODUCT.pack(
+                one.address, x.data_ptr(), y.data_ptr(), rows, x.stride(0), y.stride(0), start, start + y.shape[1],
+                is_bf16, y.dtype == torch.bfloat16, is_bf16 and one.exact,
+            )
+        )  # fmt: skip
+        work += rows * columns * y.shape[1]
+    loaded, threads, together, count = _loaded(), _threads(work), b"".join(listed), len(listed)
+    loaded.dsv4_linears(together, count, _scratch(loaded.dsv4_linears_scratch(together, count, threads)), threads)
 
 
 def linear(
     x: torch.Tensor, matrix: Matrix, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """See reference.linear."""
-    return linears([Product(x, matrix, start, stop)], dtype)[0]
+    result = torch.empty(x.shape[0], (matrix.shape[0] if stop is None else stop) - start, dtype=dtype)
+    linears_into([Product(x, matrix, start, stop)], [result])
+    return result
 
 
 def sparse_attention(
@@ -302,7 +295,7 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     threads = _threads(scores.numel() * heads * width)
     scratch = _scratch(_loaded().dsv4_index_scores_scratch(heads, width, threads))
     _loaded().dsv4_index_scores(
-        _describe(matrix), q.data_ptr(), wide_weights.data_ptr(), queries, heads, is_bf16,
+        _describe(matrix).matrix, q.data_ptr(), wide_weights.data_ptr(), queries, heads, is_bf16,
         scores.data_ptr(), scratch, threads,
     )  # fmt: skip
     return scores
@@ -434,5 +427,38 @@ def pool(kv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     _loaded().dsv4_pool(
         kv.data_ptr(), gate.data_ptr(), result.data_ptr(), _scratch(_loaded().dsv4_pool_scratch(tokens, threads)),
         result.numel(), tokens, threads,
+    )  # fmt: skip
+    return result
+
+
+def choose_experts(scores: torch.Tensor, bias: torch.Tensor, count: int) -> torch.Tensor:
+    """See reference_small.choose_experts."""
+    scores, (rows, experts) = scores.contiguous(), scores.shape
+    result = torch.empty(rows, count, dtype=torch.int64)
+    biased = _scratch(experts * torch.float32.itemsize)
+    _loaded().dsv4_choose_experts(scores.data_ptr(), bias.data_ptr(), result.data_ptr(), biased, rows, experts, count)
+    return result
+
+
+def expert_weights(scores: torch.Tensor, experts: torch.Tensor, eps: float, factor: float) -> torch.Tensor:
+    """See reference_small.expert_weights."""
+    scores, experts, (rows, count) = scores.contiguous(), experts.contiguous(), experts.shape
+    result = torch.empty(rows, count, dtype=torch.float32)
+    _loaded().dsv4_expert_weights(
+        scores.data_ptr(), experts.data_ptr(), result.data_ptr(), _scratch(count * torch.float32.itemsize),
+        rows, scores.shape[1], count, eps, factor,
+    )  # fmt: skip
+    return result
+
+
+def add_experts(outputs: torch.Tensor, experts: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """See reference_small.add_experts."""
+    outputs, experts, shared, (rows, count, columns) = (
+        outputs.contiguous(), experts.contiguous(), shared.contiguous(), outputs.shape,
+    )  # fmt: skip
+    result, threads = torch.empty_like(shared), _threads_for(outputs)
+    _loaded().dsv4_add_experts(
+        outputs.data_ptr(), shared.data_ptr(), experts.data_ptr(), result.data_ptr(), _row_scratch(columns, threads),
+        rows, count, columns, _is_bfloat16(outputs), threads,
     )  # fmt: skip
     return result

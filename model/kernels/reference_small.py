@@ -146,6 +146,33 @@ def pool(
     return total(kv * (weights / total(weights).unsqueeze(-1)))
 
 
+def choose_experts(scores: torch.Tensor, bias: torch.Tensor, count: int) -> torch.Tensor:
+    """scores float32 [T, E] -> the experts with the largest score + bias, largest first, int64 [T, count].
+
+    Of equal ones the lower number is first.
+    """
+    return (scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def expert_weights(scores: torch.Tensor, experts: torch.Tensor, eps: float, factor: float) -> torch.Tensor:
+    """The chosen scores over their sum, times `factor`: scores float32 [T, E], experts [T, k] -> float32 [T, k]."""
+    chosen = scores.gather(1, experts)
+    return chosen / (tree_sum(chosen).unsqueeze(-1) + eps) * factor
+
+
+def add_experts(outputs: torch.Tensor, experts: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """outputs [T, k, D] of the experts [T, k] and of the shared expert [T, D] -> their sum [T, D] in the same dtype.
+
+    In float32, in the order of the experts' numbers, and the shared expert's last.
+    """
+    order = experts.sort(dim=1, stable=True).indices.unsqueeze(-1)
+    total = torch.zeros(len(outputs), outputs.shape[2], dtype=torch.float32, device=outputs.device)
+    for slot in range(outputs.shape[1]):
+        chosen = order[:, slot : slot + 1].expand(-1, -1, outputs.shape[2])
+        total += outputs.gather(1, chosen).squeeze(1)
+    return (total + shared.to(torch.float32)).to(outputs.dtype)
+
+
 def engram_gate(
     h: torch.Tensor,
     keys: torch.Tensor,

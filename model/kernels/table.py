@@ -29,7 +29,7 @@ class KernelTable:
     """One row of the table. Signatures, shapes and dtypes are those of the reference forms, which are the defaults."""
 
     linear: Callable[..., torch.Tensor] = reference.linear
-    at_once: Callable[[Sequence[Product], torch.dtype], list[torch.Tensor]] | None = None  # several products
+    at_once: Callable[[Sequence[Product], Sequence[torch.Tensor]], None] | None = None  # `linears_into`
     sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
     simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
@@ -45,18 +45,28 @@ class KernelTable:
     swiglu: Callable[..., torch.Tensor] = small.swiglu
     sqrtsoftplus: Callable[[torch.Tensor], torch.Tensor] = small.sqrtsoftplus
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.pool
+    choose_experts: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = small.choose_experts
+    expert_weights: Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor] = small.expert_weights
+    add_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = small.add_experts
     engram_gate: Callable[..., torch.Tensor] = small.engram_gate
 
-    def linears(self, products: Sequence[Product], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        """Products that do not depend on each other, each as `linear` computes it: [M, out] of each."""
-        return [self.linear(*p, dtype) for p in products] if self.at_once is None else self.at_once(products, dtype)
+    def linears_into(self, products: Sequence[Product], results: Sequence[torch.Tensor]) -> None:
+        """Products that do not depend on each other, into results [M, out]: as `linear` computes each in that dtype.
+
+        A result may be a part of a larger tensor; the last dimension must be dense.
+        """
+        if self.at_once is not None:
+            self.at_once(products, results)
+            return
+        for product, result in zip(products, results, strict=True):
+            result.copy_(self.linear(*product, result.dtype))
 
 
 REFERENCE = KernelTable()
 
 CPU = KernelTable(
     linear=cpu.linear,
-    at_once=cpu.linears,
+    at_once=cpu.linears_into,
     simulate_index=cpu.simulate_index,
     sqrtsoftplus=cpu.sqrtsoftplus,
     pool=cpu.pool,
@@ -71,6 +81,9 @@ CPU = KernelTable(
     hc_pre=cpu.hc_pre,
     hc_post=cpu.hc_post,
     swiglu=cpu.swiglu,
+    choose_experts=cpu.choose_experts,
+    expert_weights=cpu.expert_weights,
+    add_experts=cpu.add_experts,
 )
 
 

@@ -109,7 +109,9 @@ class WindowAttention:
         matrix, count = self._weights.matrix("wo_a.weight"), self._config.o_groups // ranks.count
         groups = torch.unflatten(output, 1, (count, -1)).flatten(2)
         products = [Product(groups[:, g], matrix, g * rank, (g + 1) * rank) for g in range(count)]
-        return ranks.all_gather(torch.cat(numerics.kernels.linears(products, numerics.dtype), dim=-1))
+        low = groups.new_empty(len(groups), count * rank)
+        numerics.kernels.linears_into(products, torch.split(low, rank, dim=-1))
+        return ranks.all_gather(low)
 
     def _normed(self, q: torch.Tensor) -> torch.Tensor:
         """Queries [T, H, c] before their rotation."""

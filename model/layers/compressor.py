@@ -45,9 +45,11 @@ class Compressor:
 
     def raw(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> float32 [T, 2, width]: kv and gate of each token."""
-        ape = self._weights.vector("ape")
-        kv, gate = self._numerics.kernels.linears([Product(x, self._weights.matrix(name)) for name in RAW])
-        return torch.stack((kv, gate + ape[positions % len(ape)]), dim=1)
+        ape, products = self._weights.vector("ape"), [Product(x, self._weights.matrix(name)) for name in RAW]
+        raw = torch.empty(len(x), 2, products[0].matrix.shape[0], dtype=torch.float32, device=x.device)
+        self._numerics.kernels.linears_into(products, raw.unbind(1))
+        raw[:, 1] += ape[positions % len(ape)]
+        return raw
 
     def advance(self, state: CompressorState, raw: torch.Tensor, position: int) -> None:
         """Add the raw tokens of one sequence, the first at `position`, and compress the blocks they finish."""

@@ -39,6 +39,7 @@ class Rotary:
         self._frequencies, self._device, self._rotate = frequencies, device, kernels.rotate
         self._cos = torch.empty(0, len(frequencies), device=device)
         self._sin = torch.empty(0, len(frequencies), device=device)
+        self._latest: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def reserve(self, positions: int) -> None:
         """Make the tables reach positions [0, positions): before a call, because asking a device later would wait."""
@@ -56,8 +57,15 @@ class Rotary:
         """Cosines and sines, float32 [n, r / 2] each, of int64 positions [n] that are reserved."""
         return self._cos[positions], self._sin[positions]
 
+    def _both_ways(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cosines, sines and their negatives; kept, because all layers of a call ask for the same positions."""
+        if self._latest is None or self._latest[0] is not positions:
+            cos, sin = self.table(positions)
+            self._latest = positions, cos, sin, -sin
+        return self._latest[1:]
+
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """x [n, ..., c] with the last r dims rotated by their position, back if `inverse`; x's dtype out."""
-        cos, sin = self.table(positions)
+        cos, sin, negative = self._both_ways(positions)
         width = x.shape[-1]
-        return self._rotate(x.reshape(len(x), -1, width), cos, -sin if inverse else sin).view(x.shape)
+        return self._rotate(x.reshape(len(x), -1, width), cos, negative if inverse else sin).view(x.shape)

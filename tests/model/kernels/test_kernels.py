@@ -27,7 +27,7 @@ CPU = table.select_kernels(torch.device("cpu"))  # the reference row where there
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def halves(values: list[np.float32]) -> np.float32:
@@ -156,14 +156,21 @@ def test_linears_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
     wide = torch.randn(3, 448, generator=GENERATOR).to(dtype)[:, 100:324]  # rows apart
     products = [Product(x, matrix) for matrix in every for x in (alone, alone, many, none, many, wide)]
     products += [Product(many, every[2], 7, 61), Product(alone, every[6], 130, 133), Product(alone, every[0], 5, 5)]
-    expected = REFERENCE.linears(products, dtype)
+    expected = [REFERENCE.linear(*product, dtype) for product in products]
+
+    def found_by(row: table.KernelTable, count: int = len(products)) -> list[torch.Tensor]:
+        """The first results, each a part of a larger tensor."""
+        wide = [torch.full((len(y), y.shape[1] + 3), math.nan, dtype=dtype) for y in expected[:count]]
+        row.linears_into(products[:count], [y[:, 2:-1] for y in wide])
+        assert all(y[:, [0, 1, -1]].isnan().all() for y in wide)
+        return [y[:, 2:-1] for y in wide]
+
     for threads in (1, 3):
         with mock.patch.object(cpu, "_threads", lambda work, threads=threads: threads):
-            found = CPU.linears(products, dtype)
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
-    on_a_device = TORCH_DEVICE.linears(products[:-1], dtype)
-    assert [y.shape for y in on_a_device] == [y.shape for y in expected[:-1]]
-    assert CPU.linears([]) == []
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found_by(CPU), expected, strict=True))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found_by(REFERENCE), expected, strict=True))
+    assert all(torch.isfinite(y).all() for y in found_by(TORCH_DEVICE, len(products) - 1))
+    CPU.linears_into([], [])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -267,6 +274,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     h = x.to(dtype)
     rows = h[:, 0]
     positive = torch.rand(9, 4, generator=GENERATOR)
+    equal = torch.tensor([0.0, 0.5] * 6)  # a bias that makes sums equal
     gates = torch.cat((torch.full((9, 4, 4), -torch.inf), h[..., :4].float()), -1)  # no block before the first
     return {
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
@@ -290,6 +298,11 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         "sqrtsoftplus": [(h.float(),), (torch.linspace(-120, 120, 999),), (torch.tensor([800.0, 40.0, 0.0, -0.0]),)],
         "pool": [(h.float(), h.float() * 3), (h[..., :8].float(), gates), (h[:0].float(), h[:0].float())],
         "simulate_index": [(h[..., :128],), (h[..., :32] * 30,), (h[..., :16],), (h[..., :1],)],
+        "choose_experts": [(torch.randint(-3, 3, (9, 12), generator=GENERATOR) / 2, equal, k) for k in (1, 6, 12)],
+        "expert_weights": [
+            (rows.float(), torch.randint(0, 160, (9, k), generator=GENERATOR), 1e-20, 1.5) for k in (1, 6)
+        ],
+        "add_experts": [(h, torch.stack([torch.randperm(7, generator=GENERATOR)[:4] for _ in h]), rows)],
         "swiglu": [(rows * 9, h[:, 1] * 9, 10.0, None), (rows * 9, h[:, 1] * 9, 10.0, positive[:, 0])],
     }[name]
 
@@ -307,6 +320,9 @@ SMALL = [
     "sqrtsoftplus",
     "simulate_index",
     "pool",
+    "choose_experts",
+    "expert_weights",
+    "add_experts",
 ]
 
 
