@@ -1,4 +1,4 @@
-"""How fast is the engine? Against transformers on the same weights, and against the rate at which memory is read.
+"""How fast is the engine? Against transformers and llama.cpp on the same weights, and the rate at which memory is read.
 
     python benchmarks/run.py [FOLDER] [--layers 3] [--experts 12] [--tokens 512] [--processes 3] [--rows NAME ...]
 
@@ -12,8 +12,9 @@ more than anything else does. A process measures
 - the bound: how fast this machine reads memory just then, and so the share of it that decode reaches. What other
   processes used of the processor meanwhile is printed as "foreign"; where it is not near zero, only ratios mean much.
 
-transformers runs in bfloat16 with each of its two expert implementations; the faster counts. Loading and experts
-in files are in loading.py, a GPU is in gpu.py.
+transformers runs in bfloat16 with each of its two expert implementations; the faster counts. llama.cpp runs the file of
+`convert --to gguf` (BF16 and MXFP4: the same weights) where its prebuilt library can be had from npm. Loading and
+experts in files are in loading.py, a GPU is in gpu.py.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import llama_cpp
 import psutil
 
 from dsv4 import machine
@@ -37,6 +39,7 @@ from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager")
+LLAMA_CPP = "llama.cpp"
 RATIOS = (0, 4, 128)
 PROMPT, STEPS, PREFILLS = 32, 40, 2
 BUSY = "while True: pass"
@@ -62,6 +65,7 @@ ROWS = (
     Row("dsv4, 1 busy process", busy=1),
     Row("dsv4, 2 busy processes", busy=2),
     *(Row(f"transformers, {name}", name) for name in EXPERT_IMPLEMENTATIONS),
+    Row(LLAMA_CPP, LLAMA_CPP),
 )
 
 
@@ -182,12 +186,16 @@ def work(row: Row, folder: Path, tokens: int) -> dict[str, Any]:
     """What a process of a row prints as JSON."""
     import torch
 
-    torch.set_num_threads(row.threads or machine.usable_cores())
+    threads = row.threads or machine.usable_cores()
+    torch.set_num_threads(threads)
+    if row.engine == LLAMA_CPP:
+        found = llama_cpp.libraries(folder / LLAMA_CPP)
+        assert found is not None, "fetched before"
+        return measure(llama_cpp.LlamaCpp(found, folder / "flash-gguf", threads), tokens)
     if row.engine != "dsv4":
         return measure(load_theirs(folder, row.engine), tokens)
     engine = Ours(folder)
-    found = measure(engine, tokens)
-    return found | {"bandwidth": read_bandwidth(), "bytes": engine.active_bytes()}
+    return measure(engine, tokens) | {"bandwidth": read_bandwidth(), "bytes": engine.active_bytes()}
 
 
 def start(row: Row, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -237,18 +245,26 @@ def flash(layers: int, experts: int) -> Geometry:
     )  # fmt: skip
 
 
+def can_run(row: Row, folder: Path) -> bool:
+    """Whether the engine of a row can be had; llama.cpp's library is fetched."""
+    return row.engine != LLAMA_CPP or llama_cpp.libraries(folder / LLAMA_CPP) is not None
+
+
 def prepare(folder: Path, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Make the checkpoints that are not there yet."""
     if not (folder / "flash").exists():
         geometry = flash(arguments.layers, arguments.experts)
         make_checkpoint(folder / "flash", geometry=geometry, tokenizer=False)
-    if any(row.engine != "dsv4" for row in rows) and not (folder / "flash-bf16").exists():
+    if any(row.engine in EXPERT_IMPLEMENTATIONS for row in rows) and not (folder / "flash-bf16").exists():
         convert(folder / "flash", folder / "flash-bf16", to="bf16")
+    if any(row.engine == LLAMA_CPP for row in rows) and not (folder / "flash-gguf").exists():
+        convert(folder / "flash", folder / "flash-gguf", to="gguf")
 
 
 def run(folder: Path, arguments: argparse.Namespace) -> None:
     """All processes of all rows, in turn, and the table."""
     rows = [row for row in ROWS if not arguments.rows or row.name in arguments.rows]
+    rows = [row for row in rows if can_run(row, folder)]
     prepare(folder, arguments, rows)
     found: dict[str, list[dict[str, Any]]] = {}
     for number in range(arguments.processes):
