@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import dsv4_commands, parse
+from patience import LONG
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
@@ -37,7 +38,7 @@ def run(script: str, arguments: list[str], source: Path, folder: Path) -> str:
     variables = {"PATH": f"{tools}:{os.environ['PATH']}", "SOURCE": str(source), "OUTPUT": "out", "RANKS": "2"}
     environment = os.environ | variables
     command = ["bash", str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

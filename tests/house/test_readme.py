@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import blocks, dsv4_commands, inline_commands, parse
+from patience import LONG
 
 from dsv4 import cli, errors, output
 from dsv4.convert.plan.engines import TARGETS
@@ -56,7 +57,7 @@ def _stable(line: str) -> str:
 def test_the_transcript_is_what_the_demo_prints(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsv4", "demo", "demo"]
     done = subprocess.run(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONG
     )
     assert done.returncode == 0, done.stdout
     printed = [_stable(line) for line in done.stdout.splitlines()]

@@ -10,7 +10,7 @@ seconds. The functions of `os` that change files are replaced by counting ones; 
 With `--shared` as the last argument three commands do the work: `--part 1/2`, `--part 2/2` and `--finish`. With
 `--direct` as the last argument the shards, though small, are written past the page cache, as large ones are. With
 `--slow-hash` as the last argument each block waits for its hash, so that as many shards are in flight as may be;
-"in_flight" is how many that were in the undisturbed run.
+"in_flight" is how many that were in a first, undisturbed run.
 
 After each run: nothing under a final name is incomplete, index and config.json are there only with all that they
 name, the source is untouched, and the same command again ends in the same bytes as a run that nothing happened to.
@@ -52,6 +52,26 @@ HOME = {name: files if name == "allocate" else os for name in CHANGING}  # the m
 REAL = {name: getattr(HOME[name], name) for name in CHANGING}
 
 
+class SlowSha256:
+    """SHA-256 that takes longer than anything else does with so little data.
+
+    Until `wanted` shards were in flight at once, each block waits for that.
+    """
+
+    wanted, reached = 0, threading.Event()
+
+    def __init__(self) -> None:
+        self._real = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        self.reached.wait(1)
+        time.sleep(0.001)
+        self._real.update(data)
+
+    def hexdigest(self) -> str:
+        return self._real.hexdigest()
+
+
 @dataclass
 class Fault:
     """What happens at the `at`-th call of one of `calls`: kill, torn (half a write, then kill), a signal, or an errno.
@@ -75,6 +95,8 @@ class Fault:
             if ".safetensors." in str(arguments[0]):  # a temporary name
                 self.open_shards += {"open": 1, "replace": -1, "unlink": -1}.get(name, 0)
                 self.in_flight = max(self.in_flight, self.open_shards)
+                if self.in_flight >= SlowSha256.wanted:
+                    SlowSha256.reached.set()
             return sum(seen in self.calls for seen in self.seen) - 1
 
     def wrap(self, name: str) -> Callable[..., Any]:
@@ -168,7 +190,9 @@ class Lab:
             assert run([["convert", str(self.source), str(self.start), *before]], Fault()).code == 0
         self.source_before = contents(self.source)
         self.reset()
-        assert cli.run([*self.whole, "-q"]) == 0  # fills the tables of the cast, which every fork then has
+        first = run([[*self.whole, "-q"]], Fault())  # fills the tables of the cast, which every fork then has
+        assert first.code == 0, first.words
+        self.in_flight = first.in_flight
         self.reset()
         self.clean = run(self.commands, Fault())
         assert self.clean.code == 0, self.clean.words
@@ -277,20 +301,6 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class SlowSha256:
-    """SHA-256 that takes longer than anything else does with so little data."""
-
-    def __init__(self) -> None:
-        self._real = hashlib.sha256()
-
-    def update(self, data: memoryview) -> None:
-        time.sleep(0.001)
-        self._real.update(data)
-
-    def hexdigest(self) -> str:
-        return self._real.hexdigest()
-
-
 def main() -> None:
     work, sweep, *options = sys.argv[1:]
     torch.set_num_threads(1)
@@ -301,6 +311,7 @@ def main() -> None:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
     if options[-1:] == ["--slow-hash"]:
         pipeline.hashlib = SimpleNamespace(sha256=SlowSha256)  # type: ignore[assignment]
+        SlowSha256.wanted = int(options[options.index("--max-workers") + 1])
     options = [option for option in options if option not in ("--shared", "--direct", "--slow-hash")]
     if "--before" in options:
         cut = options.index("--before")
@@ -310,7 +321,7 @@ def main() -> None:
         lab.short_writes()
     else:
         lab.sweep(*SWEEPS[sweep])
-    found = {"points": lab.points, "in_flight": lab.clean.in_flight, "violations": lab.violations}
+    found = {"points": lab.points, "in_flight": lab.in_flight, "violations": lab.violations}
     print(json.dumps(found))
 
 

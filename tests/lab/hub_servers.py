@@ -28,8 +28,6 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from program import Ended, run_warm
 
-STALL_SECONDS = 30.0  # longer than any test waits; `heal` ends it
-
 
 def git_sha1(data: bytes) -> str:
     """git's name for a blob."""
@@ -145,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(status)
                 return True
         if self._struck("stall", name):
-            self.hub.healed.wait(STALL_SECONDS)
+            self.hub.healed.wait()  # longer than any test waits
         return False
 
     # Hugging Face

@@ -10,7 +10,6 @@ changes an answer before it is sent, or one of the names in STATUS.
 import json
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -66,6 +65,7 @@ class LogProbabilityServer:
     def __init__(self, kind: str, scorer: Scorer, fault: Fault | str | None = None, times: int = 10**9) -> None:
         self.kind, self.scorer, self.fault, self.times = kind, scorer, fault, times
         self.requests: list[tuple[str, dict[str, str], Any]] = []
+        self._ended = threading.Event()  # a slow answer comes too late for any client
         self._answer, self._path, self._prompt, self._pages = KINDS[kind]
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -77,7 +77,7 @@ class LogProbabilityServer:
         if strikes and isinstance(self.fault, str) and self.fault in STATUS:
             return STATUS[self.fault], json.dumps({"error": {"message": f"it is {self.fault}"}}).encode()
         if self.fault == "slow":
-            time.sleep(3)
+            self._ended.wait()
         if strikes and self.fault == "page":
             return 200, b"<html><title>Log in</title></html>"
         scored = [*tokens, 0] if self.kind == "llama.cpp" else tokens  # it tells what follows the last token
@@ -115,6 +115,7 @@ class LogProbabilityServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._server.shutdown()
         self._server.server_close()
 

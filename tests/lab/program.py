@@ -37,21 +37,23 @@ def _runner() -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """Result of a command line. `seconds` count from its start, or from the signal sent to it."""
+    """Result of a command line."""
 
     returncode: int
     stdout: str
     stderr: str
-    seconds: float
 
 
 def run_warm(
     folder: Path,
     *arguments: object,
     environment: Mapping[str, str] = os.environ,
-    interrupt: tuple[float, int] | None = None,
+    interrupt: tuple[int, int] | None = None,
 ) -> Ended:
-    """`dsv4 …` in `folder` and a process of its own; `interrupt`: a signal's number, and after how many seconds."""
+    """`dsv4 …` in `folder` and a process of its own.
+
+    interrupt: at which function call of its main thread it gets a signal, and the signal's number.
+    """
     runner, files = _runner(), [folder / f".{name}" for name in ("stdout", "stderr")]
     job = {
         "arguments": [str(a) for a in arguments],
@@ -65,5 +67,5 @@ def run_warm(
         file.write_bytes(b"")
     assert runner.stdin is not None and runner.stdout is not None
     print(json.dumps(job), file=runner.stdin, flush=True)
-    code, seconds = json.loads(runner.stdout.readline())
-    return Ended(code, files[0].read_text(), files[1].read_text(), seconds)
+    code = int(runner.stdout.readline())
+    return Ended(code, files[0].read_text(), files[1].read_text())

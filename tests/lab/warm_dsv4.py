@@ -1,9 +1,9 @@
 """Runs `dsv4` command lines, each in a process of its own, without importing torch again for every one of them.
 
 One JSON object a line on stdin: arguments, environment, folder, files for stdout and stderr, and `signal`, null or the
-seconds after which the process gets a signal and its number. A fork runs the command; the answer is a JSON list of its
-exit code and the seconds that it took, from the signal on if there is one. Only what reads no environment is imported
-before the fork: the hub libraries are not.
+number of the function call in its main thread at which the process sends itself a signal, and the signal's number. A
+fork runs the command; the answer is its exit code. Only what reads no environment is imported before the fork: the hub
+libraries are not.
 """
 
 import contextlib
@@ -11,13 +11,26 @@ import io
 import json
 import os
 import sys
-import time
 
 import torch  # noqa: F401
 
 import dsv4.convert.write.run  # noqa: F401
 from dsv4 import cli, signals
 from dsv4.quant import fp4_to_fp8, fp4_to_fp8_compiled, fp8_to_fp4, to_bf16  # noqa: F401  # all that a conversion needs
+
+
+def send_at(call: int, number: int) -> None:
+    """Send this process a signal when its main thread calls a Python function for the n-th time from here."""
+    left = call
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal left
+        left -= event == "call"
+        if left <= 0:
+            sys.setprofile(None)
+            os.kill(os.getpid(), number)
+
+    sys.setprofile(count)
 
 
 def run(job: dict[str, object]) -> int:
@@ -28,6 +41,8 @@ def run(job: dict[str, object]) -> int:
     for descriptor, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = ["dsv4", *job["arguments"]]
+    if job["signal"] is not None:
+        send_at(*job["signal"])
     try:
         cli.main()
     except SystemExit as error:
@@ -56,14 +71,7 @@ def main() -> None:
         cli.run(["convert", "--help"])  # makes the command-line library import what it needs
     for line in sys.stdin:
         job = json.loads(line)
-        child, began = start(job), time.monotonic()
-        if job["signal"] is not None:
-            seconds, number = job["signal"]
-            time.sleep(seconds)
-            began = time.monotonic()
-            os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps([code, time.monotonic() - began]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(start(job), 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

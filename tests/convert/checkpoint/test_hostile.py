@@ -12,7 +12,7 @@ from hostile import CONTENT, LEFT_OUT, SCALE_NAN, STRUCTURE, TENSOR_NAMES, Case,
 
 from dsv4.cli import run
 
-SECONDS = 20  # nothing here may take long; generous, because tests run beside each other
+SECONDS = 20  # of processor time, which other processes do not lengthen: no damage may make a command compute long
 
 Command = Callable[[Path, Path, Path], list[str]]
 # Arguments from (damaged folder, good folder, a folder to write).
@@ -77,9 +77,9 @@ def test_convert_says_what_is_wrong(
 ) -> None:
     before = spoil(case, bad)
     output = tmp_path / "out"
-    started = time.monotonic()
+    started = time.process_time()
     code = run(["convert", str(bad), str(output)])
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     out, err = capsys.readouterr()
     check_terminal(out + err)
     assert code == 3, err
@@ -98,9 +98,9 @@ def test_every_command_refuses(
     command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = spoil(case, bad)
-    started = time.monotonic()
+    started = time.process_time()
     code = run(COMMANDS[command](bad, good, tmp_path / "out"))
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     out, err = capsys.readouterr()
     check_terminal(out + err)
     lenient = command.startswith("verify") and case.name in VERIFY_MAY_TAKE

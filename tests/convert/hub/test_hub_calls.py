@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_servers import HubServer, Request, run_dsv4
+from patience import LONG
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.synthetic.geometry import Geometry
@@ -93,7 +94,7 @@ def client(hub: str, body: str, source: Path, home: Path, other: Path | None = N
     lab = Path(__file__).parents[2] / "lab"
     bodies = json.dumps({name: text.decode() for name, text in ANSWERS.items()})
     command = [sys.executable, "-c", CLIENT.format(body=body), lab, home, source, other or source, hub, bodies]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_servers import STALL_SECONDS, HubServer, hub_environment, run_dsv4
+from hub_servers import HubServer, hub_environment, run_dsv4
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+from patience import LONG
 
 from dsv4.convert.checkpoint.header import build_header
 from dsv4.convert.hub import fetch
@@ -298,16 +299,15 @@ def test_disk_full(server: HubServer, tmp_path: Path, source: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
-    server.strike("stall", SHARDS[2])
+    server.strike("stall", SHARDS[2], times=99)
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out"]
     running = subprocess.Popen(
         command, env=hub_environment(server, tmp_path), cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 30
-    while len(contents(tmp_path / "out")) < 6 and time.monotonic() < deadline:
+    while len(contents(tmp_path / "out")) < 6 and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, words = running.communicate(timeout=STALL_SECONDS / 2)  # the server says nothing all the while
+    _, words = running.communicate(timeout=LONG)  # the server says nothing all the while
     server.heal()
     assert running.returncode == 130
     assert "interrupted" in words
@@ -340,7 +340,7 @@ def test_a_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
-    server.strike("stall", SHARDS[0])
+    server.strike("stall", SHARDS[0], times=99)
     command = [sys.executable, "-m", "dsv4", "download", REPOSITORY, "out", "-q"]
     first = subprocess.Popen(command, env=hub_environment(server, tmp_path), cwd=tmp_path)
     while not (tmp_path / "out" / SHARDS[1]).exists() and first.poll() is None:
@@ -349,7 +349,7 @@ def test_two_at_once(server: HubServer, tmp_path: Path) -> None:
     assert second.returncode == 4
     assert "another dsv4 download" in second.stderr
     server.heal()
-    assert first.wait(30) == 0
+    assert first.wait(LONG) == 0
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 import reference_converter
 from blake3 import blake3
 from exact_values import convert
+from patience import LONG
 from raw_safetensors import Raw, merged, raw, read_folder, write_folder
 
 from dsv4.cli import run
@@ -308,7 +309,7 @@ def test_alone_each_file_is_read_once_on_all_cores(tmp_path: Path, monkeypatch: 
     make_checkpoint(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "alone", "--max-shard-size", "500kB")
     times: dict[str, Any] = {path.name: np.zeros(path.stat().st_size, int) for path in (tmp_path / "alone").iterdir()}
-    readers: set[int] = set()
+    readers, all_read = set[int](), threading.Event()
     began: list[int] = []
     real = LocalFiles.read_into
 
@@ -316,7 +317,9 @@ def test_alone_each_file_is_read_once_on_all_cores(tmp_path: Path, monkeypatch: 
         if began and name.endswith(".safetensors"):
             times[name][offset : offset + len(buffer)] += 1
             readers.add(threading.get_ident())
-            time.sleep(0.001)
+            if len(readers) == 3:
+                all_read.set()
+            all_read.wait(LONG)  # so that one thread cannot read everything before the others start
         real(self, name, offset, buffer)
 
     monkeypatch.setattr(LocalFiles, "read_into", read)
@@ -414,14 +417,20 @@ def test_hostile_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == 1 and "\x1b" not in out and "x\\x1b[31m" in out
 
 
-def threads_of(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> int:
-    """How many threads `verify` compares with: every piece is seen by the thread that computes it."""
-    seen: set[str] = set()
+def threads_of(monkeypatch: pytest.MonkeyPatch, least: int, *folders: Path) -> int:
+    """How many threads `verify` compares with: every piece is seen by the thread that computes it.
+
+    Nothing is computed before so many threads as `least` have begun.
+    """
+    seen, all_began = set[str](), threading.Event()
     original = PieceComparison.run
 
     def run_and_note(comparison: PieceComparison) -> Tally:
         seen.add(threading.current_thread().name)
-        time.sleep(0.001)  # so that one thread cannot take all pieces before the others start
+        if len(seen) >= least:
+            all_began.set()
+        assert all_began.wait(LONG)
+        time.sleep(0.001)  # a thread too many has time to take a piece
         return original(comparison)
 
     monkeypatch.setattr(PieceComparison, "run", run_and_note)
@@ -435,13 +444,13 @@ def test_no_more_threads_than_cores_that_may_be_used(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr("os.cpu_count", lambda: 7)
-    assert threads_of(monkeypatch, *pair) == cores
+    assert threads_of(monkeypatch, cores, *pair) == cores
 
 
 def test_where_the_system_has_no_affinity(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert threads_of(monkeypatch, *pair) == 2
+    assert threads_of(monkeypatch, 2, *pair) == 2
 
 
 def test_a_long_piece_does_not_hold_up_an_interrupt(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +459,7 @@ def test_a_long_piece_does_not_hold_up_an_interrupt(pair: tuple[Path, Path], mon
     original = PieceComparison.run
 
     def slow(comparison: PieceComparison) -> Tally:
-        assert comparison.stopped.wait(60)
+        assert comparison.stopped.wait(LONG)
         released.set()
         return original(comparison)
 

@@ -28,6 +28,7 @@ from exact_values import (
     values,
     weights,
 )
+from patience import LONG
 from raw_safetensors import Raw, Tensors, read_file, read_folder
 
 import dsv4 as package
@@ -440,7 +441,7 @@ class TestAsAProgram:
 
     def call(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "dsv4", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
 
     def test_convert_and_nothing_to_do(self, sources: dict[str, Path], tmp_path: Path) -> None:
         first = self.call("convert", sources["release"], tmp_path / "out")

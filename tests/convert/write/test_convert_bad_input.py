@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from checkpoint_variants import SMALL, VARIANTS
 from exact_values import INDEX, convert, dsv4, edit_config, edit_tensors, read_json, tensors_of, tree
+from patience import LONG
 from raw_safetensors import Raw, read_file, write_file
 
 from dsv4.convert.write import atomic_file as files
@@ -502,7 +503,7 @@ class TestFullDisk:
         command = (
             f"ulimit -f 500; exec {sys.executable} -m dsv4 convert '{source}' '{tmp_path / 'out'}' --max-shard-size 6GB"
         )
-        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=LONG, check=False)
         assert result.returncode == 4 and "model-00001-of-" in result.stderr and "ulimit" in result.stderr
         assert tree(tmp_path / "out") == {}
 

@@ -4,7 +4,6 @@ import fcntl
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,10 +125,26 @@ def interrupt_after(count: int) -> Callable[[int], None]:
     return advance
 
 
-def run_until(source: Path, output: Path, count: int, settings: Settings = SETTINGS) -> None:
+def interrupt_when(output: Path, shards: int) -> Callable[[int], None]:
+    """A progress callback that is interrupted once so many shards are published: it is called for each later one."""
+
+    def advance(written: int) -> None:
+        if len(list(output.glob("model-*"))) == shards:
+            raise Interrupted("interrupted")
+
+    return advance
+
+
+def run_until(source: Path, output: Path, advance: Callable[[int], None], settings: Settings = SETTINGS) -> None:
     job = job_of(source, settings, output)
     with pytest.raises(Interrupted):
-        run_conversion(job, progress=interrupt_after(count))
+        run_conversion(job, progress=advance)
+
+
+def run_until_two(source: Path, output: Path, settings: Settings = SETTINGS) -> None:
+    """Two shards are finished, others are in flight or missing."""
+    run_until(source, output, interrupt_when(output, 2), settings)
+    assert len(list(output.glob("model-*"))) == 2
 
 
 def visible(folder: Path) -> set[str]:
@@ -141,7 +156,7 @@ class TestResume:
     def test_interrupted_anywhere(self, share: float, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         total = read_json(whole / "model.safetensors.index.json")["metadata"]["total_size"]
-        run_until(source, output, int(total * share))
+        run_until(source, output, interrupt_after(int(total * share)))
         assert all((output / name).read_bytes() == (whole / name).read_bytes() for name in visible(output))
         assert all(name.endswith(".safetensors") for name in visible(output))
         assert not list(output.glob("*.part"))
@@ -155,11 +170,11 @@ class TestResume:
         output = tmp_path / "out"
         job = job_of(source, SETTINGS, output, workers=2)
         total = sum(shard.data_bytes for shard in job.plan.shards)
-        run_until(source, output, int(total * 0.7))
+        run_until(source, output, interrupt_when(output, 3))
         there = [shard.data_bytes for shard in job.plan.shards if (output / shard.file).exists()]
         steps: list[int] = []
         run_conversion(job, progress=steps.append)
-        assert len(there) > 1 and [step for step in steps if step][: len(there)] == there
+        assert len(there) == 3 and [step for step in steps if step][: len(there)] == there
         assert sum(steps) == total
 
     def test_while_the_last_files_are_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,26 +206,19 @@ class TestResume:
             assert tree(output) == whole
 
     def test_interrupted_again_and_again(self, source: Path, whole: Path, tmp_path: Path) -> None:
-        """Runs that each write one shard only finish the conversion."""
-        output, rounds = tmp_path / "out", 0
-        job = job_of(source, SETTINGS, output, workers=2)
-        while True:
-            rounds += 1
-            try:
-                before = len(visible(output)) if output.exists() else 0
-                limit = sum(p.stat().st_size for p in output.glob("model-*")) + 700_000 if output.exists() else 700_000
-                run_conversion(job, progress=interrupt_after(limit))
-                break
-            except Interrupted:
-                assert len(visible(output)) > before or rounds == 1
-        assert rounds > 2 and tree(output) == tree(whole)
+        """Runs that each publish one shard only finish the conversion."""
+        output, job = tmp_path / "out", job_of(source, SETTINGS, tmp_path / "out", workers=2)
+        for finished in range(1, len(job.plan.shards)):
+            run_until(source, output, interrupt_when(output, finished))
+            assert len(visible(output)) == finished
+        assert run_conversion(job).shards_written == 1 and tree(output) == tree(whole)
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
     def test_a_finished_shard_that_was_damaged_is_made_again(
         self, damage: str, source: Path, whole: Path, tmp_path: Path
     ) -> None:
         output = tmp_path / "out"
-        run_until(source, output, 1_500_000)
+        run_until_two(source, output)
         shard = min(output.glob("model-*"))
         data = bytearray(shard.read_bytes())
         if damage == "flip":
@@ -227,7 +235,7 @@ class TestResume:
     def test_a_damaged_journal(self, damage: str, source: Path, whole: Path, tmp_path: Path) -> None:
         """What it no longer says is done again."""
         output = tmp_path / "out"
-        run_until(source, output, 1_500_000)
+        run_until_two(source, output)
         journal = output / ".dsv4-journal.jsonl"
         data = journal.read_bytes()
         lines = data.splitlines(keepends=True)
@@ -243,7 +251,7 @@ class TestResume:
 
     def test_leftovers_of_a_killed_run_are_removed(self, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
-        run_until(source, output, 1_500_000)
+        run_until_two(source, output)
         (output / ".dsv4-model-00002-of-00006.safetensors.12345678.part").write_bytes(b"half")
         convert(source, output, *SHARDS)
         assert tree(output) == tree(whole)
@@ -251,7 +259,7 @@ class TestResume:
     def test_a_source_shard_that_changed_is_read_again(self, source: Path, tmp_path: Path) -> None:
         """Even where size and header are the same: only what was made from it is made again."""
         source, output = copy_of(source, tmp_path / "source"), tmp_path / "out"
-        run_until(source, output, 1_500_000)
+        run_until_two(source, output)
         shard = min(source.glob("*.safetensors"))
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
@@ -278,7 +286,7 @@ class TestResume:
         if finished:
             convert(source, output, *SHARDS)
         else:
-            run_until(source, output, 1_500_000)
+            run_until_two(source, output)
         before = tree(output)
         code, _, err = dsv4("convert", source, output, *SHARDS, *options)
         assert code == 2 and word in err and "--overwrite" in err and tree(output) == before
@@ -289,7 +297,7 @@ class TestResume:
     ) -> None:
         """Only what a run with `error` has written is the same whatever comes after."""
         output = tmp_path / "out"
-        run_until(source, output, 1_500_000, replace(SETTINGS, on_inexact=first))
+        run_until_two(source, output, replace(SETTINGS, on_inexact=first))
         before = tree(output)
         code, _, err = dsv4("convert", source, output, *SHARDS, "--on-inexact", then)
         assert code == 2 and f"--on-inexact {first}, now {then}" in err and tree(output) == before
@@ -316,8 +324,8 @@ class TestResume:
         source, output = copy_of(source, tmp_path / "source"), tmp_path / "out"
         convert(source, output, *SHARDS)
         shard = max(source.glob("*.safetensors"))
-        time.sleep(0.05)  # the clock of the file system ticks every few milliseconds
-        shard.write_bytes(shard.read_bytes())
+        while shard.stat().st_ctime_ns <= (output / "dsv4.json").stat().st_mtime_ns:  # the clock has to tick
+            shard.write_bytes(shard.read_bytes())
         code, _, err = dsv4("convert", source, output, *SHARDS)
         assert code == 2 and shard.name in err and "--overwrite" in err
 
@@ -412,7 +420,7 @@ class TestOverwrite:
 
     def test_also_of_an_unfinished_run(self, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
-        run_until(source, output, 1_500_000, resolve(to="bf16", max_shard_bytes=500_000))
+        run_until_two(source, output, resolve(to="bf16", max_shard_bytes=500_000))
         convert(source, output, *SHARDS, "--overwrite")
         assert tree(output) == tree(whole)
 
@@ -461,7 +469,7 @@ def test_a_finished_part_needs_no_disk_again(
     source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    run_until(source, output, 1_500_000)
+    run_until_two(source, output)
     done = sum(path.stat().st_size for path in output.glob("model-*"))
     total = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
     monkeypatch.setattr(conversion, "free_bytes", lambda folder: total - done + conversion.SPARE_DISK_BYTES)
@@ -472,7 +480,7 @@ def test_a_finished_part_needs_no_disk_again(
 def test_hashing_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, whole: Path) -> None:
     """Resuming reads finished shards in small blocks."""
     monkeypatch.setattr(output_folder, "HASH_BYTES", 1000)
-    run_until(source, tmp_path / "out", 1_500_000)
+    run_until_two(source, tmp_path / "out")
     convert(source, tmp_path / "out", *SHARDS)
     assert tree(tmp_path / "out") == tree(whole)
 

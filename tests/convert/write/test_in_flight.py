@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from exact_values import convert, dsv4, tree
 from fault_lab import GEOMETRY
+from patience import LONG
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.write import api
 from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards import pipeline, shard
@@ -39,22 +41,27 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 class Watched:
-    """SHA-256 of shards that counts how many of them are hashed at a time, and takes its time."""
+    """SHA-256 of shards that counts how many of them are hashed at a time, and takes its time.
+
+    Until `wanted` of them were hashed at a time, each block waits a while for the others.
+    """
 
     seconds = 0.0
-    now, most = 0, 0
-    lock = threading.Lock()
+    now, most, wanted = 0, 0, 0
+    changed = threading.Condition()
 
     def __init__(self) -> None:
         self._real = hashlib.sha256()
 
     def update(self, data: memoryview) -> None:
-        with self.lock:
+        with self.changed:
             Watched.now += 1
             Watched.most = max(Watched.most, Watched.now)
-        time.sleep(self.seconds)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: Watched.most >= Watched.wanted, timeout=1)
+        time.sleep(self.seconds)  # one too many has time to begin
         self._real.update(data)
-        with self.lock:
+        with self.changed:
             Watched.now -= 1
 
     def hexdigest(self) -> str:
@@ -65,7 +72,7 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(pipeline, "hashlib", SimpleNamespace(sha256=Watched))
-    Watched.now = Watched.most = 0
+    Watched.now = Watched.most = Watched.wanted = 0
     Watched.seconds = 0.0
     yield Watched
 
@@ -74,7 +81,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
 def test_a_slow_hash_has_as_many_shards_in_flight_as_there_are_workers(
     workers: int, source: Path, whole: dict[str, str], watched: type[Watched], tmp_path: Path
 ) -> None:
-    watched.seconds = 0.02
+    watched.seconds, watched.wanted = 0.02, workers
     convert(source, tmp_path / "out", *OPTIONS, workers)
     assert watched.most == workers
     assert tree(tmp_path / "out") == whole
@@ -104,26 +111,30 @@ def test_no_other_shard_is_begun_while_the_workers_are_busy(
 ) -> None:
     """A killed run loses the shards in flight. While a piece is computed, the only worker is busy."""
     begun: list[str] = []
-    ended: list[str] = []
+    at_calls: list[int] = []  # shards begun, at each call of `progress` while the first piece is computed
+    computing, looked_often = threading.Event(), threading.Event()
     real_write, real_compute = shard.write_shard, shard.compute_piece
 
     def write(*arguments: Any) -> Any:
-        before = len(begun) - len(ended)
         begun.append(arguments[1].file)
-        assert before <= 1
-        done = real_write(*arguments)
-        ended.append(arguments[1].file)
-        return done
+        return real_write(*arguments)
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.002)
+    def compute(*arguments: Any) -> Any:
+        computing.set()
+        assert looked_often.wait(LONG)
         return real_compute(*arguments)
 
+    def look(count: int) -> None:
+        if computing.is_set() and not looked_often.is_set():
+            at_calls.append(len(begun))
+            if len(at_calls) == 3:
+                looked_often.set()
+
     monkeypatch.setattr(conversion, "write_shard", write)
-    monkeypatch.setattr(shard, "compute_piece", slow)
+    monkeypatch.setattr(shard, "compute_piece", compute)
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", BLOCK)
-    convert(source, tmp_path / "out", *OPTIONS, "1")
-    assert begun == sorted(begun) and len(begun) > 3
+    api.convert(source, tmp_path / "out", max_shard_size=40_000, max_workers=1, progress=look)
+    assert at_calls == [1, 1, 1] and begun == sorted(begun) and len(begun) > 3
     assert tree(tmp_path / "out") == whole
 
 

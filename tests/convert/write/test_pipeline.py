@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from exact_values import dsv4
 from fault_lab import GEOMETRY
+from patience import LONG
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
@@ -44,12 +45,13 @@ class Recorder:
     def __init__(self, fails_at: int = -1) -> None:
         self.written: list[bytes] = []
         self.fails_at = fails_at
-        self.may_go_on = threading.Event()
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
 
     def write(self, data: memoryview) -> None:
         content = bytes(data)
-        self.may_go_on.wait(30)
+        self.begun.set()
+        self.may_go_on.wait(LONG)
         if len(self.written) == self.fails_at:
             raise OSError(28, "No space left on device")
         self.written.append(content)
@@ -97,13 +99,14 @@ def test_stop_waits_for_the_write_under_way_and_for_no_other(small_blocks: None)
     pipeline = pipeline_of(file)
     file.may_go_on.clear()
     pipeline.put(memoryview(bytes(3 * BLOCK)))
+    file.begun.wait(LONG)
     stopping = threading.Thread(target=pipeline.stop)
     stopping.start()
     stopping.join(0.2)
     assert stopping.is_alive()
     file.may_go_on.set()
-    stopping.join(30)
-    assert not stopping.is_alive() and len(file.written) <= 1
+    stopping.join(LONG)
+    assert not stopping.is_alive() and len(file.written) == 1
 
 
 def test_no_write_is_under_way_when_a_shard_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from patience import LONG
 
 from dsv4.errors import InputError
 from dsv4.model.reading.matrices import Memory, fresh
@@ -34,7 +35,7 @@ class Files:
         if memory is None:
             self.alone.append(name)
         else:
-            assert self.open.wait(10)
+            assert self.open.wait(LONG)
         if name in self.broken:
             raise InputError(f"{name} ends at byte 3")
         values = (memory or fresh)(SIZE).fill_(int(name.split(".")[4]))
@@ -70,7 +71,7 @@ def test_reading_begins_before_the_matrix_is_asked_for() -> None:
     files.open.clear()
     cache = streamed(files, 8)
     cache.expect([name(expert) for expert in range(8)])
-    assert all(files.begun.acquire(timeout=10) for _ in range(READERS))
+    assert all(files.begun.acquire(timeout=LONG) for _ in range(READERS))
     files.open.set()
     check(cache.get(name(0)))
 
