@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx
+from dsv4.text import some_of
 
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
+from .forms.release import missing_keys
 from .forms.transformers import as_released, is_harmless
 from .layout import Checkpoint
 from .plan import Weight, understand
@@ -34,6 +36,7 @@ _NOT_SIDE_FILES = {INDEX_NAME, "config.json", "dsv4.json"}
 _EXPERT_WEIGHT = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\..*\.weight")
 _CHUNK = 1 << 20
 MAX_CONFIG_BYTES = 10_000_000
+KEYS_SHOWN = 5
 
 
 def file_hash(files: Files, name: str, size: int, advance: Callable[[int], None] = lambda count: None) -> str:
@@ -246,6 +249,16 @@ def check_config(checkpoint: Checkpoint) -> None:
                 checkpoint.problem("config", f"{key} says {quantization[key]!r}, expected {' or '.join(known)}")
     elif fp8:
         checkpoint.problem("config", f"has no quantization_config, but {len(fp8)} tensors are FP8 with block scales")
+
+
+def check_needed_keys(checkpoint: Checkpoint) -> None:
+    """Record the keys that the model needs and its config lacks.
+
+    Only for a checkpoint that is checked alone: two that lack the same key are the same model.
+    """
+    config = None if checkpoint.layout == "mp" else read_config(checkpoint)
+    if config is not None and (missing := missing_keys(config)):
+        checkpoint.problem("config", f"lacks {some_of(missing, KEYS_SHOWN)}: the model cannot be computed as trained")
 
 
 def declares_powers_of_two(checkpoint: Checkpoint) -> bool:

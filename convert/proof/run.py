@@ -23,7 +23,15 @@ from dsv4.progress import Reached, ignore
 from dsv4.text import human_bytes, some_of
 
 from .compare_tensor import Piece, PieceComparison, Reader, confirmed, plan_pieces, threads_and_band
-from .config import check_config, check_pointers, compare_configs, compare_side_files, declares_powers_of_two, identity
+from .config import (
+    check_config,
+    check_needed_keys,
+    check_pointers,
+    compare_configs,
+    compare_side_files,
+    declares_powers_of_two,
+    identity,
+)
 from .files import Files, LocalFiles, RemoteFiles, shard_names
 from .layout import Checkpoint, open_checkpoint
 from .manifest import Manifest, check_manifest, read_manifest
@@ -194,6 +202,8 @@ def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
             if absent := absent_and_needed(side, alone=source is None):
                 names = some_of(absent, NAMES_SHOWN)
                 side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")
+    if source is None:
+        check_needed_keys(output)
     if source is None and (unlisted := output.ignored.not_listed):  # no other side says that it is not needed
         names = some_of(unlisted, NAMES_SHOWN)
         output.problem("index", f"does not list {len(unlisted)} tensors that its shards hold: {names}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .editions import protocol_of
-from .preparation import Block, Conversation, Message, Turn, prepare, reasoning_of
+from .preparation import TEXT_PARTS, Block, Conversation, Message, Turn, prepare, reasoning_of
 from .protocol import (
     ASSISTANT,
     BOS,
@@ -35,7 +35,7 @@ def _part(turn: Turn, part: object) -> str:
     """One part of a list content: its text, or the text that stands for a part of another type."""
     if not isinstance(part, Mapping):
         turn.fail(f"expected content parts to be objects, found {type(part).__name__}")
-    return _text(turn, part.get("text"), "text") if part.get("type") == "text" else unsupported(part)
+    return _text(turn, part.get("text"), "text") if part.get("type") in TEXT_PARTS else unsupported(part)
 
 
 def unsupported(part: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from .protocol import TASKS, Protocol
 
 Message = Mapping[str, Any]
 
+TEXT_PARTS = ("text", "input_text", "output_text")  # the first is Chat Completions', the others are the Responses API's
 IMAGE_PARTS = ("image", "image_url", "input_image")
 TEXT_ONLY = "Send text only. The vision part is run by the release's own code, in its inference folder."
 TOOL_RESULT = "tool_result"

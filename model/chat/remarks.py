@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from .editions import protocol_of
 from .encoding import announcement, unsupported
 from .messages import Request
-from .preparation import TOOL_RESULT, Conversation, Message, Turn, prepare, reasoning_of
+from .preparation import TEXT_PARTS, TOOL_RESULT, Conversation, Message, Turn, prepare, reasoning_of
 from .protocol import ASSISTANT, EOS, THINK
 
 # The fields that have an effect, by role; `mask` is for training.
@@ -30,7 +30,7 @@ def _ignored_fields(message: Message) -> list[str]:
 def _unsupported_parts(message: Message) -> list[str]:
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    shown = ("text",) if message["role"] == "tool" else ("text", TOOL_RESULT)  # a user's is a block, or refused
+    shown = TEXT_PARTS if message["role"] == "tool" else (*TEXT_PARTS, TOOL_RESULT)  # a user's is a block, or refused
     return [unsupported(part) for part in parts if isinstance(part, Mapping) and part.get("type") not in shown]
 
 

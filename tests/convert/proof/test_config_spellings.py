@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoConfig
 
 from dsv4.convert import verify
-from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.synthetic.checkpoint import AnyGeometry, make_checkpoint
+from dsv4.convert.synthetic.geometry import Geometry
+from dsv4.convert.synthetic.v41 import V41Geometry
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -84,3 +86,58 @@ def test_a_changed_value_is_found(
     assert found.exit_code == 1
     texts = [problem.text for problem in found.problems if problem.severity == "difference"]
     assert texts and any(text.startswith(key) for text in texts), texts
+
+
+def without(*path: str) -> Change:
+    def change(config: dict[str, Any]) -> None:
+        for step in path[:-1]:
+            config = config[step]
+        del config[path[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize("geometry", [Geometry(), V41Geometry()], ids=["V4", "V4.1"])
+@pytest.mark.parametrize(("change", "key"), [
+    (without("rope_scaling"), "rope_scaling"),
+    (without("rope_scaling", "factor"), "rope_scaling.factor"),
+    (deep("rope_scaling", value=None), "rope_scaling"),
+    (without("swiglu_limit"), "swiglu_limit"),
+])  # fmt: skip
+def test_a_key_that_the_model_needs(change: Change, key: str, geometry: AnyGeometry, tmp_path: Path) -> None:
+    """Alone it is a problem. Beside a source that lacks it too it is not: both are the same model."""
+    folder = make_checkpoint(tmp_path / "folder", geometry=geometry, tokenizer=False)
+    assert verify(folder).exit_code == 0
+    config = json.loads((folder / "config.json").read_text())
+    change(config.get("text_config", config))
+    (folder / "config.json").write_text(json.dumps(config))
+    found = verify(folder)
+    assert found.exit_code == 1 and found.verdict.startswith("NOT SOUND")
+    (problem,) = found.problems
+    assert problem.area == "config" and problem.text.startswith(f"lacks {key}:")
+    assert verify(folder, folder).exit_code == 0
+
+
+@pytest.mark.parametrize(("change", "keys"), [
+    (deep("rope_parameters", "compress", "rope_type", value="default"), ["rope_scaling"]),
+    (without("rope_parameters", "compress", "beta_fast"), ["rope_scaling.beta_fast"]),
+    (without("rope_parameters"), ["rope_scaling", "rope_theta", "compress_rope_theta"]),
+    (without("layer_types"), ["compress_ratios"]),
+])  # fmt: skip
+def test_a_key_that_the_model_needs_in_the_other_spelling(
+    change: Change, keys: list[str], release: Path, saved: dict[str, Any], tmp_path: Path
+) -> None:
+    assert verify(with_config(release, tmp_path / "saved", saved)).exit_code == 0
+    config: dict[str, Any] = json.loads(json.dumps(saved))
+    change(config)
+    found = verify(with_config(release, tmp_path / "other", config))
+    assert found.exit_code == 1 and all(key in found.problems[0].text for key in keys)
+
+
+def test_a_model_without_compressed_keys_needs_no_yarn(tmp_path: Path) -> None:
+    geometry = Geometry(compress_ratios=(0, 0), num_nextn_predict_layers=0)
+    folder = make_checkpoint(tmp_path / "folder", geometry=geometry, tokenizer=False)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_scaling"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert verify(folder).exit_code == 0

@@ -10,6 +10,8 @@ from dsv4.model import encode_messages, parse_completion
 from dsv4.model.chat.editions import PROTOCOLS, protocol_of
 from dsv4.model.chat.editions.preview import ABSOLUTE_MAXIMUM
 from dsv4.model.chat.editions.release_0731 import BEYOND_MAXIMUM
+from dsv4.model.chat.messages import Request
+from dsv4.model.chat.remarks import notes
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -268,6 +270,32 @@ def test_a_tool_message_may_hold_any_part(edition: str) -> None:
     message = {"role": "tool", "content": [result_part("a", "r"), {"type": "tool_use"}]}
     shown = prompt(edition, message, mode="chat")
     assert "<tool_result>[Unsupported tool_result]\n\n[Unsupported tool_use]</tool_result>" in shown
+
+
+@pytest.mark.parametrize("kind", ["input_text", "output_text"])
+@pytest.mark.parametrize(("edition", "role"), [(e, role) for e in EDITIONS for role in PROTOCOLS[e].roles])
+def test_text_of_the_responses_api_is_text(edition: str, role: str, kind: str) -> None:
+    """Its parts have other names for the same; what else such a part has, as annotations, is not text."""
+
+    def parts(kind: str, **more: Any) -> list[dict[str, Any]]:
+        message = {"role": role, "content": [{"type": kind, "text": text, **more} for text in ("one", "two")]}
+        return [user("q"), message]
+
+    shown = prompt(edition, *parts(kind, annotations=[]), mode="chat")
+    assert shown == prompt(edition, *parts("text"), mode="chat") and "one\n\ntwo" in shown
+    assert notes(Request(parts(kind))) == notes(Request(parts("text"))) == []
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_text_of_the_responses_api_inside_tool_results_and_images_beside_it(edition: str) -> None:
+    read = {"type": "input_text", "text": "r"}, {"type": "refusal", "refusal": "no"}
+    shown = prompt(edition, {"role": "tool", "content": list(read)}, mode="chat")
+    assert "<tool_result>r\n\n[Unsupported refusal]</tool_result>" in shown
+    if edition == "v41":
+        for parts in ([read[0], {"type": "input_image"}], [{"type": "input_text", "text": IMAGE}]):
+            with pytest.raises(InputError, match="image"):
+                prompt(edition, user(parts))
+        assert prompt(edition, user([result_part("a", [read[0]])])) == prompt(edition, user([result_part("a", "r")]))
 
 
 # --- fields that the APIs know ---
