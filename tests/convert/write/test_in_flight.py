@@ -16,10 +16,8 @@ from fault_lab import GEOMETRY
 from patience import LONG
 
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.convert.write import api
-from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
-from dsv4.convert.write.shards import pipeline, shard
+from dsv4.convert.write.shards import in_flight, pipeline
 from dsv4.convert.write.shards.resources import Resources
 from dsv4.convert.write.shards.workers import Workers
 from dsv4.errors import InputError
@@ -106,36 +104,33 @@ def test_shards_are_begun_while_the_file_system_allocates_another(
     assert tree(tmp_path / "out") == whole
 
 
-def test_no_other_shard_is_begun_while_the_workers_are_busy(
-    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A killed run loses the shards in flight. While a piece is computed, the only worker is busy."""
+def test_no_shard_begins_before_it_may() -> None:
+    """A killed run loses the shards in flight: only a shard that does not keep the workers busy lets the next begin."""
+    shards: list[Any] = [SimpleNamespace(file=str(number), source_shards=()) for number in range(4)]
+    storage: Any = SimpleNamespace(prepare=lambda *names: None, is_ready=lambda names: True)
     begun: list[str] = []
-    at_calls: list[int] = []  # shards begun, at each call of `progress` while the first piece is computed
-    computing, looked_often = threading.Event(), threading.Event()
-    real_write, real_compute = shard.write_shard, shard.compute_piece
+    at_calls: list[int] = []
+    looked_often = threading.Event()
 
-    def write(*arguments: Any) -> Any:
-        begun.append(arguments[1].file)
-        return real_write(*arguments)
-
-    def compute(*arguments: Any) -> Any:
-        computing.set()
-        assert looked_often.wait(LONG)
-        return real_compute(*arguments)
+    def write(written: Any, flight: in_flight.Flight) -> Any:
+        begun.append(written.file)
+        if written is shards[0]:
+            assert looked_often.wait(LONG)  # several calls of `progress`: no other shard has begun
+            flight.let_next_begin()
+            while len(begun) < 2:
+                flight.advance(0)
+                time.sleep(0.001)
+        return written.file
 
     def look(count: int) -> None:
-        if computing.is_set() and not looked_often.is_set():
+        if begun and not looked_often.is_set():
             at_calls.append(len(begun))
             if len(at_calls) == 3:
                 looked_often.set()
 
-    monkeypatch.setattr(conversion, "write_shard", write)
-    monkeypatch.setattr(shard, "compute_piece", compute)
-    monkeypatch.setattr(pipeline, "BLOCK_BYTES", BLOCK)
-    api.convert(source, tmp_path / "out", max_shard_size=40_000, max_workers=1, progress=look)
-    assert at_calls == [1, 1, 1] and begun == sorted(begun) and len(begun) > 3
-    assert tree(tmp_path / "out") == whole
+    with in_flight.InFlight(write, storage, 2, look) as some:
+        assert list(some.written(shards)) == ["0", "1", "2", "3"]
+    assert at_calls == [1, 1, 1] and begun == ["0", "1", "2", "3"]
 
 
 def test_an_error_of_one_while_three_write(
