@@ -1,4 +1,4 @@
-"""Quantizations that other tools write and dsv4 does not read, by their field names: NVFP4, AWQ, GPTQ and others.
+"""Quantizations that other tools write and dsv4 does not read, by their field names: AWQ, GPTQ and others.
 
 A checkpoint shows its quantization in two places: in config.json (`quantization_config`, or MLX's `quantization`), and
 in the names of its tensors. Either is enough. A new quantization is a new row of FOREIGN. For a

@@ -226,8 +226,10 @@ class Checkpoint:
         (extent,) = info.extents
         raw = np.empty((stop - first, encoding.stored), np.uint8)
         self.storage.read_into(extent.shard, raw.data.cast("B"), extent.offset + first * encoding.stored)
+        beside = encoding.beside
+        more = () if beside is None else (self.storage.read(beside.shard, beside.offset, beside.nbytes),)
         try:
-            decoded = encoding.decode(raw).reshape(-1)
+            decoded = encoding.decode(raw, *more).reshape(-1)
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "The file is damaged, or holds what no release does.") from None
         skipped = start - first * encoding.decoded

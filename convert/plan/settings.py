@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dsv4.errors import UsageError
 
 from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, WoA
+from .input_scale import InputScale
 
 OnInexact = Literal["error", "keep", "round"]
 Dense = Literal["bf16", "q8_0"]
@@ -29,7 +30,8 @@ class Conversion:
     offered for checkpoints with experts that it casts.
     instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
     form of another tool, which fixes dtypes and has no place for a weight in another format. joins: weights are joined
-    to tensors, or the files are no safetensors: the recipe says itself what the shards are.
+    to tensors, or the files are no safetensors: the recipe says itself what the shards are. input_scale: the form has
+    numbers from a calibration, which the user gives.
     """
 
     help: str
@@ -42,6 +44,7 @@ class Conversion:
     instead: str = "--on-inexact round"
     has_own_form: bool = False
     joins: bool = False
+    input_scale: bool = False
 
     @property
     def has_targets(self) -> bool:
@@ -64,6 +67,13 @@ CONVERSIONS: dict[str, Conversion] = {
     "mxfp8": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp8", has_own_form=True),
     "mxfp4": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp4", has_own_form=True),
     "mlx": Conversion(help="for MLX, on Apple's machines", recipe="mx.mlx", has_own_form=True, joins=True),
+    "nvfp4": Conversion(
+        help="experts as NVIDIA's ModelOpt stores NVFP4",
+        recipe="nvfp4",
+        has_own_form=True,
+        joins=True,
+        input_scale=True,
+    ),
     "gguf": Conversion(help="for llama.cpp", recipe="gguf.recipe", has_own_form=True, joins=True),
 }
 
@@ -79,8 +89,8 @@ class Settings:
     """The options that decide the bytes of the output. Two runs with equal settings and source write equal files.
 
     model_parallel: number of rank files, 1 for a Hugging Face folder. scale_dtype, wo_a: None leaves them as the source
-    has them. dense: type of the dense FP8 weights in a GGUF file. max_shard_bytes: largest output shard; 0 for rank
-    files, which have no limit.
+    has them. dense: type of the dense FP8 weights in a GGUF file. input_scale: of NVFP4, for activations.
+    max_shard_bytes: largest output shard; 0 for rank files, which have no limit.
     """
 
     to: To
@@ -92,6 +102,7 @@ class Settings:
     on_inexact: OnInexact
     max_shard_bytes: int
     dense: Dense = "bf16"
+    input_scale: InputScale | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The settings for manifest and journal, under the names of the command line's options."""
@@ -105,6 +116,7 @@ class Settings:
             "on_inexact": self.on_inexact,
             "max_shard_size": self.max_shard_bytes,
             **({"dense": self.dense} if self.dense != "bf16" else {}),
+            **({"input_scale": self.input_scale.described} if self.input_scale else {}),
         }
 
 
@@ -152,6 +164,19 @@ def _check_own_form(
         )
 
 
+def _check_input_scale(to: To, given: InputScale | None) -> None:
+    """Raises UsageError, saying what an engine does with it, if it is missing or goes with nothing."""
+    if given is not None and not CONVERSIONS[to].input_scale:
+        raise UsageError(f"--input-scale does not go with --to {to}", "It is for --to nvfp4.")
+    if given is None and CONVERSIONS[to].input_scale:
+        raise UsageError(
+            f"--to {to} needs --input-scale: engines divide activations by it before they round them to FP4",
+            "It is the largest activation of a calibration / 2688, and no checkpoint has it: give a JSON file, tensor "
+            "name -> number, or 1.0, which leaves the range to the scales of 16 elements. Engines that keep BF16 "
+            "activations do not read it.",
+        )
+
+
 def _formats(
     to: To, target: TargetName | None, scale_dtype: ScaleDtype | None, wo_a: WoA | None
 ) -> tuple[ScaleDtype | None, WoA | None]:
@@ -178,6 +203,7 @@ def resolve(
     on_inexact: OnInexact = "error",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     dense: Dense = "bf16",
+    input_scale: InputScale | None = None,
 ) -> Settings:
     """The options of one run, completed by the target's.
 
@@ -189,6 +215,7 @@ def resolve(
     check_choice("--dense", dense, get_args(Dense))
     if dense != "bf16" and to != "gguf":
         raise UsageError(f"--dense {dense} goes with --to gguf")
+    _check_input_scale(to, input_scale)
     for option, value, choices in (
         ("--target", target, TARGETS),
         ("--scale-dtype", scale_dtype, get_args(ScaleDtype)),
@@ -214,4 +241,5 @@ def resolve(
         on_inexact=on_inexact,
         max_shard_bytes=max_shard_bytes,
         dense=dense,
+        input_scale=input_scale,
     )

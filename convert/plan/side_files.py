@@ -5,6 +5,7 @@ card. An allow-list names them, because a folder of downloads may hold any file.
 """
 
 import re
+from typing import Any
 
 from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.names import count_draft_stages
@@ -52,13 +53,24 @@ def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
     return dump(make_inference_config(checkpoint.released, fp4_experts, count_draft_stages(checkpoint.tensors)))
 
 
+def _edited_config(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> dict[str, Any]:
+    recipe = recipe_of(plan.settings.to)
+    edited = recipe.edit_config(checkpoint.released_json, plan.settings, some_kept)
+    return recipe.describe_storage(edited, [tensor for shard in plan.shards for tensor in shard.tensors])
+
+
+def made_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, bytes]:
+    """The files that the recipe adds, by name."""
+    if plan.settings.layout == "mp":
+        return {}
+    return recipe_of(plan.settings.to).side_files(_edited_config(checkpoint, plan))
+
+
 def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> bytes:
     """Content of the output's config.json; the source's own bytes if nothing in it changes."""
     if plan.settings.layout == "mp":
         return _engine_config(checkpoint, plan)
-    recipe = recipe_of(plan.settings.to)
-    edited = recipe.edit_config(checkpoint.released_json, plan.settings, some_kept)
-    edited = recipe.describe_storage(edited, [tensor for shard in plan.shards for tensor in shard.tensors])
+    edited = _edited_config(checkpoint, plan, some_kept)
     if edited == checkpoint.config_json:
         return checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     return dump(edited)

@@ -14,7 +14,16 @@ import numpy as np
 import psutil
 
 from dsv4.convert.proof.forms.packing import Packing
-from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, errors, float_scales, no_scales
+from dsv4.convert.proof.values.compare import (
+    RowBand,
+    Scales,
+    compare,
+    e8m0_scales,
+    errors,
+    float_scales,
+    no_scales,
+    product_scales,
+)
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
 from dsv4.errors import MachineError, UsageError
@@ -182,6 +191,12 @@ class Reader:
             column += width
         return table
 
+    def factor(self, side: str, entry: Entry) -> Array:
+        """The bits of one float32: uint32 [1, 1]."""
+        bits = np.empty((1, 4), np.uint8)
+        self._into(side, entry, 0, bits.reshape(-1))
+        return bits.view("<u4")
+
     def copies_differ(self, side: str, tensor: Tensor, start: int, wanted: Array) -> set[str]:
         """Names of the files whose copy of the tensor has other bytes than `wanted` at byte `start`."""
         found = set()
@@ -256,7 +271,11 @@ class PieceComparison:
         step = row_bytes(scale)
         data = self.reader.rows(side, "scale", scale, step, top, bottom)
         self.tally.copies_differ |= self.reader.copies_differ(side, scale, top * step, data)
-        scales = e8m0_scales(data) if scale.dtype in E8M0_DTYPES else float_scales(data.view("<u4"))
+        if scale.factor is not None:
+            factor = self.reader.factor(side, scale.factor)
+            scales = product_scales(data, factor, scale.divides)
+        else:
+            scales = e8m0_scales(data) if scale.dtype in E8M0_DTYPES else float_scales(data.view("<u4"))
         count_scales(self.tally, side, scales)
         return scales
 

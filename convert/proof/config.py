@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx
+from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx, nvfp4
 from dsv4.text import some_of
 
 from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
@@ -134,7 +134,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
     # `check_config` compares quantization_config with the tensors.
-    expected, found = mlx.without_storage(expected), mlx.without_storage(found)
+    expected, found = (nvfp4.without_storage(mlx.without_storage(side)) for side in (expected, found))
     inner = [side.get("quantization_config") for side in (expected, found)]
     unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
     expected, found = _flat(as_released(expected, found)), _flat(as_released(found, expected))
@@ -239,6 +239,9 @@ def check_config(checkpoint: Checkpoint) -> None:
         for text in compressed_tensors.faults(quantization, checkpoint.tensors, weights):
             checkpoint.problem("config", text)
         return
+    if isinstance(quantization, dict) and nvfp4.is_described(config):
+        for text in nvfp4.faults(checkpoint, quantization):
+            checkpoint.problem("config", text)
     fp8 = [name for name, weight in weights.items() if weight.number_format.name == "E4M3"]
     if isinstance(quantization, dict) and not weights:
         checkpoint.problem("config", "has a quantization_config, but no tensor is quantized")

@@ -45,7 +45,10 @@ _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A whole tensor: `slices` follow each other along `axis`; `copies` are further copies of the whole tensor."""
+    """A whole tensor: `slices` follow each other along `axis`; `copies` are further copies of the whole tensor.
+
+    factor: of a scale, one more float32 for all of the matrix, which is multiplied, or `divides`.
+    """
 
     name: str
     dtype: str
@@ -53,6 +56,8 @@ class Tensor:
     axis: int
     slices: tuple[Entry, ...]
     copies: tuple[Entry, ...] = ()
+    factor: Entry | None = None
+    divides: bool = False
 
     @property
     def size(self) -> int:
@@ -62,7 +67,7 @@ class Tensor:
     @property
     def shards(self) -> set[str]:
         """Every file that holds bytes of it."""
-        return {entry.shard for entry in (*self.slices, *self.copies)}
+        return {entry.shard for entry in (*self.slices, *self.copies, *filter(None, (self.factor,)))}
 
 
 @dataclass

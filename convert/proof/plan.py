@@ -24,6 +24,7 @@ Kind = Literal["bytes", "values", "scan", "different", "missing", "extra", "unre
 
 # (rows, columns) per scale. 1x32 on FP8 is the engram embedding of the V4.1 release.
 _FP4_BLOCKS = ((1, 32),)
+_NVFP4_BLOCKS = ((1, 16),)  # of scales in E4M3, which have a factor for the matrix
 _FP8_BLOCKS = ((128, 128), (32, 32), (1, 32))
 # U8: E8M0 codes, as some writers store them. The scale's shape says so: it has to fit a block size.
 E8M0_DTYPES = ("F8_E8M0", "U8")
@@ -132,11 +133,12 @@ def understand(tensor: Tensor, scale: Tensor | None, packed: bool) -> Weight | s
     whole = Weight(tensor, number_format, rows, columns, scale, (max(rows, 1), max(columns, 1)))
     if scale is None:
         return whole
-    if scale.dtype not in _SCALE_DTYPES:
+    if scale.dtype not in _SCALE_DTYPES and scale.factor is None:
         return f"its scale is {scale.dtype}, expected F8_E8M0 or F32"
     if len(shape) != 2 or number_format not in (E2M1, E4M3):
         return f"a scale beside a {tensor.dtype} tensor of shape {list(tensor.shape)} is not known"
-    for block in _FP4_BLOCKS if number_format is E2M1 else _FP8_BLOCKS:
+    usual = _FP4_BLOCKS if number_format is E2M1 else _FP8_BLOCKS
+    for block in _NVFP4_BLOCKS if scale.factor is not None else usual:
         if scale.shape == (-(-rows // block[0]), -(-columns // block[1])):
             return replace(whole, block=block)
     return f"its scale of shape {list(scale.shape)} fits no known block size of {rows} x {columns}"

@@ -15,6 +15,7 @@ import torch
 from dsv4.convert.proof.audit.draw import Sample, draw, parse_sample
 from dsv4.convert.proof.audit.odds import Audit
 from dsv4.convert.proof.forms.gguf import gguf_names, open_gguf
+from dsv4.convert.proof.forms.nvfp4 import join_scales
 from dsv4.convert.proof.resume.journal import Journal, open_journal
 from dsv4.errors import Dsv4Error, Interrupted, UsageError
 from dsv4.files import check_writable, result_file
@@ -214,7 +215,8 @@ def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
     if not declares_powers_of_two(checkpoint):
         return
     for compared, tally in zip(findings.compared, findings.tallies, strict=True):
-        if odd := tally.odd_scales[checkpoint.where]:
+        of_two = any(tensor.factor for side, tensor in compared.tensors() if side == checkpoint.where)
+        if (odd := tally.odd_scales[checkpoint.where]) and not of_two:
             text = f"scale_fmt says ue8m0, {compared.scale_name} has {odd} other float32 scales"
             checkpoint.problem("config", text)
             return
@@ -230,7 +232,9 @@ def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> 
         headers(next(numbers), total)
 
     def open_side(files: Files, where: str) -> Checkpoint:
-        return (open_gguf if gguf_names(files) else open_checkpoint)(files, where, on_header)
+        checkpoint = (open_gguf if gguf_names(files) else open_checkpoint)(files, where, on_header)
+        join_scales(checkpoint)
+        return checkpoint
 
     return None if source is None else open_side(source, "source"), open_side(output, "output")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from dsv4.convert.checkpoint.editions.table import require_known_edition
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.input_scale import read_input_scale
 from dsv4.convert.plan.partition import All
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Dense, OnInexact, To, check_count, resolve
@@ -27,6 +28,7 @@ def convert(
     wo_a: WoA | None = None,
     on_inexact: OnInexact = "error",
     dense: Dense = "bf16",
+    input_scale: float | str | Path | None = None,
     max_shard_size: int | str = "5GB",
     max_workers: int | None = None,
     max_memory: int | str | None = None,
@@ -38,6 +40,7 @@ def convert(
 
     source, output: folders; the output is new, empty or an unfinished conversion of the same kind, which is continued.
     any_model: also convert a checkpoint that is not DeepSeek-V4's, by dtypes and names alone.
+    input_scale: of --to nvfp4, a number or a file.
     max_shard_size, max_memory: bytes, or text such as "5GB". progress: called with the number of bytes written since
     the last call; what it raises ends the conversion.
     Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `to_json()`.
@@ -53,6 +56,7 @@ def convert(
         wo_a=wo_a,
         on_inexact=on_inexact,
         dense=dense,
+        input_scale=None if input_scale is None else read_input_scale(input_scale),
         max_shard_bytes=parse_size(max_shard_size),
     )
     if max_workers is not None:

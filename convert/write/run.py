@@ -15,7 +15,7 @@ from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.plan.partition import All, Part, Publish, Work, shards_of
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.plan.shards import OutputShard
-from dsv4.convert.plan.side_files import check_configs, config_file, copied_files, read_side_file
+from dsv4.convert.plan.side_files import check_configs, config_file, copied_files, made_files, read_side_file
 from dsv4.convert.write.shards.in_flight import Flight, InFlight, Written
 from dsv4.convert.write.shards.resources import Resources
 from dsv4.convert.write.shards.shard import write_shard
@@ -70,9 +70,13 @@ class Job:
         """Names of the files that are copied from the source."""
         return copied_files(self.checkpoint, self.plan)
 
+    def made_files(self) -> dict[str, bytes]:
+        """The files that the conversion adds to these, by name."""
+        return made_files(self.checkpoint, self.plan)
+
     def files(self) -> list[str]:
         """Names of all files of the output."""
-        return files_of(self.plan, self.side_files())
+        return files_of(self.plan, [*self.side_files(), *self.made_files()])
 
 
 @dataclass
@@ -190,6 +194,7 @@ class _Run:
         """Write everything beside the shards, config.json last. Returns the manifest's summary."""
         job, kept = self.job, self.kept_tensors()
         files = {name: read_side_file(job.checkpoint, name, job.plan) for name in job.side_files()}
+        files |= job.made_files()
         last = self._last_files(kept)
         shards = [self.finished[shard.file] for shard in job.plan.shards]
         manifest = make_manifest(job.describe(), shards, {**files, **last}, kept)

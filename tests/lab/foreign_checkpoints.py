@@ -67,7 +67,10 @@ AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 # Name that dsv4 gives it -> the matrices, and the keys of config.json that change (None: the key is removed).
 KINDS: dict[str, tuple[Callable[[int, int], Stored], dict[str, Any]]] = {
-    "NVFP4 of NVIDIA ModelOpt": (nvfp4, {"quantization_config": RELEASED | MODELOPT, "expert_dtype": None}),
+    "NVFP4 of NVIDIA ModelOpt": (
+        nvfp4,
+        {"quantization_config": RELEASED | MODELOPT | {"quant_method": "modelopt"}, "expert_dtype": None},
+    ),
     "compressed-tensors (nvfp4-pack-quantized)": (
         compressed_nvfp4,
         {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},

@@ -57,11 +57,12 @@ def test_bit_equal(source: tuple[Path, torch.Tensor], conversion: str, tmp_path:
     assert torch.equal(logits(tmp_path / "out"), expected)
 
 
+@pytest.mark.parametrize("options", [{"to": "gguf"}, {"to": "nvfp4", "input_scale": 1.0}], ids=["gguf", "nvfp4"])
 @pytest.mark.parametrize("geometry", [SMALL, RAGGED], ids=["small", "ragged"])
-def test_bit_equal_from_gguf(geometry: Geometry, tmp_path: Path) -> None:
-    """Experts in FP4 only; the draft block comes from a file of its own."""
+def test_bit_equal_from_forms_of_fp4_experts(geometry: Geometry, options: dict[str, Any], tmp_path: Path) -> None:
+    """GGUF has the draft block in a file of its own, NVFP4 two scales for each of FP4's."""
     folder = make_checkpoint(tmp_path / "source", seed=5, geometry=geometry, tokenizer=False)
-    convert(folder, tmp_path / "out", to="gguf")
+    convert(folder, tmp_path / "out", **options)
     assert torch.equal(logits(tmp_path / "out"), logits(folder))
 
 

@@ -7,10 +7,12 @@ from dsv4.convert.checkpoint.config import Config
 from .compressed_tensors import COMPRESSED_TENSORS, is_mx
 from .form import RELEASED, Form
 from .mlx import MLX, is_mlx
+from .nvfp4 import NVFP4, is_nvfp4
 
 FORMS: tuple[tuple[Callable[[Config], bool], Form], ...] = (
     (is_mx, COMPRESSED_TENSORS),
     (is_mlx, MLX),
+    (is_nvfp4, NVFP4),
 )
 
 

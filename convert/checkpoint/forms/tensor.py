@@ -15,29 +15,31 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How the bytes of a file become those of a tensor: each `stored` bytes make `decoded` bytes.
-
-    decode: uint8 [n, stored] -> uint8 [n, decoded]. Raises ValueError for bytes that stand for no value of the dtype.
-    """
-
-    stored: int
-    decoded: int
-    decode: Callable[[Array], Array]
-
-
-def row_count(shape: tuple[int, ...], nbytes: int) -> int:
-    """Number of rows that can be read one by one: the first dimension; 1 for a scalar or rows of partial bytes."""
-    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
-
-
 class Extent(NamedTuple):
     """A run of bytes in one file. `offset` counts from the start of the file."""
 
     shard: str
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the bytes of a file become those of a tensor: each `stored` bytes make `decoded` bytes.
+
+    decode: uint8 [n, stored] -> uint8 [n, decoded]. Raises ValueError for bytes that stand for no value of the dtype.
+    beside: another tensor that it needs; its bytes are then a second argument.
+    """
+
+    stored: int
+    decoded: int
+    decode: Callable[..., Array]
+    beside: Extent | None = None
+
+
+def row_count(shape: tuple[int, ...], nbytes: int) -> int:
+    """Number of rows that can be read one by one: the first dimension; 1 for a scalar or rows of partial bytes."""
+    return shape[0] if shape and shape[0] and nbytes % shape[0] == 0 else 1
 
 
 class TensorInfo(NamedTuple):

@@ -236,6 +236,10 @@ class Recipe(Protocol):
         """The edited config with what it must say of each tensor, for formats whose config names modules."""
         return config
 
+    def side_files(self, config: dict[str, Any]) -> dict[str, bytes]:
+        """Further files that the form has, by name. config: the edited config.json."""
+        return {}
+
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """A released inference/config.json for the output."""
         return config

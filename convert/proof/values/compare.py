@@ -104,6 +104,23 @@ def float_scales(codes: Array) -> Scales:
     return Scales(exponent, None if powers else np.where(bad, 1, values.mantissa), bad if bad.any() else None, codes)
 
 
+def product_scales(codes: Array, factor: Array, divides: bool) -> Scales:
+    """E4M3 codes (uint8) `[rows, columns / 16]` times one float32 (its bits, uint32 [1, 1]), or divided by it.
+
+    Exact: 4 significant bits times 24. Zero is a scale here, of elements that are zero. NaN and negative scales are
+    bad, and all of them if the factor is; as a divisor it has to be a power of two, else no quotient is exact.
+    """
+    first, second = decode(E4M3, codes), decode(F32, factor)
+    unusable = second.special | second.negative | (second.mantissa == 0) | (divides & (second.mantissa != 1))
+    bad = first.special | first.negative | unusable
+    exponent = first.exponent + (-second.exponent if divides else second.exponent)
+    mantissa = np.where(bad, 1, first.mantissa * second.mantissa)
+    zero = mantissa == 0
+    powers = bool((mantissa[~bad] == 1).all())
+    exponent = np.where(bad | zero, 0, exponent).astype(np.int32)
+    return Scales(exponent, None if powers else mantissa, bad if bad.any() else None, codes)
+
+
 def _expand(values: Array, block: tuple[int, int], rows: int, columns: int, unit: int) -> Array:
     """Per-block values as `[rows, columns / unit]`; `unit` divides the block's columns."""
     if values.shape[0] == 1:

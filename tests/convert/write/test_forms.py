@@ -13,15 +13,28 @@ from raw_safetensors import raw
 from tiny import RAGGED
 
 from dsv4.convert import verify
-from dsv4.convert.plan.settings import CONVERSIONS, resolve
+from dsv4.convert.plan.input_scale import read_input_scale
+from dsv4.convert.plan.settings import CONVERSIONS, Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write.run import run_conversion
 from dsv4.errors import Interrupted
 
 SMALL = Geometry(compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
 FORMS = [name for name, conversion in CONVERSIONS.items() if conversion.has_own_form]
-KEEP_BYTES = ("mxfp8", "mxfp4", "mlx")  # of every weight; the others keep those of the experts
+KEEP_BYTES = ("mxfp8", "mxfp4", "mlx", "nvfp4")  # of every weight; the others keep those of the experts
 SHARDS = ("--max-shard-size", "900kB")
+NEEDS = {"nvfp4": ("--input-scale", "1.0")}
+
+
+def form(to: str) -> tuple[str, ...]:
+    """The value of `--to`, and what it needs."""
+    return to, *NEEDS.get(to, ())
+
+
+def settings(to: str) -> Settings:
+    given = {"input_scale": read_input_scale("1.0")} if to in NEEDS else {}
+    return resolve(to, max_shard_bytes=900_000, **given)
+
 
 pytestmark = pytest.mark.parametrize("to", FORMS)
 
@@ -33,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole(to: str, source: Path, tmp_path: Path) -> Path:
-    convert(source, tmp_path / "whole", "--to", to, *SHARDS)
+    convert(source, tmp_path / "whole", "--to", *form(to), *SHARDS)
     return tmp_path / "whole"
 
 
@@ -54,7 +67,7 @@ def test_back_to_the_release(to: str, source: Path, whole: Path, tmp_path: Path)
 
 def test_ragged_widths(to: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "ragged", seed=6, geometry=RAGGED)
-    convert(source, tmp_path / "out", "--to", to)
+    convert(source, tmp_path / "out", "--to", *form(to))
     assert verify(source, tmp_path / "out").exit_code == 0
     convert(tmp_path / "out", tmp_path / "back", "--to", "fp4")
     assert_is_back(source, tmp_path / "back", to)
@@ -83,19 +96,19 @@ def test_verify_finds_equal_values_and_then_a_flipped_bit(to: str, source: Path,
 def test_parts_and_workers_write_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     assert len(list(whole.glob("*-of-*"))) > 2
     for part in ("1/2", "2/2"):
-        convert(source, tmp_path / "parts", "--to", to, *SHARDS, "--part", part, "--max-workers", 1)
-    convert(source, tmp_path / "parts", "--to", to, *SHARDS, "--finish")
+        convert(source, tmp_path / "parts", "--to", *form(to), *SHARDS, "--part", part, "--max-workers", 1)
+    convert(source, tmp_path / "parts", "--to", *form(to), *SHARDS, "--finish")
     assert tree(tmp_path / "parts") == tree(whole)
 
 
 def test_ranks_of_a_launcher_write_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
-    ended = run_ranks(2, tmp_path, "convert", source, tmp_path / "ranks", "--to", to, *SHARDS)
+    ended = run_ranks(2, tmp_path, "convert", source, tmp_path / "ranks", "--to", *form(to), *SHARDS)
     assert ended.codes == [0, 0], ended.err
     assert tree(tmp_path / "ranks") == tree(whole)
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
-    job = job_of(source, resolve(to, max_shard_bytes=900_000), tmp_path / "out")
+    job = job_of(source, settings(to), tmp_path / "out")
 
     def stop_after_the_first_shard(count: int) -> None:
         if (tmp_path / "out" / job.plan.shards[0].file).exists():
@@ -104,13 +117,13 @@ def test_an_interrupted_run_continues_to_the_same_bytes(to: str, source: Path, w
     with pytest.raises(Interrupted):
         run_conversion(job, progress=stop_after_the_first_shard)
     assert not (tmp_path / "out" / "config.json").exists()
-    result = run_conversion(job_of(source, resolve(to, max_shard_bytes=900_000), tmp_path / "out"))
+    result = run_conversion(job_of(source, settings(to), tmp_path / "out"))
     assert result.shards_reused == 1
     assert tree(tmp_path / "out") == tree(whole)
 
 
 def test_a_dry_run_tells_the_sizes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
-    code, out, _ = dsv4("convert", source, tmp_path / "none", "--to", to, *SHARDS, "--dry-run", "--json")
+    code, out, _ = dsv4("convert", source, tmp_path / "none", "--to", *form(to), *SHARDS, "--dry-run", "--json")
     files = json.loads(out)["files"]
     assert code == 0 and files == {name: (whole / name).stat().st_size for name in files}
 
@@ -139,7 +152,7 @@ def test_a_scale_that_is_nan_is_named(to: str, source: Path, tmp_path: Path) -> 
         array = scale.array().copy()
         array[-1, -1] = 255
         edit_tensors(copy, {name: scale.like(array)})
-        assert name in refused(copy, tmp_path / name, "--to", to)
+        assert name in refused(copy, tmp_path / name, "--to", *form(to))
         edit_tensors(copy, {name: scale})
 
 
@@ -149,7 +162,7 @@ def test_columns_that_are_no_groups_are_named(to: str, source: Path, tmp_path: P
         f"{stem}.weight": raw("I8", np.zeros((4, 20), np.uint8)),
         f"{stem}.scale": raw("F8_E8M0", np.full((4, 2), 127, np.uint8)),
     })  # fmt: skip
-    assert f"{stem}.weight" in refused(copy, tmp_path / "out", "--to", to)
+    assert f"{stem}.weight" in refused(copy, tmp_path / "out", "--to", *form(to))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +170,7 @@ def test_columns_that_are_no_groups_are_named(to: str, source: Path, tmp_path: P
                 ("--layout", "mp", "--model-parallel", "2")],
 )  # fmt: skip
 def test_options_that_it_has_no_room_for(to: str, options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
-    code, _, err = dsv4("convert", source, tmp_path / "out", "--to", to, *options)
+    code, _, err = dsv4("convert", source, tmp_path / "out", "--to", *form(to), *options)
     assert code == 2 and f"--to {to}" in err and not (tmp_path / "out").exists()
 
 
@@ -167,15 +180,21 @@ def test_float32_scales_that_are_no_powers_of_two(to: str, source: Path, tmp_pat
     scale = tensors_of(source)[name]
     factors = np.full(scale.shape, 1.0, np.float32)
     edit_tensors(copy, {name: raw("F32", factors)})
-    convert(copy, tmp_path / "powers", "--to", to)
+    if to == "nvfp4":  # which leaves dense weights as they are
+        factors[-1, -1] = 1.1
+        edit_tensors(copy, {name: raw("F32", factors)})
+        convert(copy, tmp_path / "out", "--to", *form(to))
+        assert tensors_of(tmp_path / "out")[name].data == factors.tobytes()
+        return
+    convert(copy, tmp_path / "powers", "--to", *form(to))
     assert verify(copy, tmp_path / "powers").exit_code == 0
     factors[-1, -1] = 1.1
     edit_tensors(copy, {name: raw("F32", factors)})
     edit_config(copy, quantization_config=read_json(copy / "config.json")["quantization_config"] | {"scale_fmt": None})
     named = {"gguf": "blk.1.attn_q_a.weight", "mlx": "model.layers.1.self_attn.q_a_proj.weight"}
     named = named.get(to, "layers.1.attn.wq_a.weight")
-    assert named in refused(copy, tmp_path / "out", "--to", to)
-    code, out, _ = dsv4("convert", copy, tmp_path / "rounded", "--to", to, "--on-inexact", "round", "--json")
+    assert named in refused(copy, tmp_path / "out", "--to", *form(to))
+    code, out, _ = dsv4("convert", copy, tmp_path / "rounded", "--to", *form(to), "--on-inexact", "round", "--json")
     result = json.loads(out)
     assert code == 0 and not result["exact"] and result["changed_elements"] > 0
     found = verify(copy, tmp_path / "rounded")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.input_scale import read_input_scale
 from dsv4.convert.plan.settings import CONVERSIONS, Dense, OnInexact, Settings, To, resolve
 from dsv4.errors import UsageError
 from dsv4.machine import parse_size
@@ -63,6 +64,13 @@ class ConvertOptions:
         Dense,
         typer.Option(help="Of --to gguf: dense FP8 weights as bf16, exactly, or as q8_0, rounded, in half the bytes."),
     ] = "bf16"
+    input_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1.0|FILE",
+            help="Of --to nvfp4: what engines divide activations by. A number, or a JSON file: tensor name -> number.",
+        ),
+    ] = None
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     any_model: Annotated[
@@ -100,6 +108,7 @@ class ConvertOptions:
             on_inexact=self.on_inexact,
             max_shard_bytes=shard_bytes(self.max_shard_size),
             dense=self.dense,
+            input_scale=None if self.input_scale is None else read_input_scale(self.input_scale),
         )
 
     def memory(self) -> int | None:
