@@ -9,8 +9,8 @@
 
 Codes and E8M0 scales are uint8 tensors of any rank >= 2 on any torch device; the last two dimensions are [out, in].
 Modules, bottom-up: blocks (which elements share a scale; without torch), e2m1, e4m3, e8m0 (one format each),
-block_scales (codes and scales to values and back), fp4_to_fp8 (and its compiled form), fp8_to_fp4, to_bf16 (one
-conversion each, with an account of what is exact), activation (the simulated quantizations of the model).
+block_scales (codes and scales to values and back), fp4_to_fp8 (and its compiled form), fp8_to_fp4, to_bf16, from_bf16
+(one conversion each, with an account of what is exact), activation (the simulated quantizations of the model).
 """
 
 from importlib import import_module
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import fp4_to_fp8 as fp4_to_fp8
     from . import fp4_to_fp8_compiled as fp4_to_fp8_compiled
     from . import fp8_to_fp4 as fp8_to_fp4
+    from . import from_bf16 as from_bf16
     from . import to_bf16 as to_bf16
     from .block_scales import dequantize_fp4 as dequantize_fp4
     from .block_scales import dequantize_fp8 as dequantize_fp8
@@ -41,6 +42,7 @@ __all__ = [
     "e8m0",
     "fp4_to_fp8",
     "fp8_to_fp4",
+    "from_bf16",
     "quantize_fp4",
     "quantize_fp8",
     "to_bf16",

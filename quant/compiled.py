@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 FILE = Path(__file__).with_name("_compiled.so")
-FOLDERS = ("quant", "model/kernels/c", "model/kernels/c/decode")  # of C, in the package
+FOLDERS = ("quant/c", "model/kernels/c", "model/kernels/c/decode")  # of C, in the package
 NOT_BUILT = "dsv4 was installed without a C compiler"
 ELF_HEADER = 64  # bytes, of the 64-bit form
 SECTIONS = slice(0x28, 0x30), slice(0x3A, 0x3C), slice(0x3C, 0x3E)  # of the header: offset, entry size, entries

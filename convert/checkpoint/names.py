@@ -24,6 +24,11 @@ _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(.+)")
 _FFN = re.compile(r"(?:.*\.)?(?:ffn|mlp)")
 _EXPERT_MATRIX = re.compile(r"(?:.*\.)?(?:ffn|mlp)\.experts\.\d+\.w[123]\.weight")
 _WO_A = re.compile(r".*\.(?:self_)?attn\.wo_a\.weight")
+# The weights, beside those of routed experts, that every release quantizes.
+_QUANTIZED = re.compile(
+    r"(?:self_)?attn\.(?:wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight|(?:ffn|mlp)\.shared_experts\.w[123]\.weight"
+    r"|engram\.(?:embed|wkv)\.weight|(?:e_proj|h_proj|main_proj)\.weight"
+)
 _RANK_FILE = re.compile(r"model(\d{1,5})-mp(\d{1,5})\.safetensors")
 _CACHED_NAMES = 1 << 18  # V4-Pro has 145116, and each is asked for several times
 _CACHED_PARTS = 1 << 12  # of names: one for each layer, and what stands behind its number
@@ -96,6 +101,12 @@ def is_draft(name: str) -> bool:
     """Whether a tensor belongs to a draft stage. Most names lack the word: they are not parsed."""
     block = block_of(name) if "mtp." in name else None
     return block is not None and block.stack == "mtp"
+
+
+def is_released_in_fp8(name: str) -> bool:
+    """Whether it is a weight, of no routed expert, that the releases have in FP8."""
+    block = block_of(name)
+    return block is not None and _QUANTIZED.fullmatch(block.inner) is not None
 
 
 def draft_stages(names: Iterable[str]) -> set[int]:

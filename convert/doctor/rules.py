@@ -83,8 +83,7 @@ class RuleContext:
             return self._rank_files(self.tensor_parallel)
         for to in self.engine.forms.values() if self.engine.target is None else ():
             return self._advice(f"--to {to}", resolve(to))
-        decoded = not self.facts.wo_a <= set(self.engine.wo_a)  # FP8 from BF16 would be a new quantization
-        return self._advice(f"--target {self.name}", resolve(target=self.name), from_release=decoded)
+        return self._advice(f"--target {self.name}", resolve(target=self.name))
 
     @cached_property
     def decode(self) -> Advice:
@@ -99,10 +98,10 @@ class RuleContext:
         refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else None
         return Advice(f"{refusal}.", "") if refusal and not advice.fix else advice
 
-    def _advice(self, flags: str, settings: Settings, from_release: bool = False) -> Advice:
+    def _advice(self, flags: str, settings: Settings) -> Advice:
         """`dsv4 convert` from this folder if a dry run succeeds, else from the release."""
         facts, command = self.facts, f"dsv4 convert RELEASE NEW {flags}"
-        if facts.checkpoint is None or facts.experts == {"bf16"} or from_release or facts.form:
+        if facts.checkpoint is None or facts.experts == {"bf16"} or facts.form:
             return Advice("", command)
         refusal = _refusal(facts.checkpoint, settings)
         if refusal is not None:

@@ -7,6 +7,9 @@ import json
 from typing import Any
 
 from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, config_value
+from dsv4.convert.checkpoint.editions.spellings import release_view
+from dsv4.convert.checkpoint.editions.table import edition_of
+from dsv4.convert.checkpoint.names import is_wo_a
 from dsv4.errors import InputError
 
 
@@ -19,6 +22,14 @@ def without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
     return edited
 
 
+def with_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the release's quantization_config if it has none, as one of a BF16 checkpoint."""
+    if config.get("quantization_config") is not None:
+        return config
+    found = edition_of(release_view(config)).quantization
+    return {**config, "quantization_config": dict(found)} if found else config
+
+
 def with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
     """Set the key where it is; at the end of the top level if it is nowhere."""
     edited = dict(config)
@@ -28,6 +39,16 @@ def with_expert_dtype(config: dict[str, Any], value: str) -> dict[str, Any]:
     if "expert_dtype" in edited or "expert_dtype" not in inner:
         edited["expert_dtype"] = value
     return edited
+
+
+def with_quantized_wo_a(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without wo_a among `quantization_config.ignored_layers`, where a BF16 wo_a may be named."""
+    inner = config.get("quantization_config")
+    ignored = inner.get("ignored_layers") if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or not isinstance(ignored, list):
+        return config
+    left = [name for name in ignored if not is_wo_a(f"{name}.weight")]
+    return {**config, "quantization_config": {**inner, "ignored_layers": left}}
 
 
 def make_inference_config(config: dict[str, Any], experts_are_fp4: bool, mtp_stages: int) -> dict[str, Any]:

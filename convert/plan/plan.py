@@ -6,12 +6,13 @@ of `--dry-run`, the required disk space and the work itself all come from the pl
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.recipe import piece_memory
-from dsv4.convert.plan.recipes.registry import recipe_of
+from dsv4.convert.plan.recipes.registry import from_bf16_of, recipe_of
 from dsv4.errors import InputError
 from dsv4.machine import collection_paused
 from dsv4.text import natural_order
@@ -66,36 +67,43 @@ class Plan:
 
 
 def _check_experts(weights: list[Weight], settings: Settings) -> None:
-    """Raises InputError if experts are neither FP4 nor FP8: they would stay as they are, against the new config.
+    """Raises InputError for experts that the conversion cannot cast: they would stay, against the new config.
 
     Experts of draft stages may have another format than the others and are copied.
     """
     if recipe_of(settings.to).cast_format is None:
         return
+    bf16 = bool(CONVERSIONS[settings.to].bf16_experts)
     for weight in weights:
         if weight.format is Format.PLAIN and weight.is_routed_expert and not weight.is_draft:
+            if weight.stored == "bf16" and bf16:
+                continue
             raise InputError(
                 f"'{weight.name}' is {weight.info.dtype}, neither FP4 nor FP8: "
                 f"--to {settings.to} would be a new quantization",
-                "--to same keeps it as it is.",
+                "Convert it --to fp4 first." if weight.stored == "bf16" else "--to same keeps it as it is.",
             )
 
 
-def _notes(weights: list[Weight], settings: Settings) -> list[str]:
+def _notes(weights: list[Weight], settings: Settings, config: dict[str, Any]) -> list[str]:
     """Lines for the user about this source with these settings."""
     notes = []
     wanted = recipe_of(settings.to).cast_format
-    if wanted is not None and not any(w.format is wanted and w.is_routed_expert for w in weights):
+    plain = [w for w in weights if w.format is Format.PLAIN]
+    returning = {w.name for w in plain if from_bf16_of(w, settings, config) is not None}
+    if wanted is not None and not any(
+        (w.format is wanted or w.name in returning) and w.is_routed_expert for w in weights
+    ):
         notes.append(f"no routed expert is {wanted.value.upper()}: only the layout changes")
-    drafts = sum(w.format is Format.PLAIN and w.is_routed_expert and w.is_draft for w in weights)
+    drafts = sum(w.is_routed_expert and w.is_draft and w.name not in returning for w in plain)
     if wanted is not None and drafts:
         notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
+    if returning:
+        notes.append(f"{len(returning)} BF16 weights are quantized as the release has them, if their values allow it")
     if CONVERSIONS[settings.to].way_back:
         rounded = sum(w.info.released_dtype == "F8_E4M3" and w.info.dtype == "F32" for w in weights)
         if rounded:
             notes.append(f"{rounded} weights that the release has in FP8 were rounded to Q8_0: they become float32")
-    if settings.wo_a == "fp8" and any(w.is_wo_a and w.stored == "bf16" and not w.info.released_dtype for w in weights):
-        notes.append("wo_a is BF16 in the source and stays so: FP8 would be a new quantization")
     return notes
 
 
@@ -131,5 +139,5 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         _check_experts(weights, settings)
         shards, told = _shards(weights, settings, checkpoint)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
-    notes = *checkpoint.notes, *_notes(weights, settings), *told
+    notes = *checkpoint.notes, *_notes(weights, settings, checkpoint.released), *told
     return Plan(settings, shards[0].container if shards else SAFETENSORS, tuple(shards), source_bytes, notes)

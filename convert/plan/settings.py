@@ -27,7 +27,8 @@ class Conversion:
     and so do scales and wo_a unless a target or an option names them. quantized: the output has FP8 weights and block
     scales. scale_dtype: of the block scales where no target is named, None for that of the usual target.
     rank_files: whether the reference engine can run the result. way_back: it reverses another conversion, and is only
-    offered for checkpoints with experts that it casts.
+    offered for checkpoints with experts that it casts. bf16_experts: the format that BF16 experts get, with all other
+    BF16 weights that a release has in FP8; "" if BF16 stays.
     instead: options that have room for values that it has none for, for a message. has_own_form: the output is in the
     form of another tool, which fixes dtypes and has no place for a weight in another format. joins: weights are joined
     to tensors, or the files are no safetensors: the recipe says itself what the shards are. input_scale: the form has
@@ -41,6 +42,7 @@ class Conversion:
     scale_dtype: ScaleDtype | None = None
     rank_files: bool = False
     way_back: bool = False
+    bf16_experts: Literal["fp4", "fp8", ""] = ""
     instead: str = "--on-inexact round"
     has_own_form: bool = False
     joins: bool = False
@@ -57,11 +59,16 @@ CONVERSIONS: dict[str, Conversion] = {
         help="routed experts to FP8",
         recipe="fp4_to_fp8",
         rank_files=True,
+        bf16_experts="fp8",
         instead="--to bf16 or --on-inexact round",
     ),
     "bf16": Conversion(help="all to BF16", recipe="bf16", quantized=False),
     "fp4": Conversion(
-        help="experts to FP4, the release's form", recipe="fp8_to_fp4", scale_dtype="e8m0", way_back=True
+        help="experts to FP4, the release's form",
+        recipe="fp8_to_fp4",
+        scale_dtype="e8m0",
+        way_back=True,
+        bf16_experts="fp4",
     ),
     "same": Conversion(help="no numbers change", recipe="scales", keeps_codes=True, rank_files=True),
     "mxfp8": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp8", has_own_form=True),

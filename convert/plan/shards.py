@@ -114,8 +114,8 @@ def _rank_tensor(output: OutputTensor, rank: int, ranks: int) -> OutputTensor:
     dtype = "F4" if packed else output.dtype
     shape = output.weight.logical_shape if packed else output.shape
     if cut is not None:
-        if output.weight.block is not None:
-            check_blocks(output.weight.name, output.weight.logical_shape, cut, output.weight.block)
+        if (block := output.weight.block or output.block) is not None:
+            check_blocks(output.weight.name, output.weight.logical_shape, cut, block)
         shape = cut.apply_to(shape)
     return output._replace(name=mp_name(output.name), dtype=dtype, shape=shape, rank_slice=cut)
 

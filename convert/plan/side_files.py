@@ -14,7 +14,7 @@ from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError
 
-from .config_edit import dump, make_inference_config
+from .config_edit import dump, make_inference_config, with_quantized_wo_a
 from .plan import Plan
 
 TOKENIZER = re.compile(r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab[^/]*|merges\.txt")
@@ -56,6 +56,8 @@ def _engine_config(checkpoint: Checkpoint, plan: Plan) -> bytes:
 def _edited_config(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> dict[str, Any]:
     recipe = recipe_of(plan.settings.to)
     edited = recipe.edit_config(checkpoint.released_json, plan.settings, some_kept)
+    if plan.settings.wo_a == "fp8" and not some_kept:
+        edited = with_quantized_wo_a(edited)
     return recipe.describe_storage(edited, [tensor for shard in plan.shards for tensor in shard.tensors])
 
 

@@ -7,7 +7,10 @@ planned and counted: V4-Pro has 71424 expert matrices of two kinds.
 from collections import Counter
 from collections.abc import Collection, Hashable
 
+from dsv4.convert.checkpoint.config import Config
+from dsv4.convert.checkpoint.editions.table import block_by_name
 from dsv4.convert.checkpoint.foreign import refuse_foreign
+from dsv4.convert.checkpoint.names import is_released_in_fp8
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.convert.plan.recipes.registry import outputs_of, recipe_of
@@ -26,9 +29,19 @@ OPTIONS: dict[str, tuple[To, TargetName | None]] = {
 }
 
 
-def _kind(weight: Weight) -> Hashable:
+def _kind(weight: Weight, config: Config) -> Hashable:
     scale = (weight.scale.dtype, weight.scale.shape) if weight.scale else None
-    return weight.stored, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, weight.is_wo_a
+    kind = weight.stored, weight.info.dtype, weight.info.shape, scale, weight.is_routed_expert, weight.is_wo_a
+    if weight.stored != "bf16":
+        return kind
+    released = weight.info.released_dtype, is_released_in_fp8(weight.name), block_by_name(weight.name, config)
+    return *kind, weight.is_draft, *released  # what a way back to the release's format depends on
+
+
+def _cast_by(to: To) -> set[str]:
+    """The formats of experts that a conversion casts, as `Weight.stored` has them."""
+    cast = recipe_of(to).cast_format
+    return ({cast.value} if cast else set()) | ({"bf16"} if CONVERSIONS[to].bf16_experts else set())
 
 
 def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoint, settings: Settings) -> int:
@@ -43,13 +56,13 @@ def sizes_after_conversion(checkpoint: Checkpoint, weights: Collection[Weight]) 
     """
     refuse_foreign(checkpoint.config, checkpoint.tensors)
     check_weights(weights, checkpoint.config)
-    kinds = list(map(_kind, weights))
+    kinds = [_kind(weight, checkpoint.config) for weight in weights]
     counts, one_of = Counter(kinds), dict(zip(kinds, weights, strict=True))
-    experts = {weight.format for weight in one_of.values() if weight.is_routed_expert}
+    experts = {weight.stored for weight in one_of.values() if weight.is_routed_expert}
     return {
         options: _tensor_bytes(
             [one_of[kind] for kind in counts], list(counts.values()), checkpoint, resolve(to, target=target)
         )
         for options, (to, target) in OPTIONS.items()
-        if not CONVERSIONS[to].way_back or recipe_of(to).cast_format in experts
+        if not CONVERSIONS[to].way_back or experts & _cast_by(to)
     }

@@ -4,14 +4,15 @@ A new edition is a new row of EDITIONS and, where its blocks are new, a file of 
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_count, config_string
 from dsv4.errors import InputError
 
-from . import v41
+from . import v4, v41
 from .spellings import contradictions
 from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
 
@@ -29,17 +30,18 @@ class Edition:
 
     model_types: values of `model_type`. key: a count that the config has and that of another edition of the same type
     has not. blocks: FP8 weights whose block is not the config's `weight_block_size`: a pattern of the whole name, and
-    (rows, columns). tensors: from the config and the number of draft stages, every required weight with its shape in
-    elements; raises InputError if the config lacks a key; None if they are not known. optional: names of further
-    weights that a checkpoint may have. missing_keys: required keys that a config lacks. signs: names of tensors that no
-    edition of another architecture has. architecture: the file of the forward pass in `model/architectures/`; "" if
-    there is none.
+    (rows, columns). quantization: `quantization_config` of the releases. tensors: from the config and the number of
+    draft stages, every required weight with its shape in elements; raises InputError if the config lacks a key; None if
+    they are not known. optional: names of further weights that a checkpoint may have. missing_keys: required keys that
+    a config lacks. signs: names of tensors that no edition of another architecture has. architecture: the file of the
+    forward pass in `model/architectures/`; "" if there is none.
     """
 
     name: str
     model_types: tuple[str, ...] = ()
     key: str = ""
     blocks: tuple[tuple[re.Pattern[str], tuple[int, int]], ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     tensors: Callable[[Config, int], dict[str, Shape]] | None = None
     optional: re.Pattern[str] = re.compile("")
     missing_keys: Callable[[Config], list[str]] = lambda config: []
@@ -61,6 +63,7 @@ EDITIONS = (
         "V4.1",
         ("deepseek_v41",),
         blocks=ENGRAM_BLOCKS,
+        quantization=v41.QUANTIZATION,
         tensors=v41.v41_tensors,
         optional=OPTIONAL,
         missing_keys=v41.missing_keys,
@@ -71,6 +74,7 @@ EDITIONS = (
         "V4 with DSpark",
         V4_TYPES,
         "dspark_block_size",
+        quantization=v4.QUANTIZATION,
         tensors=partial(v4_tensors, stage_tensors=dspark_stage),
         optional=OPTIONAL,
         missing_keys=missing_keys,
@@ -80,6 +84,7 @@ EDITIONS = (
     Edition(
         "V4",
         V4_TYPES,
+        quantization=v4.QUANTIZATION,
         tensors=partial(v4_tensors, stage_tensors=mtp_stage),
         optional=OPTIONAL,
         missing_keys=missing_keys,

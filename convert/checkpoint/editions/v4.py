@@ -21,6 +21,14 @@ KEYS = (
     "routed_scaling_factor", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "rope_theta",
     "compress_rope_theta", "max_position_embeddings",
 )  # fmt: skip
+# What config.json of a release says of how weights are stored.
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 SCALING_KEYS = tuple(f"rope_scaling.{key}" for key in YARN_KEYS)
 
 Shape = tuple[int, ...]

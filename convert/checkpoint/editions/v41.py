@@ -24,6 +24,14 @@ KEYS = (
     "engram_num_embeddings", "engram_max_ngram_size", "engram_n_heads", "engram_head_dim", "engram_vocab_size",
     "engram_pad_token_id", "engram_compressed_vocab_size", *SCALING_KEYS,
 )  # fmt: skip
+# What config.json of a release says of how weights are stored.
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [32, 32],
+    "scale_fmt": "ue8m0",
+    "expert_dtype": "fp4",
+}
 
 
 def missing_keys(config: Config) -> list[str]:

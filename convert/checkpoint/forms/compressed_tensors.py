@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_value, quantization
+from dsv4.convert.checkpoint.editions import v4
 from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, scale_name
 
-from .form import MX_BLOCK, RELEASED_QUANTIZATION
+from .form import MX_BLOCK
 from .tensor import TensorInfo
 
 METHOD = "compressed-tensors"
@@ -75,7 +76,7 @@ class CompressedTensors:
         """The config with the release's keys for formats, from RELEASED_KEY or as V4 has them."""
         said = config_value(config, f"quantization_config.{RELEASED_KEY}")
         kept = said if isinstance(said, dict) else {}
-        keys = {"quantization_config": RELEASED_QUANTIZATION, "expert_dtype": "fp4", **kept}
+        keys = {"quantization_config": v4.QUANTIZATION, "expert_dtype": "fp4", **kept}
         released = {key: keys.get(key, value) for key, value in config.items()}
         if "expert_dtype" not in released and (not kept or "expert_dtype" in kept):
             released["expert_dtype"] = keys["expert_dtype"]

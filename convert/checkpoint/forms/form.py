@@ -16,14 +16,6 @@ from dsv4.convert.checkpoint.config import Config
 from .tensor import TensorInfo
 
 MX_BLOCK = (1, 32)  # elements that share one scale in the MX formats
-# What a release of V4 says, for checkpoints that do not bring the release's keys.
-RELEASED_QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
 
 
 class Form(Protocol):

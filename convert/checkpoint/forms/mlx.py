@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config, config_string
+from dsv4.convert.checkpoint.editions import v4, v41
 from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, is_wo_a, scale_name
 from dsv4.errors import InputError
 
-from .form import MX_BLOCK, RELEASED_QUANTIZATION
+from .form import MX_BLOCK
 from .mlx_names import is_stack, released_name
 from .tensor import TensorInfo
 
@@ -26,7 +27,6 @@ RELEASED_KEY = "released_quantization"  # of config.json: the keys that the rele
 WORD = 4  # bytes of a U32
 MODES = {4: "mxfp4", 8: "mxfp8"}  # bits of a weight -> mode
 CODES = {4: "I8", 8: "F8_E4M3"}  # the dtype of the codes in a release
-_V41_BLOCK = [32, 32]
 
 
 def quantization_of(bits: int) -> dict[str, Any]:
@@ -121,9 +121,8 @@ class Mlx:
         if isinstance(kept, dict) and isinstance(kept.get("quantization_config"), dict):
             return {**released, **kept}
         if (config_string(config, "model_type") or "").startswith("deepseek_v41"):
-            inner = {**RELEASED_QUANTIZATION, "weight_block_size": _V41_BLOCK, "expert_dtype": "fp4"}
-            return {**released, "quantization_config": inner}
-        return {"expert_dtype": "fp4", **released, "quantization_config": RELEASED_QUANTIZATION}
+            return {**released, "quantization_config": v41.QUANTIZATION}
+        return {"expert_dtype": "fp4", **released, "quantization_config": v4.QUANTIZATION}
 
 
 MLX = Mlx()

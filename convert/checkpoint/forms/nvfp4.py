@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.checkpoint.config import Config, config_string, expert_dtype, quantization
+from dsv4.convert.checkpoint.editions import v4
 from dsv4.convert.checkpoint.names import WEIGHT_SUFFIX, scale_name
 from dsv4.errors import InputError
 
-from .form import RELEASED_QUANTIZATION
 from .tensor import Array, Encoding, TensorInfo
 
 NAME = "NVFP4"
@@ -124,7 +124,7 @@ class Nvfp4:
     def released_config(self, config: Config) -> dict[str, Any]:
         """The config without the keys that ModelOpt adds."""
         inner = {key: value for key, value in quantization(config).items() if key not in KEYS}
-        released = {**config, "quantization_config": {**RELEASED_QUANTIZATION, **inner} if len(inner) < 2 else inner}
+        released = {**config, "quantization_config": {**v4.QUANTIZATION, **inner} if len(inner) < 2 else inner}
         return released if expert_dtype(released) else {**released, "expert_dtype": "fp4"}
 
 

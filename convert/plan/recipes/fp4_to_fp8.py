@@ -12,7 +12,7 @@ from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import check_groups, fp8_block
-from dsv4.convert.plan.config_edit import with_expert_dtype, without_expert_dtype
+from dsv4.convert.plan.config_edit import with_expert_dtype, with_quantization, without_expert_dtype
 from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.plan.settings import Settings
 from dsv4.quant.blocks import GROUP_SIZE, Block, scale_shape
@@ -134,7 +134,7 @@ class Fp4ToFp8(Recipe):
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """`expert_dtype` as the target wants it."""
-        value = TARGETS[settings.target].expert_dtype
+        value, config = TARGETS[settings.target].expert_dtype, with_quantization(config)
         return without_expert_dtype(config) if value is None else with_expert_dtype(config, value)
 
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dsv4 import quant
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.classify import check_groups
-from dsv4.convert.plan.config_edit import with_expert_dtype
+from dsv4.convert.plan.config_edit import with_expert_dtype, with_quantization
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import FP4_BLOCK, GROUP_SIZE, scale_shape
@@ -97,7 +97,7 @@ class Fp8ToFp4(Recipe):
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """FP4 experts, whatever the target."""
-        return with_expert_dtype(config, "fp4")
+        return with_expert_dtype(with_quantization(config), "fp4")
 
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """FP4 experts; the key comes last."""

@@ -85,8 +85,10 @@ def _verdict(summary: dict[str, int], kept: list[str], settings: Settings) -> st
     if summary["inexact_blocks"] or summary["changed_elements"]:
         asked = "--on-inexact round" if settings.dense == "bf16" else f"--dense {settings.dense}"
         return f"NOT exact: {summary['changed_elements']:,} elements were rounded ({asked})"
-    if summary["blocks"]:
+    if summary["blocks"] and settings.to == "fp8":
         return f"every block exact: {summary['blocks']:,} blocks, scales span at most 2^{summary['max_span']}"
+    if summary["blocks"]:
+        return f"every block exact: {summary['blocks']:,} blocks"
     return "every value exact"
 
 
