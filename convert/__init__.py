@@ -11,13 +11,13 @@ Rooms, bottom-up: `checkpoint` reads; `plan` decides; `write` writes; `hub` fetc
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv4.convert.api import convert as convert
     from dsv4.convert.proof.run import verify as verify
-    from dsv4.convert.write.api import convert as convert
 
 __all__ = ["convert", "verify"]
 
 _LAZY = {
-    "convert": "write.api",
+    "convert": "api",
     "verify": "proof.run",
 }  # public name -> module, imported when first used: torch takes a second
 

@@ -56,7 +56,7 @@ class Page(BaseException):
     """Raised inside a library that received a web page. A BaseException, so that no library retries it."""
 
     def __init__(self, error: NetworkError) -> None:
-        super().__init__(str(error))
+        super().__init__(error.message)
         self.error = error
 
 

@@ -188,7 +188,7 @@ def _check_header(stream: BinaryIO, size: int, where: str) -> None:
     try:
         parse_header(stream.read(header_length(prefix, size, where)), size, where)
     except InputError as error:
-        raise BadFile(str(error), _BAD) from None
+        raise BadFile(error.message, _BAD) from None
 
 
 def check_bytes(data: bytes, file: RemoteFile, label: str) -> None:

@@ -214,7 +214,7 @@ class _Download:
             raise error
         if isinstance(error, NetworkError) and not self._first_hub_is_down.is_set():
             self._first_hub_is_down.set()
-            self.warn(f"{error}. Going on with {self.fallback.source}.")
+            self.warn(f"{error.message}. Going on with {self.fallback.source}.")
         meter.restart()
         self.fallback.same_file(file)
         # Checked against the first hub's listing, whatever the other one says.
@@ -249,7 +249,7 @@ def open_with_fallback(
         known = _recorded(source, token, destination.folder) if destination.folder else None
         if known is not None:
             return known, other
-        warn(f"{error}. Taking everything from {other.source}: hashes are compared with its own listing only.")
+        warn(f"{error.message}. Taking everything from {other.source}: hashes are compared with its own listing only.")
         return other.snapshot(), None
 
 

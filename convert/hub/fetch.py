@@ -127,7 +127,7 @@ def fetch_checked(
     try:
         path = _attempt(snapshot, file, destination, meter, again=False)
     except BadFile as error:
-        warn(f"{error}. Fetching it once more.")
+        warn(f"{error.message}. Fetching it once more.")
         meter.restart()
         path = _attempt(snapshot, file, destination, meter, again=True)
     meter.finish()

@@ -49,7 +49,7 @@ def other_hub(name: HubName) -> HubName:
 def _name_similar(hub: Hub, source: HubSource, error: NoRepository) -> NoRepository:
     names = [f"{source.hub}:{name}" if source.hub == "ms" else name for name in hub.similar(source.repository)]
     guess = f"Did you mean {' or '.join(names)}? " if names else ""
-    return NoRepository(str(error), guess + error.hint)
+    return NoRepository(error.message, guess + error.hint)
 
 
 def open_snapshot(source: HubSource, token: str | None = None, cache: Path | None = None) -> Snapshot:

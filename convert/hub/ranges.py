@@ -74,7 +74,7 @@ class Ranges:
             data = self.read(name, 0, file.size)
             check_bytes(data, file, self._snapshot.label)
         except BadFile as error:
-            self._options.warn(f"{error}. Fetching it once more.")
+            self._options.warn(f"{error.message}. Fetching it once more.")
             data = self.read(name, 0, file.size)
             check_bytes(data, file, self._snapshot.label)
         return data

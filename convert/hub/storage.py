@@ -171,7 +171,7 @@ class HubFiles:
         try:
             self._storage.check_needs(groups)
         except UsageError as error:
-            raise UsageError(str(error), "Give a larger --scratch if the disk has room for it.") from None
+            raise UsageError(error.message, "Give a larger --scratch if the disk has room for it.") from None
 
     def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
         """Wait for the shards in `now`, start to fetch `upcoming`, and remove all others from the disk."""

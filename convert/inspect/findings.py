@@ -110,7 +110,7 @@ def structure_findings(config: dict[str, Any], weights: Mapping[str, Weight]) ->
     try:
         check_signs(config, weights)
     except InputError as error:
-        yield Finding("problem", str(error), error.hint)
+        yield Finding("problem", error.message, error.hint)
         return
     missing = edition.missing_keys(config)
     if missing:
@@ -121,7 +121,7 @@ def structure_findings(config: dict[str, Any], weights: Mapping[str, Weight]) ->
         expected = edition.tensors(config, count_draft_stages(weights))
     except InputError as error:
         if not missing:
-            yield Finding("problem", str(error), error.hint)
+            yield Finding("problem", error.message, error.hint)
         return
     yield from _names_and_shapes(expected, weights, edition)
 

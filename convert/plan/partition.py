@@ -59,6 +59,17 @@ def parse_part(text: str) -> Part:
     return part
 
 
+def parse_work(part: str | None, finish: bool, overwrite: bool) -> Work:
+    """The work that `--part`, `--finish` and `--overwrite` ask for. Raises UsageError for two ways to share it."""
+    if part is not None and finish:
+        raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
+    if overwrite and (part is not None or finish):
+        raise UsageError("--overwrite does not go with parts", "Remove the former output first.")
+    if part is not None:
+        return parse_part(part)
+    return Publish() if finish else All(overwrite)
+
+
 def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
     """The shards of each part, in the plan's order: balanced by size, and equal in every process."""
     owners: dict[str, int] = {}

@@ -4,7 +4,7 @@
 of `--dry-run`, the required disk space and the work itself all come from the plan, so they agree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ class Plan:
 
     settings: Settings
     container: Container
-    shards: tuple[OutputShard, ...]
+    shards: tuple[OutputShard, ...] = field(repr=False)
     source_bytes: int
     notes: tuple[str, ...]
 

@@ -288,7 +288,7 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its __metadata__ does not map names to text")
     except (ValueError, InputError) as error:
-        shard.broken = str(error)
+        shard.broken = error.message if isinstance(error, InputError) else str(error)
         return shard
     for tensor, value in header.items():
         _read_entry(shard, tensor, value, 8 + length, size)

@@ -84,7 +84,7 @@ class Result:
     """The result of a conversion."""
 
     output: Path
-    plan: Plan
+    plan: Plan = field(repr=False)
     already_done: bool = False
     shards_written: int = 0
     shards_reused: int = 0
@@ -92,11 +92,18 @@ class Result:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     summary: dict[str, int] = field(default_factory=dict)
-    kept_tensors: list[str] = field(default_factory=list)
+    kept_tensors: list[str] = field(default_factory=list, repr=False)
+    dry_run: bool = False  # nothing was written; output_bytes is what would be
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no value was rounded."""
+        return not (self.summary.get("inexact_blocks") or self.summary.get("changed_elements"))
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         return {
+            **({"dry_run": True} if self.dry_run else {}),
             "output": str(self.output),
             "already_done": self.already_done,
             "source_bytes": self.plan.source_bytes,
@@ -105,7 +112,7 @@ class Result:
             "shards_written": self.shards_written,
             "shards_reused": self.shards_reused,
             "seconds": round(self.seconds, 3),
-            "exact": not (self.summary.get("inexact_blocks") or self.summary.get("changed_elements")),
+            **({} if self.dry_run else {"exact": self.is_exact}),
             "kept_tensors": self.kept_tensors,
             "notes": [*self.plan.notes, *self.notes],
             **self.summary,

@@ -52,7 +52,7 @@ def parse_answer(text: str, thinking_mode: str, edition: str) -> tuple[dict[str,
     try:
         return parse_completion(text + EOS, thinking_mode, edition=edition), None
     except InputError as error:
-        return None, str(error)
+        return None, error.message
 
 
 def remembered(text: str, thinking_mode: str, edition: str) -> dict[str, Any]:

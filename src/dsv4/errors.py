@@ -30,8 +30,9 @@ EXIT_TERMINATED = 143
 class Dsv4Error(Exception):
     """A problem with a message for the user: what was expected, what was found, where, and what to do.
 
-    `hint` is the next thing to try, printed on its own line. `details` are further lines under the message. Characters
-    that could act on a terminal are escaped, newlines included: only the ends of these lines are newlines.
+    `hint` is the next thing to try, printed on its own line; `str(error)` is the message and that line. `details` are
+    further lines under the message. Characters that could act on a terminal are escaped, newlines included: only the
+    ends of these lines are newlines.
     """
 
     exit_code = EXIT_BUG
@@ -39,6 +40,14 @@ class Dsv4Error(Exception):
     def __init__(self, message: str, hint: str = "", details: Sequence[str] = ()) -> None:
         super().__init__("\n  ".join(map(printable, (message, *details))))
         self.hint = printable(hint)
+
+    @property
+    def message(self) -> str:
+        """The message and its details, without the hint."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
 class UsageError(Dsv4Error):

@@ -225,7 +225,7 @@ class Output:
 
         If one of them is full or closed, that is not reported: the exit code is that of the error.
         """
-        text = f"{printable(self.speaker)}: {error}" if self.speaker else str(error)
+        text = f"{printable(self.speaker)}: {error.message}" if self.speaker else error.message
         hint = printable(error.hint)
         words = self._colour("error: ", "31", sys.stderr) + text + (f"\n  {hint}" if hint else "")
         with contextlib.suppress(ClosedPipe, OSError):

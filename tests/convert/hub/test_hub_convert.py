@@ -69,6 +69,16 @@ def shards_on_disk(output: Path) -> set[str]:
     return {p.name.split(".safetensors")[0] for p in found}
 
 
+def test_from_python(server: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
+    program = f"from dsv4.convert import convert; print(convert('hf:{REPOSITORY}', 'fp8', scratch=2).shards_written)"
+    command, environment = [sys.executable, "-c", program], hub_environment(server, tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) == sum(name.endswith(".safetensors") for name in expected), (
+        done.stderr
+    )
+    assert contents(tmp_path / "fp8") == expected
+
+
 def test_headers_are_told_as_they_arrive(source: Path, tmp_path: Path) -> None:
     def read(repository: str, commit: str, file: RemoteFile, offset: int, length: int) -> bytes:
         return (source / file.name).read_bytes()[offset : offset + length]

@@ -15,8 +15,8 @@ import pytest
 from exact_values import convert, tree
 from fault_lab import GEOMETRY
 
+from dsv4.convert import api
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.convert.write import api
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards.pipeline import ShardPipeline

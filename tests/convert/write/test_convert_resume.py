@@ -16,11 +16,12 @@ from exact_values import convert, dsv4, edit_config, is_expert, read_json, tenso
 from jobs import job_of
 from mixed_scales import mix_scales
 
+from dsv4.convert import api
 from dsv4.convert.plan.recipes import recipe, rows
 from dsv4.convert.plan.settings import OnInexact, Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
-from dsv4.convert.write import api, output_folder
 from dsv4.convert.write import atomic_file as files
+from dsv4.convert.write import output_folder
 from dsv4.convert.write import run as conversion
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.run import run_conversion

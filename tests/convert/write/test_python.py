@@ -7,10 +7,10 @@ import pytest
 from exact_values import dsv4, tree
 from fault_lab import GEOMETRY
 
-from dsv4.convert import convert
+from dsv4.convert import convert, verify
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write.shards import resources
-from dsv4.errors import UsageError
+from dsv4.errors import InputError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +64,36 @@ def test_malloc_is_changed_by_the_command_only(source: Path, tmp_path: Path, mon
     convert(source, tmp_path / "python")
     assert not changed
     assert dsv4("convert", source, tmp_path / "command")[0] == 0 and changed
+
+
+def test_shares_of_the_work(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_shard_size": "150kB"}
+    convert(source, tmp_path / "whole", **options)
+    for part in ("2/2", "1/2"):
+        assert convert(source, tmp_path / "shared", part=part, **options).shards_written
+    convert(source, tmp_path / "shared", finish=True, **options)
+    assert tree(tmp_path / "shared") == tree(tmp_path / "whole")
+    with pytest.raises(UsageError, match="three ways"):
+        convert(source, tmp_path / "shared", part="1/2", finish=True, **options)
+
+
+def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    planned = convert(source, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert planned.to_json()["dry_run"] and "exact" not in planned.to_json()
+    written = convert(source, tmp_path / "out")
+    assert planned.output_bytes == written.output_bytes and len(planned.plan.shards) == written.shards_written
+    assert "dry_run" not in written.to_json()
+
+
+def test_results_print_as_a_few_lines(source: Path, tmp_path: Path) -> None:
+    """The last line of a notebook's cell is printed with repr."""
+    result = convert(source, tmp_path / "out")
+    assert all(len(repr(value)) < 1000 for value in (result, result.plan, verify(source, tmp_path / "out")))
+
+
+def test_an_error_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        convert(tmp_path / "nowhere", tmp_path / "out")
+    error = caught.value
+    assert error.hint and str(error) == f"{error.message}\n  {error.hint}"

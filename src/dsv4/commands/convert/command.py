@@ -1,13 +1,13 @@
 """`dsv4 convert SOURCE OUTPUT`: in one process, as one part of several, or as the ranks of a launcher."""
 
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dsv4 import output, signals
-from dsv4.errors import EXIT_MACHINE
+from dsv4.errors import EXIT_MACHINE, UsageError
 from dsv4.machine import free_bytes, peak_memory, usable_cores
 from dsv4.options import command, example
 
@@ -15,9 +15,7 @@ from .options import ConvertOptions
 from .words import engine_caveats, print_part, print_plan, print_result
 
 if TYPE_CHECKING:
-    from dsv4.convert.checkpoint.storage import Storage
     from dsv4.convert.plan.partition import Part, Work
-    from dsv4.convert.plan.plan import Plan
     from dsv4.convert.write.run import Job, Result
     from dsv4.distributed import Ranks
 
@@ -30,13 +28,13 @@ EPILOG = example(
 )
 
 
-def _check_remote(storage: "Storage", plan: "Plan") -> dict[str, Any]:
-    """Repository, disk and time for a source on a hub, {} for a folder. Raises UsageError if --scratch is too small."""
+def _remote(job: "Job") -> dict[str, Any]:
+    """Repository, disk and time for a source on a hub, {} for a folder."""
     from dsv4.convert.hub.storage import HubStorage
 
+    storage = job.checkpoint.storage
     if not isinstance(storage, HubStorage):
         return {}
-    storage.check_needs([shard.source_shards for shard in plan.shards])
     source = storage.identity()
     return {
         "source": f"{source['hub']}:{source['repository']}@{source['commit']}",
@@ -103,45 +101,32 @@ class _Conversion:
 
 def _work(options: ConvertOptions, ranks: "Ranks | None") -> "Work":
     """The work of this process. Raises UsageError for options that share the work in two ways."""
-    from dsv4.convert.plan.partition import All, Part, Publish, parse_part
+    from dsv4.convert.plan.partition import All, Part, parse_work
 
-    options.check_sharing(by_launcher=ranks is not None)
-    if ranks is not None:
-        return Part(ranks.index, ranks.count)
-    if options.part is not None:
-        return parse_part(options.part)
-    return Publish() if options.finish else All(options.overwrite)
+    work = parse_work(options.part, options.finish, options.overwrite)
+    if ranks is None:
+        return work
+    if not isinstance(work, All):
+        raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
+    return Part(ranks.index, ranks.count)
 
 
-def _prepare(
-    options: ConvertOptions, work: "Work", cores: int, out: output.Output, stack: ExitStack
-) -> tuple["Job", dict[str, Any]]:
-    """The conversion, and the result of `_check_remote`. `stack` closes the source."""
-    from dsv4.convert.checkpoint.editions.table import require_known_edition
-    from dsv4.convert.checkpoint.reader import Checkpoint
+def _open(options: ConvertOptions, work: "Work", cores: int, out: output.Output) -> "Job":
+    """The source and the plan, with a bar over the headers."""
+    from dsv4.convert.api import open_job
     from dsv4.convert.hub.open import HubOptions
-    from dsv4.convert.hub.storage import open_storage
-    from dsv4.convert.plan.partition import Part
-    from dsv4.convert.plan.plan import make_plan
-    from dsv4.convert.write.atomic_file import SCRATCH_NAME
-    from dsv4.convert.write.run import Job
-    from dsv4.convert.write.shards.resources import decide_resources
 
     settings, memory = options.settings(), options.memory()
-    scratch_name = f"{SCRATCH_NAME}-{work.tag}" if isinstance(work, Part) else SCRATCH_NAME
     with out.opening() as headers:
         hub = HubOptions(
             options.token, options.cache_dir, options.scratch, options.keep_source, out.warn, out.detail, headers,
             signals.look,
         )  # fmt: skip
-        storage = open_storage(options.source, options.revision, options.output_folder / scratch_name, hub)
-        stack.enter_context(closing(storage))
-        checkpoint = Checkpoint.open(storage, headers)
-        if not options.any_model:
-            require_known_edition(checkpoint.config)
-        plan = make_plan(checkpoint, settings)
-    resources = decide_resources(plan, cores, options.max_workers, memory)
-    return Job(checkpoint, plan, options.output_folder, resources), _check_remote(storage, plan)
+        return open_job(
+            options.source, options.output_folder, settings, work, hub,
+            revision=options.revision, any_model=options.any_model,
+            cores=cores, max_workers=options.max_workers, max_memory=memory,
+        )  # fmt: skip
 
 
 @command
@@ -160,8 +145,9 @@ def convert(options: ConvertOptions) -> None:
     ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
     work = _work(options, ranks)
-    with ExitStack() as stack:
-        job, remote = _prepare(options, work, ranks.workers if ranks else usable_cores(), out, stack)
+    job = _open(options, work, ranks.workers if ranks else usable_cores(), out)
+    with closing(job.checkpoint):
+        remote = _remote(job)
         if options.dry_run:
             check_job(job)
             rates = measure(job.checkpoint, job.plan, options.output_folder)

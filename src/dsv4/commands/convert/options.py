@@ -114,10 +114,3 @@ class ConvertOptions:
     def memory(self) -> int | None:
         """Most bytes of memory that the process may use; None without --max-memory."""
         return None if self.max_memory is None else parse_size(self.max_memory)
-
-    def check_sharing(self, by_launcher: bool) -> None:
-        """Raise UsageError if the work is shared in two ways, or shared with --overwrite."""
-        if (self.part or self.finish) and (by_launcher or (self.part and self.finish)):
-            raise UsageError("--part, --finish and torchrun are three ways to share the work", "Use one of them.")
-        if self.overwrite and (self.part or self.finish):
-            raise UsageError("--overwrite does not go with parts", "Remove the former output first.")

@@ -37,7 +37,7 @@ def _time_row(seconds: float, rates: "Rates") -> tuple[str, str, str]:
 def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any], rates: "Rates") -> bool:
     """Print the plan; returns whether the disk has room for it.
 
-    free: bytes on the disk of the output. remote: see `command._check_remote`. rates: as measured.
+    free: bytes on the disk of the output. remote: see `command._remote`. rates: as measured.
     """
     from dsv4.convert.write.estimate import estimated_seconds
 
