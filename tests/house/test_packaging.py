@@ -114,6 +114,7 @@ def test_metadata(built: Path) -> None:
     metadata = Parser().parsestr(read["METADATA"])
     assert (metadata["Name"], metadata["Version"]) == ("dsv4", dsv4.__version__)
     assert metadata["License-Expression"] == "MIT" and metadata["Requires-Python"] == ">=3.11"
+    assert "Typing :: Typed" in metadata.get_all("Classifier") and "FP8" in metadata["Keywords"]
     assert read["entry_points.txt"].split() == ["[console_scripts]", "dsv4", "=", "dsv4.__main__:main"]
 
 
