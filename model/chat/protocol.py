@@ -9,51 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from dsv4.convert.checkpoint.editions.prompts import ASSISTANT as ASSISTANT
+from dsv4.convert.checkpoint.editions.prompts import BOS as BOS
+from dsv4.convert.checkpoint.editions.prompts import DSML as DSML
+from dsv4.convert.checkpoint.editions.prompts import END_THINK as END_THINK
+from dsv4.convert.checkpoint.editions.prompts import EOS as EOS
+from dsv4.convert.checkpoint.editions.prompts import THINK as THINK
+from dsv4.convert.checkpoint.editions.prompts import TOOLS
+from dsv4.convert.checkpoint.editions.prompts import USER as USER
 from dsv4.errors import UsageError
 
 ThinkingMode = Literal["chat", "thinking"]
 Effort = str | int
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
 LATEST_REMINDER = "<｜latest_reminder｜>"
-THINK = "<think>"
-END_THINK = "</think>"
-DSML = "｜DSML｜"
 TASKS = {task: f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "read_url")}
-
-TOOLS = """\
-## Tools
-
-You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
-"<{calls}>" block like the following:
-
-<{calls}>
-<{invoke} name="$TOOL_NAME">
-<{parameter} name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{parameter}>
-...
-</{invoke}>
-<{invoke} name="$TOOL_NAME2">
-...
-</{invoke}>
-</{calls}>
-
-String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, \
-objects), pass the value in JSON format and set `string="false"`.
-
-If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside \
-<think>...</think> BEFORE any tool calls or final response.
-
-Otherwise, output directly after </think> with tool calls or final response.
-
-### Available Tool Schemas
-
-{schemas}
-
-You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
-"""
 
 RESPONSE_FORMAT = """\
 ## Response Format:

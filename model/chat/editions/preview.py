@@ -7,16 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4.convert.checkpoint.editions.prompts import ABSOLUTE_MAXIMUM as ABSOLUTE_MAXIMUM
 from dsv4.model.chat.protocol import DSML, Efforts, Protocol, Signs
-
-ABSOLUTE_MAXIMUM = """\
-Reasoning Effort: Absolute maximum with no shortcuts permitted.
-You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, \
-rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
-Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, \
-and rejected hypothesis to ensure absolutely no assumption is left unchecked.
-
-"""
 
 
 def _read_arguments(arguments: object) -> Mapping[str, Any]:

@@ -6,19 +6,11 @@ The levels are shifted by one: the preview's max is high here, and max has its o
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dsv4.convert.checkpoint.editions.prompts import ABSOLUTE_MAXIMUM
+from dsv4.convert.checkpoint.editions.prompts import BEYOND_MAXIMUM as BEYOND_MAXIMUM
 from dsv4.model.chat.protocol import Efforts, Signs
 
-from .preview import ABSOLUTE_MAXIMUM, PREVIEW
-
-BEYOND_MAXIMUM = """\
-Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
-You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the \
-problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause \
-rather than any surface symptom.
-Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no \
-assumption remains unchecked and no error remains undiscovered.
-
-"""
+from .preview import PREVIEW
 
 TEXTS = {"low": "", "high": ABSOLUTE_MAXIMUM, "max": BEYOND_MAXIMUM}
 DEFAULT = "low"

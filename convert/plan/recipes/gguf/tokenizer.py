@@ -12,6 +12,8 @@ from dsv4.convert.checkpoint.header import strict_json
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.errors import InputError
 
+from .chat_template import chat_template
+
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 MAX_BYTES = 100_000_000
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -66,7 +68,7 @@ def _read(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _settings(checkpoint: Checkpoint) -> list[Entry]:
-    """First and last token of a text, and whether they are added; the chat template, if there is one."""
+    """First and last token of a text, whether they are added, and the chat template: the source's own, or ours."""
     given = _read(checkpoint, CONFIG) if CONFIG in checkpoint.files else {}
     found = [
         Entry(f"tokenizer.ggml.{name}_token_id", U32, checkpoint.released[f"{name}_token_id"])
@@ -79,7 +81,8 @@ def _settings(checkpoint: Checkpoint) -> list[Entry]:
         if isinstance(given.get(f"add_{name}_token"), bool)
     ]
     template = given.get("chat_template")
-    return [*found, Entry("tokenizer.chat_template", TEXT, template)] if isinstance(template, str) else found
+    template = template if isinstance(template, str) else chat_template(checkpoint)
+    return [*found, Entry("tokenizer.chat_template", TEXT, template)]
 
 
 def tokenizer_entries(checkpoint: Checkpoint) -> tuple[list[Entry], list[str]]:
