@@ -20,6 +20,7 @@ import filelock
 
 from dsv4.errors import Dsv4Error, InputError, MachineError, UsageError
 from dsv4.progress import Progress
+from dsv4.text import human_bytes
 
 from .client import RECORD, STAGING, BadFile, NetworkError, RemoteFile, Snapshot
 from .fetch import Destination, fetch_checked, is_checked, remove_partials, sync
@@ -136,8 +137,9 @@ def check_space(plan: DownloadPlan) -> None:
     """Raises MachineError, with both numbers, if the disk is too small."""
     need = plan.missing_bytes + _SPARE_BYTES if plan.missing else 0
     if need > plan.free:
+        missing, free = human_bytes(plan.missing_bytes), human_bytes(plan.free)
         raise MachineError(
-            f"{plan.root}: {plan.missing_bytes} bytes are missing, {plan.free} are free on that disk",
+            f"{plan.root}: {missing} are missing, {free} are free on that disk",
             "Free some space, choose another disk, or fetch less with --include.",
         )
 

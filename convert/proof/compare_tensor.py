@@ -27,6 +27,7 @@ from dsv4.convert.proof.values.compare import (
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
 from dsv4.errors import MachineError, UsageError
+from dsv4.text import human_bytes
 
 from .files import DTYPE_BITS, Entry, Files
 from .layout import Tensor
@@ -102,7 +103,7 @@ def threads_and_band(workers: int, max_memory: int | None, compared: list[Compar
     thread = max(BYTES_PER_BAND_BYTE * largest_band(compared, band), LEAST_THREAD_BYTES)
     if free < thread:
         needed = math.ceil((used + thread) / 10**6)
-        raise UsageError(f"--max-memory {max_memory} is too little", f"Give at least {needed}MB.")
+        raise UsageError(f"--max-memory {human_bytes(max_memory)} is too little", f"Give at least {needed}MB.")
     return min(workers, free // thread), band
 
 

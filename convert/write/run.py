@@ -23,6 +23,7 @@ from dsv4.convert.write.shards.workers import Workers
 from dsv4.errors import InputError, Interrupted, MachineError
 from dsv4.machine import free_bytes
 from dsv4.progress import Progress, ignore
+from dsv4.text import human_bytes
 
 from .atomic_file import (
     check_separate,
@@ -175,7 +176,7 @@ class _Run:
         except Interrupted as error:
             error.args = (f"interrupted: {len(self.finished)} of {len(self.shards)} shards are finished and kept",)
             left = _unfinished_bytes(self.job.output, self.shards)
-            removed = f" It removes the {left} bytes of shards that were not finished." if left else ""
+            removed = f" It removes {human_bytes(left)} of shards that were not finished." if left else ""
             error.hint = f"Run the same command again to continue.{removed}"
             raise
         return len(pending)
@@ -253,7 +254,7 @@ def _check_disk(job: Job, missing_bytes: int) -> None:
     free = free_bytes(job.output)
     if needed > free:
         raise MachineError(
-            f"the output needs {needed} bytes, {free} are free where {job.output} is",
+            f"the output needs {human_bytes(needed)}, {human_bytes(free)} are free where {job.output} is",
             "Free some space or choose another disk. Nothing was written.",
         )
 

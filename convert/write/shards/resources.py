@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.convert.plan.plan import Plan
 from dsv4.errors import MachineError
+from dsv4.text import human_bytes
 
 from .pipeline import BLOCK_BYTES, BLOCKS
 
@@ -66,8 +67,9 @@ def decide_resources(
     for found in (*(_with_workers(plan, count, spared) for count in range(workers, 0, -1)), least):
         if found.peak_memory_bytes <= max_memory_bytes:
             return found
-    needed = least.peak_memory_bytes
-    raise MachineError(f"--max-memory {max_memory_bytes} is too little: {needed} bytes are the least", "Raise it.")
+    needed = f"{-(-least.peak_memory_bytes // 10**6)}MB"
+    text = f"--max-memory {human_bytes(max_memory_bytes)} is too little: {needed} are the least"
+    raise MachineError(text, f"Give --max-memory {needed}, or more.")
 
 
 def keep_freed_memory() -> None:

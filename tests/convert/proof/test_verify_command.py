@@ -196,7 +196,7 @@ def test_from_python_the_page_is_written_and_sizes_are_text(pair: tuple[Path, Pa
     assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["proof.html"]
     written = page.read_text()
     assert written.startswith("<!doctype html>") and f"<dd>{pair[1]}</dd>" in written and "older" not in written
-    with pytest.raises(UsageError, match="--max-memory 1000000 is too little"):
+    with pytest.raises(UsageError, match=r"--max-memory 1\.0 MB is too little"):
         verify(*pair, max_memory="1MB", report=str(page))
     with pytest.raises(UsageError, match="'much' is not a size"):
         verify(*pair, max_memory="much")
@@ -513,6 +513,6 @@ def test_too_little_memory_is_refused_with_the_least(
 ) -> None:
     code, _, err = command(capsys, *pair, "--max-memory", "9MB")
     least = re.search(r"Give at least (\d+MB)", err)
-    assert code == 2 and "--max-memory 9000000 is too little" in err and least is not None
+    assert code == 2 and "--max-memory 9.0 MB is too little" in err and least is not None
     more = str(int(least[1].removesuffix("MB")) + 100) + "MB"  # this process may have grown since
     assert command(capsys, *pair, "--max-memory", more)[0] == 0
