@@ -4,6 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 from dsv4.convert.checkpoint.editions.table import require_known_edition
+from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
 from dsv4.convert.hub.storage import HubStorage, open_storage
@@ -40,7 +41,9 @@ def open_job(
     scratch = f"{SCRATCH_NAME}-{work.tag}" if isinstance(work, Part) else SCRATCH_NAME
     storage = open_storage(source, revision, output / scratch, hub)
     try:
-        checkpoint = Checkpoint.open(storage, hub.headers)
+        # Rank files are read from folders only: on a hub every shard would need all of them at once.
+        opened = Checkpoint.open if isinstance(storage, HubStorage) else open_checkpoint
+        checkpoint = opened(storage, hub.headers)
         if not any_model:
             require_known_edition(checkpoint.config)
         plan = make_plan(checkpoint, settings)

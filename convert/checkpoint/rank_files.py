@@ -11,6 +11,7 @@ from dsv4.progress import Reached, ignore
 
 from .config import Config
 from .editions.spellings import missing_engine_keys
+from .forms.rank_files import RANK_FILES
 from .index import ignored_files
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import SLICED_COLUMNS, SLICED_ROWS
@@ -92,8 +93,9 @@ def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progr
     check_engine_config(config, storage.label)
     storage.choose_shards(names)
     shards, found = read_files(storage, names, sizes, progress)
-    tensors = assemble(list(found.values()), storage.label)
-    return Checkpoint(storage, config, sizes, shards, tensors, ignored_files(names, sizes))
+    stored = assemble(list(found.values()), storage.label)
+    tensors = {info.name: info for info in RANK_FILES.tensors(stored)}
+    return Checkpoint(storage, config, sizes, shards, tensors, ignored_files(names, sizes), RANK_FILES)
 
 
 def open_checkpoint(source: Path | str | Storage, progress: Reached = ignore) -> Checkpoint:

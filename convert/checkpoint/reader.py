@@ -81,7 +81,7 @@ def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, str] | Non
     refuse_other_weights(storage, sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
-        "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run` and `dsv4 doctor`."
+        "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run`, `doctor` and `convert`, in a folder."
         if any(map(rank_file, sizes))
         else "Name the folder of a complete checkpoint.",
     )

@@ -130,7 +130,9 @@ def missing_engine_keys(config: Config) -> list[str]:
 
 def _from_engine_config(config: Config) -> dict[str, Any]:
     view: dict[str, Any] = {**ENGINE_CONSTANTS, "rope_scaling": {"type": "yarn"}, "quantization_config": {}}
-    view |= {key: config[key] for key in ("expert_dtype",) if key in config}
+    view |= {key: value for key, value in config.items() if key == "expert_dtype" or key.startswith("vision_")}
+    if "norm_eps" in config:  # of the vision edition
+        view["rms_norm_eps"] = config["norm_eps"]
     for key, path in INFERENCE_KEYS:
         if key in config:
             outer, _, inner = path.rpartition(".")
