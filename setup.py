@@ -22,7 +22,8 @@ COMPILED = runpy.run_path(str(PACKAGE / "quant" / "compiled.py"))
 KERNELS = PACKAGE / "model" / "kernels" / "c"
 CASTS = PACKAGE / "quant" / "c"
 # Once for all forms, with no instruction that some processor lacks.
-COMMON = [CASTS / "fp4_to_fp8.c", CASTS / "from_bf16.c", KERNELS / "threads.c", KERNELS / "processor.c"]
+COMMON = [CASTS / f"{name}.c" for name in ("fp4_to_fp8", "from_bf16", "mxfp4_blocks")]
+COMMON += [KERNELS / "threads.c", KERNELS / "processor.c"]
 PER_FORM = [KERNELS / f"{name}.c" for name in ("linear", "attention", "index", "small", "experts")]
 # -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
 # than the machine's registers are passed between inlined functions only, so by no ABI.

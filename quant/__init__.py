@@ -10,7 +10,8 @@
 Codes and E8M0 scales are uint8 tensors of any rank >= 2 on any torch device; the last two dimensions are [out, in].
 Modules, bottom-up: blocks (which elements share a scale; without torch), e2m1, e4m3, e8m0 (one format each),
 block_scales (codes and scales to values and back), fp4_to_fp8 (and its compiled form), fp8_to_fp4, to_bf16, from_bf16
-(one conversion each, with an account of what is exact), activation (the simulated quantizations of the model).
+(one conversion each, with an account of what is exact), activation (the simulated quantizations of the model); gguf/
+has the order of bytes in GGUF files.
 """
 
 from importlib import import_module

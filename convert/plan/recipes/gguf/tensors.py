@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.checkpoint.forms.gguf.container import data_bytes
-from dsv4.convert.checkpoint.forms.gguf.values import to_blocks
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes import bf16
@@ -22,6 +21,7 @@ from dsv4.convert.plan.recipes.rows import check_scale, read_rows
 from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import GROUP_SIZE
+from dsv4.quant.gguf.mxfp4_blocks import CODE_BYTES, to_blocks
 
 
 class Stacked(Recipe):
@@ -39,14 +39,14 @@ class Stacked(Recipe):
         """Blocks of some experts. Raises InputError for a scale that is NaN, which MXFP4 does not have."""
         reads = piece.tensor.reads
         parts = [_blocks(checkpoint, reads[2 * e], reads[2 * e + 1]) for e in range(piece.start, piece.stop)]
-        return PieceResult(np.concatenate(parts), counts=Counts())
+        return PieceResult(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _blocks(checkpoint: Checkpoint, codes: TensorInfo, scale: TensorInfo) -> Array:
     raw = read_rows(checkpoint, scale, 0, scale.shape[0])
     check_scale(raw, scale)
     packed = read_rows(checkpoint, codes, 0, codes.shape[0])
-    return to_blocks(packed.reshape(-1, GROUP_SIZE // 2), raw.reshape(-1))
+    return to_blocks(packed.reshape(-1, CODE_BYTES), raw.reshape(-1))
 
 
 class Projections(Recipe):
