@@ -3,44 +3,38 @@
     python .ci/shared_drafts.py FOLDER
 
 logits.exact.npz       main hidden states, drafts and confidences of whole runs, judged by the program beside them
-logits.simulated.npz   drafts with simulation, from the recorded hidden states
+logits.simulated.npz   drafts with simulation, from the recorded hidden states; whole runs, by the same program
 agreeable.json         how many tokens of which draft are accepted, and the main passes of an answer
 
-The recorded simulated drafts come from a CPU. There torch's rsqrt for bfloat16 also rounds the square root, for those
-elements of a call that fill no vector of 32. dsv4 rounds once, as a GPU does; this check computes the norm of the query
-heads as the recording did, draft by draft.
+The recorded simulated drafts are judged with the arithmetic of their recording: see recorded_arithmetic.py.
 """
 
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from recorded_arithmetic import RECORDED
 
 from dsv4.model import load, loading
 from dsv4.model.drafting.dspark import Drafts
-from dsv4.model.evaluate.logits import teacher_forced
+from dsv4.model.evaluate.logits import named_tensors, teacher_forced
 from dsv4.model.generate import Limits, generate
-from dsv4.model.kernels.deterministic import tree_sum
-from dsv4.model.kernels.table import select_kernels
 from dsv4.model.sampling import Sampling
 from dsv4.model.transformer import Transformer
 
 CHECKPOINTS = ("tiny-dspark", "tiny-v41")
 SAME = 1e-5  # relative difference of logits from equal vectors: float32 sums in another order
-SMALLEST_SHARE = 0.5  # of simulated drafts that are the same; the others were rounded another way somewhere
+# Rows of simulated drafts, of 80, that are not the recorded ones: in one of V4.1 a value was rounded another way, and
+# no order of any sum that was tried gives it (it differs by 0.7 %; rows after it in the draft are the recorded ones).
+OTHER_ROWS = {"tiny-dspark": 0, "tiny-v41": 1}
 GREEDY = Sampling(temperature=0)
-
-
-def recorded_head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
-    """`head_norm` of one draft after the other, with torch's rsqrt."""
-    mean = (tree_sum((q * q).to(torch.float32)) / q.shape[-1]).to(q.dtype)
-    return q * torch.cat([torch.rsqrt(part.contiguous() + eps) for part in mean.split(5)]).unsqueeze(-1)
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -57,22 +51,46 @@ def drafts_from(model: Transformer, hidden: torch.Tensor, anchors: list[int]) ->
     return Drafts(*(torch.cat(each) for each in zip(*(drafts for _, drafts in parts), strict=True)))
 
 
-def check_simulated(checkpoint: Path) -> None:
+def load_recorded(checkpoint: Path) -> Transformer:
+    """The model with the arithmetic of the recording."""
+    with mock.patch.object(loading, "select_kernels", lambda device: RECORDED):
+        return load(checkpoint)
+
+
+def check_simulated(model: Transformer, checkpoint: Path) -> None:
+    """Drafts from the recorded hidden states are the recorded ones, tokens, logits and confidences."""
     golden = np.load(checkpoint / "expected" / "logits.simulated.npz")
-    recorded = replace(select_kernels(torch.device("cpu")), head_norm=recorded_head_norm)
-    loading.select_kernels = lambda device: recorded  # type: ignore[assignment]
-    model = load(checkpoint)
-    loading.select_kernels = select_kernels
     for case in (name.removesuffix(".main_hidden") for name in golden.files if name.endswith(".main_hidden")):
-        hidden = torch.from_numpy(golden[f"{case}.main_hidden"]).to(torch.bfloat16)
-        first, wanted = int(case[1:]) - 1, golden[f"{case}.draft_logits"]
-        anchors = golden[f"{case}.tokens"][1 : len(hidden) + 1].tolist()
-        found = drafts_from(model, hidden[: len(anchors)], anchors).logits[first:].numpy()
-        count = min(len(found), len(wanted))
-        difference = relative(found[:count, 0], wanted[:count, 0])
-        same = (difference < SAME).mean()
-        print(f"{checkpoint.name} {case}: {same:.0%} of {count} simulated drafts are the recorded ones", flush=True)
-        assert same >= SMALLEST_SHARE, difference
+        first, tokens = int(case[1:]) - 1, golden[f"{case}.draft_tokens"][:, 1:]
+        hidden = torch.from_numpy(golden[f"{case}.main_hidden"][: first + len(tokens)]).to(torch.bfloat16)
+        found = drafts_from(model, hidden, golden[f"{case}.tokens"][1 : len(hidden) + 1].tolist())
+        difference = relative(found.logits[first:].numpy(), golden[f"{case}.draft_logits"])
+        confidence = np.abs(found.confidence[first:].numpy() - golden[f"{case}.draft_confidence"])
+        assert (found.tokens[first:].numpy() == tokens).all(), case
+        other = int(((difference > SAME) | (confidence > SAME)).sum())
+        assert other <= OTHER_ROWS[checkpoint.name], (difference, confidence)
+        print(
+            f"{checkpoint.name} {case}: {difference.size - other} of {difference.size} rows of simulated drafts from "
+            "recorded hidden states are the recorded ones; all tokens are",
+            flush=True,
+        )
+
+
+def check_simulated_run(shared: Path, model: Transformer, checkpoint: Path) -> None:
+    """Whole runs in this process, judged by the program beside the recorded ones."""
+
+    expected = checkpoint / "expected"
+    recorded = np.load(expected / "logits.simulated.npz").files
+
+    def run(folder: str, tokens: np.ndarray, prefill: int, *_: object) -> dict[str, np.ndarray]:
+        draft = f"n{prefill}.draft_logits" in recorded
+        evaluation = teacher_forced(model, tokens.tolist(), prefill, draft)
+        return {name: tensor.numpy() for name, tensor in named_tensors(evaluation).items()}
+
+    judge = runpy.run_path(str(shared / "check_v41.py"))["main"]
+    arguments = [str(checkpoint), str(expected / "logits.simulated.npz"), "--noise", str(expected / "noise.json")]
+    with mock.patch.dict(judge.__globals__, run=run), mock.patch.object(sys, "argv", ["check_v41.py", *arguments]):
+        assert judge() == 0
 
 
 def check_exact(shared: Path, checkpoint: Path) -> None:
@@ -123,8 +141,11 @@ def check_agreeable(shared: Path, name: str) -> None:
 
 def main() -> None:
     shared = Path(sys.argv[1])
+    torch.set_num_threads(1)  # for the many small products of the recorded arithmetic
     for name in CHECKPOINTS:
-        check_simulated(shared / name)
+        recorded = load_recorded(shared / name)
+        check_simulated(recorded, shared / name)
+        check_simulated_run(shared, recorded, shared / name)
         check_agreeable(shared, name)
         check_exact(shared, shared / name)
 

@@ -12,6 +12,7 @@ a call of s tokens keeps min(s, MAX_UNDO) keys more than the next token attends 
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,6 +62,12 @@ class CompressorState:
         self.raw = torch.empty(0, 2, width, dtype=torch.float32, device=device)  # [tokens, (kv, g), width]
         self.raw_start = 0
         self.entries = GrowingRows(head_dim, dtype, device)
+
+    def branch(self) -> "CompressorState":
+        """A copy to go on from; see Cache.branch."""
+        copied = copy(self)
+        copied.entries = copy(self.entries)
+        return copied
 
     def trim(self, length: int) -> None:
         """Drop the raw tokens that no block from `length` on needs."""
@@ -123,6 +130,14 @@ class LayerCache:
         """What the layer has beside its window."""
         return [state for state in (self.compressor, self.indexer, self.history) if state is not None]
 
+    def branch(self) -> "LayerCache":
+        """A copy to go on from; see Cache.branch."""
+        copied = copy(self)
+        copied.compressor = self.compressor and self.compressor.branch()
+        copied.indexer = self.indexer and self.indexer.branch()
+        copied.history = copy(self.history)
+        return copied
+
     def trim(self, length: int, window: int) -> None:
         """Drop the entries that no token from position `length` on needs."""
         first = max(0, length - window + 1)
@@ -177,6 +192,14 @@ class Cache:
         sequence.floor = sequence.length - min(count, MAX_UNDO)
         for layer in sequence.layers:
             layer.trim(sequence.floor, self.config.sliding_window)
+
+    def branch(self) -> "Cache":
+        """The same sequences, to go on from on trial: what is appended to the branch does not change this cache.
+
+        Keys are shared, not copied. Use the branch before more is appended to this cache, and then drop it.
+        """
+        rows = [replace(sequence, layers=[layer.branch() for layer in sequence.layers]) for sequence in self.sequences]
+        return replace(self, sequences=rows)
 
     def truncate(self, row: int, length: int) -> None:
         """Shorten a sequence to `length` tokens. Raises UsageError beyond the last MAX_UNDO of the latest call."""

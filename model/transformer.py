@@ -1,4 +1,4 @@
-"""The whole model: embedding, the stack of its architecture, head, and the MTP block that drafts one token further.
+"""The whole model: embedding, the stack of its architecture, head, and the MTP block that drafts.
 
 `Transformer.forward` takes the tokens of a batch of sequences, of unequal length if need be, and appends them to a
 cache. Inside, the tokens of all sequences are one flat list without padding, and a token's numbers depend only on its
@@ -63,7 +63,7 @@ class Transformer:
             return DSparkDrafter(self.dspark, batch_size, MAX_UNDO)
         if not self.has_mtp:
             raise UsageError(NO_DRAFTS, "Run without --draft.")
-        return MtpDrafter(self, batch_size)
+        return MtpDrafter(self, batch_size, MAX_UNDO)
 
     def new_cache(self, batch_size: int) -> Cache:
         """An empty cache for the main stack."""
@@ -110,7 +110,7 @@ class Transformer:
         return self.store.embedding(ids).to(self.numerics.dtype)
 
     @torch.inference_mode()
-    def mtp_logits(
+    def mtp_forward(
         self,
         hidden: torch.Tensor,
         next_token_ids: torch.Tensor,
@@ -119,11 +119,12 @@ class Transformer:
         lengths: list[int] | None = None,
         rows: Rows = "all",
         trace: Trace | None = None,
-    ) -> torch.Tensor | None:
-        """Logits of the token after the next one, float32 [B, S, V] (or [B, 1, V], or None, as `rows` asks).
+    ) -> Output:
+        """Append positions to the sequences of an MTP cache and compute the token after the next one of each.
 
         hidden [B, S, n, D] from `forward`; next_token_ids int64 [B, S]: the token that follows each position.
-        Raises UsageError if the checkpoint has no MTP block of the kind that Flash and Pro have.
+        Returns logits, and the block's own streams where logits are asked for: [B, S, n, D], [B, 1, n, D], or
+        [B, 0, n, D]. Raises UsageError if the checkpoint has no MTP block of the kind that Flash and Pro have.
         """
         if not self.has_mtp:
             raise UsageError("this checkpoint has no MTP block that can draft tokens", "Run without --draft.")
@@ -131,14 +132,29 @@ class Transformer:
         self._reserve(mtp_cache, counts)
         token_ids = next_token_ids.to(self.device)
         logits, block = self._new_logits(token_ids, rows), self.stack.mtp[0]
+        own = self._new_hidden(token_ids[:, : 0 if logits is None else logits.shape[1]])
         for starts, parts in _pieces(counts):
             call = Call(mtp_cache, starts, parts, self.device, trace)
             ids = token_ids[call.sequence, call.column]
             h = block(hidden[call.sequence, call.column], self._embed(ids), ids, call)
             call.finish()
             if logits is not None:
+                tokens, *places = _asked(call, counts, rows)
+                own[tuple(places)] = h[tokens]
                 _add_logits(logits, block.head, h, call, counts, rows, "mtp.0.logits")
-        return logits
+        return Output(logits, own)
+
+    def mtp_logits(
+        self,
+        hidden: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        mtp_cache: Cache,
+        *,
+        rows: Rows = "all",
+        trace: Trace | None = None,
+    ) -> torch.Tensor | None:
+        """The logits of `mtp_forward`."""
+        return self.mtp_forward(hidden, next_token_ids, mtp_cache, rows=rows, trace=trace).logits
 
     def _new_hidden(self, ids: torch.Tensor) -> torch.Tensor:
         shape = (*ids.shape, *self.stack.hidden_shape)
@@ -183,6 +199,15 @@ def _pieces(counts: list[int]) -> list[tuple[list[int], list[int]]]:
     return [([s] * len(counts), [min(max(n - s, 0), TOKENS_PER_PIECE) for n in counts]) for s in starts]
 
 
+def _asked(call: Call, counts: list[int], rows: Rows) -> tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]:
+    """The tokens of a piece whose results are asked for: their places in it, and rows and columns of the results."""
+    if rows == "all":
+        return slice(None), call.sequence, call.column
+    lengths = torch.tensor(counts, device=call.column.device)
+    last = (call.column == lengths[call.sequence] - 1).nonzero().squeeze(-1)
+    return last, call.sequence[last], torch.zeros_like(last)
+
+
 def _add_logits(
     logits: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
@@ -193,14 +218,8 @@ def _add_logits(
     name: str = "logits",
 ) -> None:
     """Compute the logits of a piece's tokens, all or each sequence's last, into their places in `logits`."""
-    if rows == "all":
-        computed = head(h)
-        logits[call.sequence, call.column] = computed
-        call.trace(name, computed)
-        return
-    lengths = torch.tensor(counts, device=h.device)
-    last = (call.column == lengths[call.sequence] - 1).nonzero().squeeze(-1)
-    if len(last):
-        computed = head(h[last])
-        logits[call.sequence[last], 0] = computed
+    tokens, row, column = _asked(call, counts, rows)
+    if len(row):
+        computed = head(h[tokens])
+        logits[row, column] = computed
         call.trace(name, computed)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from dsv4.model.drafting.drafter import Continuation
-from dsv4.model.drafting.mtp import MtpDrafter
+from dsv4.model.drafting.mtp import WIDTH, MtpDrafter
 from dsv4.model.reading.meter import ReadStatistics
 from dsv4.model.transformer import Output
 
@@ -24,6 +24,9 @@ class FakeCache:
     @property
     def lengths(self) -> list[int]:
         return [len(sequence) for sequence in self.sequences]
+
+    def branch(self) -> "FakeCache":
+        return FakeCache([list(sequence) for sequence in self.sequences])
 
     def truncate(self, row: int, length: int) -> None:
         assert len(self.sequences[row]) - FORGET <= length <= len(self.sequences[row])
@@ -66,7 +69,7 @@ class FakeDrafter:
 
 
 class FakeModel:
-    """Next tokens by hash; drafts of `width` tokens, for width 1 by an MTP block, right about two times of three."""
+    """Next tokens by hash; drafts of `width` tokens, up to 3 by an MTP block, right about two times of three."""
 
     def __init__(self, context: int = 100, width: int = 1) -> None:
         self.config = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context, num_hidden_layers=2)
@@ -81,8 +84,8 @@ class FakeModel:
     new_mtp_cache = new_cache
 
     def new_drafter(self, batch_size: int) -> FakeDrafter | MtpDrafter:
-        if self._width == 1:
-            return MtpDrafter(self, batch_size)  # type: ignore[arg-type]
+        if self._width <= WIDTH:
+            return MtpDrafter(self, batch_size, self._width)  # type: ignore[arg-type]
         return FakeDrafter(self._states, self._width, batch_size)
 
     def _hidden(self, tokens: list[int]) -> float:
@@ -110,15 +113,19 @@ class FakeModel:
             trace("logits", logits[0, :1] if rows == "last" else logits[0, : (lengths or [width])[0]])
         return Output(logits[:, :1] if rows == "last" else logits, hidden)
 
-    def mtp_logits(self, hidden, next_token_ids, cache, *, lengths=None, rows="all", trace=None) -> torch.Tensor:
+    def mtp_forward(self, hidden, next_token_ids, cache, *, lengths=None, rows="all", trace=None) -> Output:
+        """The block's own state stands for the tokens up to the next one: a chain that loses one would be found."""
         batch, width = next_token_ids.shape
-        logits = torch.zeros(batch, width, VOCABULARY)
+        logits, own = torch.zeros(batch, width, VOCABULARY), torch.zeros(batch, width, 1, 1)
         for row, (count, sequence) in enumerate(zip(lengths or [width] * batch, cache.sequences, strict=True)):
             for i in range(count):
                 state = self._states[int(hidden[row, i])]
                 assert len(state) == len(sequence) + 1, "the MTP block skipped or repeated a position"
                 sequence.append(int(next_token_ids[row, i]))
+                own[row, i] = self._hidden([*state, sequence[-1]])
                 logits[row, i] = draft_logits_after([*state, sequence[-1]])
-            if rows == "last":
-                logits[row, 0] = logits[row, count - 1]
-        return logits[:, :1] if rows == "last" else logits
+            if rows == "last" and count:
+                logits[row, 0], own[row, 0] = logits[row, count - 1], own[row, count - 1]
+        if rows == "none":
+            return Output(None, own[:, :0])
+        return Output(logits[:, :1], own[:, :1]) if rows == "last" else Output(logits, own)

@@ -1,6 +1,5 @@
 """Generation: against a plain loop without cache, in batches, with drafts, with stops, and drawing as it should."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,13 @@ from tiny import TINY
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import generate as generate_module
+from dsv4.model.cache import MAX_UNDO
+from dsv4.model.drafting.drafter import Continuation
 from dsv4.model.drafting.mtp import MtpDrafter
-from dsv4.model.generate import Limits, generate
+from dsv4.model.generate import Limits, _padded, generate
 from dsv4.model.loading import load
 from dsv4.model.sampling import Sampler, Sampling
-from dsv4.model.transformer import Transformer
+from dsv4.model.transformer import Output, Transformer
 
 GREEDY = Sampling(temperature=0)
 WIDTHS = [0, 1, 3, 5]  # tokens of a draft, 0 for none
@@ -168,35 +169,73 @@ def test_statistics() -> None:
 
 
 class Oracle:
-    """The real engine with an MTP block that is right two times of three."""
+    """The real engine with an MTP block that is right but for every n-th token of the answer."""
 
-    def __init__(self, model: Transformer, answer: list[int], prompt: int) -> None:
-        self._model, self._answer, self._prompt = model, answer, prompt
+    def __init__(self, model: Transformer, answer: list[int], prompt: int, wrong: int) -> None:
+        self._model, self._answer, self._prompt, self._wrong = model, answer, prompt, wrong
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def new_drafter(self, batch_size: int) -> MtpDrafter:
-        return MtpDrafter(self, batch_size)  # type: ignore[arg-type]
+        return MtpDrafter(self, batch_size, MAX_UNDO)  # type: ignore[arg-type]
 
-    def mtp_logits(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> torch.Tensor | None:
-        logits: torch.Tensor | None = self._model.mtp_logits(hidden, ids, cache, **how)
-        if logits is None:
-            return None
-        drafted = cache.lengths[0] + 1 - self._prompt  # the place in the answer of the token that is drafted
-        right = self._answer[min(drafted, len(self._answer) - 1)]
-        logits[0, -1, right if drafted % 3 else (right + 1) % 512] = 1e9
-        return logits
+    def mtp_forward(self, hidden: Any, ids: Any, cache: Any, **how: Any) -> Output:
+        output = self._model.mtp_forward(hidden, ids, cache, **how)
+        if output.logits is not None:
+            drafted = cache.lengths[0] + 1 - self._prompt  # the place in the answer of the token that is drafted
+            right = self._answer[min(drafted, len(self._answer) - 1)]
+            output.logits[0, -1, right if drafted % self._wrong else (right + 1) % 512] = 1e9
+        return output
 
 
-def test_right_and_wrong_drafts_on_the_real_engine(tmp_path: Path) -> None:
-    model = load(make_checkpoint(tmp_path / "small", geometry=TINY))
-    prompt, limits = [(i * 37) % 300 + 3 for i in range(123)], Limits(14)  # past the window, and over blocks of 4
-    plain = tokens_of(model, [prompt], limits, GREEDY)[0]
-    oracle = Oracle(model, plain, len(prompt))
-    answers, statistics, _ = generate(oracle, [prompt], limits, GREEDY, draft=True)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    return load(make_checkpoint(tmp_path_factory.mktemp("generate") / "small", geometry=TINY))
+
+
+LONG = [(i * 37) % 300 + 3 for i in range(123)]  # past the window, and over blocks of 4
+
+
+@pytest.mark.parametrize("wrong", [2, 3, 5])
+def test_right_and_wrong_drafts_on_the_real_engine(small: Transformer, wrong: int) -> None:
+    plain = tokens_of(small, [LONG], Limits(14), GREEDY)[0]
+    answers, statistics, _ = generate(Oracle(small, plain, len(LONG), wrong), [LONG], Limits(14), GREEDY, draft=True)
     assert answers[0].tokens == plain
     assert 0 < statistics.accepted < statistics.drafted
+
+
+def test_an_mtp_block_that_is_right_saves_three_calls_of_four(small: Transformer) -> None:
+    plain = tokens_of(small, [LONG], Limits(14), GREEDY)[0]
+    answers, statistics, _ = generate(Oracle(small, plain, len(LONG), 99), [LONG], Limits(14), GREEDY, draft=True)
+    assert answers[0].tokens == plain
+    assert (statistics.steps, statistics.accepted, statistics.drafted) == (4, 9, 9)  # the last step is of one token
+
+
+def test_an_mtp_block_goes_on_from_itself(small: Transformer) -> None:
+    """Its drafts are those of one pass over the main model's streams, its own streams and its tokens before.
+
+    Two rows, and a second draft after the first one's tokens were rejected: nothing of them is left. The window ends.
+    """
+    prompts = [[*LONG, *range(9, 20)], LONG]
+    output = small.forward(_padded(prompts), small.new_cache(2), lengths=[134, 123])
+    following = [[*prompt[1:], 7] for prompt in prompts]
+    drafter = MtpDrafter(small, 2, MAX_UNDO)
+    for begin, end in ((0, 122), (122, 134)):
+        rows = [row for row, prompt in enumerate(prompts) if begin < len(prompt)]
+        new = [
+            Continuation(row, output.hidden[row, begin:end][: len(following[row]) - begin], following[row][begin:end],
+                         3 - row, lambda logits, ahead: int(logits.argmax()))
+            for row in rows
+        ]  # fmt: skip
+        for row, draft in zip(rows, drafter.draft(new), strict=True):
+            end_of_row = min(end, len(following[row]))
+            streams, tokens = output.hidden[row : row + 1, :end_of_row], list(following[row][:end_of_row])
+            for drafted in draft:
+                made = small.mtp_forward(streams, torch.tensor([tokens]), small.new_mtp_cache(1))
+                assert made.logits is not None and drafted == int(made.logits[0, -1].argmax())
+                streams, tokens = torch.cat((streams, made.hidden[:, -1:]), 1), [*tokens, drafted]
+            assert len(draft) == 3 - row
 
 
 # --- drawing ---

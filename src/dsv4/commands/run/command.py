@@ -119,7 +119,7 @@ class _Run:
     @property
     def _answer_rows(self) -> int:
         """Rows of logits that a step of an answer computes: more than one with drafts."""
-        return self.source.rows_per_position if self.options.draft else 1
+        return self.source.rows_per_step if self.options.draft else 1
 
     def chat(self, tokenizer: "TextTokenizer") -> int:
         """Talk to the user; the exit code."""

@@ -70,6 +70,13 @@ class Source:
             return 1
         return 1 + (1 if self.config.dspark is None else self.config.dspark.block_size)
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of logits that a step with drafts computes: after the last certain token, and after each proposal."""
+        from dsv4.model.drafting.mtp import WIDTH
+
+        return 1 + (WIDTH if self.config.dspark is None else self.config.dspark.block_size)
+
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: `eos_token_id` of config.json, else of generation_config.json."""
         from dsv4.convert.checkpoint.header import strict_json
