@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exact_values import convert, different_values, dsv4, edit_config, edit_tensors, read_json, tensors_of, tree
+from foreign_checkpoints import foreign
 from jobs import job_of
 from ranks import run_ranks
 from raw_safetensors import raw
@@ -163,6 +164,12 @@ def test_columns_that_are_no_groups_are_named(to: str, source: Path, tmp_path: P
         f"{stem}.scale": raw("F8_E8M0", np.full((4, 2), 127, np.uint8)),
     })  # fmt: skip
     assert f"{stem}.weight" in refused(copy, tmp_path / "out", "--to", *form(to))
+
+
+@pytest.mark.parametrize("kind", ["AWQ", "MLX (affine)"])
+def test_what_another_tool_has_quantized_is_no_source(to: str, kind: str, tmp_path: Path) -> None:
+    assert kind in refused(foreign(tmp_path / "source", kind), tmp_path / "out", "--to", *form(to))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class ToGguf(Recipe):
         if not describes_v4(config):
             raise InputError(
                 f"config.json: model_type is {config.get('model_type')}; llama.cpp's {ARCHITECTURE} is DeepSeek-V4",
-                "Other forms take it: --to mxfp4, --to mxfp8.",
+                "Other forms take it: --to mxfp4, mxfp8, mlx or nvfp4.",
             )
         check_config(config)
         main = [w for w in weights if not w.is_draft and not LEFT_OUT.fullmatch(w.name)]
