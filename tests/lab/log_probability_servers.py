@@ -40,7 +40,11 @@ def sglang(tokens: Sequence[int], rows: list[dict[int, float]], body: Any) -> An
 
 def llama(tokens: Sequence[int], rows: list[dict[int, float]], body: Any) -> Any:
     found = [{"id": t, "token": "x", "bytes": [], "logprob": v} for t, v in likeliest(rows[-1], body["n_probs"])]
-    return {"completion_probabilities": [{**found[0], "top_logprobs": found}]}
+    raised = [{**found[0], "id": token, "logprob": rows[-1][token]} for token, _ in body["logit_bias"]]
+    generated = (raised or found)[0]
+    if generated["id"] % 2:  # half a character, which the real server leaves out
+        return {"content": "\ufffd"}
+    return {"completion_probabilities": [{**generated, "top_logprobs": found}]}
 
 
 def openai(tokens: Sequence[int], rows: list[dict[int, float]], body: Any) -> Any:
@@ -96,6 +100,9 @@ class LogProbabilityServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/tokenize" and outer.kind == "llama.cpp" and outer.fault != "no tokenizer":
+                    self._send(200, b'{"tokens": [2]}')
+                    return
                 outer.requests.append((self.path, dict(self.headers), body))
                 self._send(*(outer._scored(body) if self.path == outer._path else (404, b"{}")))
 

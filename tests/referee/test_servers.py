@@ -179,13 +179,25 @@ def test_a_nan_at_one_position() -> None:
         assert asked(server).scores[0].not_a_number == 4
 
 
+def test_llama_cpp_gives_nothing_for_half_a_character() -> None:
+    """The real server leaves out the probabilities of a generated token that is no whole character."""
+    halves = [p for p, row in enumerate(made_up([*TOKENS])) if max(row, key=lambda token: row[token]) % 2]
+    assert halves  # so that the test can fail
+    with LogProbabilityServer("llama.cpp", made_up) as server:
+        assert len(asked(server).scores[0].actual) == len(TOKENS) - 1
+    with LogProbabilityServer("llama.cpp", made_up, "no tokenizer") as server:
+        with pytest.raises(MachineError, match="without 'completion_probabilities'"):
+            asked(server)
+
+
 def test_a_token_that_is_not_listed() -> None:
     wide = lambda tokens: made_up(tokens, 5000)  # noqa: E731
     with LogProbabilityServer("llama.cpp", wide) as server:
         scores = asked(server).scores[0]
     rows = made_up(TOKENS, 5000)
     for value, row, token in zip(scores.actual, rows, TOKENS[1:], strict=True):
-        assert value == (row[token] if sum(other > row[token] for other in row.values()) < 1000 else UNLISTED)
+        listed = sum(other > row[token] for other in row.values()) < 1000 or token == 2  # the one that is written out
+        assert value == (row[token] if listed else UNLISTED)
     assert UNLISTED in scores.actual and TOP == 20
 
 

