@@ -16,6 +16,7 @@ import torch
 from exact_values import edit_config, edit_tensors, merged, read_folder, tensors_of
 from program import as_program
 from raw_safetensors import raw
+from release_headers import FLASH, PRO, make_released
 
 from dsv4 import cli, signals
 from dsv4.convert.checkpoint.reader import Checkpoint
@@ -258,6 +259,16 @@ def test_a_layer_and_an_expert_of_another_kind_are_in_the_sample(deep: Path, tmp
     edit_tensors(copy, {name: raw("U8", tensors[name].array().view("uint8"))})
     cut = cut_of(Checkpoint.open(copy))
     assert (cut.layers, cut.experts) == (5, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("geometry", "most"), [(FLASH, 2 * 10**9), (PRO, 5 * 10**9)])
+def test_a_sample_of_a_release_is_small(geometry: Geometry, most: int, tmp_path: Path) -> None:
+    """Of the layers 3 to 60 some are like layer 3, the others like layer 4."""
+    checkpoint = Checkpoint.open(make_released(tmp_path / "release", geometry))
+    cut = cut_of(checkpoint)
+    assert (cut.layers, cut.experts, cut.tokens) == (5, 8, 1024)
+    assert most / 2 < sample_bytes(checkpoint, cut) < most
 
 
 @pytest.mark.parametrize("keys", [{"model_type": "deepseek_v41"}, {"n_routed_experts": None}])

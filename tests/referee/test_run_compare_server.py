@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from log_probability_servers import KINDS, LogProbabilityServer, Scorer
@@ -58,6 +59,22 @@ def test_an_honest_server_agrees(kind: str, folder: Path, honest: Scorer, capfd:
     with LogProbabilityServer(kind, honest) as server:
         out, err = run(capfd, folder, "--tokens", TOKENS, "--compare", server.address, code=0)
     assert out.startswith("AGREES") and "positions compared" in out and "request(s)" in err
+
+
+@pytest.mark.parametrize(("nats", "code", "words"), [
+    (0.02, 0, "it differs from itself by up to 0.0"),
+    (4.0, 1, "DIFFERS: the server contradicts itself"),
+])  # fmt: skip
+def test_a_noisy_server(nats: float, code: int, words: str, folder: Path, honest: Scorer, capfd: Capture) -> None:
+    """Every request gets other noise; a little is named, and of much nothing can be concluded."""
+    random = np.random.default_rng(1)
+
+    def noisy(tokens: Sequence[int]) -> list[dict[int, float]]:
+        return [{token: value + random.uniform(-nats, nats) for token, value in row.items()} for row in honest(tokens)]
+
+    with LogProbabilityServer("sglang", noisy) as server:
+        out, _ = run(capfd, folder, "--tokens", TOKENS, "--compare", server.address, code=code)
+    assert words in out
 
 
 def test_json_names_both_sides_and_every_position(folder: Path, honest: Scorer, capfd: Capture) -> None:

@@ -131,7 +131,18 @@ def cut(answer: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "openai"])
 def test_a_prompt_that_was_cut(kind: str) -> None:
-    with LogProbabilityServer(kind, made_up, cut) as server, pytest.raises(MachineError, match=r"3 of 7|without"):
+    with LogProbabilityServer(kind, made_up, cut) as server, pytest.raises(MachineError, match="3 of 7"):
+        asked(server)
+
+
+@pytest.mark.parametrize(("kind", "field"), [
+    ("vllm", "logprob"), ("sglang", "input_token_logprobs"), ("llama.cpp", "logprob"), ("openai", "token_logprobs"),
+])  # fmt: skip
+def test_a_field_that_is_missing_is_no_nan(kind: str, field: str) -> None:
+    def renamed(answer: Any) -> Any:
+        return json.loads(json.dumps(answer).replace(f'"{field}":', '"value":'))
+
+    with LogProbabilityServer(kind, made_up, renamed) as server, pytest.raises(MachineError, match="without"):
         asked(server)
 
 

@@ -3,7 +3,7 @@
 Two floors are measured in the same run, per position: the server against itself (the same request twice), and dsv4
 with the release's simulated quantizations against dsv4 in float32. An engine that computes the right model may differ
 from us by about as much. The verdict is DIFFERS if the mean difference exceeds twice the larger floor's mean, or any
-position exceeds three times the largest difference that a floor has anywhere.
+position exceeds three times the largest difference that a floor has anywhere, or the server's floor exceeds twice ours.
 
 The KL divergence is over the tokens that the server lists, with all others as one bucket, so it is a lower bound.
 """
@@ -148,6 +148,16 @@ def _other_tokens(theirs: Sequence[Scores]) -> str:
     return ""
 
 
+def _contradicts_itself(server: Floor, own: Floor) -> str:
+    """Whether the same request twice gives numbers so different that nothing can be compared with them."""
+    if server.mean <= MEAN_FACTOR * own.mean + ROUNDING:
+        return ""
+    return (
+        f"the server contradicts itself: the same request twice differs by a mean of {server.mean:.3g} nats, the "
+        f"release's quantizations by {own.mean:.3g}: unstable kernels, or other requests and a cache change them"
+    )
+
+
 def _mean(values: Sequence[float]) -> float:
     usable = [value for value in values if math.isfinite(value)]
     return fmean(usable) if usable else 0.0
@@ -210,7 +220,7 @@ def judge(
     mean_limit = MEAN_FACTOR * max(server.mean, own.mean) + ROUNDING
     worst_limit = WORST_FACTOR * max(server.worst, own.worst) + ROUNDING
     first_off = _first_off(prompts, worst_limit)
-    broken = _other_tokens(theirs)
+    broken = _other_tokens(theirs) or _contradicts_itself(server, own)
     agrees = not broken and first_off is None and _mean([v for p in prompts for v in p.difference]) <= mean_limit
     cause = "" if agrees else broken or _shifted(ours, theirs, mean_limit) or _chance(ours, theirs, vocabulary)
     if not agrees and not cause:

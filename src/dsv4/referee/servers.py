@@ -65,7 +65,7 @@ def _find_vllm(client: Client) -> Identity | None:
 
 def _token_entries(entries: Any) -> dict[int, float]:
     """`{"17": {"logprob": x, ...}, ...}` -> {17: x}."""
-    return {int(token): number(entry.get("logprob")) for token, entry in entries.items()}
+    return {int(token): number(entry["logprob"]) for token, entry in entries.items()}
 
 
 def _score_vllm(client: Client, identity: Identity, tokens: Sequence[int], progress: Progress) -> Scores:
@@ -83,7 +83,7 @@ def _score_vllm(client: Client, identity: Identity, tokens: Sequence[int], progr
         raise lacks(title, "log-probabilities of the prompt")
     try:
         top = [_token_entries(entry) for entry in complete(entries, len(tokens), title)[1:]]
-    except (AttributeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise lacks(title, "a log-probability by token id at every position of 'prompt_logprobs'") from None
     sent = answer["choices"][0].get("prompt_token_ids")
     other = next((p for p, token in enumerate(tokens[1:]) if token not in top[p]), None)
@@ -188,6 +188,8 @@ def _score_openai(client: Client, identity: Identity, tokens: Sequence[int], pro
     progress(1)
     found = member(answer, title, "choices", 0, "logprobs")
     values = member(found, title, "token_logprobs")
+    if isinstance(values, list) and 1 < len(values) < len(tokens):
+        complete(values, len(tokens), title)
     if not isinstance(values, list) or len(values) < len(tokens):
         raise lacks(title, "log-probabilities of the prompt", "It ignores `echo`: it can score generated tokens only.")
     names = [_token_id(name) for name in (found.get("tokens") or [])[: len(tokens)]]

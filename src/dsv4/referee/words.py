@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .agreement import PERCENTILES, Agreement
+from .agreement import PERCENTILES, ROUNDING, Agreement
 from .scores import Scores
 from .servers import Identity, Server
 
@@ -42,7 +42,11 @@ class Comparison:
 def verdict(result: Agreement, identity: Identity) -> str:
     """The sentence that the comparison ends in."""
     if result.agrees:
-        return f"AGREES: {identity.kind} computes this model; its differences are within the noise measured here"
+        noise = result.server_floor
+        unsteady = f"; it differs from itself by up to {noise.worst:.3g} nats" if noise.worst > ROUNDING else ""
+        return (
+            f"AGREES: {identity.kind} computes this model; its differences are within the noise measured here{unsteady}"
+        )
     cause = f": {result.cause}" if result.cause else ", in no pattern that is known"
     return f"DIFFERS{cause}"
 
