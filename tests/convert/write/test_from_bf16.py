@@ -21,9 +21,12 @@ from exact_values import (
     tensors_of,
     values,
 )
+from jobs import job_of
 from raw_safetensors import Tensors, raw
-from tiny import RAGGED
+from tiny import RAGGED, flipped
 
+from dsv4.convert.plan.recipes.recipe import Piece, Scan
+from dsv4.convert.plan.settings import resolve
 from dsv4.convert.proof.run import verify
 from dsv4.convert.synthetic.checkpoint import EDITIONS, AnyGeometry, V41Geometry, make_checkpoint
 
@@ -115,6 +118,31 @@ def test_folders_of_others(options: tuple[str, ...], bf16: Path, tmp_path: Path)
     assert found["layers.0.attn.compressor.wkv.weight"].dtype == "BF16"
     assert verify(bf16, tmp_path / "out").exit_code == verify(release, tmp_path / "out").exit_code == 0
     assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+def test_verify_finds_one_bit_of_damage(bf16: Path, tmp_path: Path) -> None:
+    convert(bf16, tmp_path / "out", "--to", "fp4")
+    for number, name in enumerate((EXPERT, DENSE)):
+        for part in (name, name.replace("weight", "scale")):
+            found = verify(bf16, flipped(tmp_path / "out", tmp_path / f"damaged{number}{part[-5:]}", part))
+            assert found.exit_code == 1
+            different = {result.name for result in found.results if result.status == "*"}
+            assert different == {name, name.replace("weight", "scale")}, part
+
+
+def test_scales_are_the_same_where_memory_was_too_short_to_keep_them(bf16: Path, tmp_path: Path) -> None:
+    job = job_of(bf16, resolve("fp4"), tmp_path / "out")
+    tensors = [t for shard in job.plan.shards for t in shard.tensors if t.made_by_scan_of]
+    assert len(tensors) > 10
+    by_name = {t.name: t for shard in job.plan.shards for t in shard.tensors}
+    for tensor in tensors:
+        recipe, weight = tensor.recipe, by_name[tensor.made_by_scan_of]
+        scan = recipe.scan(job.checkpoint, Piece(weight, 0, weight.rows))
+        piece = Piece(tensor, 0, tensor.rows)
+        kept = recipe.compute(job.checkpoint, piece, scan)
+        again = recipe.compute(job.checkpoint, piece, Scan(scan.counts))
+        assert np.array_equal(kept.data, again.data) and kept.data.size
+    job.checkpoint.close()
 
 
 def test_rank_files_of_a_bf16_folder(bf16: Path, tmp_path: Path) -> None:
