@@ -5,6 +5,7 @@ wait for the disk: an fsync of this process does nothing there. What must be dur
 """
 
 import os
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -15,6 +16,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("fresh", deadline=None)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but the first cases of a test as slow, where `fast_cases` says how many are in the fast loop."""
+    seen = Counter[str]()
+    for item in items:
+        if mark := item.get_closest_marker("fast_cases"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -71,6 +71,7 @@ IMPORTED = "import sys; from dsv4 import cli; code = cli.run({arguments}); print
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["run", "-h"]])
+@pytest.mark.fast_cases(1)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-c", IMPORTED.format(arguments=arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

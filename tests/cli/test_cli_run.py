@@ -251,6 +251,7 @@ def allow_weights(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 @pytest.mark.parametrize("weights", [None, 900_000, 200_000])
 @pytest.mark.parametrize("how", [(), ("--no-simulation",), ("--prefill", "3")])
+@pytest.mark.fast_cases(2)
 def test_logits_of_every_position(
     capfd: Capture,
     folder: str,
@@ -344,6 +345,7 @@ def test_one_token_is_enough(capfd: Capture, folder: str, other: str, tmp_path: 
     assert set(load_file(tmp_path / "l")) == {"token_ids", "logits"}
 
 
+@pytest.mark.slow
 def test_compare_with_another(capfd: Capture, folder: str, other: str, tmp_path: Path) -> None:
     report = tmp_path / "report <1>.html"
     result = run_json(capfd, folder, "--tokens", "0,5,9", "--compare", other, "--report", str(report), code=1)
@@ -429,6 +431,7 @@ def test_compare_prints_the_same_with_little_memory(
         assert f"{objects[0]['first_module']} differs at position {objects[0]['first_position']}; going on" in err
 
 
+@pytest.mark.slow
 def test_compare_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_path: Path) -> None:
     copy = str(flipped(folder, tmp_path / "copy", "norm.weight"))
     arguments = (folder, "--tokens", "0,5,9", "--compare", copy)
@@ -436,6 +439,7 @@ def test_compare_keeps_to_quiet_and_tolerance(capfd: Capture, folder: str, tmp_p
     assert out.startswith("within tolerance") and not err
 
 
+@pytest.mark.slow
 def test_compare_holds_one_model_at_a_time(capfd: Capture, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Transformer]] = []
 
@@ -467,6 +471,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_the_difference_is_printed_beside_the_bar(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv4.output.SECONDS_UNTIL_A_PASSING_BAR", 0)
     monkeypatch.setattr("sys.stderr", Terminal())

@@ -56,6 +56,7 @@ def good(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("json_mode", [[], ["--json"]], ids=["human", "json"])
+@pytest.mark.fast_cases(1)
 def test_every_command_in_a_folder_with_a_hostile_name(
     json_mode: list[str], good: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

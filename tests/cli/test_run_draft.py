@@ -55,6 +55,7 @@ def test_logits_have_a_draft_from_every_position(folder: Path, tmp_path: Path) -
     assert tensors["draft_logits"].shape == (21, 5, 64) and tensors["draft_confidence"].shape == (21, 5)
 
 
+@pytest.mark.slow
 def test_compare_sees_a_damaged_stage(folder: Path, tmp_path: Path) -> None:
     """The main model's logits are equal; the stage is named, and how far the drafts are apart."""
     other = flipped(folder, tmp_path / "damaged", "mtp.1.attn.wkv.weight")

@@ -251,6 +251,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.fast_cases(1)
 def test_frequencies_follow_the_softmax(temperature: float) -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
     expected = torch.softmax(logits.double() / temperature, -1).numpy()

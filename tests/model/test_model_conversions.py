@@ -51,6 +51,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.fast_cases(3)
 def test_bit_equal(source: tuple[Path, torch.Tensor], conversion: str, tmp_path: Path) -> None:
     folder, expected = source
     convert(folder, tmp_path / "out", **CONVERSIONS[conversion])
@@ -59,6 +60,7 @@ def test_bit_equal(source: tuple[Path, torch.Tensor], conversion: str, tmp_path:
 
 @pytest.mark.parametrize("options", [{"to": "gguf"}, {"to": "nvfp4", "input_scale": 1.0}], ids=["gguf", "nvfp4"])
 @pytest.mark.parametrize("geometry", [SMALL, RAGGED], ids=["small", "ragged"])
+@pytest.mark.fast_cases(1)
 def test_bit_equal_from_forms_of_fp4_experts(geometry: Geometry, options: dict[str, Any], tmp_path: Path) -> None:
     """GGUF has the draft block in a file of its own, NVFP4 two scales for each of FP4's."""
     folder = make_checkpoint(tmp_path / "source", seed=5, geometry=geometry, tokenizer=False)

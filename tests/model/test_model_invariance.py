@@ -48,6 +48,7 @@ SPLITS = [[3, 1, 1, 135], [126, 1, 1, 1, 1, 10], [17, 111, 12], [127, 2, 11], [1
 
 
 @pytest.mark.parametrize("splits", SPLITS, ids=lambda s: "-".join(map(str, s[:6])))
+@pytest.mark.fast_cases(2)
 def test_calls(model: Transformer, whole: torch.Tensor, splits: list[int]) -> None:
     assert torch.equal(in_calls(model, splits), whole)
 

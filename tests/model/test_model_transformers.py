@@ -59,6 +59,7 @@ def pair(
 
 
 @pytest.mark.parametrize("count", [1, 7, 140])
+@pytest.mark.fast_cases(4)
 def test_layers_and_logits_of_a_prefill(pair: Any, count: int) -> None:
     config, oracle, engine = pair
     ids, expected, found = tokens(config, count), {}, {}
@@ -76,6 +77,7 @@ def test_layers_and_logits_of_a_prefill(pair: Any, count: int) -> None:
     close(output.logits, logits)
 
 
+@pytest.mark.fast_cases(1)
 def test_decode(pair: Any) -> None:
     config, oracle, engine = pair
     ids, cache, past = tokens(config, 137), engine.new_cache(1), DynamicCache(config=oracle.config)

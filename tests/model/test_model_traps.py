@@ -270,6 +270,7 @@ def test_without_a_mistake_nothing_is_noticed(folder: Path, expected: torch.Tens
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
+@pytest.mark.fast_cases(6)
 def test_mistake_is_noticed(
     folder: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., None]
 ) -> None:

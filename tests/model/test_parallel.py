@@ -62,6 +62,7 @@ class TestSameBits:
 
     @pytest.mark.parametrize("count", [1, 2, 4])
     @pytest.mark.parametrize("option", ["", "--no-simulation"])
+    @pytest.mark.fast_cases(1)
     def test_of_logits(self, count: int, option: str, folder: Path, expected: dict[str, Path], tmp_path: Path) -> None:
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137", *filter(None, [option])]
         ended = run_ranks(count, tmp_path, "run", folder, *options)
@@ -70,6 +71,7 @@ class TestSameBits:
         assert "wrote" in ended.err[0] and not any(ended.err[1:] + ended.out)
 
     @pytest.mark.parametrize("count", [1, 2, 4])
+    @pytest.mark.slow
     def test_of_rank_files(self, count: int, rank_files: Path, expected: dict[str, Path], tmp_path: Path) -> None:
         """Files of two ranks, run by one, two and four: the bits do not depend on how the files are cut."""
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137"]
@@ -77,12 +79,14 @@ class TestSameBits:
         assert ended.codes == [0] * count, ended.err
         assert same_bits(tmp_path / "out.safetensors", expected[""])
 
+    @pytest.mark.slow
     def test_of_what_little_memory_reads_again(self, folder: Path, expected: dict[str, Path], tmp_path: Path) -> None:
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137"]
         ended = run_ranks(2, tmp_path, "run", folder, *options, weights_bytes=1_500_000)
         assert ended.codes == [0, 0], ended.err
         assert same_bits(tmp_path / "out.safetensors", expected[""])
 
+    @pytest.mark.slow
     def test_of_the_trace(self, folder: Path, tmp_path: Path) -> None:
         options = ["--tokens", "1,2,3,4,5", "--temperature", "0", "--max-new-tokens", "3", "--trace"]
         code, out, _ = dsv4("run", folder, *options, tmp_path / "one.jsonl")
@@ -100,6 +104,7 @@ class TestAnswers:
         assert code == 0 and ended.returncode == 0, ended.stderr
         assert ended.stdout == out and out.count(",") >= 3
 
+    @pytest.mark.slow
     def test_sampled_with_one_seed_for_all(self, folder: Path, tmp_path: Path) -> None:
         """Ranks that drew different tokens would wait for each other's numbers, or compute nonsense."""
         (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")

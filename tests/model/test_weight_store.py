@@ -52,6 +52,7 @@ def smallest(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.1])
+@pytest.mark.fast_cases(1)
 def test_any_limit_gives_the_same_bits(folder: Path, resident: tuple[torch.Tensor, int], share: float) -> None:
     logits, everything = resident
     least = smallest(folder)
@@ -63,6 +64,7 @@ def test_any_limit_gives_the_same_bits(folder: Path, resident: tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.68, 0.72])
+@pytest.mark.fast_cases(1)
 def test_the_limit_holds_at_every_module(
     folder: Path, resident: tuple[torch.Tensor, int], monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:

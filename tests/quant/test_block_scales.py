@@ -153,6 +153,7 @@ def test_dequantize_fp8_with_a_float32_scale_rounds_once() -> None:
 
 @pytest.mark.parametrize(("shape", "block"), RELEASE_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.fast_cases(2)
 def test_dequantize_fp8_ragged_and_batched(shape: tuple[int, ...], block: Block, dtype: torch.dtype) -> None:
     codes = torch.randint(0, 127, shape, dtype=torch.uint8, generator=generator())
     scale = torch.randint(110, 140, scale_shape(shape, block), dtype=torch.uint8, generator=generator(1))

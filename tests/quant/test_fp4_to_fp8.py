@@ -201,6 +201,7 @@ def test_zeros_never_constrain(zero: int, huge: int) -> None:
         ((2, 2, 5, 192), Block(4, 64)),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_odd_shapes(shape: tuple[int, ...], block: Block) -> None:
     codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator())
     group_shape = scale_shape(shape, FP4_BLOCK)
@@ -213,6 +214,7 @@ def test_odd_shapes(shape: tuple[int, ...], block: Block) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+@pytest.mark.fast_cases(4)
 def test_random_blocks(seed: int) -> None:
     shape = (64, 64)
     codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator(seed))

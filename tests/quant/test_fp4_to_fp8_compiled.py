@@ -55,6 +55,7 @@ def test_where_a_compiler_is_there_the_compiled_form_was_tested() -> None:
     assert fp4_to_fp8_compiled.is_compiled() == (shutil.which(named.split()[0]) is not None)
 
 
+@pytest.mark.fast_cases(1)
 def test_every_code_with_every_difference_of_scales(cast_into: fp4_to_fp8.CastInto) -> None:
     packed = e2m1.pack(torch.arange(32, dtype=torch.uint8).remainder(16).expand(1, 32))
     out = torch.empty(1, 32, dtype=torch.uint8)

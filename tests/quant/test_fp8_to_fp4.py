@@ -79,6 +79,7 @@ def test_every_pair_of_codes() -> None:
 
 
 @pytest.mark.parametrize("byte", [0, 1, 2, 5, 9, 10, 60, 127, 200, 244, 247, 248, 250, 252, 253, 254])
+@pytest.mark.fast_cases(4)
 def test_every_code_with_scales_up_to_the_ends(byte: int) -> None:
     codes = torch.tensor(REPRESENTABLE, dtype=torch.uint8)[:, None].repeat(1, 2)
     scale = torch.full((1, 1), byte, dtype=torch.uint8)

@@ -55,6 +55,7 @@ def run(capfd: Capture, *arguments: object, code: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.fast_cases(1)
 def test_an_honest_server_agrees(kind: str, folder: Path, honest: Scorer, capfd: Capture) -> None:
     with LogProbabilityServer(kind, honest) as server:
         out, err = run(capfd, folder, "--tokens", TOKENS, "--compare", server.address, code=0)
@@ -122,6 +123,7 @@ def test_a_shifted_prompt_is_named(folder: Path, honest: Scorer, capfd: Capture)
     assert "1 position(s) earlier: the prompt is shifted" in json.loads(out)["cause"]
 
 
+@pytest.mark.slow
 def test_the_suite(folder: Path, honest: Scorer, capfd: Capture) -> None:
     with LogProbabilityServer("vllm", honest) as server:
         out, _ = run(capfd, folder, "--suite", "--compare", server.address, "--json", code=0)
@@ -162,6 +164,7 @@ def test_a_server_that_is_not_there(folder: Path, capfd: Capture) -> None:
     assert "cannot be reached" in err and "Is the server running" in err
 
 
+@pytest.mark.slow
 def test_logits_of_another_run(folder: Path, other: Path, tmp_path: Path, capfd: Capture) -> None:
     golden = tmp_path / "golden.safetensors"
     run(capfd, folder, "--tokens", TOKENS, "--logits", golden, code=0)

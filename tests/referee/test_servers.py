@@ -90,7 +90,8 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_busy_server_is_asked_again(kind: str) -> None:
+def test_a_busy_server_is_asked_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib3.Retry.sleep", lambda *_: None)
     with LogProbabilityServer(kind, made_up, fault="busy", times=2) as server:
         assert asked(server).scores[0].not_a_number is None
     with LogProbabilityServer(kind, made_up, fault="busy") as server, pytest.raises(MachineError, match=r"503.*busy"):

@@ -31,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, SHARD])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_cases(5)
 def test_what_is_read_is_named(kind: str, name: str, folder: Path) -> None:
     data, words, hint = KINDS[kind]
     (folder / name).write_bytes(data)

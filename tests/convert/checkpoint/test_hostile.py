@@ -72,6 +72,7 @@ def spoil(case: Case, bad: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", STRUCTURE + CONTENT, ids=lambda case: case.name)
+@pytest.mark.fast_cases(50)
 def test_convert_says_what_is_wrong(
     case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_convert_says_what_is_wrong(
     "command",
     [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in COMMANDS if c != "convert"],
 )
+@pytest.mark.fast_cases(40)
 def test_every_command_refuses(
     command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +114,7 @@ def test_every_command_refuses(
 
 @pytest.mark.parametrize("case", LEFT_OUT, ids=lambda case: case.name)
 @pytest.mark.parametrize("command", ["convert", "inspect", "doctor", "run"])
+@pytest.mark.fast_cases(8)
 def test_what_the_index_leaves_out_is_named(
     command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +128,7 @@ def test_what_the_index_leaves_out_is_named(
 
 
 @pytest.mark.parametrize("case", [*CONTENT, SCALE_NAN], ids=lambda case: case.name)
+@pytest.mark.fast_cases(3)
 def test_verify_calls_no_wrong_content_sound(
     case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def drop(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("command", ["convert", "inspect", "run", "doctor"])
 @pytest.mark.parametrize("name", NEEDED)
 @pytest.mark.parametrize("where", ["in no shard", "not in the index"])
+@pytest.mark.fast_cases(12)
 def test_what_the_model_needs_must_be_there(where: str, name: str, command: str, folder: Path, tmp_path: Path) -> None:
     if where == "in no shard":
         drop(folder, name)
@@ -202,6 +203,7 @@ def test_an_edition_that_is_not_written_down(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+@pytest.mark.slow
 def test_on_a_hub_extra_shards_are_not_fetched(folder: Path, source: Path, tmp_path: Path) -> None:
     shard = min(folder.glob("*.safetensors"))
     (folder / "consolidated.safetensors").write_bytes(shard.read_bytes() + bytes(50_000_000))

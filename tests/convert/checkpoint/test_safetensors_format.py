@@ -146,6 +146,7 @@ def test_headers_that_are_nearly_right(tmp_path: Path, case: tuple[dict[str, Any
 
 @FUZZ
 @given(st.dictionaries(names, loose_entry, max_size=3), st.integers(0, 40))
+@pytest.mark.slow
 def test_headers_that_are_mostly_wrong(tmp_path: Path, header: dict[str, Any], length: int) -> None:
     compare(file_of(header, bytes(length)), tmp_path)
 
@@ -155,6 +156,7 @@ GOOD = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.z
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+@pytest.mark.slow
 def test_flipped_bytes(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     content = bytearray(GOOD)
     for position, value in changes:
@@ -164,6 +166,7 @@ def test_flipped_bytes(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
 
 @FUZZ
 @given(st.binary(max_size=200))
+@pytest.mark.slow
 def test_noise(tmp_path: Path, content: bytes) -> None:
     compare(content, tmp_path)
 

@@ -94,6 +94,7 @@ def test_rope_parameters(parameters: Json) -> None:
         ({"num_local_experts": 5}, "n_routed_experts"),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_two_spellings_that_contradict_each_other(keys: Json, names: str, folder: Path) -> None:
     edit_config(folder, **keys)
     checkpoint = Checkpoint.open(folder)
@@ -146,6 +147,7 @@ NEEDED = (
 
 
 @pytest.mark.parametrize("key", NEEDED)
+@pytest.mark.fast_cases(4)
 def test_what_the_edition_needs_and_the_config_lacks(key: str, folder: Path) -> None:
     edit_config(folder, **{key: None})
     checkpoint = Checkpoint.open(folder)

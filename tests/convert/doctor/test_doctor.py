@@ -70,6 +70,7 @@ def failures(diagnosis: Diagnosis) -> set[str]:
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "transformers"])
+@pytest.mark.fast_cases(1)
 def test_what_is_converted_for_an_engine_loads_there(converted: Callable[..., Path], engine: str) -> None:
     assert diagnose(converted("--target", engine), engine, 1).loads
     assert diagnose(converted("--target", "vllm"), engine, 1).loads  # one folder for all three
@@ -158,6 +159,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("options", "engine", "keys", "removed", "rule"), DAMAGE)
+@pytest.mark.fast_cases(8)
 def test_rules(
     release: Path,
     converted: Callable[..., Path],
@@ -294,6 +296,7 @@ def test_no_command_for_ranks_that_cannot_share_it(release: Path, converted: Cal
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_cases(2)
 def test_the_quantization_of_another_tool_is_named(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

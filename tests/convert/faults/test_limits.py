@@ -156,6 +156,7 @@ def anybodys(source: Path) -> Iterator[Path]:
             path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_an_unprivileged_user_may_read_the_source_only(anybodys: Path, whole: dict[str, str]) -> None:
     before = tree(anybodys / "source")
     code, err = finish(start(UNPRIVILEGED, anybodys / "source", anybodys / "open" / "out"))

@@ -105,11 +105,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("hub", ["hf", "ms"])
+@pytest.mark.slow
 def test_a_server_that_ignores_ranges(hub: str, source: Path, tmp_path: Path) -> None:
     """It sends the file from its start, wherever the bytes are that were asked for."""
     client(hub, NO_RANGES, source, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_branch_whose_newest_commit_lists_other_files_keeps_its_name(source: Path, tmp_path: Path) -> None:
     """ModelScope has no call that resolves a branch."""
     other = make_checkpoint(tmp_path / "other", geometry=Geometry(compress_ratios=(0,)), seed=1)

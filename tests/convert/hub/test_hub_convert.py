@@ -168,6 +168,7 @@ def test_dry_run_reads_headers_only(server: HubServer, tmp_path: Path, source: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_server_that_ignores_ranges(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("norange", times=999)
     done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
@@ -175,6 +176,7 @@ def test_server_that_ignores_ranges(server: HubServer, tmp_path: Path, expected:
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_scratch_too_small_is_said_before_anything_is_fetched(server: HubServer, tmp_path: Path) -> None:
     done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out", "--scratch", "1")
     assert done.returncode == 2
@@ -273,6 +275,7 @@ def test_wrong_bytes(server: HubServer, tmp_path: Path, expected: dict[str, byte
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_damaged_header(server: HubServer, tmp_path: Path) -> None:
     server.strike("wrong", SHARDS[0])  # the first answer is the range that the plan is made from
     server.strike("wrong", "model.safetensors.index.json")

@@ -79,6 +79,7 @@ def assert_second_run_completes(server: HubServer, home: Path, source: Path, hub
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.fast_cases(1)
 def test_whole_snapshot_and_nothing_twice(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     first = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out")
     assert first.returncode == 0, first.stderr
@@ -144,6 +145,7 @@ def test_connection_cut(server: HubServer, tmp_path: Path, source: Path, hub: st
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.slow
 def test_too_many_requests_are_waited_for(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     for what in (SHARDS[0], "revision", "files"):
         server.strike("429", what)
@@ -152,6 +154,7 @@ def test_too_many_requests_are_waited_for(server: HubServer, tmp_path: Path, sou
     assert contents(tmp_path / "out") == contents(source)
 
 
+@pytest.mark.slow
 def test_server_error(server: HubServer, tmp_path: Path, source: Path) -> None:
     server.strike("500", SHARDS[2], times=99)
     done = run_dsv4(server, tmp_path, "download", REPOSITORY, "out", "--max-workers", "1")
@@ -163,6 +166,7 @@ def test_server_error(server: HubServer, tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.slow
 def test_wrong_byte_is_fetched_once_more(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     server.strike("wrong", SHARDS[0])
     server.strike("wrong", "README.md")
@@ -188,6 +192,7 @@ def test_bad_file_twice(server: HubServer, tmp_path: Path, source: Path, fault: 
     assert_second_run_completes(server, tmp_path, source)
 
 
+@pytest.mark.slow
 def test_bad_file_twice_leaves_nothing_in_the_cache(server: HubServer, tmp_path: Path, source: Path) -> None:
     server.strike("wrong", SHARDS[0], times=99)
     assert run_dsv4(server, tmp_path, "download", REPOSITORY).returncode == 3
@@ -213,6 +218,7 @@ def test_shard_that_was_broken_before_it_was_uploaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["option", "environment"])
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.fast_cases(1)
 def test_token_does_not_follow_a_redirect(server: HubServer, tmp_path: Path, hub: str, given: str) -> None:
     option = ["--token", "secret-token"] if given == "option" else []
     variable = {"hf": "HF_TOKEN", "ms": "MODELSCOPE_API_TOKEN"}[hub]
@@ -228,6 +234,7 @@ def test_token_does_not_follow_a_redirect(server: HubServer, tmp_path: Path, hub
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.fast_cases(1)
 def test_path_that_leaves_the_folder(server: HubServer, tmp_path: Path, hub: str) -> None:
     server.repositories[REPOSITORY].extra_listed["../evil.txt"] = 5
     done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out")
@@ -254,6 +261,7 @@ def test_revision_that_moves(server: HubServer, tmp_path: Path, source: Path, hu
 
 
 @pytest.mark.parametrize(("hub", "login"), [("hf", "hf auth login"), ("ms", "modelscope login")])
+@pytest.mark.fast_cases(1)
 def test_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: str, login: str) -> None:
     server.repositories[REPOSITORY].gated = True
     done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out")
@@ -266,6 +274,7 @@ def test_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: 
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.fast_cases(1)
 def test_no_such_repository_or_revision(server: HubServer, tmp_path: Path, hub: str) -> None:
     unknown = run_dsv4(server, tmp_path, "download", f"{hub}:acme/Tiny-V3", "out")
     assert unknown.returncode == 3
@@ -315,6 +324,7 @@ def test_interrupted(server: HubServer, tmp_path: Path, source: Path) -> None:
     assert_second_run_completes(server, tmp_path, source)
 
 
+@pytest.mark.slow
 def test_folder_of_another_repository(server: HubServer, tmp_path: Path, source: Path) -> None:
     server.publish("acme/Other-V4", make_repository(tmp_path / "other", seed=9))
     assert run_dsv4(server, tmp_path, "download", REPOSITORY, "out").returncode == 0
@@ -370,6 +380,7 @@ def test_fallback(server: HubServer, tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.slow
 def test_fallback_from_a_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     with HubServer() as other:
         other.publish(REPOSITORY, source)
@@ -425,6 +436,7 @@ def test_fallback_with_other_bytes_is_refused(server: HubServer, tmp_path: Path,
     assert_second_run_completes(server, tmp_path, source)
 
 
+@pytest.mark.slow
 def test_xet_storage_that_fails(server: HubServer, tmp_path: Path, source: Path) -> None:
     """Its transfers run in a binary with errors of its own kinds."""
     server.xet = True
@@ -453,6 +465,7 @@ def test_xet_storage_s_bytes_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("hub", HUBS)
+@pytest.mark.slow
 def test_proxy_and_mirror(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     """Endpoints that no name server knows are reached through the proxy that the environment names."""
     mirror = "http://mirror.test"

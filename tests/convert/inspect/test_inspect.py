@@ -384,6 +384,7 @@ def test_a_rank_file(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("hub", ["hf", "ms"])
+@pytest.mark.slow
 def test_a_checkpoint_on_a_hub(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: str) -> None:
     local = inspect_json(capsys, str(small)), inspect_json(capsys, str(small), "--tensor", EXPERT)
     with HubServer() as server:

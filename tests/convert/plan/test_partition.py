@@ -98,6 +98,7 @@ class TestNames:
 
 class TestParts:
     @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+    @pytest.mark.fast_cases(1)
     def test_in_any_order_then_finish(self, order: tuple[int, ...], source: Path, whole: Path, tmp_path: Path) -> None:
         output, before = tmp_path / "out", set()
         for i in order:
@@ -189,6 +190,7 @@ class TestFinish:
         assert all(name in err for name in missing[:5]) and not (output / "config.json").exists()
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+    @pytest.mark.fast_cases(1)
     def test_names_what_is_damaged(self, damage: str, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         for i in (1, 2):

@@ -77,6 +77,7 @@ def hashed_later(config: dict[str, Any]) -> None:
     (deep("rope_scaling", value={"type": "yarn", "factor": 2}), "rope_scaling"),
     (deep("num_local_experts", value=5), "num_local_experts"),
 ])  # fmt: skip
+@pytest.mark.fast_cases(6)
 def test_a_changed_value_is_found(
     change: Change, key: str, release: Path, saved: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_shard(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(("workers", "more_memory"), [(1, None), (3, None), (None, 40 << 20), (9, 60 << 20)])
+@pytest.mark.fast_cases(1)
 def test_workers_and_memory_change_nothing(
     pair: tuple[Path, Path], workers: int | None, more_memory: int | None
 ) -> None:
@@ -439,6 +440,7 @@ def threads_of(monkeypatch: pytest.MonkeyPatch, least: int, *folders: Path) -> i
 
 
 @pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.fast_cases(1)
 def test_no_more_threads_than_cores_that_may_be_used(
     cores: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

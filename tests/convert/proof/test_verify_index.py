@@ -217,6 +217,7 @@ def as_u8(tensors: Tensors, *dtypes: str) -> Tensors:
 
 
 @pytest.mark.parametrize("dtypes", [("I8",), ("F8_E8M0",), ("I8", "F8_E8M0")])
+@pytest.mark.fast_cases(1)
 def test_codes_and_scales_as_u8(tmp_path: Path, dtypes: tuple[str, ...]) -> None:
     source = make_checkpoint(tmp_path / "source")
     output = Path(shutil.copytree(source, tmp_path / "output"))

@@ -69,6 +69,7 @@ def test_a_copy_is_the_same(source: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+@pytest.mark.fast_cases(2)
 def test_reference_ranks(source: Path, tmp_path: Path, ranks: int, expert_dtype: str, tensors: Tensors) -> None:
     reference_converter.convert(source, tmp_path, ranks, expert_dtype)
     result = verify(source, tmp_path)

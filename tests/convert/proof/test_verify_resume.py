@@ -94,6 +94,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.fast_cases(2)
 def test_the_same_result_and_nothing_compared_twice(
     share: float, inverse: bool, pair: tuple[Path, Path], compared: list[Any], tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_difference_found_before_is_found_after(pair: tuple[Path, Path], tmp_p
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("how", ["in place", "replaced"])
+@pytest.mark.fast_cases(1)
 def test_a_changed_file_is_compared_again(how: str, side: int, pair: tuple[Path, Path], tmp_path: Path) -> None:
     interrupted(pair, tmp_path / "journals", 0.9)
     victim = min(pair[side].glob("*.safetensors"))
@@ -182,6 +184,7 @@ def garbled(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, garbled, lambda data: b"", lambda data: b"\xff{" + data])
+@pytest.mark.fast_cases(1)
 def test_a_damaged_journal_costs_work_only(
     damage: Callable[[bytes], bytes], pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -193,6 +196,7 @@ def test_a_damaged_journal_costs_work_only(
 
 
 @pytest.mark.parametrize("other", ["code", "settings", "pair"])
+@pytest.mark.fast_cases(1)
 def test_another_comparison_has_another_journal(
     other: str, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

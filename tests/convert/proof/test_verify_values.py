@@ -66,6 +66,7 @@ def test_encode_knows_what_e4m3_lacks(mantissa: int, exponent: int) -> None:
 
 @pytest.mark.parametrize("wide", [E4M3, BF16])
 @pytest.mark.parametrize("narrow", [E2M1, E4M3])
+@pytest.mark.fast_cases(1)
 def test_conversion_table_every_entry(narrow: Format, wide: Format) -> None:
     """Entry by entry against a search through all wide codes by rational value."""
     table = conversion_table(narrow, wide)
@@ -233,6 +234,7 @@ def test_any_pair_of_formats(
 
 @pytest.mark.parametrize("exponent", [0, 1, 5, 6, 127, 253, 254])
 @pytest.mark.parametrize("wide", [E4M3, BF16, F32])
+@pytest.mark.fast_cases(4)
 def test_all_codes_at_the_ends_of_e8m0(exponent: int, wide: Format) -> None:
     """Every FP4 code under every legal difference of scales, also where float32 over- or underflows."""
     data = np.arange(256, dtype=np.uint8).reshape(16, 16)

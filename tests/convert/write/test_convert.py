@@ -164,6 +164,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "to", "options", "scale", "wo_a"), CASES, ids=lambda v: str(v).replace("'", ""))
+@pytest.mark.fast_cases(6)
 def test_every_value_stays(
     variant: str, to: str, options: tuple[str, ...], scale: str | None, wo_a: str | None,
     sources: dict[str, Path], tmp_path: Path,
@@ -333,6 +334,7 @@ def test_shards_of_the_default_size_draw_on_two_source_shards(sources: dict[str,
 class TestConfig:
     @pytest.mark.parametrize("target", ENGINES)
     @pytest.mark.parametrize("variant", ["release", "early", "base"])
+    @pytest.mark.fast_cases(4)
     def test_per_target(self, target: str, variant: str, sources: dict[str, Path], tmp_path: Path) -> None:
         convert(sources[variant], tmp_path / "out", "--target", target)
         old, new = read_json(sources[variant] / "config.json"), read_json(tmp_path / "out" / "config.json")

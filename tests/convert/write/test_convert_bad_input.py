@@ -225,12 +225,14 @@ class TestScales:
 
     @pytest.mark.parametrize("options", ALL_WAYS, ids=" ".join)
     @pytest.mark.parametrize("stem", [EXPERT, DENSE, "layers.0.attn.wo_a"])
+    @pytest.mark.fast_cases(6)
     def test_byte_255(self, stem: str, options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
         set_bytes(source, f"{stem}.scale", 255)
         refused(source, tmp_path / "out", f"{stem}.scale", "NaN", "ownload", options=options)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.0, -0.0])
     @pytest.mark.parametrize("options", [(), ("--to", "bf16"), ("--to", "fp4"), ("--scale-dtype", "e8m0")])
+    @pytest.mark.fast_cases(6)
     def test_float32_that_is_no_scale(self, value: float, options: tuple[str, ...], base: Path, tmp_path: Path) -> None:
         scale = tensors_of(base)[f"{EXPERT}.scale"]
         values = scale.array().copy()

@@ -189,6 +189,7 @@ def test_to_bf16_nothing_is_inexact_but_what_leaves_its_range(source: Path, tmp_
 
 
 @pytest.mark.parametrize(("first", "then"), [("error", "keep"), ("error", "round")])
+@pytest.mark.fast_cases(1)
 def test_a_refused_run_goes_on_with_another_policy(source: Path, first: str, then: str, tmp_path: Path) -> None:
     """Shards before the bad one are finished and kept; the result is that of a run with the policy from the start."""
     options = ("--max-shard-size", "100kB")

@@ -62,6 +62,7 @@ class TestSameBytes:
 
     @pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 3000, 100_000])
     @pytest.mark.parametrize(("experts", "to"), [("fp4", "fp8"), ("fp4", "bf16"), ("fp8", "fp4")])
+    @pytest.mark.fast_cases(2)
     def test_any_size_of_pieces(
         self, piece: int, experts: Literal["fp4", "fp8"], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -154,6 +155,7 @@ def visible(folder: Path) -> set[str]:
 
 class TestResume:
     @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.999])
+    @pytest.mark.fast_cases(2)
     def test_interrupted_anywhere(self, share: float, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         total = read_json(whole / "model.safetensors.index.json")["metadata"]["total_size"]
@@ -178,6 +180,7 @@ class TestResume:
         assert len(there) == 3 and [step for step in steps if step][: len(there)] == there
         assert sum(steps) == total
 
+    @pytest.mark.slow
     def test_while_the_last_files_are_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stopped before each of them in turn: index and config come last, so no loader meets half a model."""
         source = make_checkpoint(tmp_path / "source", geometry=replace(TINY, n_routed_experts=2, hidden_size=128))
@@ -280,6 +283,7 @@ class TestResume:
         ],
     )
     @pytest.mark.parametrize("finished", [False, True])
+    @pytest.mark.fast_cases(3)
     def test_other_options_are_refused_by_name(
         self, options: tuple[str, ...], word: str, finished: bool, source: Path, tmp_path: Path
     ) -> None:

@@ -60,12 +60,14 @@ def assert_is_back(source: Path, back: Path, to: str) -> None:
     assert different_values(before, after) == []
 
 
+@pytest.mark.fast_cases(1)
 def test_back_to_the_release(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     convert(whole, tmp_path / "back", "--to", "fp4")
     assert_is_back(source, tmp_path / "back", to)
     assert read_json(tmp_path / "back" / "config.json") == read_json(source / "config.json")
 
 
+@pytest.mark.slow
 def test_ragged_widths(to: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "ragged", seed=6, geometry=RAGGED)
     convert(source, tmp_path / "out", "--to", *form(to))
@@ -84,6 +86,7 @@ def with_a_flipped_bit(folder: Path, copy: Path, place: float) -> Path:
     return copy
 
 
+@pytest.mark.fast_cases(1)
 def test_verify_finds_equal_values_and_then_a_flipped_bit(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     found = verify(source, whole)
     assert found.exit_code == 0 and {problem.severity for problem in found.problems} <= {"note"}
@@ -94,6 +97,7 @@ def test_verify_finds_equal_values_and_then_a_flipped_bit(to: str, source: Path,
         assert damaged.exit_code == 1 and damaged.counts["*"] > 0
 
 
+@pytest.mark.slow
 def test_parts_and_workers_write_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     assert len(list(whole.glob("*-of-*"))) > 2
     for part in ("1/2", "2/2"):
@@ -102,12 +106,14 @@ def test_parts_and_workers_write_the_same_bytes(to: str, source: Path, whole: Pa
     assert tree(tmp_path / "parts") == tree(whole)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_write_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     ended = run_ranks(2, tmp_path, "convert", source, tmp_path / "ranks", "--to", *form(to), *SHARDS)
     assert ended.codes == [0, 0], ended.err
     assert tree(tmp_path / "ranks") == tree(whole)
 
 
+@pytest.mark.fast_cases(1)
 def test_an_interrupted_run_continues_to_the_same_bytes(to: str, source: Path, whole: Path, tmp_path: Path) -> None:
     job = job_of(source, settings(to), tmp_path / "out")
 
@@ -181,6 +187,7 @@ def test_options_that_it_has_no_room_for(to: str, options: tuple[str, ...], sour
     assert code == 2 and f"--to {to}" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.fast_cases(1)
 def test_float32_scales_that_are_no_powers_of_two(to: str, source: Path, tmp_path: Path) -> None:
     """Refused by name; rounded only if that is asked for, and then said, counted and found by verify."""
     copy, name = Path(shutil.copytree(source, tmp_path / "copy")), "layers.1.attn.wq_a.scale"

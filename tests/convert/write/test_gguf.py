@@ -169,6 +169,7 @@ class TestQ8:
             changed += int((gguf.quants.dequantize(blocks, TYPES.Q8_0) != exact).sum())
         assert len(found) > 20 and changed == summary["changed_elements"] > 0
 
+    @pytest.mark.slow
     def test_verify_says_how_far_off_each_kind_is(self, source: Path, rounded: tuple[Path, dict[str, Any]]) -> None:
         before, found = tensors_of(source), verify(source, rounded[0])
         different = [result.name for result in found.results if result.status == "*"]
@@ -299,6 +300,7 @@ class TestDamage:
             ("blk.3.nextn.eh_proj.weight", 1, "mtp.0.e_proj.weight"),
         ],
     )
+    @pytest.mark.fast_cases(2)
     def test_verify_names_the_tensor(self, tensor: str, at: int, named: str, copy: Path, source: Path) -> None:
         path, offset = next(
             (copy / file, tensors[tensor].data_offset) for file, tensors in tensors_by_file(copy).items()
@@ -319,6 +321,7 @@ class TestDamage:
         assert found.exit_code == 1 and [r.name for r in found.results if r.status == "*"] == ["embed.weight"]
 
     @pytest.mark.parametrize("key", ["hash_layer_count", "attention.sliding_window", "expert_weights_scale"])
+    @pytest.mark.fast_cases(1)
     def test_a_key_that_changes_the_model(self, key: str, copy: Path, source: Path) -> None:
         path = copy / "model-00001-of-00003.gguf"
         part = gguf.GGUFReader(path, "r+").fields[f"deepseek4.{key}"]
@@ -365,6 +368,7 @@ class TestHostile:
             assert code in (0, 1, 3), err
 
     @pytest.mark.parametrize("seed", range(30))
+    @pytest.mark.fast_cases(6)
     def test_other_bytes_in_a_header(self, seed: int, small: Path, tmp_path: Path) -> None:
         random = np.random.default_rng(seed)
         copy = Path(shutil.copytree(small, tmp_path / "copy"))

@@ -51,6 +51,7 @@ def without_negative_zero(tensor: Raw) -> Raw:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("to", "expert_dtype"), [("fp8", "fp8"), ("same", "fp4")])
+@pytest.mark.fast_cases(2)
 def test_equals_the_reference_converter(source: Path, ranks: int, to: str, expert_dtype: str, tmp_path: Path) -> None:
     before = tree(source)
     convert(source, tmp_path / "ours", *MP, ranks, "--to", to)

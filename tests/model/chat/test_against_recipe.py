@@ -127,6 +127,7 @@ def as_checkpoint(prompt: str) -> str:
 )
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
+@pytest.mark.fast_cases(1)
 def test_the_service_renders_the_same_prompt(edition: str, level: str | None, data: st.DataObject) -> None:
     messages = data.draw(conversations(edition, level is not None))
     conversation = recipe.Conversation(
@@ -232,6 +233,7 @@ def service_message(edition: str, thinking: bool, completion: str, seed: int) ->
 @pytest.mark.parametrize("edition", list(MODELS))
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), thinking=st.booleans(), seed=st.integers(0, 1000))
+@pytest.mark.fast_cases(1)
 def test_the_service_parses_the_same_message(edition: str, data: st.DataObject, thinking: bool, seed: int) -> None:
     answer = data.draw(answers(True).map(lambda message: {k: v.strip() for k, v in message.items()}))
     if data.draw(st.booleans()):

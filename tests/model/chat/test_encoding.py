@@ -496,6 +496,7 @@ calls = st.lists(st.tuples(names, st.dictionaries(names, json_values, max_size=4
 
 @settings(max_examples=150, deadline=None)
 @given(content=plain_text, reasoning=plain_text, calls=calls, thinking=st.booleans())
+@pytest.mark.slow
 def test_what_is_rendered_is_parsed_back(
     content: str, reasoning: str, calls: list[tuple[str, dict[str, Any]]], thinking: bool
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_draft_is_what_the_formulas_say(exact: Transformer, folder: Path, know
 
 
 @pytest.mark.parametrize("prefill", [1, 7, WINDOW, 33])
+@pytest.mark.slow
 def test_the_split_into_calls_changes_no_bit(model: Transformer, expected: Drafts, prefill: int) -> None:
     assert same_bits(drafts_of(model, prefill), expected)
 
@@ -111,6 +112,7 @@ def test_memory_changes_no_bit(folder: Path, expected: Drafts) -> None:
 
 
 @pytest.mark.parametrize("target", ["fp8", "bf16"])
+@pytest.mark.slow
 def test_conversions_change_no_bit(folder: Path, expected: Drafts, tmp_path: Path, target: str) -> None:
     convert(folder, tmp_path / target, "--to", target)
     assert same_bits(drafts_of(load(tmp_path / target), None), expected)
@@ -143,6 +145,7 @@ def test_the_last_draft_goes_on_from_the_likeliest_token(model: Transformer) -> 
         ({"dspark_block_size": None}, "draft stages are DSpark's .*, config.json has no dspark_block_size"),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_a_config_that_does_not_fit(tmp_path: Path, keys: dict[str, object], message: str) -> None:
     folder = random_drafts(tmp_path / "checkpoint")
     edit_config(folder, **keys)

@@ -33,6 +33,7 @@ def exact(folder: Path) -> Transformer:
 
 
 @pytest.mark.parametrize("known", [1, WINDOW - 1, WINDOW + 1, 38])
+@pytest.mark.fast_cases(1)
 def test_a_draft_is_what_the_formulas_say(exact: Transformer, folder: Path, known: int) -> None:
     hidden = exact.forward(torch.tensor([TOKENS]), exact.new_cache(1)).hidden[0]
     oracle = OracleV41(tensors_of(folder), json.loads((folder / "config.json").read_text()))

@@ -104,6 +104,7 @@ def plain_answers(stubborn: Transformer) -> dict[int, list[int]]:
 # Answers that cross the ends of blocks of 4 and of 128 tokens, and the window of 16, at every remainder.
 @pytest.mark.parametrize("right", range(STAGES.block_size + 1))
 @pytest.mark.parametrize("length", [13, 122])
+@pytest.mark.fast_cases(2)
 def test_a_rejected_draft_leaves_no_trace(
     stubborn: Transformer, plain_answers: dict[int, list[int]], right: int, length: int
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_session_goes_on_with_drafts(agreeable: Transformer) -> None:
     assert (resumed.drafted, resumed.accepted) == (whole.drafted, whole.accepted)
 
 
+@pytest.mark.slow
 def test_batches_change_neither_answers_nor_drafts(agreeable: Transformer) -> None:
     prompts = [prompt(length) for length in LENGTHS]
     together, statistics = answers(agreeable, prompts, 16, GREEDY, draft=True)

@@ -93,6 +93,7 @@ def run_after(
 
 @pytest.mark.parametrize("prefill", [None, 1, 6])
 @pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.fast_cases(2)
 def test_the_second_run_reports_the_first_difference(
     model: Transformer, damaged: Transformer, prefill: int | None, swapped: bool
 ) -> None:

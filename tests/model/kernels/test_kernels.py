@@ -174,6 +174,7 @@ def test_linears_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.fast_cases(1)
 def test_every_code_by_every_way_of_decoding(count: int) -> None:
     """All codes of FP8 (NaN aside) and FP4 at scales 2**-60 to 2**60, against the tables, one code at a time."""
     codes = torch.arange(256, dtype=torch.uint8)
@@ -387,6 +388,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
+@pytest.mark.slow
 def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
     assert cpu.form_name() == {"avx512": "AVX-512", "avx2": "AVX2", "plain": "plain C"}[form]
     assert cpu.is_slow() == (form == "plain")

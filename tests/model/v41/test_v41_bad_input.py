@@ -60,6 +60,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "message"), CONFIGS, ids=[str(v)[:60] for v, _ in CONFIGS])
+@pytest.mark.fast_cases(6)
 def test_config(folder: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(changed(folder, tmp_path / "c", **values))

@@ -54,6 +54,7 @@ SPLITS = [[1] * 9 + [52], [2, 1, 1, 57], [15, 1, 1, 1, 43], [3, 14, 31, 13], [40
 
 
 @pytest.mark.parametrize("splits", SPLITS, ids=lambda s: "-".join(map(str, s[:6])))
+@pytest.mark.fast_cases(1)
 def test_calls(model: Transformer, whole: torch.Tensor, splits: list[int]) -> None:
     assert torch.equal(in_calls(model, splits), whole)
 
@@ -83,6 +84,7 @@ def test_batch_of_unequal_lengths(model: Transformer, whole: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize("length", [2, 17, 40, 41])
+@pytest.mark.fast_cases(1)
 def test_taking_tokens_back(model: Transformer, whole: torch.Tensor, length: int) -> None:
     """A rejected draft: groups, index keys, windows and the classes of tokens are as if it had never been."""
     cache = model.new_cache(1)
@@ -123,6 +125,7 @@ def test_the_estimate_of_the_cache_is_a_bound_that_counts_sources_only(model: Tr
     assert grown < 2 * groups * (g.head_dim + g.index_head_dim) * 2
 
 
+@pytest.mark.slow
 def test_reference_row_gives_the_same_bits(folder: Path, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "select_kernels", lambda device: REFERENCE)
     reference = load(folder)
@@ -175,11 +178,13 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.fast_cases(1)
 def test_stored_forms(folder: Path, whole: torch.Tensor, name: str, tmp_path: Path) -> None:
     convert(folder, tmp_path / "out", **CONVERSIONS[name])
     assert torch.equal(in_calls(load(tmp_path / "out"), [30, 1, 30]), whole)
 
 
+@pytest.mark.slow
 def test_fp8_and_back(folder: Path, whole: torch.Tensor, tmp_path: Path) -> None:
     """The bytes may be others, the values and so the logits are not."""
     convert(folder, tmp_path / "fp8")
@@ -189,6 +194,7 @@ def test_fp8_and_back(folder: Path, whole: torch.Tensor, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("option", ["", "--no-simulation"])
+@pytest.mark.slow
 def test_ranks(folder: Path, option: str, tmp_path: Path) -> None:
     ids = ",".join(map(str, TOKENS[0].tolist()))
     options = ["--tokens", ids, "--prefill", "57", "--logits", "out.safetensors", *filter(None, [option])]
@@ -200,6 +206,7 @@ def test_ranks(folder: Path, option: str, tmp_path: Path) -> None:
     assert torch.equal(one.view(torch.int32), two.view(torch.int32))
 
 
+@pytest.mark.slow
 def test_released_index_keys(folder: Path, model: Transformer, whole: torch.Tensor) -> None:
     """A prefill is the same. A step differs where a group of two is not finished, and the choice matters."""
     released = load(folder, released_index_keys=True)
