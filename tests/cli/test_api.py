@@ -64,6 +64,7 @@ def test_numbers() -> None:
     assert torch.equal(old.view(torch.int32), new.view(torch.int32))
 
 
+@pytest.mark.slow
 def test_the_words_of_the_commands(tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "fp8"
     make_checkpoint(source)

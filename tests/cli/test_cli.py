@@ -241,6 +241,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("command", ["inspect {}", "doctor {} --for vllm", "convert {} out --dry-run", "verify {} {}"])
+@pytest.mark.fast_cases(1)
 def test_headers_are_read_under_a_bar(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +307,7 @@ EMPTY = [
 
 
 @pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+@pytest.mark.fast_cases(3)
 def test_an_empty_name_is_not_the_current_folder(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_tokens_need_no_tokenizer(capfd: Capture, tmp_path: Path) -> None:
     assert "--tokens" in run(capfd, bare, "Hello", code=3)[1]
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts(capfd: Capture, folder: str, tmp_path: Path) -> None:
     alone = [run_json(capfd, folder, text, *FEW)["answers"][0] for text in ("Hello", "The world of the", "a")]
     lines, lists = tmp_path / "lines.txt", tmp_path / "lists.json"
@@ -644,6 +645,7 @@ def test_a_strange_generation_config(capfd: Capture, folder: str, tmp_path: Path
     assert problem in run(capfd, str(copy), "--tokens", "1", code=3)[1]
 
 
+@pytest.mark.slow
 def test_mtp_needs_an_mtp_block(capfd: Capture, tmp_path: Path) -> None:
     geometry = Geometry(**{**vars(TINY), "compress_ratios": (0, 4), "num_nextn_predict_layers": 0})
     bare = str(make_checkpoint(tmp_path / "bare", geometry=geometry))
@@ -679,6 +681,7 @@ def test_what_came_from_the_files_is_reported(
     [("cut", 3, r"model-\S+\.safetensors ends at byte \d+"), ("unreadable", 4, r"model-\S+: Input/output error"),
      ("deleted", 0, "")],
 )  # fmt: skip
+@pytest.mark.fast_cases(1)
 def test_shards_that_go_bad_while_experts_are_read_from_them(
     capfd: Capture, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, code: int, problem: str
 ) -> None:

@@ -107,6 +107,7 @@ def test_an_occupied_output_says_what_made_it(places: dict[str, str], tmp_path: 
 
 
 @pytest.mark.parametrize("choice", ["keep", "round"])
+@pytest.mark.fast_cases(1)
 def test_no_proof_is_offered_where_it_must_fail(choice: str, tmp_path: Path, capfd: Capture) -> None:
     source = make_checkpoint(tmp_path / "c", geometry=TINY, tokenizer=False)
     mix_scales(source)

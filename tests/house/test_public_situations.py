@@ -17,6 +17,7 @@ REPORT = re.compile(r"[\w.-]+/[\w.-]+#\d+")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
+@pytest.mark.fast_cases(7)
 def test_a_row_names_reports_and_a_test(row: list[str]) -> None:
     situation, reports, behaviour, test = (cell.strip(" |") for cell in row)
     assert situation and behaviour

@@ -35,6 +35,7 @@ INLINE = [command for path in PAGES for command in inline_commands(path.read_tex
 
 
 @pytest.mark.parametrize("arguments", [*COMMANDS, *INLINE], ids=" ".join)
+@pytest.mark.fast_cases(16)
 def test_commands_parse(arguments: list[str]) -> None:
     parse(arguments)
 
@@ -121,6 +122,7 @@ def test_every_room_is_in_the_architecture() -> None:
 
 
 @pytest.mark.parametrize("code", blocks(page("docs/python.md"), "python"), ids=["conversion", "numbers"])
+@pytest.mark.fast_cases(1)
 def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "DeepSeek-V4-Flash")
     monkeypatch.chdir(tmp_path)

@@ -1,16 +1,19 @@
 """A random DeepseekV4ForCausalLM of transformers, and the same weights as a checkpoint in the release's format.
 
-The weights are float32, so nothing is quantized and both programs compute the same function.
+The weights are float32, so nothing is quantized and both programs compute the same function. The library takes seconds
+to import: only where it is called.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
 
 BASE: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -86,8 +89,10 @@ RENAMES = (
 )
 
 
-def random_model(config: dict[str, Any], seed: int) -> DeepseekV4ForCausalLM:
+def random_model(config: dict[str, Any], seed: int) -> "DeepseekV4ForCausalLM":
     """The model in float32, eager attention, every parameter and buffer that matters set at random."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
     scaling = config.get("rope_scaling")
     rope = {} if scaling is None else {"rope_parameters": {**scaling, "rope_type": scaling["type"]}}
     plain = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "rope_scaling")}

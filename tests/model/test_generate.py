@@ -67,6 +67,7 @@ def test_long_prompts_are_computed_in_pieces(monkeypatch: pytest.MonkeyPatch, ch
     count=st.integers(1, 10),
     seed=st.integers(0, 5),
 )
+@pytest.mark.slow
 def test_drafts_and_batches_change_nothing(
     prompts: list[list[int]], temperature: float, stop: frozenset[int], count: int, seed: int
 ) -> None:
@@ -260,6 +261,7 @@ def test_frequencies_follow_the_softmax(temperature: float) -> None:
     assert np.abs(found - expected).max() < 0.018
 
 
+@pytest.mark.slow
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
     assert draws(logits, Sampling(1.0, 0.5), 500).nonzero()[0].tolist() == [1]

@@ -88,6 +88,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("config", "message"), CONFIGS, ids=[str(c)[:50] for c, _ in CONFIGS])
+@pytest.mark.fast_cases(7)
 def test_config_that_does_not_fit(tmp_path: Path, parts: Any, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(rewritten(tmp_path, parts, {}, **config))

@@ -51,7 +51,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(1)
 def test_bit_equal(source: tuple[Path, torch.Tensor], conversion: str, tmp_path: Path) -> None:
     folder, expected = source
     convert(folder, tmp_path / "out", **CONVERSIONS[conversion])
@@ -74,6 +74,7 @@ def test_bit_equal_without_simulation(tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "bf16", False), logits(folder, False))
 
 
+@pytest.mark.fast_cases(1)
 def test_one_changed_weight_is_not_bit_equal(source: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     """The comparison above can fail: one bit of one dense weight is enough."""
     import shutil

@@ -5,19 +5,21 @@ few dozen units in the last place, which is what three layers of sums over a few
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle_transformers import BASE, random_model, release_tensors, write_checkpoint
-from transformers import DeepseekV4ForCausalLM
-from transformers.cache_utils import DynamicCache
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer, DeepseekV4HyperHead
 
 from dsv4.model import load
 from dsv4.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from transformers import DeepseekV4ForCausalLM
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer, DeepseekV4HyperHead
+
+pytestmark = pytest.mark.slow  # the library alone takes seconds to import
 TOLERANCE = 1e-5
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -50,7 +52,7 @@ def tokens(config: dict[str, Any], count: int) -> torch.Tensor:
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: name.replace(" ", "-"))
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], DeepseekV4ForCausalLM, Transformer]:
+) -> tuple[dict[str, Any], "DeepseekV4ForCausalLM", Transformer]:
     config = CONFIGS[request.param]
     model = random_model(config, seed=11)
     folder: Path = tmp_path_factory.mktemp("pair") / "checkpoint"
@@ -80,6 +82,8 @@ def test_layers_and_logits_of_a_prefill(pair: Any, count: int) -> None:
 @pytest.mark.fast_cases(1)
 def test_decode(pair: Any) -> None:
     config, oracle, engine = pair
+    from transformers.cache_utils import DynamicCache
+
     ids, cache, past = tokens(config, 137), engine.new_cache(1), DynamicCache(config=oracle.config)
     for start, stop in [(0, 121), *((i, i + 1) for i in range(121, 137))]:
         with torch.no_grad():
@@ -113,8 +117,8 @@ def test_mtp_block(tmp_path: Path) -> None:
 
 
 def _mtp_by_hand(
-    main: DeepseekV4ForCausalLM,
-    lender: DeepseekV4ForCausalLM,
+    main: "DeepseekV4ForCausalLM",
+    lender: "DeepseekV4ForCausalLM",
     extra: dict[str, torch.Tensor],
     h: torch.Tensor,
     ids: torch.Tensor,

@@ -21,6 +21,7 @@ from dsv4.model.weight_store import WeightStore
 
 CONFIG = {**BASE, "swiglu_limit": 0.3}
 TOKENS = torch.randint(0, BASE["vocab_size"], (1, 140), generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.slow  # transformers alone takes seconds to import
 NOTICED = 1e-3  # a hundred times the tolerance
 
 
@@ -270,7 +271,7 @@ def test_without_a_mistake_nothing_is_noticed(folder: Path, expected: torch.Tens
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda function: function.__name__)
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(1)
 def test_mistake_is_noticed(
     folder: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mistake: Callable[..., None]
 ) -> None:

@@ -156,6 +156,7 @@ class TestAnswers:
 
 class TestSlices:
     @pytest.mark.parametrize("count", [2, 4])
+    @pytest.mark.fast_cases(1)
     def test_put_together_they_are_the_whole(self, count: int, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
         _, config, _, weights = loading.check_loadable(checkpoint)
@@ -215,6 +216,7 @@ class TestSlices:
             check_divisible(config, TensorParallelGroup(0, 2))
         assert error.value.hint == "This checkpoint can be run by 1 ranks."
 
+    @pytest.mark.slow
     def test_is_said_by_the_command(self, folder: Path, tmp_path: Path) -> None:
         ended = run_ranks(3, tmp_path, "run", folder, "--tokens", "1")
         assert 2 in ended.codes and "o_groups = 4" in ended.err[ended.codes.index(2)]

@@ -153,7 +153,7 @@ def test_dequantize_fp8_with_a_float32_scale_rounds_once() -> None:
 
 @pytest.mark.parametrize(("shape", "block"), RELEASE_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_dequantize_fp8_ragged_and_batched(shape: tuple[int, ...], block: Block, dtype: torch.dtype) -> None:
     codes = torch.randint(0, 127, shape, dtype=torch.uint8, generator=generator())
     scale = torch.randint(110, 140, scale_shape(shape, block), dtype=torch.uint8, generator=generator(1))
@@ -206,6 +206,7 @@ def quantization_input(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("shape", "block"), [((5, 7), SMALL_BLOCK), ((3, 9, 4), SMALL_BLOCK), ((40, 33), Block(32, 32))]
 )
+@pytest.mark.fast_cases(1)
 def test_quantize_fp8_is_nearest(shape: tuple[int, ...], block: Block) -> None:
     values = quantization_input(shape)
     codes, scale = quantize_fp8(values, block)

@@ -133,6 +133,7 @@ def test_cast_every_pair_of_bytes() -> None:
 
 
 @pytest.mark.parametrize("smallest", [0, 3, 100, 222])
+@pytest.mark.fast_cases(1)
 def test_choice_with_all_codes_and_each_span(smallest: int) -> None:
     spans = torch.arange(31)
     codes = torch.arange(64, dtype=torch.uint8).remainder(16).expand(31, 64)
@@ -147,6 +148,7 @@ def test_choice_at_every_scale_byte() -> None:
 
 
 @pytest.mark.parametrize("span", [0, 1, 5, 6, 14])
+@pytest.mark.fast_cases(1)
 def test_choice_where_the_reference_s_scale_would_be_below_e8m0(span: int) -> None:
     # Each block alone in its tensor: a tensor of easy blocks is decided without looking at the codes.
     codes = torch.arange(64, dtype=torch.uint8).remainder(16).view(1, 64)
@@ -201,7 +203,7 @@ def test_zeros_never_constrain(zero: int, huge: int) -> None:
         ((2, 2, 5, 192), Block(4, 64)),
     ],
 )
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_odd_shapes(shape: tuple[int, ...], block: Block) -> None:
     codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator())
     group_shape = scale_shape(shape, FP4_BLOCK)

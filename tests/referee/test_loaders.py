@@ -175,6 +175,7 @@ def program(tmp_path: Path) -> Callable[[str], Path]:
     ('echo \'{"weights": {"a": 1}, "error": null}\' > $3', "not a probe's answer"),
     ("sleep 1000", "did not finish within 1 s"),
 ])  # fmt: skip
+@pytest.mark.fast_cases(2)
 def test_an_interpreter_that_fails(
     body: str, words: str, program: Callable[[str], Path], release: Path, capfd: Capture
 ) -> None:
@@ -198,6 +199,7 @@ def test_what_cannot_start(arguments: tuple[str, ...], code: int, words: str, re
     assert words in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_package_that_is_missing(release: Path, capfd: Capture) -> None:
     assert cli.run(["doctor", str(release), "--for", "vllm", "--python", sys.executable]) == 4
     assert "has no vLLM: ModuleNotFoundError" in capfd.readouterr().err

@@ -157,7 +157,8 @@ def test_the_suite_is_for_servers(arguments: tuple[str, ...], folder: Path, capf
     assert "--suite belongs to --compare" in run(capfd, folder, *arguments, code=2)[1]
 
 
-def test_a_server_that_is_not_there(folder: Path, capfd: Capture) -> None:
+def test_a_server_that_is_not_there(folder: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib3.Retry.sleep", lambda *_: None)
     with LogProbabilityServer("vllm", lambda tokens: []) as server:
         pass
     _, err = run(capfd, folder, "--tokens", "1,2", "--compare", server.address, "--server", "vllm", code=4)

@@ -55,6 +55,7 @@ def test_a_server_is_recognised_and_its_numbers_are_read(kind: str) -> None:
     assert len(server.requests) == found.requests == expected
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_repeated_in_part_where_each_position_is_a_request() -> None:
     long = [token % 50 for token in range(90)]
     with LogProbabilityServer("llama.cpp", made_up) as server:

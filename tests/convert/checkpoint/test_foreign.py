@@ -11,6 +11,7 @@ from dsv4.convert.checkpoint.foreign import foreign_quantization
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast_cases(2)
 def test_its_config_and_its_tensors_are_each_enough(tmp_path: Path, kind: str) -> None:
     folder = foreign(tmp_path / "foreign", kind)
     config, names = read_json(folder / "config.json"), list(tensors_of(folder))
@@ -25,6 +26,7 @@ def test_its_config_and_its_tensors_are_each_enough(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.fast_cases(1)
 def test_what_dsv4_reads_is_not_foreign(tmp_path: Path, kind: str) -> None:
     folder = VARIANTS[kind](tmp_path / "ours")
     assert foreign_quantization(read_json(folder / "config.json"), tensors_of(folder)) is None

@@ -72,7 +72,7 @@ def spoil(case: Case, bad: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", STRUCTURE + CONTENT, ids=lambda case: case.name)
-@pytest.mark.fast_cases(50)
+@pytest.mark.fast_cases(12)
 def test_convert_says_what_is_wrong(
     case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +114,7 @@ def test_every_command_refuses(
 
 @pytest.mark.parametrize("case", LEFT_OUT, ids=lambda case: case.name)
 @pytest.mark.parametrize("command", ["convert", "inspect", "doctor", "run"])
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(2)
 def test_what_the_index_leaves_out_is_named(
     command: str, case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +128,7 @@ def test_what_the_index_leaves_out_is_named(
 
 
 @pytest.mark.parametrize("case", [*CONTENT, SCALE_NAN], ids=lambda case: case.name)
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(1)
 def test_verify_calls_no_wrong_content_sound(
     case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +142,7 @@ def test_verify_calls_no_wrong_content_sound(
 
 
 @pytest.mark.parametrize("case", [*CONTENT, SCALE_NAN], ids=lambda case: case.name)
+@pytest.mark.fast_cases(4)
 def test_run_computes_nothing_from_wrong_content(
     case: Case, good: Path, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ NEWER = {
 
 
 @pytest.mark.parametrize("names", NEWER.values(), ids=NEWER)
+@pytest.mark.fast_cases(1)
 def test_an_overlay_is_what_counts(names: list[str], folder: Path, tmp_path: Path) -> None:
     old = tensors_of(folder)
     new = {n: negated(old[n]) if n.endswith(".weight") else old[n] for n in names}
@@ -115,6 +116,7 @@ HARMLESS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("command", ["convert", "inspect", "run", "doctor"])
 @pytest.mark.parametrize("kind", HARMLESS)
+@pytest.mark.fast_cases(2)
 def test_every_command_reads_it_and_says_so_in_a_line(kind: str, command: str, folder: Path, tmp_path: Path) -> None:
     change, words = HARMLESS[kind]
     change(folder)

@@ -37,6 +37,7 @@ def saved_by_transformers(config: Json, folder: Path) -> Json:
 
 
 @pytest.mark.parametrize("dspark", [False, True])
+@pytest.mark.slow
 def test_what_transformers_saves_is_read_as_the_release(dspark: bool, tmp_path: Path) -> None:
     stages = (0, 0, 0) if dspark else (0,)
     config = release_config(Geometry(compress_ratios=(128, 128, 4, 128, 4, *stages), num_nextn_predict_layers=1))
@@ -130,6 +131,7 @@ def logits(folder: Path) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 def test_the_same_model_runs(source: Path, folder: Path, tmp_path: Path) -> None:
     saved = saved_by_transformers(read_json(folder / "config.json"), tmp_path / "t")
     (folder / "config.json").write_text(json.dumps(saved))
@@ -165,6 +167,7 @@ def test_without_compression_nothing_is_scaled() -> None:
     check_config(release_view(config))
 
 
+@pytest.mark.slow
 def test_conversions_keep_the_spelling_of_the_source(folder: Path, tmp_path: Path) -> None:
     saved = saved_by_transformers(read_json(folder / "config.json"), tmp_path / "t")
     (folder / "config.json").write_text(json.dumps(saved, indent=3))
@@ -174,6 +177,7 @@ def test_conversions_keep_the_spelling_of_the_source(folder: Path, tmp_path: Pat
     assert read_json(tmp_path / "fp8" / "config.json")["rope_parameters"] == saved["rope_parameters"]
 
 
+@pytest.mark.slow
 def test_the_reference_engine_gets_its_config_from_either(source: Path, folder: Path, tmp_path: Path) -> None:
     """Made, where the source has no inference/config.json."""
     saved = saved_by_transformers(read_json(folder / "config.json"), tmp_path / "t")

@@ -93,7 +93,7 @@ def as_u8(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("options", [("--to", "fp8"), ("--to", "bf16"), ("--to", "same")], ids=" ".join)
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_convert_writes_the_bytes_of_the_release(
     options: tuple[str, ...], source: Path, as_u8: Path, tmp_path: Path
 ) -> None:

@@ -78,12 +78,14 @@ def test_what_is_converted_for_an_engine_loads_there(converted: Callable[..., Pa
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "transformers"])
+@pytest.mark.fast_cases(1)
 def test_the_release_and_base_load_everywhere(release: Path, tmp_path: Path, engine: str) -> None:
     assert diagnose(release, engine).loads
     assert diagnose(make_checkpoint(tmp_path / "base", geometry=SMALL, experts="fp8"), engine).loads
 
 
 @pytest.mark.parametrize("options", [(), ("--to", "same")])
+@pytest.mark.fast_cases(1)
 def test_rank_files_load_in_the_reference_engine(converted: Callable[..., Path], options: tuple[str, ...]) -> None:
     ranks = converted(*options, "--layout", "mp", "--model-parallel", "2")
     assert diagnose(ranks, "reference", 2).loads
@@ -331,6 +333,7 @@ def run_printed(diagnosis: Diagnosis, release: Path, new: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [("--target", "sglang"), ("--target", "transformers"), BF16_WO_A])
+@pytest.mark.fast_cases(1)
 def test_the_command_it_prints_makes_it_right(
     release: Path, converted: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -357,6 +360,7 @@ def test_the_command_names_a_folder_with_spaces(release: Path, converted: Callab
         ("transformers", (), ""),
     ],
 )  # fmt: skip
+@pytest.mark.fast_cases(1)
 def test_how_to_start_it(
     engine: str,
     options: tuple[str, ...],
@@ -371,6 +375,7 @@ def test_how_to_start_it(
     assert capsys.readouterr().err.splitlines()[-1] == hint
 
 
+@pytest.mark.slow
 def test_the_command_for_rank_files_makes_them(release: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
     for source, ranks in ((converted(), tmp_path / "from-fp8"), (release, tmp_path / "ranks")):
         run_printed(diagnose(source, "reference", 2), release, ranks)
@@ -429,6 +434,7 @@ def test_transformers_computes_the_same_from_every_form(
         assert torch.equal(found, logits), folder.name
 
 
+@pytest.mark.slow
 def test_transformers_does_not_notice_a_missing_scale(
     release: Path, converted: Callable[..., Path], edited: Callable[..., Path], load: Load
 ) -> None:
@@ -445,6 +451,7 @@ def test_transformers_does_not_notice_a_missing_scale(
     assert failures(diagnose(copy, "transformers")) == {"tensors"}
 
 
+@pytest.mark.slow
 def test_transformers_misplaces_the_scales_of_partial_blocks(tmp_path: Path, load: Load) -> None:
     ragged, decoded = make_checkpoint(tmp_path / "ragged", geometry=RAGGED), tmp_path / "decoded"
     assert cli.run(["convert", str(ragged), str(decoded), "--to", "bf16", "-q"]) == 0

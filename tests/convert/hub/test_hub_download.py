@@ -204,6 +204,7 @@ def test_bad_file_twice_leaves_nothing_in_the_cache(server: HubServer, tmp_path:
     assert run_dsv4(server, tmp_path, "download", REPOSITORY).returncode == 0
 
 
+@pytest.mark.slow
 def test_shard_that_was_broken_before_it_was_uploaded(tmp_path: Path) -> None:
     folder = make_repository(tmp_path / "broken")
     (folder / SHARDS[1]).write_bytes(bytes(40_000))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
 from dsv4.convert import verify
 from dsv4.convert.synthetic.checkpoint import AnyGeometry, make_checkpoint
@@ -25,6 +24,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(release: Path) -> dict[str, Any]:
     """config.json as transformers' own `save_pretrained` writes it."""
+    from transformers import AutoConfig  # takes seconds
+
     folder = release.parent / "saved"
     AutoConfig.from_pretrained(release).save_pretrained(folder)
     return dict(json.loads((folder / "config.json").read_text()))
@@ -36,6 +37,7 @@ def with_config(release: Path, folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_transformers_saves_is_the_same_config(release: Path, saved: dict[str, Any], tmp_path: Path) -> None:
     assert "rope_scaling" not in saved and "compress_ratios" not in saved and "rope_parameters" in saved
     other = with_config(release, tmp_path / "other", saved)
@@ -77,7 +79,7 @@ def hashed_later(config: dict[str, Any]) -> None:
     (deep("rope_scaling", value={"type": "yarn", "factor": 2}), "rope_scaling"),
     (deep("num_local_experts", value=5), "num_local_experts"),
 ])  # fmt: skip
-@pytest.mark.fast_cases(6)
+@pytest.mark.slow
 def test_a_changed_value_is_found(
     change: Change, key: str, release: Path, saved: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def without(*path: str) -> Change:
     (deep("rope_scaling", value=None), "rope_scaling"),
     (without("swiglu_limit"), "swiglu_limit"),
 ])  # fmt: skip
+@pytest.mark.fast_cases(2)
 def test_a_key_that_the_model_needs(change: Change, key: str, geometry: AnyGeometry, tmp_path: Path) -> None:
     """Alone it is a problem. Beside a source that lacks it too it is not: both are the same model."""
     folder = make_checkpoint(tmp_path / "folder", geometry=geometry, tokenizer=False)
@@ -125,6 +128,7 @@ def test_a_key_that_the_model_needs(change: Change, key: str, geometry: AnyGeome
     (without("rope_parameters"), ["rope_scaling"]),
     (without("layer_types"), ["compress_ratios"]),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_a_key_that_the_model_needs_in_the_other_spelling(
     change: Change, keys: list[str], release: Path, saved: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_damage_is_found_as_often_as_the_formula_says(
     assert low <= misses <= high
 
 
+@pytest.mark.slow
 def test_every_broken_block_of_the_sample_is_found(source: Path, model: Tensors, tmp_path: Path) -> None:
     output = write_tall(tmp_path / "output", break_blocks(model, 40))
     everything = verify(source, output)
@@ -101,6 +102,7 @@ def test_every_broken_block_of_the_sample_is_found(source: Path, model: Tensors,
 
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.001, 1), seed=st.integers(0, 1 << 40))
+@pytest.mark.slow
 def test_what_is_drawn(source: Path, share: float, seed: int) -> None:
     tensors = compared(source, source)
     pieces, audit = draw(tensors, Sample(share, seed))

@@ -85,6 +85,7 @@ def harmed(pair: tuple[Path, Path], folder: Path) -> tuple[str, Path]:
     return name, folder
 
 
+@pytest.mark.slow
 def test_a_difference_is_shown(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, output = harmed(pair, tmp_path / "harmed")
     code, out, _ = command(capsys, pair[0], output)
@@ -115,6 +116,7 @@ def test_wrong_usage(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
     assert command(capsys, tmp_path)[0] == 3
 
 
+@pytest.mark.slow
 def test_a_sample_says_so(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = command(capsys, *pair, "--sample", "20%", "--json")
     found = json.loads(out)
@@ -127,6 +129,7 @@ def test_a_sample_says_so(pair: tuple[Path, Path], capsys: pytest.CaptureFixture
     assert part["audit"]["of_blocks"] < found["audit"]["of_blocks"]
 
 
+@pytest.mark.slow
 def test_python_takes_what_the_command_takes(pair: tuple[Path, Path]) -> None:
     audits = [verify(*pair, sample=sample).audit for sample in ("20%", 0.2, "0.2")]
     assert audits[0] == audits[1] == audits[2] is not None
@@ -136,6 +139,7 @@ def test_python_takes_what_the_command_takes(pair: tuple[Path, Path]) -> None:
     assert len(repr(verify(*pair))) < 1000  # in a notebook
 
 
+@pytest.mark.slow
 def test_a_shard(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     for number, path in enumerate(sorted(pair[0].glob("*.safetensors")), start=1):
         found = json.loads(command(capsys, pair[1], pair[0], "--shard", str(number), "--json")[1])
@@ -305,6 +309,7 @@ def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsy
     assert "of quantized tensors and hashed files read" in command(capsys, tmp_path / "alone")[2]
 
 
+@pytest.mark.slow
 def test_alone_each_file_is_read_once_on_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte for its file's hash, the codes at the same time; only the scales in front of them twice."""
     make_checkpoint(tmp_path / "source")
@@ -449,6 +454,7 @@ def test_no_more_threads_than_cores_that_may_be_used(
     assert threads_of(monkeypatch, cores, *pair) == cores
 
 
+@pytest.mark.slow
 def test_where_the_system_has_no_affinity(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: 2)

@@ -116,6 +116,7 @@ def test_a_tensor_that_the_index_does_not_list(folders: dict[str, Path], side: s
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("content", ["tensors", "rubbish", "pointer"])
+@pytest.mark.fast_cases(2)
 def test_shards_beside_the_indexed_ones(folders: dict[str, Path], side: str, content: str) -> None:
     extra = folders[side] / "older.safetensors"
     if content == "tensors":

@@ -69,7 +69,7 @@ def test_a_copy_is_the_same(source: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_reference_ranks(source: Path, tmp_path: Path, ranks: int, expert_dtype: str, tensors: Tensors) -> None:
     reference_converter.convert(source, tmp_path, ranks, expert_dtype)
     result = verify(source, tmp_path)
@@ -113,6 +113,7 @@ def test_other_names_and_other_shards(source: Path, tmp_path: Path, tensors: Ten
     assert_identical(verify(source, tmp_path), 0)
 
 
+@pytest.mark.slow
 def test_an_index_that_still_lists_the_dropped_scales(source: Path, tmp_path: Path, tensors: Tensors) -> None:
     """As one published conversion does: wo_a in BF16, its scale gone, the index unchanged."""
     found = fp8_experts(tensors)
@@ -147,6 +148,7 @@ def to_bf16(tensors: Tensors) -> Tensors:
     return found
 
 
+@pytest.mark.slow
 def test_everything_in_bf16(source: Path, tmp_path: Path, tensors: Tensors) -> None:
     write_folder(tmp_path, {"model.safetensors": to_bf16(tensors)})
     side_files(source, tmp_path, expert_dtype=None, quantization_config=None)
@@ -185,6 +187,7 @@ def verify_ranks(source: Path, ranks: tuple[Path, list[Tensors]]) -> Verificatio
 
 
 @pytest.mark.parametrize("name", ["layers.0.attn.wq_a.weight", "layers.0.attn.wq_a.scale", "norm.weight"])
+@pytest.mark.fast_cases(1)
 def test_a_copy_that_one_rank_changed(source: Path, ranks: tuple[Path, list[Tensors]], name: str) -> None:
     second = ranks[1][1]
     second[name] = second[name].like(second[name].array() ^ 1)
@@ -195,6 +198,7 @@ def test_a_copy_that_one_rank_changed(source: Path, ranks: tuple[Path, list[Tens
 
 
 @pytest.mark.parametrize("name", ["layers.0.attn.wo_b.weight", "embed.weight", "layers.0.attn.attn_sink"])
+@pytest.mark.fast_cases(1)
 def test_slices_in_the_wrong_order(source: Path, ranks: tuple[Path, list[Tensors]], name: str) -> None:
     first, second = ranks[1]
     first[name], second[name] = second[name], first[name]

@@ -82,6 +82,7 @@ def test_the_same_result(
         assert without_time(ended.out[0]) == without_time(out) and not any(ended.out[1:])
 
 
+@pytest.mark.slow
 def test_the_same_text_and_page(source: Path, damaged: Path, tmp_path: Path) -> None:
     code, out, _ = dsv4("verify", source, damaged)
     ended = run_ranks(2, tmp_path, "verify", source, damaged, "--report", "page.html")

@@ -170,6 +170,7 @@ def test_where_it_comes_from(pair: tuple[Path, Path], tmp_path: Path, capsys: py
         assert all(len(text) == 64 and text in page.words for text in hashes.values())
 
 
+@pytest.mark.slow
 def test_headers_have_an_identity(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """A tensor with other bytes has the same header; one with another name, dtype or place does not."""
 
@@ -212,6 +213,7 @@ def test_every_problem_is_in_the_banner(pair: tuple[Path, Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize("json_mode", [False, True])
+@pytest.mark.fast_cases(1)
 def test_a_full_disk_costs_no_verdict(
     pair: tuple[Path, Path], json_mode: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

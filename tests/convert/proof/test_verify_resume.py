@@ -94,7 +94,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_the_same_result_and_nothing_compared_twice(
     share: float, inverse: bool, pair: tuple[Path, Path], compared: list[Any], tmp_path: Path
 ) -> None:

@@ -234,7 +234,7 @@ def test_any_pair_of_formats(
 
 @pytest.mark.parametrize("exponent", [0, 1, 5, 6, 127, 253, 254])
 @pytest.mark.parametrize("wide", [E4M3, BF16, F32])
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(1)
 def test_all_codes_at_the_ends_of_e8m0(exponent: int, wide: Format) -> None:
     """Every FP4 code under every legal difference of scales, also where float32 over- or underflows."""
     data = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -275,6 +275,7 @@ def test_the_mark_of_a_gap_is_no_value(wide: Format) -> None:
     check(first, second)
 
 
+@pytest.mark.slow
 def test_rows_of_many_blocks_with_ragged_edges() -> None:
     """Bands of several blocks in both directions; the last ones are cut."""
     random = np.random.default_rng(0)
@@ -317,6 +318,7 @@ def test_rebuild_takes_no_mark_for_a_code() -> None:
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.25, 0.1])
+@pytest.mark.fast_cases(1)
 def test_rebuild_needs_an_exact_quotient(scale: float) -> None:
     """Every FP4 code beside every FP8 code, under a scale by which most FP8 values cannot be divided."""
     codes = np.arange(16, dtype=np.uint8)

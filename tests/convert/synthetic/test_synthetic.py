@@ -251,6 +251,7 @@ def test_experts_of_a_token_are_distinct(plain: Path) -> None:
     assert set(table.ravel().tolist()) == set(range(4))
 
 
+@pytest.mark.slow
 def test_activations_keep_their_size(tmp_path: Path) -> None:
     geometry = Geometry(compress_ratios=(0, 4, 128, 4, 0, 0, 4, 128, 0, 0), n_routed_experts=4)
     model = load(make_checkpoint(tmp_path, geometry=geometry))

@@ -116,6 +116,7 @@ def names(folder: Path, pattern: str) -> list[str]:
 
 
 @pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.fast_cases(1)
 def test_an_interrupt_does_not_wait_until_a_huge_file_is_deleted(
     slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

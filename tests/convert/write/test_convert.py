@@ -228,6 +228,7 @@ def test_block_scales_are_the_references(sources: dict[str, Path], tmp_path: Pat
             assert given and made and (made.array() == reference_bytes(given)).all()
 
 
+@pytest.mark.slow
 def test_an_upcast_checkpoint_goes_back_to_fp4(sources: dict[str, Path], tmp_path: Path) -> None:
     """FP8 -> FP4 of values that came from FP4 by any converter, dsv4 included."""
     stranger = upcast(tmp_path / "upcast", sources["release"])
@@ -249,6 +250,7 @@ def fp4_errors(old: np.ndarray, new: np.ndarray) -> tuple[int, float, float]:
     return int((difference != 0).sum()), float(np.sqrt((difference**2).sum() / (old**2).sum())), float(difference.max())
 
 
+@pytest.mark.slow
 def test_fp8_that_never_was_fp4(sources: dict[str, Path], tmp_path: Path) -> None:
     """Refused, kept or rounded; rounding is nearest, and its error is reported per tensor."""
     source, old = sources["base"], tensors_of(sources["base"])
@@ -273,6 +275,7 @@ def test_fp8_that_never_was_fp4(sources: dict[str, Path], tmp_path: Path) -> Non
     assert manifest["summary"]["changed_elements"] == total
 
 
+@pytest.mark.slow
 def test_float32_scales_that_are_no_powers_of_two(tmp_path: Path) -> None:
     source = odd_scales(tmp_path / "source")
     old = tensors_of(source)
@@ -305,6 +308,7 @@ def check_rounded_once(old: Tensors, new: Tensors, manifest: dict[str, dict[str,
 
 
 @pytest.mark.parametrize("size", ["100kB", "300000", "1MiB"])
+@pytest.mark.fast_cases(1)
 def test_shards_are_no_larger_than_asked(size: str, sources: dict[str, Path], tmp_path: Path) -> None:
     limit = {"100kB": 10**5, "300000": 300000, "1MiB": 2**20}[size]
     output = tmp_path / "out"
@@ -334,7 +338,7 @@ def test_shards_of_the_default_size_draw_on_two_source_shards(sources: dict[str,
 class TestConfig:
     @pytest.mark.parametrize("target", ENGINES)
     @pytest.mark.parametrize("variant", ["release", "early", "base"])
-    @pytest.mark.fast_cases(4)
+    @pytest.mark.fast_cases(1)
     def test_per_target(self, target: str, variant: str, sources: dict[str, Path], tmp_path: Path) -> None:
         convert(sources[variant], tmp_path / "out", "--target", target)
         old, new = read_json(sources[variant] / "config.json"), read_json(tmp_path / "out" / "config.json")

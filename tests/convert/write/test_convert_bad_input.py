@@ -232,7 +232,7 @@ class TestScales:
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.0, -0.0])
     @pytest.mark.parametrize("options", [(), ("--to", "bf16"), ("--to", "fp4"), ("--scale-dtype", "e8m0")])
-    @pytest.mark.fast_cases(6)
+    @pytest.mark.fast_cases(1)
     def test_float32_that_is_no_scale(self, value: float, options: tuple[str, ...], base: Path, tmp_path: Path) -> None:
         scale = tensors_of(base)[f"{EXPERT}.scale"]
         values = scale.array().copy()
@@ -349,6 +349,7 @@ class TestConfig:
 
 
 @pytest.mark.parametrize("to", ["mxfp8", "mxfp4"])
+@pytest.mark.fast_cases(1)
 def test_bf16_experts_in_the_form_of_another_tool(to: str, source: Path, tmp_path: Path) -> None:
     """The release's form lies between: there a block without an exact form is found."""
     convert(source, tmp_path / "bf16", "--to", "bf16")
@@ -458,6 +459,7 @@ class TestPermissions:
 
 class TestFullDisk:
     @pytest.mark.parametrize("shard", [0, 2])
+    @pytest.mark.fast_cases(1)
     def test_known_when_a_shard_is_begun(
         self, shard: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -56,6 +56,7 @@ def copy_of(source: Path, folder: Path) -> Path:
 
 class TestSameBytes:
     @pytest.mark.parametrize("workers", [1, 2, 4])
+    @pytest.mark.fast_cases(1)
     def test_any_number_of_workers(self, workers: int, source: Path, whole: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "out", *SHARDS, "--max-workers", workers)
         assert tree(tmp_path / "out") == tree(whole)
@@ -78,6 +79,7 @@ class TestSameBytes:
         convert(source, tmp_path / "out", *options)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
+    @pytest.mark.slow
     def test_fp4_with_and_without_the_scales_of_the_scan(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The scan hands its group scales on; where there is no room for them, they are computed once more."""
         source = make_checkpoint(tmp_path / "source", geometry=TINY, experts="fp8")
@@ -155,7 +157,7 @@ def visible(folder: Path) -> set[str]:
 
 class TestResume:
     @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.999])
-    @pytest.mark.fast_cases(2)
+    @pytest.mark.fast_cases(1)
     def test_interrupted_anywhere(self, share: float, source: Path, whole: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         total = read_json(whole / "model.safetensors.index.json")["metadata"]["total_size"]
@@ -218,6 +220,7 @@ class TestResume:
         assert run_conversion(job).shards_written == 1 and tree(output) == tree(whole)
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+    @pytest.mark.fast_cases(1)
     def test_a_finished_shard_that_was_damaged_is_made_again(
         self, damage: str, source: Path, whole: Path, tmp_path: Path
     ) -> None:
@@ -236,6 +239,7 @@ class TestResume:
         assert tree(output) == tree(whole)
 
     @pytest.mark.parametrize("damage", ["torn", "garbage", "empty", "gone_lines"])
+    @pytest.mark.fast_cases(1)
     def test_a_damaged_journal(self, damage: str, source: Path, whole: Path, tmp_path: Path) -> None:
         """What it no longer says is done again."""
         output = tmp_path / "out"
@@ -345,6 +349,7 @@ class TestFinished:
         assert tree(whole) == before and {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == stamps
 
     @pytest.mark.parametrize("name", ["model-00001-of-00006.safetensors", "tokenizer.json", "config.json"])
+    @pytest.mark.fast_cases(1)
     def test_a_file_that_is_missing_or_short_is_named(self, name: str, source: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         convert(source, output, *SHARDS)
@@ -448,6 +453,7 @@ class TestOverwrite:
         assert code == 2 and "README.md" in err and tree(output) == before
 
     @pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", "..", ""])
+    @pytest.mark.fast_cases(1)
     def test_a_manifest_that_names_files_elsewhere(self, name: str, source: Path, tmp_path: Path) -> None:
         output = tmp_path / "out"
         convert(source, output, *SHARDS)

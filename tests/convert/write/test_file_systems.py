@@ -112,6 +112,7 @@ def test_space_is_set_aside_where_it_can_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("of", ["files and folders", "folders"])
+@pytest.mark.fast_cases(1)
 def test_an_fsync_that_is_not_supported_is_said_once(
     number: int, of: str, source: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

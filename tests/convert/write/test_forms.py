@@ -152,6 +152,7 @@ def refused(source: Path, output: Path, *options: object) -> str:
     return err
 
 
+@pytest.mark.fast_cases(1)
 def test_a_scale_that_is_nan_is_named(to: str, source: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     for name in ("layers.1.ffn.experts.2.w2.scale", "layers.1.attn.wkv.scale"):

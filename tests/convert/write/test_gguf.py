@@ -79,6 +79,7 @@ def test_the_library_reads_every_value(source: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize("block", range(LAYERS + 1))
+@pytest.mark.fast_cases(1)
 def test_the_library_reads_every_block_of_the_experts(block: int, source: Path, output: Path) -> None:
     before = tensors_of(source)
     tensors = {name: t for tensors in tensors_by_file(output).values() for name, t in tensors.items()}
@@ -259,6 +260,7 @@ class TestOtherPeoplesFiles:
         convert(source, folder, "--to", "gguf", "--max-shard-size", "9GB")
         return folder / "model.gguf"
 
+    @pytest.mark.slow
     def test_one_file_without_config(self, single: Path, source: Path, tmp_path: Path) -> None:
         """Its keys are all that is known, and enough to run it: the same logits."""
         (tmp_path / "other").mkdir()
@@ -274,6 +276,7 @@ class TestOtherPeoplesFiles:
         found = verify(source, tmp_path / "other", tensor="layers.*")
         assert found.exit_code == 0 and found.counts["*"] == 0
 
+    @pytest.mark.slow
     def test_q8_0_is_seen_as_inexact(self, single: Path, source: Path, tmp_path: Path) -> None:
         """As llama.cpp's own converter writes dense weights. The experts stay exact."""
         (tmp_path / "other").mkdir()
@@ -300,7 +303,7 @@ class TestDamage:
             ("blk.3.nextn.eh_proj.weight", 1, "mtp.0.e_proj.weight"),
         ],
     )
-    @pytest.mark.fast_cases(2)
+    @pytest.mark.fast_cases(1)
     def test_verify_names_the_tensor(self, tensor: str, at: int, named: str, copy: Path, source: Path) -> None:
         path, offset = next(
             (copy / file, tensors[tensor].data_offset) for file, tensors in tensors_by_file(copy).items()

@@ -56,7 +56,7 @@ class Watched:
             Watched.now += 1
             Watched.most = max(Watched.most, Watched.now)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: Watched.most >= Watched.wanted, timeout=1)
+            self.changed.wait_for(lambda: Watched.most >= Watched.wanted, timeout=0.3)
         time.sleep(self.seconds)  # one too many has time to begin
         self._real.update(data)
         with self.changed:
@@ -76,6 +76,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.fast_cases(1)
 def test_a_slow_hash_has_as_many_shards_in_flight_as_there_are_workers(
     workers: int, source: Path, whole: dict[str, str], watched: type[Watched], tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "options", [(), ("--on-inexact", "keep"), ("--layout", "mp", "--model-parallel", "2")], ids=str
 )
+@pytest.mark.fast_cases(1)
 def test_a_draft_stage_in_bf16_stays_as_it_is(options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     said = convert(source, tmp_path / "out", *options)
     old = tensors_of(source)

@@ -113,6 +113,7 @@ def test_the_config_has_a_mode_for_each_module(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["v41", "base", "strangers", "early"])
+@pytest.mark.fast_cases(1)
 def test_every_edition_goes_there_and_back(kind: str, tmp_path: Path) -> None:
     source = VARIANTS[kind](tmp_path / "source")
     convert(source, tmp_path / "out", "--to", "mlx")
@@ -179,6 +180,7 @@ class TestDamage:
             ("model.layers.0.self_attn.compressor.kv_norm.weight", (3,), "layers.0.attn.compressor.norm.weight"),
         ],
     )
+    @pytest.mark.fast_cases(1)
     def test_verify_names_the_tensor(
         self, tensor: str, place: tuple[int, ...], named: str, pair: tuple[Path, Path], output: Path
     ) -> None:

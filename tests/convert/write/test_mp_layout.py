@@ -51,7 +51,7 @@ def without_negative_zero(tensor: Raw) -> Raw:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("to", "expert_dtype"), [("fp8", "fp8"), ("same", "fp4")])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_equals_the_reference_converter(source: Path, ranks: int, to: str, expert_dtype: str, tmp_path: Path) -> None:
     before = tree(source)
     convert(source, tmp_path / "ours", *MP, ranks, "--to", to)
@@ -88,6 +88,7 @@ def test_files_beside_the_ranks(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["fp8", "same"])
+@pytest.mark.fast_cases(1)
 def test_the_engines_config(to: str, source: Path, tmp_path: Path) -> None:
     """From the released inference/config.json, or made from config.json where there is none: the same either way."""
     released = read_json(source / "inference" / "config.json")

@@ -112,6 +112,7 @@ class TestSpan:
 
     @pytest.mark.parametrize("low", [-17, -18])
     @pytest.mark.parametrize("matrix", ["w1", "w2"])
+    @pytest.mark.fast_cases(1)
     def test_the_limit(self, matrix: str, low: int, copy: Path, tmp_path: Path) -> None:
         others = {"w3": np.array(0)} if matrix == "w1" else {}
         with_exponents(copy, **{matrix: two_groups(copy, matrix, low)}, **others)
@@ -128,6 +129,7 @@ class TestSpan:
         assert code == 3 and f"{EXPERT}.w1.weight" in err and f"{EXPERT}.w3.weight" in err
 
     @pytest.mark.parametrize("exponent", [-60, 60])
+    @pytest.mark.fast_cases(1)
     def test_groups_of_zeros_need_no_room(self, exponent: int, copy: Path, tmp_path: Path) -> None:
         weight = tensors_of(copy)[f"{EXPERT}.w2.weight"]
         array = weight.array().copy()
@@ -203,6 +205,7 @@ class TestConfig:
         assert "hf_quant_config.json" in read_json(pair[1] / "dsv4.json")["files"]
 
     @pytest.mark.parametrize("damage", ["too few", "too many", "ignored", "file"])
+    @pytest.mark.fast_cases(1)
     def test_verify_believes_the_tensors(self, damage: str, pair: tuple[Path, Path], output: Path) -> None:
         inner = read_json(output / "config.json")["quantization_config"]
         if damage == "too few":
@@ -223,6 +226,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("last", "change"), [("weight_scale_2", 2.0), ("weight_scale", 0x08), ("weight", 0x01), ("weight_scale", 0x7F)]
     )
+    @pytest.mark.fast_cases(1)
     def test_verify_names_the_matrix(self, last: str, change: float, pair: tuple[Path, Path], output: Path) -> None:
         name = f"{EXPERT}.w1.{last}"
         tensor = tensors_of(output)[name]
@@ -240,6 +244,7 @@ class TestDamage:
         assert different <= {f"{EXPERT}.w1.weight", f"{EXPERT}.w1.scale"}
 
     @pytest.mark.parametrize("number", [np.nan, 0, -1, np.inf])
+    @pytest.mark.fast_cases(1)
     def test_an_input_scale_that_no_engine_can_use(self, number: float, pair: tuple[Path, Path], output: Path) -> None:
         name = f"{EXPERT}.w1.input_scale"
         edit_tensors(output, {name: raw("F32", np.array(number, np.float32))})

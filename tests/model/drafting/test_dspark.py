@@ -61,6 +61,7 @@ def test_main_hidden_is_the_mean_of_the_streams_after_the_target_layers(exact: T
 
 # Fewer positions than the window, as many, and more; the first position of a text.
 @pytest.mark.parametrize("known", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 41])
+@pytest.mark.fast_cases(1)
 def test_a_draft_is_what_the_formulas_say(exact: Transformer, folder: Path, known: int) -> None:
     hidden = exact.forward(torch.tensor([TOKENS]), exact.new_cache(1)).hidden[0]
     oracle = Oracle(tensors_of(folder), json.loads((folder / "config.json").read_text()))
@@ -145,7 +146,7 @@ def test_the_last_draft_goes_on_from_the_likeliest_token(model: Transformer) -> 
         ({"dspark_block_size": None}, "draft stages are DSpark's .*, config.json has no dspark_block_size"),
     ],
 )
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(1)
 def test_a_config_that_does_not_fit(tmp_path: Path, keys: dict[str, object], message: str) -> None:
     folder = random_drafts(tmp_path / "checkpoint")
     edit_config(folder, **keys)
@@ -171,6 +172,7 @@ def test_keys_of_another_edition_mean_nothing(tmp_path: Path, expected: Drafts) 
 @pytest.mark.parametrize(
     "name", ["mtp.0.main_proj.weight", "mtp.1.attn.wkv.weight", "mtp.2.markov_head.markov_w2.weight"]
 )
+@pytest.mark.fast_cases(1)
 def test_a_tensor_that_is_missing(tmp_path: Path, name: str) -> None:
     folder = random_drafts(tmp_path / "checkpoint")
     edit_tensors(folder, {}, drop=(name,))

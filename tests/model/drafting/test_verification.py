@@ -104,7 +104,7 @@ def plain_answers(stubborn: Transformer) -> dict[int, list[int]]:
 # Answers that cross the ends of blocks of 4 and of 128 tokens, and the window of 16, at every remainder.
 @pytest.mark.parametrize("right", range(STAGES.block_size + 1))
 @pytest.mark.parametrize("length", [13, 122])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_a_rejected_draft_leaves_no_trace(
     stubborn: Transformer, plain_answers: dict[int, list[int]], right: int, length: int
 ) -> None:

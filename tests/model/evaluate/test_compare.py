@@ -93,7 +93,7 @@ def run_after(
 
 @pytest.mark.parametrize("prefill", [None, 1, 6])
 @pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 def test_the_second_run_reports_the_first_difference(
     model: Transformer, damaged: Transformer, prefill: int | None, swapped: bool
 ) -> None:
@@ -150,6 +150,7 @@ def test_the_difference_reported_first_may_not_be_the_first_module(
 
 
 @pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.fast_cases(1)
 def test_models_of_other_depth(model: Transformer, tmp_path: Path, swapped: bool) -> None:
     deeper = load(make_checkpoint(tmp_path, geometry=replace(TINY, compress_ratios=(0, 4, 4, 0))))
     one, other = (deeper, model) if swapped else (model, deeper)

@@ -126,6 +126,7 @@ def matrices(rows: int, columns: int) -> list[Matrix]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "columns"), [(133, 224), (5, 512), (3, 32)])
+@pytest.mark.fast_cases(1)
 def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
     for matrix in matrices(rows, columns):
         for count in (1, 8):

@@ -20,6 +20,7 @@ def test_parts_do_not_overlap() -> None:
     assert arena.take(1) is None
 
 
+@pytest.mark.slow
 def test_a_part_comes_back_with_the_last_tensor_that_shares_it() -> None:
     arena = Arena(256)
     first, second = arena.take(128), arena.take(128)
