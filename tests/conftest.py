@@ -2,6 +2,7 @@
 
 Hypothesis draws the same examples on every run; `--hypothesis-profile fresh` draws new ones. The fast loop does not
 wait for the disk: an fsync of this process does nothing there. What must be durable is tested by the calls themselves.
+Its tests go to the processes by file, so that no fixture is made twice.
 """
 
 import os
@@ -33,3 +34,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "not slow":
         os.fsync = lambda descriptor: None
+        if config.getoption("dist", None) == "load":
+            config.option.dist = "loadfile"

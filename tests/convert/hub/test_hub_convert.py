@@ -69,6 +69,7 @@ def shards_on_disk(output: Path) -> set[str]:
     return {p.name.split(".safetensors")[0] for p in found}
 
 
+@pytest.mark.slow
 def test_from_python(server: HubServer, expected: dict[str, bytes], tmp_path: Path) -> None:
     program = f"from dsv4.convert import convert; print(convert('hf:{REPOSITORY}', 'fp8', scratch=2).shards_written)"
     command, environment = [sys.executable, "-c", program], hub_environment(server, tmp_path)

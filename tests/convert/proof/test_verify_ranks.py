@@ -71,7 +71,7 @@ class TestShare:
     ("count", "options"),
     [(3, ()), (2, ("--inverse", "--strict")), (2, ("--tensor", "layers.0.*")), (4, ("--sample=20%",))],
 )
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_the_same_result(
     count: int, options: tuple[str, ...], source: Path, output: Path, damaged: Path, tmp_path: Path
 ) -> None:
@@ -126,7 +126,7 @@ def test_under_torchrun(source: Path, damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_a_killed_rank_is_an_error_and_no_verdict(dies: int, source: Path, output: Path, tmp_path: Path) -> None:
     function = ("tensor_results", "in_order")[dies]  # after the exchange, before it
     ended = run_ranks(2, tmp_path, "verify", source, output, kill={dies: ("dsv4.convert.proof.run", function, 1)})

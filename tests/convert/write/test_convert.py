@@ -164,7 +164,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "to", "options", "scale", "wo_a"), CASES, ids=lambda v: str(v).replace("'", ""))
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(4)
 def test_every_value_stays(
     variant: str, to: str, options: tuple[str, ...], scale: str | None, wo_a: str | None,
     sources: dict[str, Path], tmp_path: Path,

@@ -24,6 +24,8 @@ from raw_safetensors import Tensors
 
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
+pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
+
 # Every expert matrix is [256, 256]: two by two blocks that all differ; four experts in two layers.
 MIXED = Geometry(
     moe_intermediate_size=256,

@@ -30,6 +30,8 @@ from dsv4.convert.plan.settings import resolve
 from dsv4.convert.proof.run import verify
 from dsv4.convert.synthetic.checkpoint import EDITIONS, AnyGeometry, V41Geometry, make_checkpoint
 
+pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
+
 UNEVEN = replace(RAGGED, vocab_size=64, compress_ratios=(4, 0))
 GEOMETRIES: dict[str, AnyGeometry] = {**EDITIONS, "uneven": UNEVEN}
 EXPERT = "layers.0.ffn.experts.2.w2.weight"
@@ -107,6 +109,7 @@ def bf16(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [("--to", "fp4"), (), ("--target", "vllm"), ("--target", "sglang")])
+@pytest.mark.fast_cases(1)
 def test_folders_of_others(options: tuple[str, ...], bf16: Path, tmp_path: Path) -> None:
     release = by_the_rule(make_checkpoint(tmp_path / "release", geometry=SMALL))
     convert(bf16, tmp_path / "out", *options)

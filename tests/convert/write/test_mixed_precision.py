@@ -9,6 +9,8 @@ from checkpoint_variants import VARIANTS
 from exact_values import convert, different_values, dsv4, edit_tensors, experts, tensors_of
 from raw_safetensors import Tensors, raw
 
+pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
+
 
 def in_bf16(folder: Path, names: list[str]) -> Path:
     """The folder with some FP4 experts as BF16, without scales; of finite values."""

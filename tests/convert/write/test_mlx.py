@@ -20,6 +20,8 @@ from dsv4.convert.checkpoint.forms.mlx_names import mlx_name, released_name
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.v41 import V41Geometry
 
+pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
+
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
 # From mlx-lm's table of renamings, one tensor of each kind.
 NAMES = {

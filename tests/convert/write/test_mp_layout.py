@@ -28,6 +28,8 @@ from tiny import RAGGED
 
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
+pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
+
 MP = ("--layout", "mp", "--model-parallel")
 
 
