@@ -153,7 +153,7 @@ def test_every_error_of_the_system_has_its_code_and_its_hint(number: int) -> Non
     """A wrong path is wrong input, everything else the machine's doing; only what is known has a hint."""
     error = endings.explain(system_error(number, "some/file"))
     assert error.exit_code == (3 if number in INPUT else 4)
-    assert str(error) == f"some/file: {os.strerror(number)}"
+    assert error.message == f"some/file: {os.strerror(number)}"
     assert bool(error.hint) == (number in INPUT or number in endings.HINTS)
     assert str(endings.explain(OSError("no number"))) == "no number"
 

@@ -214,8 +214,8 @@ def test_a_bar_is_called_by_a_hostile_name(capsys: pytest.CaptureFixture[str]) -
 
 def test_python_sees_printable_errors() -> None:
     error = InputError(f"{TEXT}: wrong", f"mend {TEXT}", [TEXT, "second"])
-    first, detail, second = str(error).splitlines()
-    assert first.isprintable() and error.hint.isprintable()
+    first, detail, second, hint = str(error).splitlines()
+    assert first.isprintable() and error.hint.isprintable() and hint == f"  {error.hint}"
     assert detail.startswith(r"  a\x1b[2J") and detail.isprintable() and second == "  second"
 
 

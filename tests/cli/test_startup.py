@@ -19,6 +19,7 @@ for arguments in json.loads(sys.argv[1]):
     print(arguments, loaded, file=sys.stderr)
     assert not loaded, arguments
 """
+MORE = {"nvfp4": ("--input-scale", "1.0")}  # options that a conversion needs
 
 
 def test_headers_need_no_torch(tmp_path: Path) -> None:
@@ -33,7 +34,11 @@ def test_headers_need_no_torch(tmp_path: Path) -> None:
         ["inspect", shard],
         ["doctor", source, "--for", "vllm", "--tensor-parallel", "1"],
         ["doctor", source, "--for", "transformers", "--json"],
-        *(["convert", source, str(tmp_path / "out"), "--to", to, "--dry-run"] for to in CONVERSIONS if to != "fp4"),
+        *(
+            ["convert", source, str(tmp_path / "out"), "--to", to, "--dry-run", *MORE.get(to, ())]
+            for to in CONVERSIONS
+            if to != "fp4"
+        ),
         ["convert", source, str(tmp_path / "out"), "--layout", "mp", "--model-parallel", "2", "--dry-run", "--json"],
     ]
     done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True)

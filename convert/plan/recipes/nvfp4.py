@@ -36,6 +36,7 @@ from dsv4.convert.plan.input_scale import InputScale
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard, fill_shards
 from dsv4.errors import InputError
+from dsv4.quant.blocks import GROUP_SIZE
 
 from .copy import kept
 from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
@@ -112,7 +113,7 @@ class _Codes(_OfMatrix):
         weight = self.members[0]
         packed = read_rows(checkpoint, weight.info, piece.start, piece.stop)
         exponents = _exponents(checkpoint, weight)[piece.start : piece.stop] - self.second(checkpoint)
-        below = np.minimum(exponents - SMALLEST, 0).repeat(quant.e2m1.GROUP_SIZE, axis=1)
+        below = np.minimum(exponents - SMALLEST, 0).repeat(GROUP_SIZE, axis=1)
         exact = quant.e2m1.decode(quant.e2m1.unpack(torch.from_numpy(packed))).double()
         scaled = torch.ldexp(exact, torch.from_numpy(below))
         codes = quant.e2m1.encode(scaled.float())
@@ -191,8 +192,8 @@ def _tensors(members: tuple[Weight, ...], given: InputScale) -> list[OutputTenso
     weight = members[0]
     (rows, columns), scale = weight.logical_shape, weight.scale
     assert scale is not None
-    if columns % quant.e2m1.GROUP_SIZE:
-        raise InputError(f"'{weight.name}' has {columns} columns, which are not groups of {quant.e2m1.GROUP_SIZE}")
+    if columns % GROUP_SIZE:
+        raise InputError(f"'{weight.name}' has {columns} columns, which are not groups of {GROUP_SIZE}")
     stem = weight.name.removesuffix(WEIGHT_SUFFIX)
     scales = tuple(member.scale for member in members if member.scale is not None)
     number = given.of(stem + INPUT_SUFFIX)

@@ -134,7 +134,7 @@ class TestShards:
     def test_a_shard_that_shrinks_while_it_is_read(
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from dsv4.convert.plan import plan as planning
+        from dsv4.convert import api as planning
 
         plan = planning.make_plan
 
