@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from dsv4.convert.proof.files import Entry, Files, parse_json, read_bytes
+from dsv4.convert.proof.files import Entry, Files, RemoteFiles, parse_json, read_bytes
 from dsv4.convert.proof.layout import Checkpoint, Tensor
 
 FILE = "hf_quant_config.json"
@@ -47,13 +47,14 @@ def _is_usable(number: float) -> bool:
 
 
 def _check_inputs(checkpoint: Checkpoint, inputs: Iterable[Tensor]) -> None:
-    count = 0
+    """Record those that no engine can use. In a repository the numbers are not looked at: that would fetch shards."""
+    count, is_remote = 0, isinstance(checkpoint.files, RemoteFiles)
     for tensor in inputs:
         count += 1
         entry = tensor.slices[0]
         if tensor.dtype != "F32" or tensor.size != 4:
             checkpoint.problem("codes", f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, one F32 expected")
-        elif not _is_usable(number := _number(checkpoint.files, entry)):
+        elif not is_remote and not _is_usable(number := _number(checkpoint.files, entry)):
             checkpoint.problem("codes", f"{tensor.name} is {number}: no engine can scale activations by it")
     if count:
         text = f"{count} scales of activations, which come from a calibration, are not compared"

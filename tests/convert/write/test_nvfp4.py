@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +13,9 @@ from exact_values import values as source_values
 from raw_safetensors import Tensors, raw
 
 from dsv4.convert import verify
+from dsv4.convert.proof.files import LocalFiles, RemoteFiles
+from dsv4.convert.proof.forms.nvfp4 import join_scales
+from dsv4.convert.proof.layout import open_checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
@@ -110,6 +114,7 @@ class TestValues:
 class TestSpan:
     """E4M3 has 18 powers of two: exponents of one expert's w1 and w3 may differ by 17."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("low", [-17, -18])
     @pytest.mark.parametrize("matrix", ["w1", "w2"])
     @pytest.mark.fast_cases(1)
@@ -250,6 +255,28 @@ class TestDamage:
         edit_tensors(output, {name: raw("F32", np.array(number, np.float32))})
         found = verify(pair[0], output)
         assert found.exit_code == 1 and [problem.text for problem in found.problems if name in problem.text]
+
+    def test_a_repository_s_shards_are_not_fetched_for_them(self, output: Path) -> None:
+        """Headers are read before any shard is there: a read of data would fail then."""
+
+        class Repository(LocalFiles):
+            def check_needs(self, groups: Sequence[Collection[str]]) -> None:
+                pass
+
+            def prepare(self, now: Collection[str], upcoming: Collection[str] = ()) -> None:
+                pass
+
+            def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+                assert not only_headers, "reads data"
+                super().read_into(name, offset, buffer)
+
+        only_headers = False
+        files = Repository(output)
+        assert isinstance(files, RemoteFiles)
+        checkpoint = open_checkpoint(files, "output")
+        only_headers = True
+        join_scales(checkpoint)
+        assert checkpoint.tensors[f"{EXPERT}.w1.scale"].factor is not None
 
     def test_a_second_scale_that_is_missing(self, pair: tuple[Path, Path], output: Path, tmp_path: Path) -> None:
         edit_tensors(output, {}, (f"{EXPERT}.w1.weight_scale_2",))
