@@ -184,6 +184,8 @@ def measure(engine: Engine, tokens: int) -> dict[str, Any]:
 
 def work(row: Row, folder: Path, tokens: int) -> dict[str, Any]:
     """What a process of a row prints as JSON."""
+    if row.engine == "dsv4":
+        machine.use_large_pages()  # as its command line does it
     import torch
 
     threads = row.threads or machine.usable_cores()

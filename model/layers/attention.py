@@ -57,6 +57,11 @@ def finished_blocks(position: int, count: int, blocks: int, ratio: int) -> torch
     return torch.where(block < finished[:, None], block, -1).to(torch.int32)
 
 
+def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The outputs of all segments, [count, H, c] each, as one flat tensor; a single one is not copied."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
 class WindowAttention:
     """The parts of an attention sublayer that all architectures have. Their own are the two forms at the end."""
 
@@ -145,15 +150,15 @@ class Attention(WindowAttention):
         index = None
         if self._indexer is not None:
             index = (*self._indexer.queries(x, qr, positions), self._indexer.compressor.raw(x, positions))
-        output = torch.empty_like(q)
+        outputs = []
         for segment, cache in zip(segments, caches, strict=True):
             cache.window = torch.cat((cache.window, kv[segment.rows]))
             if self._compressor is not None and raw is not None and cache.compressor is not None:
                 self._compressor.advance(cache.compressor, raw[segment.rows], segment.position)
             chosen = self._compressed_rows(segment, cache, index)
             compressed = cache.window[:0] if cache.compressor is None else cache.compressor.entries.rows()
-            output[segment.rows] = self._attend_cached(q[segment.rows], segment, cache, compressed, chosen)
-        return self.project(output, positions)
+            outputs.append(self._attend_cached(q[segment.rows], segment, cache, compressed, chosen))
+        return self.project(joined(outputs), positions)
 
     def _normed(self, q: torch.Tensor) -> torch.Tensor:
         return self._numerics.kernels.head_norm(q, self._config.rms_norm_eps)

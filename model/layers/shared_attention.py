@@ -11,7 +11,7 @@ from dsv4.model.cache import LayerCache
 from dsv4.model.config import Config
 from dsv4.model.weight_store import WeightView
 
-from .attention import Segment, WindowAttention
+from .attention import Segment, WindowAttention, joined
 from .numerics import Numerics
 from .rotary import Rotary
 from .shared_keys import IndexSource, KeySource, Selection
@@ -66,11 +66,11 @@ class SharedKeyAttention(WindowAttention):
                 self._source.advance(cache, raw[segment.rows], segment.position)
         if self._indexer is not None and shared is not None:
             self._choose(self._indexer, *self._indexer.queries(x, qr, positions), segments, shared)
-        output = torch.empty_like(q)
+        outputs = []
         for number, (segment, cache) in enumerate(zip(segments, caches, strict=True)):
             compressed, chosen = _chosen_keys(number, segment, cache, shared)
-            output[segment.rows] = self._attend_cached(q[segment.rows], segment, cache, compressed, chosen)
-        return self.project(output, positions)
+            outputs.append(self._attend_cached(q[segment.rows], segment, cache, compressed, chosen))
+        return self.project(joined(outputs), positions)
 
     def _stored(self, keys: torch.Tensor) -> torch.Tensor:
         return self._numerics.kernels.simulate_fp8(keys, KEY_GROUP) if self._numerics.simulation else keys

@@ -42,6 +42,15 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
 
 
+def use_large_pages() -> None:
+    """Have torch allocate large tensors in large pages, unless the user decided. Before it is imported.
+
+    A prompt's activations are tens of MB, which the allocator maps anew each time: clearing small pages one by one
+    takes longer than most of what is then computed.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def _container_cores() -> int | None:
     """Cores whose time the container that this process runs in may use, rounded up; None without a limit."""
     for files in PROCESSOR_TIME:

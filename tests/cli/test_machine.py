@@ -138,6 +138,17 @@ def test_the_command_line_starts_on_other_systems(system: str, arguments: list[s
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_torch_allocates_in_large_pages_unless_the_user_decided(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    machine.use_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
 @pytest.mark.parametrize(
     ("given", "rounds"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
