@@ -25,8 +25,7 @@ class StageAttention:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, before: Sequence[torch.Tensor]) -> torch.Tensor:
         """x [k * B, D], the blocks of k drafts, and the earlier keys [n, c] of each -> [k * B, D]."""
         quantized = self._parts.quantize(x)
-        _, q = self._parts.queries(quantized, positions)
-        own = self._parts.keys(quantized, positions)
+        _, q, own = self._parts.queries_and_keys(quantized, positions)
         blocks = zip(before, q.chunk(len(before)), own.chunk(len(before)), strict=True)
         return self._parts.project(torch.cat([self._block(*each) for each in blocks]), positions)
 

@@ -8,6 +8,7 @@ Tensor parallelism splits o_groups with their heads (wq_b, sink, wo_a), indexer 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -37,10 +38,12 @@ class Segment:
         return slice(self.start, self.start + self.count)
 
 
+@lru_cache(maxsize=2)
 def window_rows(position: int, count: int, first: int, window: int) -> torch.Tensor:
     """Rows of the window keys of queries `position` ... when the pool starts at position `first`: int32 [count, W].
 
-    Oldest first, and -1 at the end where fewer than W tokens have been seen.
+    Oldest first, and -1 at the end where fewer than W tokens have been seen. The layers of a call share one result,
+    which must not be written to.
     """
     query = torch.arange(position, position + count)[:, None]
     key = (query - window + 1).clamp(min=0) + torch.arange(window)
@@ -69,20 +72,34 @@ class WindowAttention:
         self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """The input [T, D] as `queries` and `keys` take it."""
+        """The input [T, D] as `queries_and_keys` and `keys` take it."""
         return self._numerics.quantize(x)
 
-    def queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantized x [T, D] -> the low-rank query [T, q_lora_rank] and the rotated queries [T, H, c]."""
-        config, numerics = self._config, self._numerics
-        qr = numerics.product(x, self._weights.matrix("wq_a.weight"))
-        qr = numerics.kernels.rms_norm(qr, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
-        q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
-        return qr, self._rotary.rotate(self._normed(torch.unflatten(q, -1, (-1, config.head_dim))), positions)
+    def queries_and_keys(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantized x [T, D] -> low-rank query [T, q_lora_rank], rotated queries [T, H, c], rotated keys [T, c].
+
+        Keys are as the cache holds them.
+        """
+        products = [Product(x, self._weights.matrix(name)) for name in ("wq_a.weight", "wkv.weight")]
+        low, kv = (x.new_empty(len(x), product.matrix.shape[0]) for product in products)
+        self._numerics.kernels.linears_into(products, [low, kv])
+        return *self._queries(low, positions), self._keys(kv, positions)
 
     def keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Quantized x [T, D] -> rotated keys [T, c], as the cache holds them."""
-        kv = self._numerics.product(x, self._weights.matrix("wkv.weight"))
+        return self._keys(self._numerics.product(x, self._weights.matrix("wkv.weight")), positions)
+
+    def _queries(self, low: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product with wq_a [T, q_lora_rank] -> the same normed, and the rotated queries [T, H, c]."""
+        config, numerics = self._config, self._numerics
+        qr = numerics.kernels.rms_norm(low, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
+        q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
+        return qr, self._rotary.rotate(self._normed(torch.unflatten(q, -1, (-1, config.head_dim))), positions)
+
+    def _keys(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The product with wkv [T, c] -> rotated keys [T, c]."""
         kv = self._numerics.kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), self._config.rms_norm_eps)
         return self._stored(self._rotary.rotate(kv, positions))
 
@@ -90,9 +107,12 @@ class WindowAttention:
         self, q: torch.Tensor, segment: Segment, cache: LayerCache, compressed: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
         """q [count, H, c] over the window of `cache` and the rows `chosen` int32 [count, most] of compressed keys."""
-        window = window_rows(segment.position, segment.count, cache.window_start, self._config.sliding_window)
-        chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
-        index = torch.cat((window.to(q.device), chosen.to(q.device)), dim=1)
+        index = window_rows(segment.position, segment.count, cache.window_start, self._config.sliding_window).to(
+            q.device
+        )
+        if chosen.shape[1]:
+            chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
+            index = torch.cat((index, chosen.to(q.device)), dim=1)
         return self.attend(q, cache.window, compressed, index)
 
     def attend(
@@ -144,8 +164,7 @@ class Attention(WindowAttention):
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
         quantized = self.quantize(x)
-        qr, q = self.queries(quantized, positions)
-        kv = self.keys(quantized, positions)
+        qr, q, kv = self.queries_and_keys(quantized, positions)
         raw = None if self._compressor is None else self._compressor.raw(x, positions)
         index = None
         if self._indexer is not None:

@@ -56,8 +56,7 @@ class SharedKeyAttention(WindowAttention):
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
         quantized = self.quantize(x)
-        qr, q = self.queries(quantized, positions)
-        kv = self.keys(quantized, positions)
+        qr, q, kv = self.queries_and_keys(quantized, positions)
         for segment, cache in zip(segments, caches, strict=True):
             cache.window = torch.cat((cache.window, kv[segment.rows]))
         if self._source is not None:
