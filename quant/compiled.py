@@ -9,6 +9,7 @@ This file imports nothing but the standard library: `setup.py` runs it before an
 
 import ctypes
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def fingerprint(package: Path) -> str:
     for path in sources(package):
         contents.update(path.read_bytes() + b"\0")
     return contents.hexdigest()[:16]
+
+
+def constant(name: str) -> int:
+    """The number that a C file defines under a name. From the source, because the forms in torch need it, too, where
+    no library was built. Raises KeyError.
+    """
+    for path in sources(Path(__file__).resolve().parents[1]):
+        if found := re.search(rf"^#define {name} (\d+)\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return int(found[1])
+    raise KeyError(name)
 
 
 def _is_cut_short(file: Path) -> bool:

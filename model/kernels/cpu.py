@@ -34,7 +34,7 @@ BEST = "native"  # value of the variable: the best form that this processor has
 PLAIN = "plain"
 # The forms in words, best first; their names end those of the C functions.
 FORMS = {"avx512bf16": "AVX-512 with BF16", "avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", PLAIN: "plain C"}
-FORMATS = {FLOAT32: 0, BFLOAT16: 1, FLOAT8_E4M3FN: 2, FLOAT4_E2M1FN: 3}  # enum format
+FORMATS = FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN  # their codes come from C
 SMALLEST_SHARED_WORK = 1 << 18  # products; below that a second thread costs more than it gives
 WORK_PER_ELEMENT = 4  # of the small operations, in products
 
@@ -87,7 +87,7 @@ _OPERATIONS = {
     "dsv4_expert_weights": "pppplllff",
     "dsv4_add_experts": "ppppplllii",
 }
-# The same of those that return an int64: what C alone knows about scratch (bytes) and limits.
+# The same of those that return an int64: what C alone knows about scratch (bytes), limits and codes of formats.
 _SIZES = {
     "dsv4_linears_scratch": "pli",
     "dsv4_sparse_attention_scratch": "lll",
@@ -95,6 +95,7 @@ _SIZES = {
     "dsv4_row_scratch": "ll",
     "dsv4_pool_scratch": "ll",
     "dsv4_most_streams": "",
+    **{f"dsv4_{name}": "" for name in FORMATS},
 }
 
 
@@ -189,7 +190,7 @@ def _describe(matrix: Matrix) -> _Described:
             block_rows=matrix.block.rows if quantized else 1,
             block_columns=block_columns,
             scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
-            format=FORMATS[matrix.format],
+            format=getattr(_loaded(), f"dsv4_{matrix.format}")(),
             scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
         )
         whole = columns > 0 and columns % ELEMENTS_PER_STEP == 0 and block_columns % ELEMENTS_PER_STEP == 0

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 
 from dsv4.model.weights import Matrix
+from dsv4.quant import compiled
 
 from .deterministic import exp, lane_dot, lane_sum, tree_sum
 
 # Elements of the largest temporary of the reference forms. Bounds memory and keeps the work in cache.
 TILE_ELEMENTS = 1 << 18
-KEYS_PER_BLOCK = 64  # of the released attention kernel
+KEYS_PER_BLOCK = compiled.constant("KEYS_PER_BLOCK")  # of the released attention kernel
 
 
 def linear(

@@ -8,6 +8,7 @@ import pytest
 from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.model.kernels import cpu
+from dsv4.model.kernels.reference import KEYS_PER_BLOCK
 from dsv4.quant import compiled, fp4_to_fp8_compiled
 
 
@@ -50,6 +51,12 @@ def test_a_library_older_than_its_sources_is_not_called(monkeypatch: pytest.Monk
     monkeypatch.setattr(compiled, "fingerprint", lambda package: "0" * 16)
     library, problem = compiled._load(compiled.FILE)
     assert library is None and problem is not None and "other C files" in problem
+
+
+def test_a_constant_is_read_from_the_c_files() -> None:
+    assert compiled.constant("KEYS_PER_BLOCK") == KEYS_PER_BLOCK > 0
+    with pytest.raises(KeyError, match="NO_SUCH_NAME"):
+        compiled.constant("NO_SUCH_NAME")
 
 
 def test_the_fingerprint_covers_every_c_file() -> None:

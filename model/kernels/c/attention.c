@@ -2,7 +2,7 @@
 #include "products.h"
 #include "threads.h"
 
-#define KEYS_PER_BLOCK 64 /* of the released attention kernel, as in reference.py */
+#define KEYS_PER_BLOCK 64 /* of the released attention kernel; reference.py reads the number here */
 #define HEADS_PER_TILE 4
 
 /* Row `row` of a pool of keys or queries, paired. */

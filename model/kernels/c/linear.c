@@ -335,3 +335,8 @@ void OF_FORM(dsv4_linears)(const struct product *list, int64_t count, void *scra
     struct linears all = {parts, count, buffer_floats(list, count), floats};
     dsv4_share(multiply, &all, items, 1, threads);
 }
+
+int64_t OF_FORM(dsv4_float32)(void) { return FLOAT32; }
+int64_t OF_FORM(dsv4_bfloat16)(void) { return BFLOAT16; }
+int64_t OF_FORM(dsv4_float8_e4m3fn)(void) { return FLOAT8_E4M3FN; }
+int64_t OF_FORM(dsv4_float4_e2m1fn)(void) { return FLOAT4_E2M1FN; }

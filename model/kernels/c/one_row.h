@@ -2,7 +2,7 @@
  *
  * Its time is that of reading the weight from memory. Four rows side by side are many short streams, which the
  * processor's own prefetcher follows badly; so what is stored behind them is fetched in the order in which it is stored.
- * It is fetched into the second level cache only: more requests can be under way there, and the first level has no room
+ * It is fetched into the second level cache only: more requests can be outstanding there, and the first level has no room
  * for it. */
 #pragma once
 #include "decode/bf16.h"
