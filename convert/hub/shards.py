@@ -41,10 +41,18 @@ class Shards:
         """The folder that holds a prepared shard."""
         return self._folders.get(name)
 
+    def _in_cache(self, name: str) -> Path | None:
+        """The file in the library's cache, unchecked."""
+        snapshot = self._snapshot
+        return snapshot.hub.cached(snapshot.source.repository, snapshot.commit, name, self._options.cache)
+
+    def may_be_cached(self, name: str) -> bool:
+        """Whether the library's cache has a file of this name; its hash is checked when it is used."""
+        return self._in_cache(name) is not None
+
     def _cached(self, name: str) -> Path | None:
         """A checked copy in the library's cache, if it has one."""
-        snapshot = self._snapshot
-        path = snapshot.hub.cached(snapshot.source.repository, snapshot.commit, name, self._options.cache)
+        snapshot, path = self._snapshot, self._in_cache(name)
         return path if path is not None and is_checked(path, snapshot.files[name], snapshot.label) else None
 
     def _fetch(self, name: str, destination: Destination) -> Path:

@@ -137,9 +137,21 @@ class HubStorage:
         """Bytes of the largest shards that the scratch area holds at once; 0 if they go to the library's cache."""
         return 0 if self._options.keep else sum(self._shard_sizes[: self._options.scratch])
 
+    def slots(self) -> int:
+        """Shards that may be on disk at once; all of them if they go to the library's cache."""
+        return len(self._shard_names) if self._options.keep else self._options.scratch
+
+    def bytes_to_fetch(self, name: str) -> int:
+        """Bytes of a file that cross the network; 0 if the library's cache has it, whose hash is checked later."""
+        return 0 if self._shards.may_be_cached(name) else self._snapshot.files[name].size
+
+    def seconds_for(self, count: int) -> float:
+        """Estimated seconds to fetch `count` bytes, from the rate at which the headers arrived."""
+        return self._ranges.seconds_for(count)
+
     def seconds_to_fetch(self) -> float:
-        """Estimated seconds to fetch all shards, from the rate at which their headers arrived."""
-        return self._ranges.seconds_for(sum(self._shard_sizes))
+        """Estimated seconds to fetch all shards."""
+        return self.seconds_for(sum(self._shard_sizes))
 
     def close(self) -> None:
         """Stop transfers and close files. Shards in the scratch area stay for the next run."""
@@ -165,6 +177,18 @@ class HubFiles:
     def stamp(self, name: str) -> list[int | str]:
         """The commit, and the hash that the hub lists: a branch that could not be resolved to a commit may move."""
         return self._storage.listed(name)
+
+    def slots(self) -> int:
+        """What --scratch says."""
+        return self._storage.slots()
+
+    def bytes_to_fetch(self, name: str) -> int:
+        """0 for a shard that the library's cache holds."""
+        return self._storage.bytes_to_fetch(name)
+
+    def seconds_for(self, count: int) -> float:
+        """From the rate at which the headers arrived."""
+        return self._storage.seconds_for(count)
 
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if --scratch is too small for one of the groups."""

@@ -119,6 +119,15 @@ class Files(Protocol):
 class RemoteFiles(Files, Protocol):
     """Files whose shards are fetched before their tensors are read. Headers and small files need no fetching."""
 
+    def slots(self) -> int:
+        """How many shards may be on disk at the same time."""
+
+    def bytes_to_fetch(self, name: str) -> int:
+        """Bytes of a shard that cross the network when it is fetched; 0 if a copy is on this machine."""
+
+    def seconds_for(self, count: int) -> float:
+        """Estimated seconds to fetch `count` bytes, from the rate at which the headers arrived."""
+
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if one of the groups has more shards than can be on disk at the same time."""
 

@@ -2,8 +2,8 @@
 
 Pieces run on threads, not processes: reading and every array operation release the interpreter's lock, and tallies
 need no copying. The calling thread submits the pieces in order, a bounded number at a time, and takes their tallies in
-the same order. The calling thread also fetches shards of a remote checkpoint, before it submits the pieces that read
-them, so no worker waits for a shard.
+the same order. The calling thread also fetches shards of remote checkpoints, before it submits the pieces that read
+them, so no worker waits for a shard; `work/order.py` decides in which order.
 
 Several processes may share one verification. Each plans the same pieces from the same headers, so dividing them needs
 no messages: neighbouring pieces stay together, because they lie in the same shards, and each process gets about the
@@ -12,15 +12,18 @@ them. If a process is missing there is no verdict.
 """
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeVar
+
+import torch
 
 from dsv4.progress import Progress, bounded_map
 
 from .files import RemoteFiles
+from .work.order import Run
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,31 +55,39 @@ UNSHARED = Share()
 
 
 def in_order(
-    items: Sequence[Item],
+    runs: Sequence[Run[Item]],
     function: Callable[[Item], Result],
     workers: int,
     stopped: threading.Event,
     progress: Progress,
     remote: Sequence[RemoteFiles],
-    shards_of: Callable[[Item], tuple[frozenset[str], ...]],
 ) -> Generator[tuple[Item, Result], None, None]:
-    """(item, result) in order, computed by `workers` threads. At the end, also by an error, all threads have ended.
+    """(item, result) in the order of the runs, computed by `workers` threads. Also after an error, all threads have
+    ended, and `stopped` is set, for functions that take long.
 
-    Then `stopped` is set too, for functions that take long.
-    `shards_of(item)` names the shards to fetch from each of the `remote` checkpoints before the item is computed.
+    The shards of a run are fetched, from each of the `remote` checkpoints, before its items are computed; meanwhile
+    those of the next run arrive.
     """
-    runs = [(shards, list(some)) for shards, some in groupby(items, shards_of)]
-    for number, files in enumerate(remote):
-        files.check_needs([shards[number] for shards, _ in runs])
     with ThreadPoolExecutor(workers, "verify") as pool:
         try:
-            for position, (shards, some) in enumerate(runs):
-                upcoming = runs[position + 1][0] if position + 1 < len(runs) else shards
+            for position, run in enumerate(runs):
+                after = runs[position + 1].shards if position + 1 < len(runs) else run.shards
                 for number, files in enumerate(remote):
-                    files.prepare(shards[number], upcoming[number])
-                yield from bounded_map(pool, function, some, PIECES_AHEAD * workers, progress)
+                    files.prepare(run.shards[number], [*run.kept[number], *after[number]])
+                yield from bounded_map(pool, function, run.items, PIECES_AHEAD * workers, progress)
         finally:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
     for files in remote:
         files.prepare(())
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Make torch compute in the calling thread: pieces run in parallel, operations do not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -209,7 +209,11 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        self.close(finished=error is None)
+
+    def close(self, finished: bool) -> None:
+        """Close it; remove the file if the verification has ended."""
+        if finished:
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
