@@ -8,6 +8,7 @@ with the listing.
 
 import hashlib
 import io
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,6 +215,11 @@ class Snapshot:
     hub: Hub
     commit: str
     files: dict[str, RemoteFile]
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether the revision was resolved to a commit, whose files cannot change."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.commit) is not None
 
     @property
     def label(self) -> str:

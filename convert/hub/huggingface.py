@@ -304,11 +304,19 @@ class HuggingFace:
     ) -> bytes:
         """Read from the hub's `url` or from the `address` where it redirected to."""
         headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
-        timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        timeout, data = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT, b""
+        dropped: Exception | None = None
         with http_stream_backoff("GET", address, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else offset
-            data = cut(response.iter_bytes(1 << 16), skip, length, file, url)
+            try:
+                data = cut(response.iter_bytes(1 << 16), skip, length, file, url)
+            except Exception as error:
+                if not _is_of_client(error):
+                    raise
+                dropped = error  # raised in here, the library would ask again and have nobody to give it to
+        if dropped is not None:
+            raise dropped
         if urlsplit(str(response.url)).netloc != urlsplit(url).netloc:
             self._storage[url] = str(response.url)
         return data

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import modelscope_hub
 import requests
+import urllib3
 from modelscope_hub import _download as client_download
 from modelscope_hub import errors
 from tqdm.auto import tqdm
@@ -57,6 +58,8 @@ def _server_error(error: errors.APIError, label: str) -> Dsv4Error:
 
 
 def _no_answer(error: Exception, label: str) -> Dsv4Error:
+    if error.args and isinstance(error.args[0], urllib3.exceptions.ProtocolError):  # it was connected
+        return _dropped(error, label)
     return NetworkError(f"{label}: the hub does not answer: {first_line(error)}", AGAIN)
 
 

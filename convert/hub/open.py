@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsv4.progress import Progress, Reached, ignore
 
-from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
+from .client import Hub, NoRepository, RemoteFile, Snapshot, check_remote_name, with_patience
 from .source import HubName, HubSource
 
 DEFAULT_SCRATCH = 2
@@ -70,3 +70,9 @@ def open_snapshot(source: HubSource, token: str | None = None, cache: Path | Non
     for file in files:
         check_remote_name(file.name, str(source))
     return Snapshot(source, hub, commit, {file.name: file for file in files})
+
+
+def list_files(snapshot: Snapshot) -> dict[str, RemoteFile]:
+    """What the hub lists now for the revision of a snapshot."""
+    files = with_patience(lambda: snapshot.hub.files(snapshot.source.repository, snapshot.commit))
+    return {file.name: file for file in files}

@@ -12,9 +12,10 @@ from typing import Any
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from dsv4.convert.checkpoint.storage import Folder, Storage
 from dsv4.errors import InputError, MachineError, UsageError
+from dsv4.text import some_of
 
 from .client import NoRepository, Snapshot
-from .open import HubOptions, open_snapshot
+from .open import HubOptions, list_files, open_snapshot
 from .ranges import Ranges
 from .shards import Shards
 from .source import HubSource, missing_folder, parse_source
@@ -50,6 +51,20 @@ class HubStorage:
         """What the listing says of a file: where it is, its size and its hash."""
         file = self._snapshot.files[name]
         return [*self.identity().values(), file.size, file.sha256 or file.git_sha1 or ""]
+
+    def listed_sha256(self, name: str) -> str | None:
+        """The hash that the hub lists for a file; Hugging Face lists none for small files."""
+        return self._snapshot.files[name].sha256
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if the files are not those that were listed first. A commit is not asked for again."""
+        if not self._snapshot.is_commit:
+            now = list_files(self._snapshot)
+            if now != self._snapshot.files:
+                changed = sorted(name for name, file in self._snapshot.files.items() if now.get(name) != file)
+                raise InputError(
+                    f"{self.label}: the branch moved while it was read: {some_of(changed, 3)}", "Run it again."
+                )
 
     def changed_ns(self, name: str) -> int:
         """0: a commit does not change."""
@@ -189,6 +204,14 @@ class HubFiles:
     def seconds_for(self, count: int) -> float:
         """From the rate at which the headers arrived."""
         return self._storage.seconds_for(count)
+
+    def listed_sha256(self, name: str) -> str | None:
+        """From the listing."""
+        return self._storage.listed_sha256(name)
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if a branch moved that could not be resolved to a commit."""
+        self._storage.check_unchanged()
 
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if --scratch is too small for one of the groups."""

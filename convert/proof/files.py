@@ -128,6 +128,12 @@ class RemoteFiles(Files, Protocol):
     def seconds_for(self, count: int) -> float:
         """Estimated seconds to fetch `count` bytes, from the rate at which the headers arrived."""
 
+    def listed_sha256(self, name: str) -> str | None:
+        """The SHA-256 in hex that the hub lists for a file; None if it lists none."""
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if the files are no longer those that were listed: a branch may move, a commit does not."""
+
     def check_needs(self, groups: Sequence[Collection[str]]) -> None:
         """Raises UsageError if one of the groups has more shards than can be on disk at the same time."""
 

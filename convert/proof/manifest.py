@@ -12,8 +12,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from .config import read_config
-from .files import Entry
+from .config import file_hash, read_config
+from .files import Entry, RemoteFiles
 from .layout import Checkpoint, canonical
 from .schedule import UNSHARED, Share
 
@@ -108,8 +108,24 @@ def _check_tensors(checkpoint: Checkpoint, manifest: Manifest, broken: set[str])
             _check_tensor(checkpoint, tensor.slices[0], value, bool(broken & tensor.shards), manifest.format)
 
 
-def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str]) -> None:
-    """Compare sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes."""
+def listed_hashes(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of the manifest's files as the hub lists them; files without one in its listing, small ones, are read.
+
+    Empty for a folder, of which nothing is listed.
+    """
+    files, sizes = checkpoint.files, checkpoint.files.sizes()
+    if not isinstance(files, RemoteFiles):
+        return {}
+    return {
+        name: files.listed_sha256(name) or file_hash(files, name, sizes[name]) for name in sorted(manifest.hashed_files)
+    }
+
+
+def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str], locate: bool = True) -> None:
+    """Compare sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes.
+
+    locate: read the tensors of a shard whose hash is wrong, to find those that changed.
+    """
     if not manifest.understood:
         return
     sizes, shards = checkpoint.files.sizes(), manifest.shards
@@ -119,4 +135,4 @@ def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str,
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {name}")
     if not checkpoint.repacked:  # else the hashes of its files cover them
-        _check_tensors(checkpoint, manifest, broken)
+        _check_tensors(checkpoint, manifest, broken if locate else set())

@@ -252,7 +252,8 @@ class Verification:
             return f"NOT READABLE: not everything could be read{sure}{part}"
         if self.exit_code == EXIT_SAMPLE and self.audit is not None:
             word = "NO FAULT" if self.source is None else "NO DIFFERENCE"
-            return f"{word} {self.audit.words}" + (f", {self.selection}" if self.selection else "")
+            more = [self.selection, "the hub lists the hashes of dsv4.json" if self.hashed else ""]
+            return ", ".join(filter(None, (f"{word} {self.audit.words}", *more)))
         word, words = self._judgement_alone() if self.source is None else self._judgement()
         return f"{word}{part}: {words}"
 
@@ -277,7 +278,7 @@ class Verification:
         """The contents of `read_bytes`, as a phrase. Headers and side files are not counted."""
         if self.source is not None:
             return "tensors"
-        return "quantized tensors and hashed files" if self.hashed else "quantized tensors"
+        return "quantized tensors and hashed files" if self.hashed and self.audit is None else "quantized tensors"
 
     def _statuses(self) -> Iterator[tuple[str, str]]:
         """(name, status) of every tensor; `.` was not checked."""

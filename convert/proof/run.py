@@ -23,7 +23,7 @@ from dsv4.machine import parse_size
 from dsv4.progress import Reached, ignore
 
 from .compare_tensor import Piece, PieceComparison, Reader, confirmed
-from .files import Files, LocalFiles
+from .files import Files, LocalFiles, RemoteFiles
 from .plan import Selection
 from .result import Verification
 from .schedule import UNSHARED, Share, in_order, one_torch_thread
@@ -124,7 +124,10 @@ def verify_files(
     with _explained(findings), one_torch_thread():
         work = prepare(source, output, settings, share, headers, findings)
         _compare(work, planned)
-        result = conclude(work, merged_findings(findings, share))
+        for files in work.files.values():
+            if isinstance(files, RemoteFiles):
+                files.check_unchanged()
+        result = conclude(work, merged_findings(findings, share), locate=settings.sample is None)
     return replace(result, seconds=time.monotonic() - started)
 
 

@@ -112,7 +112,7 @@ Token = Annotated[
     typer.Option("--token", metavar="TOKEN", help="Access token, if not from the environment or the hub's own login."),
 ]
 Scratch = Annotated[
-    int, typer.Option("--scratch", min=1, metavar="N", help="Shards of a hub's source that are on disk at once.")
+    int, typer.Option("--scratch", min=1, metavar="N", help="Shards of a repository that are on disk at once.")
 ]
 
 

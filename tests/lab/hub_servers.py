@@ -95,6 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
         instead = self.hub.portal(request)
         if instead is not None:
             return self._send(200, instead, Content_Type="text/html" if instead[:1] == b"<" else "application/json")
+        if self._sabotaged(request):
+            return None
+        for old, new in self.hub.renamed.items():
+            if old in self.path and host == "hub":
+                return self._send(307, Location=self.path.replace(old, new))
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         path = unquote(parts.path)
@@ -115,6 +120,18 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404)
 
+    def _sabotaged(self, request: Request) -> bool:
+        """Whether this request gets no proper answer: an error, or a connection that is closed."""
+        fault = self.hub.sabotage(request)
+        if fault == "close":
+            self.close_connection = True
+        elif fault == "cut":
+            self.hub.strike("cut", times=1)
+            return False
+        elif fault:
+            self._error(int(fault))
+        return bool(fault)
+
     # Answers
 
     def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -132,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, code: str = "") -> None:
         message = {"Code": status, "Message": code or "error", "Success": False}
         headers = {"X_Error_Code": code, "X_Error_Message": code} if code else {}
+        if status == 429 and self.hub.retry_after:
+            headers["Retry_After"] = str(self.hub.retry_after)
         self._send(status, json.dumps(message).encode(), Content_Type="application/json", **headers)
 
     def _struck(self, fault: str, name: str) -> bool:
@@ -306,6 +325,9 @@ class HubServer:
         self.healed = threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
         self.portal: Callable[[Request], bytes | None] = lambda request: None  # what somebody else answers instead
+        self.sabotage: Callable[[Request], str] = lambda request: ""  # "close", "cut" or a status instead of an answer
+        self.renamed: dict[str, str] = {}  # old name -> new name: the hub redirects
+        self.retry_after = 0  # seconds, said with each 429
         self.expire_after = 0  # answers that an address of the storage gives; 0: any number
         self._addresses: list[str] = []
         self._strikes: list[list[Any]] = []

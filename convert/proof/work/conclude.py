@@ -21,14 +21,14 @@ def _check_scale_format(checkpoint: Checkpoint, findings: Findings) -> None:
             return
 
 
-def conclude(work: Work, findings: Findings) -> Verification:
-    """The verdict from the findings of all processes."""
+def conclude(work: Work, findings: Findings, locate: bool) -> Verification:
+    """The verdict from the findings of all processes. locate: see `check_manifest`."""
     for compared, tally in zip(findings.compared, findings.tallies, strict=True):
         findings.statistics.add(compared, tally)
     for side in work.sides:
         _check_scale_format(side, findings)
     if work.manifest is not None:
-        check_manifest(work.output, work.manifest, findings.hashes)
+        check_manifest(work.output, work.manifest, findings.hashes, locate)
     pairs = zip(findings.compared, findings.tallies, strict=True)
     results = [result for compared, tally in pairs for result in tensor_results(compared, tally)]
     return Verification(

@@ -17,7 +17,7 @@ from dsv4.convert.proof.files import Files, RemoteFiles, shard_names
 from dsv4.convert.proof.forms.gguf import gguf_names, open_gguf
 from dsv4.convert.proof.forms.nvfp4 import join_scales
 from dsv4.convert.proof.layout import Checkpoint, open_checkpoint
-from dsv4.convert.proof.manifest import Manifest, read_manifest
+from dsv4.convert.proof.manifest import Manifest, listed_hashes, read_manifest
 from dsv4.convert.proof.plan import absent_and_needed, plan_pair, plan_scan, select
 from dsv4.convert.proof.resume.journal import Journal, open_journal
 from dsv4.convert.proof.schedule import Share
@@ -174,14 +174,17 @@ def prepare(
     findings.compared, unchecked = select(everything, settings.selection, other)
     findings.tallies = [Tally() for _ in findings.compared]
     _check_files(one, other)
-    is_hashed = one is None and settings.sample is None  # a sample reads no file whole
-    manifest = read_manifest(other, share) if is_hashed else None
+    manifest, reads_all = read_manifest(other, share) if one is None else None, settings.sample is None
+    if manifest is not None and not reads_all:
+        findings.hashes = listed_hashes(other, manifest)
+        manifest = manifest if findings.hashes else None  # of a folder, no file is read whole
     by_ranges = settings.sample is not None and any(isinstance(some, RemoteFiles) for some in (source, output))
     most = settings.max_workers or (RANGES_AT_ONCE if by_ranges else usable_cores())
     workers, band = threads_and_band(most, settings.max_memory, findings.compared)
     every = _plan(findings, settings.sample)
-    whole = plan_files(manifest.own_files, every, findings.compared) if manifest else []
-    hashed = manifest.hashed_files if manifest else frozenset()
+    to_hash = manifest if reads_all else None
+    whole = plan_files(to_hash.own_files, every, findings.compared) if to_hash else []
+    hashed = to_hash.hashed_files if to_hash else frozenset()
     others = [piece for piece in every if file_of(findings.compared[piece.tensor]) not in hashed]
     pieces = share.of(others, [piece.size for piece in others])
     findings.total = sum(piece.size for piece in pieces) + sum(bytes_to_read(f, findings.compared) for f in whole)

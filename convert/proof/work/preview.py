@@ -12,6 +12,7 @@ from typing import Any
 from dsv4.convert.proof.audit.draw import Sample, draw
 from dsv4.convert.proof.compare_tensor import Piece, PieceComparison, Reader
 from dsv4.convert.proof.files import Files
+from dsv4.convert.proof.manifest import listed_hashes
 from dsv4.convert.proof.result import Verification
 from dsv4.convert.proof.schedule import UNSHARED, in_order, one_torch_thread
 from dsv4.convert.proof.tally import Tally
@@ -60,7 +61,8 @@ class Preview:
         """One sentence."""
         if self.exit_code:
             return self.known.verdict
-        return "NOT COMPARED: headers, configs and side files show no difference"
+        listed = ", and the hub lists the hashes of dsv4.json" if self.known.hashed else ""
+        return f"NOT COMPARED: headers, configs and side files show no difference{listed}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data."""
@@ -122,6 +124,8 @@ def preview_files(source: Files | None, output: Files, settings: Settings, heade
     fetched = fetches(work, work.runs(pieces), pieces) if work.is_remote else []
     left = total - findings.continued
     seconds = sum(fetch.seconds for fetch in fetched) if work.is_remote else _seconds(work, left)
-    known = conclude(replace(work, manifest=None), findings)
+    if work.manifest is not None:
+        findings.hashes |= listed_hashes(work.output, work.manifest)
+    known = conclude(work if findings.hashes else replace(work, manifest=None), findings, locate=False)
     compared = [one for one in findings.compared if one.size and one.kind in ("bytes", "values", "scan")]
     return Preview(_sides(work), len(compared), total, findings.continued, fetched, seconds, known)
