@@ -363,7 +363,7 @@ def test_interrupted_before_anything_was_read(
     def interrupt(*_: object) -> None:
         raise Interrupted("interrupted", "Run the same command again.")
 
-    monkeypatch.setattr(f"dsv4.convert.proof.run.{when}", interrupt)
+    monkeypatch.setattr(f"dsv4.convert.proof.work.prepare.{when}", interrupt)
     code, _, err = command(capsys, *pair)
     assert code == 130 and "interrupted" in err and "kept" not in err and "Nothing was changed." in err
     assert "0%" not in err
