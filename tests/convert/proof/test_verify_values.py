@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4.convert.proof.tally import COUNTED_IN_PAIRS, byte_uses
 from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
 from dsv4.convert.proof.values.formats import (
     BF16,
@@ -327,3 +328,13 @@ def test_rebuild_needs_an_exact_quotient(scale: float) -> None:
     first = RowBand(E2M1, packed, 32, scales, (1, 32))
     second = RowBand(E4M3, np.repeat(np.arange(256, dtype=np.uint8)[:, None], 32, axis=1), 32, no_scales(), LARGE)
     check(first, second)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, COUNTED_IN_PAIRS - 2, COUNTED_IN_PAIRS, COUNTED_IN_PAIRS + 1])
+def test_every_byte_is_counted_once(size: int) -> None:
+    """In pairs or one by one, from rows of a larger array; byte b occurs b times as often as byte 1."""
+    counts = np.arange(256, dtype=np.int64) * size // (255 * 128)
+    counts[0] = size - counts[1:].sum()
+    data = np.random.default_rng(2).permutation(np.repeat(np.arange(256, dtype=np.uint8), counts))
+    wide = np.stack((data, ~data), axis=1)
+    assert byte_uses(data).tolist() == byte_uses(wide[:, 0]).tolist() == counts.tolist()
