@@ -88,7 +88,7 @@ def install(folder: Path) -> list[Engine]:
     if sglang.exists():
         found += [
             Engine("sglang", python, (sglang,), BLACKWELL),
-            Engine("sglang", python, (sglang,), HOPPER, {"SGLANG_OPT_FP8_WO_A_GEMM": "0"}, about="wo_a"),
+            Engine("sglang", python, (sglang,), HOPPER, {"SGLANG_OPT_FP8_WO_A_GEMM": "0"}, about="wo"),
         ]
     return found
 

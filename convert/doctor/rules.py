@@ -214,11 +214,10 @@ def _expert_scales(p: RuleContext) -> Iterator[Check]:
 
 
 def _names_wo_a(facts: Facts) -> bool | None:
-    """Whether ignored_layers names wo_a of every layer, with and without `model.`; None if it names some of these."""
-    layers = range(facts.dimension("num_hidden_layers") or 0)
-    names = {f"{prefix}layers.{layer}.attn.wo_a" for layer in layers for prefix in ("", "model.")}
-    named = names & set(ignored_layers(facts.config))
-    return bool(named) if named in (set(), names) else None
+    """Whether ignored_layers names wo_a of every layer, with or without `model.`; None if it names some layers'."""
+    layers, ignored = range(facts.dimension("num_hidden_layers") or 0), set(ignored_layers(facts.config))
+    named = [bool(ignored & {f"{p}layers.{layer}.attn.wo_a" for p in ("", "model.")}) for layer in layers]
+    return all(named) if all(named) == any(named) else None
 
 
 def _wo_a(p: RuleContext) -> Iterator[Check]:
@@ -230,8 +229,8 @@ def _wo_a(p: RuleContext) -> Iterator[Check]:
     elif ignores and named:
         yield Check("wo_a", "ok", f"{found}, and config.json says that it is not quantized")
     elif ignores and named is None:
-        some = f"{found}; ignored_layers names it in some layers, or only with or without model."
-        yield Check("wo_a", "unknown", some, "Name layers.N.attn.wo_a and model.layers.N.attn.wo_a of every layer.")
+        some = f"{found}; ignored_layers names it in some layers only"
+        yield Check("wo_a", "unknown", some, "Name layers.N.attn.wo_a of every layer.")
     else:
         status, text = p.engine.other_wo_a
         yield Check("wo_a", status, text.format(found=found), *p.convert)
