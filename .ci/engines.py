@@ -70,7 +70,7 @@ def pip(python: str, *arguments: str) -> bool:
 
 
 def install(folder: Path) -> list[Engine]:
-    """The engines that can be had, below a folder; what is there already is used."""
+    """The engines that can be had, below a folder; an environment from an earlier run is used again."""
     python, unpacked = str(folder / "venv" / "bin" / "python"), folder / "unpacked"
     if not Path(python).exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)

@@ -1,8 +1,8 @@
 """`PYTHON probes REQUEST RESULT`: runs in the interpreter of an engine, which has no dsv4.
 
 REQUEST is JSON: `engine` (the module `<engine>_probe` of this folder), `folder`, `shapes` (name of each weight -> shape
-in elements), `block` (rows, columns of an FP8 block), `blocks` (name -> block of a weight that has another one). RESULT
-is written as JSON: see `Record`. The engine may print what it likes.
+in elements), `block` (rows, columns of an FP8 block). RESULT is written as JSON: see
+`Record`. The engine may print what it likes.
 """
 
 import importlib
