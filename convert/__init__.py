@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv4.convert.api import convert as convert
-    from dsv4.convert.proof.run import verify as verify
+    from dsv4.convert.sides import verify as verify
 
 __all__ = ["convert", "verify"]
 
 _LAZY = {
     "convert": "api",
-    "verify": "proof.run",
+    "verify": "sides",
 }  # public name -> module, imported when first used: torch takes a second
 
 

@@ -132,8 +132,8 @@ def verify_files(
 
 
 def verify(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Files,
+    output: str | os.PathLike[str] | Files | None = None,
     *,
     tensor: str | None = None,
     shard: int | None = None,
@@ -145,18 +145,7 @@ def verify(
     max_memory: int | str | None = None,
     report: str | os.PathLike[str] | None = None,
 ) -> Verification:
-    """Compare two checkpoints: does the folder `output` hold the same model as `source`? Or check one alone.
-
-    tensor: a glob of tensor names. shard: one shard of `output`, counted from 1. sample: the fraction of the blocks to
-    compare, "5%" or 0.05, drawn by `seed`; the verdict is then never IDENTICAL. strict: a changed sign of zero is a
-    difference. inverse: rebuild the source's FP4 codes from the output's values. max_memory: bytes that the whole
-    process may use, or text such as "16GB". max_workers: threads; default: the cores that this process may use.
-    report: a file for the page with the proof, complete when this function returns; where its file system cannot
-    fsync, with a Python warning.
-
-    Raises InputError if a folder holds no checkpoint, UsageError if nothing is selected or the report cannot be
-    written; every other fault of the files is in the result.
-    """
+    """`dsv4.convert.verify`, whose options these are, of folders and of files that the caller has opened."""
     if report is not None:
         check_writable(os.fspath(report))
     settings = Settings(
@@ -169,7 +158,9 @@ def verify(
     )
     with ExitStack() as stack:
         *sources, converted = [
-            stack.enter_context(closing(LocalFiles(Path(side)))) for side in (source, output) if side is not None
+            stack.enter_context(closing(LocalFiles(Path(side)))) if isinstance(side, str | os.PathLike) else side
+            for side in (source, output)
+            if side is not None
         ]
         result = verify_files(sources[0] if sources else None, converted, settings)
     if report is not None:

@@ -55,7 +55,7 @@ def merged_findings(own: Findings, share: Share) -> Findings:
     if share.count == 1:
         return own
     tallies = {number: tally for number, tally in enumerate(own.tallies) if tally != Tally()}
-    merged = Findings(own.progress, own.compared, [Tally() for _ in own.tallies])
+    merged = Findings(own.progress, own.compared, [Tally() for _ in own.tallies], audit=own.audit)
     each = share.gather((tallies, own.statistics, own.hashes, own.read, own.continued))
     for some, statistics, hashes, read, continued in each:
         for number, tally in some.items():

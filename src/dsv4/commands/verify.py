@@ -2,18 +2,17 @@
 
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv4 import output, signals
 from dsv4.commands.verify_words import print_fetches, print_findings, print_preview
-from dsv4.errors import EXIT_DONE, EXIT_SAMPLE, Interrupted, UsageError
+from dsv4.errors import EXIT_DONE, EXIT_SAMPLE, Interrupted
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
 from dsv4.options import (
@@ -34,7 +33,6 @@ from dsv4.options import (
 from dsv4.progress import Reached
 
 if TYPE_CHECKING:
-    from dsv4.convert.hub.source import HubSource
     from dsv4.convert.proof.files import Files
     from dsv4.convert.proof.result import Verification
     from dsv4.convert.proof.work.settings import Settings
@@ -129,58 +127,17 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
     )
 
 
-def _output_named(text: str) -> "Path | HubSource":
-    """OUTPUT: a name that is neither a folder nor a repository is a folder that is missing."""
-    from dsv4.convert.hub.source import missing_folder, parse_source
-
-    try:
-        return parse_source(text)
-    except UsageError:
-        if ":" in text:
-            raise
-        raise missing_folder(text) from None
-
-
-def _sides(options: VerifyOptions) -> "list[Path | HubSource]":
-    """What SOURCE and OUTPUT name, looked up nowhere. --revision is that of the only repository."""
-    from dsv4.convert.hub.source import HubSource, missing_folder, parse_source
-
-    texts = [options.source] if options.converted is None else [options.source, options.converted]
-    last = [] if options.converted is None else [_output_named(options.converted)]
-    revision = options.revision
-    if revision is not None and last and isinstance(last[0], HubSource):
-        if isinstance(parse_source(options.source), HubSource):
-            raise UsageError("--revision is of one repository, there are two", "Write @revision behind each of them.")
-        last, revision = [parse_source(texts[1], revision)], None
-    sides = [parse_source(options.source, revision), *last]
-    for text, side in zip(texts, sides, strict=True):
-        if isinstance(side, Path) and not side.is_dir():
-            raise missing_folder(text)
-    return sides
-
-
 @contextmanager
 def _opened(options: VerifyOptions, out: output.Output, on_header: Reached) -> "Iterator[list[Files]]":
     """Both sides: folders, or repositories whose shards are fetched into temporary folders. Commits are pinned here."""
     from dsv4.convert.hub.open import HubOptions
-    from dsv4.convert.hub.storage import HubFiles, open_hub_storage
-    from dsv4.convert.proof.files import LocalFiles
+    from dsv4.convert.sides import named_sides, open_sides
 
     hub = HubOptions(
         options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=on_header,
         progress=signals.look,
     )  # fmt: skip
-    with ExitStack() as stack:
-        sides: list[Files] = []
-        named_sides = _sides(options)
-        beside = named_sides[-1] if len(named_sides) > 1 and isinstance(named_sides[-1], Path) else Path.cwd()
-        for side in named_sides:
-            if isinstance(side, Path):
-                sides.append(stack.enter_context(closing(LocalFiles(side))))
-                continue
-            scratch = stack.enter_context(TemporaryDirectory(prefix=".dsv4-verify-", dir=beside))
-            storage = open_hub_storage(side, Path(scratch) / "shards", hub)
-            sides.append(HubFiles(stack.enter_context(closing(storage))))
+    with open_sides(named_sides(options.source, options.converted, options.revision), hub) as sides:
         yield sides
 
 

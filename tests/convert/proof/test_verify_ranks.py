@@ -128,8 +128,9 @@ def test_under_torchrun(source: Path, damaged: Path) -> None:
 @pytest.mark.parametrize("dies", [0, 1])
 @pytest.mark.slow
 def test_a_killed_rank_is_an_error_and_no_verdict(dies: int, source: Path, output: Path, tmp_path: Path) -> None:
-    function = ("tensor_results", "in_order")[dies]  # after the exchange, before it
-    ended = run_ranks(2, tmp_path, "verify", source, output, kill={dies: ("dsv4.convert.proof.run", function, 1)})
+    module, function = (("work.conclude", "tensor_results"), ("run", "in_order"))[dies]  # after the exchange, before it
+    kill = {dies: (f"dsv4.convert.proof.{module}", function, 1)}
+    ended = run_ranks(2, tmp_path, "verify", source, output, kill=kill)
     assert ended.codes[dies] == -9 and ended.codes[1 - dies] in (4, 143), ended.err
     assert not ended.out[0] and not ended.out[1]
     assert "rank" in ended.err[1 - dies] and "bug" not in ended.err[1 - dies]
