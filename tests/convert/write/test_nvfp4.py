@@ -260,6 +260,21 @@ class TestDamage:
         """Headers are read before any shard is there: a read of data would fail then."""
 
         class Repository(LocalFiles):
+            def slots(self) -> int:
+                return 1
+
+            def bytes_to_fetch(self, name: str) -> int:
+                return 0
+
+            def seconds_for(self, count: int) -> float:
+                return 0.0
+
+            def listed_sha256(self, name: str) -> str | None:
+                return None
+
+            def check_unchanged(self) -> None:
+                pass
+
             def check_needs(self, groups: Sequence[Collection[str]]) -> None:
                 pass
 
