@@ -130,7 +130,6 @@ def main() -> None:
     """Entry point of `dsv4.__main__`."""
     signals.prepare()
     machine.limit_spinning()
-    machine.use_large_pages()
     machine.limit_threads()
     _open_closed_streams()
     code = run(sys.argv[1:])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dsv4 import output, signals
+from dsv4 import machine, output, signals
 from dsv4.commands.prompting import warn_of_missing_tokens
 from dsv4.errors import InputError, Interrupted, UsageError
 from dsv4.files import check_writable, result_file
@@ -217,6 +217,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
 @command
 def run(options: RunOptions) -> None:
     """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
+    machine.use_large_pages()  # before the next line imports torch
     from dsv4.distributed import process_group, torchrun_rank
 
     ranks = torchrun_rank()
