@@ -243,3 +243,25 @@ class Recipe(Protocol):
     def edit_inference_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """A released inference/config.json for the output."""
         return config
+
+
+class Joining(Recipe, Protocol):
+    """A recipe that says itself what the shards are (`Joins` in plan/shards.py): other recipes compute their tensors.
+
+    Subclass it. alone: the recipe of a weight without its stack, for the sizes that `inspect` prints.
+    """
+
+    cast_format: Format | None = Format.FP4
+    alone: Recipe
+
+    def takes(self, weight: Weight) -> bool:
+        """Every weight."""
+        return True
+
+    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
+        """Of one weight, without a stack."""
+        return self.alone.outputs(weight, settings, config)
+
+    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+        """Of one weight, without a stack."""
+        return self.alone.compute(checkpoint, piece, scan)

@@ -27,7 +27,7 @@ from dsv4.convert.checkpoint.forms.gguf.names import (
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
-from dsv4.convert.plan.recipes.recipe import OutputTensor, Piece, PieceResult, Recipe, Scan
+from dsv4.convert.plan.recipes.recipe import Joining, OutputTensor
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard, fill_shards
 from dsv4.errors import InputError
@@ -112,22 +112,10 @@ def _shards(groups: list[Group], keys: list[Entry], stem: str, settings: Setting
     return shards
 
 
-class ToGguf(Recipe):
+class ToGguf(Joining):
     """GGUF for llama.cpp. A weight alone becomes the tensor that it would be without its stack."""
 
-    cast_format = Format.FP4
-
-    def takes(self, weight: Weight) -> bool:
-        """Every weight, by `shards`."""
-        return True
-
-    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
-        """Of one weight."""
-        return STACKED.outputs(weight, settings, config)
-
-    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
-        """Its tensors have recipes of their own."""
-        raise NotImplementedError
+    alone = STACKED
 
     def shards(
         self, weights: list[Weight], settings: Settings, checkpoint: Checkpoint

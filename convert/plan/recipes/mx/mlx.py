@@ -22,7 +22,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.container import SAFETENSORS
 from dsv4.convert.plan.recipes.copy import kept
-from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
+from dsv4.convert.plan.recipes.recipe import Counts, Joining, OutputTensor, Piece, PieceResult, Recipe, Scan
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard, fill_shards
 from dsv4.errors import InputError
@@ -177,22 +177,10 @@ def _check_names(shards: Iterable[OutputShard]) -> None:
             raise InputError(f"'{twin}' and '{tensor.source.name}' are both '{tensor.name}' in MLX", "Remove one.")
 
 
-class ToMlx(Recipe):
+class ToMlx(Joining):
     """MXFP4 and MXFP8 of MLX."""
 
-    cast_format = Format.FP4
-
-    def takes(self, weight: Weight) -> bool:
-        """Every quantized weight."""
-        return True
-
-    def outputs(self, weight: Weight, settings: Settings, config: dict[str, Any]) -> list[OutputTensor]:
-        """Of one weight, without a stack: its size is the same."""
-        return MXFP4.outputs(weight, settings, config)
-
-    def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
-        """Its tensors have recipes of their own."""
-        raise NotImplementedError
+    alone = MXFP4
 
     def shards(
         self, weights: list[Weight], settings: Settings, checkpoint: Checkpoint
