@@ -62,7 +62,7 @@ class TestSameBits:
 
     @pytest.mark.parametrize("count", [1, 2, 4])
     @pytest.mark.parametrize("option", ["", "--no-simulation"])
-    @pytest.mark.fast_cases(1)
+    @pytest.mark.slow
     def test_of_logits(self, count: int, option: str, folder: Path, expected: dict[str, Path], tmp_path: Path) -> None:
         options = ["--tokens", TOKENS, "--logits", "out.safetensors", "--prefill", "137", *filter(None, [option])]
         ended = run_ranks(count, tmp_path, "run", folder, *options)

@@ -79,7 +79,7 @@ def assert_second_run_completes(server: HubServer, home: Path, source: Path, hub
 
 
 @pytest.mark.parametrize("hub", HUBS)
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_whole_snapshot_and_nothing_twice(server: HubServer, tmp_path: Path, source: Path, hub: str) -> None:
     first = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out")
     assert first.returncode == 0, first.stderr
@@ -262,7 +262,7 @@ def test_revision_that_moves(server: HubServer, tmp_path: Path, source: Path, hu
 
 
 @pytest.mark.parametrize(("hub", "login"), [("hf", "hf auth login"), ("ms", "modelscope login")])
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: str, login: str) -> None:
     server.repositories[REPOSITORY].gated = True
     done = run_dsv4(server, tmp_path, "download", f"{hub}:{REPOSITORY}", "out")
@@ -275,7 +275,7 @@ def test_gated_repository(server: HubServer, tmp_path: Path, source: Path, hub: 
 
 
 @pytest.mark.parametrize("hub", HUBS)
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_no_such_repository_or_revision(server: HubServer, tmp_path: Path, hub: str) -> None:
     unknown = run_dsv4(server, tmp_path, "download", f"{hub}:acme/Tiny-V3", "out")
     assert unknown.returncode == 3

@@ -14,6 +14,8 @@ from raw_safetensors import Raw, Tensors, header_of, raw, read_folder, write_fil
 from dsv4.convert.proof.result import Verification
 from dsv4.convert.proof.run import verify
 
+pytestmark = pytest.mark.fast_cases(3)
+
 EXPERTS = [f"layers.0.ffn.experts.{expert}.{part}" for expert in range(2) for part in ("w1", "w3")]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

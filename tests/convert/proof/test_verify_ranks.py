@@ -90,6 +90,7 @@ def test_the_same_text_and_page(source: Path, damaged: Path, tmp_path: Path) -> 
     assert "layers.0.ffn.experts.3.w2.weight" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_checkpoint(output: Path, damaged: Path, tmp_path: Path) -> None:
     """Also its hashes, which are shared too: damage in any shard is found by somebody."""
     for folder, expected in ((output, 0), (damaged, 1)):

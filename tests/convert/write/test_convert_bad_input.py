@@ -25,6 +25,8 @@ from raw_safetensors import Raw, read_file, write_file
 
 from dsv4.convert.write import atomic_file as files
 
+pytestmark = pytest.mark.fast_cases(1)
+
 LAYER, EMBED, HEAD = (f"model-0000{i}-of-00004.safetensors" for i in (2, 1, 3))
 EXPERT = "layers.0.ffn.experts.1.w2"
 DENSE = "layers.0.attn.wq_a"

@@ -31,6 +31,8 @@ from dsv4.quant import fp8_to_fp4
 from dsv4.quant.block_scales import Block
 from dsv4.text import human_bytes
 
+pytestmark = pytest.mark.slow  # test_in_flight.py and test_journal.py are in the fast loop
+
 TINY = Geometry(
     vocab_size=64, compress_ratios=(0,), num_hash_layers=0, num_nextn_predict_layers=0, num_attention_heads=2
 )  # fmt: skip

@@ -13,6 +13,8 @@ from exact_values import convert, different_values, dsv4, edit_config, read_json
 from dsv4.convert.proof.run import verify
 from dsv4.convert.synthetic.checkpoint import DSpark, make_checkpoint
 
+pytestmark = pytest.mark.slow  # test_rank_files.py reads such files in the fast loop
+
 SPARK = replace(SMALL, compress_ratios=(4, 0, 0, 0), dspark=DSpark(noise_token_id=61, target_layer_ids=(0,)))
 GEOMETRIES = {"v4": SMALL, "0731": SPARK, "vision-exp": replace(SPARK, vision=True, rms_norm_eps=1e-20)}
 WO_A = ".attn.wo_a."  # the engine has it in BF16: the scale of a block can be another one

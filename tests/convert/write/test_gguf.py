@@ -23,6 +23,8 @@ from dsv4.convert.plan.recipes.gguf.tokenizer import _splitting
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load
 
+pytestmark = pytest.mark.slow  # test_forms.py has this form in the fast loop
+
 SMALL = Geometry(vocab_size=512, compress_ratios=(4, 0, 128, 0), num_hash_layers=1, n_routed_experts=4)
 LAYERS = 3
 TYPES = gguf.GGMLQuantizationType

@@ -18,6 +18,8 @@ from dsv4.convert.proof.forms.nvfp4 import join_scales
 from dsv4.convert.proof.layout import open_checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
+pytestmark = pytest.mark.slow  # test_forms.py has this form in the fast loop
+
 SMALL = Geometry(vocab_size=64, compress_ratios=(4, 0, 0), num_hash_layers=1, n_routed_experts=4, index_n_heads=4)
 OPTIONS = ("--to", "nvfp4", "--input-scale", "1.0")
 EXPERT = "layers.1.ffn.experts.2"

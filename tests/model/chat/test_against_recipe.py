@@ -127,7 +127,7 @@ def as_checkpoint(prompt: str) -> str:
 )
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-@pytest.mark.fast_cases(1)
+@pytest.mark.slow
 def test_the_service_renders_the_same_prompt(edition: str, level: str | None, data: st.DataObject) -> None:
     messages = data.draw(conversations(edition, level is not None))
     conversation = recipe.Conversation(
