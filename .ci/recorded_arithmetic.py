@@ -11,13 +11,12 @@ per cent. dsv4 differs from the recording in two things, neither of which is a r
 `exp`, `sqrt` and sums over a dimension are torch's own in both the recording and here.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from dsv4.model.kernels.deterministic import sqrt, tree_sum
-from dsv4.model.kernels.reference import KEYS_PER_BLOCK, Product
+from dsv4.model.kernels.reference import KEYS_PER_BLOCK
 from dsv4.model.kernels.table import TORCH_DEVICE, KernelTable
 from dsv4.model.weights import Matrix
 
@@ -37,11 +36,6 @@ def linear(
     for part, columns in zip(x.to(torch.float64).split(block, 1), wide.split(block, 1), strict=True):
         total += (part @ columns.T).to(torch.float32)
     return total.to(dtype)
-
-
-def linears(products: Sequence[Product], dtype: torch.dtype) -> list[torch.Tensor]:
-    """See `linear`."""
-    return [linear(*product, dtype) for product in products]
 
 
 def sparse_attention(
@@ -83,5 +77,5 @@ def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 RECORDED: KernelTable = replace(
-    TORCH_DEVICE, linear=linear, at_once=linears, sparse_attention=sparse_attention, head_norm=head_norm
+    TORCH_DEVICE, linear=linear, at_once=None, sparse_attention=sparse_attention, head_norm=head_norm
 )
