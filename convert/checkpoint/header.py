@@ -56,6 +56,29 @@ class Header:
     data_start: int
 
 
+def _count_strings(value: Any) -> int:
+    """Strings in a parsed JSON value, keys included."""
+    count, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            count += 1
+        elif isinstance(one, dict):
+            count += len(one)
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+    return count
+
+
+def _has_strings(text: str, count: int) -> bool:
+    """Whether a JSON text without escapes holds so many strings: each has two quotes.
+
+    So no key of what was parsed from it appeared twice: of two equal keys, one would be missing in `count`.
+    """
+    return "\\" not in text and text.count('"') == 2 * count
+
+
 def strict_json(raw: bytes | str, what: str, hint: str = "Download the file again.") -> Any:
     """Parse JSON strictly: no duplicate keys, no NaN, no bad UTF-8, bounded depth. Raises InputError."""
 
@@ -72,6 +95,10 @@ def strict_json(raw: bytes | str, what: str, hint: str = "Download the file agai
 
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        if "\\" not in text:  # a call for each object takes longer than everything else
+            value = json.loads(text, parse_constant=refuse)
+            if _has_strings(text, _count_strings(value)):
+                return value
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         if isinstance(raw, bytes):
@@ -203,11 +230,58 @@ def header_length(prefix: bytes, file_bytes: int, what: str) -> int:
     return length
 
 
-def parse_header(raw: bytes, file_bytes: int, what: str) -> Header:
-    """Validate the JSON of a header (`raw`, without the length) of a file of `file_bytes`. Raises InputError.
+def _refuse_number(number: str) -> None:
+    raise ValueError(f"{number} is no count")
 
-    `what` names the file in messages. Entries come back in the order of their data.
+
+def _plain_entries(parsed: dict[str, Any]) -> dict[str, Entry]:
+    """The tensors of a header that holds neither true, false nor floats: what equals a count is one.
+
+    Raises an error of several classes for all but tensors that follow each other without holes, in the header's order.
     """
+    kinds: dict[tuple[Any, ...], _Kind] = {}
+    entries: dict[str, Entry] = {}
+    position, new = 0, tuple.__new__  # Entry's own takes twice as long
+    for name, value in parsed.items():
+        (begin, end), shape = value["data_offsets"], value["shape"]
+        key = value["dtype"], *shape
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = _kind(value["dtype"], shape, name)
+        dtype, declared, nbytes = kind
+        if type(shape) is not list or len(value) != 3 or begin != position or end - begin != nbytes:
+            raise ValueError(name)
+        entries[name] = new(Entry, (dtype, declared, begin, end))
+        position = end
+    return entries
+
+
+def _plain_header(raw: bytes, file_bytes: int) -> Header | None:
+    """A header as writers make them; None for one that is unusual or wrong.
+
+    Takes a third of the time of `_any_header`, accepts less, and reads the same.
+    """
+    try:
+        text = raw.decode("utf-8")
+        if not text.startswith("{") or "true" in text or "false" in text:
+            return None
+        parsed = json.loads(text, parse_float=_refuse_number, parse_constant=_refuse_number)
+        strings = int(METADATA in parsed)  # the metadata's name; below its texts, and 5 strings of each tensor
+        metadata = parsed.pop(METADATA, {})
+        entries = _plain_entries(parsed)
+        plain = all(isinstance(v, str) for v in metadata.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InputError):
+        return None
+    strings += 2 * len(metadata) + 5 * len(entries)
+    data_start = LENGTH_BYTES + len(raw)
+    data_end = next(reversed(entries.values())).end if entries else 0
+    if not plain or not _has_strings(text, strings) or data_start + data_end != file_bytes:
+        return None
+    return Header(entries, metadata, data_start)
+
+
+def _any_header(raw: bytes, file_bytes: int, what: str) -> Header:
+    """Any header, checked one thing after the other. Raises InputError, which says what is wrong."""
     if not raw.startswith(b"{"):
         raise InputError(f"{what}: the header is not a JSON object", "Download the file again.")
     parsed = strict_json(raw, what)
@@ -223,6 +297,19 @@ def parse_header(raw: bytes, file_bytes: int, what: str) -> Header:
     data_start = LENGTH_BYTES + len(raw)
     _check_contiguous(ordered, file_bytes - data_start, what)
     return Header(ordered, metadata, data_start)
+
+
+def parse_header(raw: bytes, file_bytes: int, what: str) -> Header:
+    """Validate the JSON of a header (`raw`, without the length) of a file of `file_bytes`. Raises InputError.
+
+    `what` names the file in messages. Entries come back in the order of their data.
+    """
+    header = _plain_header(raw, file_bytes)
+    if header is None:
+        return _any_header(raw, file_bytes, what)
+    _check_names(header.entries, what)
+    check_twins(list(header.entries), what)
+    return header
 
 
 @lru_cache(maxsize=KINDS)

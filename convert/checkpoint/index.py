@@ -78,9 +78,12 @@ def select(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T]],
 
     Raises InputError if a tensor is in another shard than the index names.
     """
+    held: dict[str, str] = {}
+    for shard, tensors in shards.items():
+        held |= dict.fromkeys(tensors, shard)
+    if held == weight_map and len(held) == sum(map(len, shards.values())):
+        return Selection(dict(chain.from_iterable(tensors.items() for tensors in shards.values())), [], [], [])
     chosen = {n: info for shard, tensors in shards.items() for n, info in tensors.items() if weight_map.get(n) == shard}
-    if len(chosen) == len(weight_map) == sum(map(len, shards.values())):
-        return Selection(chosen, [], [], [])
     holders = Counter(chain.from_iterable(shards.values()))
     elsewhere = [name for name in weight_map if name not in chosen and name in holders]
     if elsewhere:

@@ -75,6 +75,16 @@ def expert_of(name: str) -> ExpertName | None:
     return ExpertName(intern(match[1]), int(match[2]), intern(match[3])) if match else None
 
 
+def without_expert(name: str) -> tuple[str, str, str]:
+    """(what stands before the number of an expert, what stands behind it, the number) in a tensor's name.
+
+    Of a tensor of no expert: the name, and twice "". What else is asked of a name does not depend on the number.
+    """
+    module, found, rest = name.rpartition(".experts.")
+    number, _, inner = rest.partition(".")
+    return (module, inner, number) if found and inner and number.isdecimal() else (name, "", "")
+
+
 @lru_cache(maxsize=_CACHED_PARTS)
 def _is_feed_forward(module: str) -> bool:
     return _FFN.fullmatch(module) is not None

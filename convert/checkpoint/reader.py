@@ -5,6 +5,7 @@ rows, so that the caller decides about memory. Where index and shards disagree, 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4.errors import InputError
+from dsv4.machine import collection_paused
 from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
@@ -70,11 +72,11 @@ def read_header(storage: Storage, name: str, size: int) -> tuple[Header, str]:
     return parse_header(raw, size, where), hashlib.sha256(prefix + raw).hexdigest()
 
 
-def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, str] | None:
-    """The index's map from tensor to shard; None for a checkpoint of one file. Raises InputError."""
+def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, Any] | None:
+    """The object in the index, its `weight_map` checked; None for a checkpoint of one file. Raises InputError."""
     if INDEX_NAME in sizes:
         index = read_json(storage, INDEX_NAME, sizes[INDEX_NAME], MAX_INDEX_BYTES)
-        return weight_map_of(index, f"{storage.label}/{INDEX_NAME}")
+        return {**index, "weight_map": weight_map_of(index, f"{storage.label}/{INDEX_NAME}")}
     if SINGLE_NAME in sizes:
         return None
     found = sum(f.endswith(".safetensors") for f in sizes)
@@ -113,24 +115,25 @@ def read_files(
 
 def as_released(form: Form, stored: dict[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
     """The tensors of a form under the release's names and dtypes. Raises InputError if two become one."""
-    found: dict[str, TensorInfo] = {}
-    for info in form.tensors(stored):
-        if info.name in found:
-            raise InputError(f"{where}: two tensors both stand for '{info.name}'")
-        found[info.name] = info
+    every = list(form.tensors(stored))
+    found = {info.name: info for info in every}
+    if len(found) != len(every):
+        twice = next(name for name, count in Counter(info.name for info in every).items() if count > 1)
+        raise InputError(f"{where}: two tensors both stand for '{twice}'")
     return found
 
 
 def open_source(source: Path | str | Storage, build: Callable[[Storage], "Checkpoint"]) -> "Checkpoint":
     """Build a checkpoint from a Storage or a folder. If that fails, the folder's files are closed."""
-    if not isinstance(source, str | Path):
-        return build(source)
-    storage = Folder(Path(source))
-    try:
-        return build(storage)
-    except BaseException:
-        storage.close()
-        raise
+    with collection_paused():
+        if not isinstance(source, str | Path):
+            return build(source)
+        storage = Folder(Path(source))
+        try:
+            return build(storage)
+        except BaseException:
+            storage.close()
+            raise
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     notes: list[str] = field(default_factory=list)  # one line for each thing that was ignored
     form: Form = RELEASED
+    index: dict[str, Any] | None = None  # the object in the index, but for its `weight_map`; None if none was read
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -173,11 +177,12 @@ class Checkpoint:
         sizes = storage.sizes()
         if is_gguf(sizes):
             return cls._of_gguf(storage, sizes)
-        weight_map = _read_index(storage, sizes)
+        index = _read_index(storage, sizes)
+        weight_map = None if index is None else index.pop("weight_map")
         names = [SINGLE_NAME] if weight_map is None else shards_of(weight_map, sizes, storage.label)
         config, notes = read_config(storage, sizes), ignored_files(names, sizes)
         form = form_of(config)
-        checkpoint = cls(storage, config, sizes, {}, {}, notes, form)
+        checkpoint = cls(storage, config, sizes, {}, {}, notes, form, index)
         storage.choose_shards(names)
         shards, stored = read_files(storage, names, sizes, progress)
         if weight_map is None:

@@ -12,17 +12,17 @@ and keeps its bytes, so checkpoints with unknown tensors convert too.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv4.quant.blocks import FP4_BLOCK, Block, scale_shape
 
 from .config import Config, weight_block
 from .editions.table import block_by_name
 from .header import KINDS
-from .names import WEIGHT_SUFFIX, is_draft, is_expert_matrix, is_wo_a, scale_name, scales_of
+from .names import SCALE_SUFFIXES, WEIGHT_SUFFIX, is_draft, is_expert_matrix, is_wo_a, scale_name, without_expert
 from .reader import TensorInfo
 
 RELEASED_BLOCKS = (Block(128, 128), Block(32, 32))  # of FP8 weights, if the config does not name one
@@ -108,20 +108,14 @@ def _fit(scale: tuple[int, ...], shape: tuple[int, ...], block: Block) -> bool:
     return len(shape) == 2 and scale == scale_shape(shape, block)
 
 
-def _fits(scale: TensorInfo, shape: tuple[int, ...], block: Block) -> bool:
-    return _fit(scale.shape, shape, block)
-
-
 def _as_e8m0(scale: TensorInfo) -> TensorInfo:
     return scale._replace(dtype=_E8M0) if scale.dtype == "U8" else scale
 
 
-def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault | None:
-    """The fault in dtype or shape of a scale; None if it is right."""
+def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault:
+    """The fault in dtype or shape of a scale that is not right."""
     scale, block, shape = weight.scale, weight.block, weight.logical_shape
     assert scale is not None and block is not None
-    if scale.dtype in dtypes and _fits(scale, shape, block):
-        return None
     if len(shape) != 2:
         return Fault(weight.name, f"shape {list(weight.info.shape)}; a quantized weight has two dimensions")
     if scale.dtype not in dtypes:
@@ -130,20 +124,23 @@ def _scale_fault(weight: Weight, dtypes: tuple[str, ...]) -> Fault | None:
     return Fault(scale.name, f"{text}, one per {block.rows} x {block.columns} of a weight {list(shape)}")
 
 
-def _checked(weight: Weight, dtypes: tuple[str, ...]) -> Weight:
-    fault = _scale_fault(weight, dtypes)
-    return weight if fault is None else weight._replace(fault=fault)
-
-
 def _fp8(info: TensorInfo, scale: TensorInfo, config: Config) -> Weight:
     declared = block_by_name(info.name, config) or weight_block(config)
     blocks = [Block(*declared)] if declared else list(RELEASED_BLOCKS)
-    block = next((block for block in blocks if _fits(scale, info.shape, block)), blocks[0])
-    return _checked(Weight(info, Format.FP8, _as_e8m0(scale), block), (_E8M0, "F32"))
+    block = next((block for block in blocks if _fit(scale.shape, info.shape, block)), blocks[0])
+    scale, dtypes = _as_e8m0(scale), (_E8M0, "F32")
+    weight = Weight(info, Format.FP8, scale, block)
+    if scale.dtype in dtypes and _fit(scale.shape, info.shape, block):
+        return weight
+    return weight._replace(fault=_scale_fault(weight, dtypes))
 
 
 def _fp4(info: TensorInfo, scale: TensorInfo) -> Weight:
-    return _checked(Weight(info, Format.FP4, _as_e8m0(scale), FP4_BLOCK), (_E8M0,))
+    scale = _as_e8m0(scale)
+    weight = Weight(info, Format.FP4, scale, FP4_BLOCK)
+    if scale.dtype == _E8M0 and _fit(scale.shape, _logical_shape(info), FP4_BLOCK):
+        return weight
+    return weight._replace(fault=_scale_fault(weight, (_E8M0,)))
 
 
 def _without_scale(info: TensorInfo) -> Weight:
@@ -156,30 +153,84 @@ def _without_scale(info: TensorInfo) -> Weight:
     return Weight(info, Format.FP4 if fp4 else Format.FP8, fault=fault)
 
 
-def _weight(info: TensorInfo, scales: list[TensorInfo], config: Config) -> Weight:
-    if not scales:
+def _weight(info: TensorInfo, scale: TensorInfo | None, config: Config) -> Weight:
+    if scale is None:
         return _without_scale(info)
-    scale = scales[0]
     if info.dtype in _FP4_DTYPES:
-        weight = _fp4(info, scale)
-    elif info.dtype == _FP8_DTYPE:
-        weight = _fp8(info, scale, config)
-    elif info.dtype == "U8" and _fits(scale, _logical_shape(info), FP4_BLOCK):
-        weight = _fp4(info._replace(dtype="I8"), scale)
-    else:
-        weight = Weight(info, Format.PLAIN, scale)
-    if len(scales) > 1:
-        names = " and ".join(s.name.rpartition(".")[2] for s in scales)
-        return weight._replace(fault=Fault(info.name, f"two scales, {names}"))
-    return weight
+        return _fp4(info, scale)
+    if info.dtype == _FP8_DTYPE:
+        return _fp8(info, scale, config)
+    if info.dtype == "U8" and _fit(scale.shape, _logical_shape(info), FP4_BLOCK):
+        return _fp4(info._replace(dtype="I8"), scale)
+    return Weight(info, Format.PLAIN, scale)
+
+
+def _with_two_scales(weight: Weight, second: TensorInfo) -> Weight:
+    assert weight.scale is not None
+    names = " and ".join(scale.name.rpartition(".")[2] for scale in (weight.scale, second))
+    return weight._replace(fault=Fault(weight.name, f"two scales, {names}"))
 
 
 def find_weights(tensors: Mapping[str, TensorInfo], config: Config) -> dict[str, Weight]:
     """Every tensor that is not the scale of another, by name, in the order of `tensors`."""
-    weights = (name for name in tensors if name.endswith(WEIGHT_SUFFIX))
-    scales = {name: found for name in weights if (found := scales_of(name, tensors))}
-    owned = {scale.name for found in scales.values() for scale in found}
-    return {name: _weight(tensors[name], scales.get(name, []), config) for name in tensors if name not in owned}
+    scales: dict[str, TensorInfo] = {}  # of each weight the first
+    second: dict[str, TensorInfo] = {}
+    owned: set[str] = set()
+    for suffix in SCALE_SUFFIXES:
+        for name in tensors:
+            if name.endswith(suffix) and (weight := name[: -len(suffix)] + WEIGHT_SUFFIX) in tensors:
+                (second if weight in scales else scales)[weight] = tensors[name]
+                owned.add(name)
+    found = {name: _weight(info, scales.get(name), config) for name, info in tensors.items() if name not in owned}
+    return found | {name: _with_two_scales(found[name], scale) for name, scale in second.items()}
+
+
+@dataclass(slots=True)
+class Alike:
+    """Tensors that differ only in the number of their expert, so that one stands for all: V4-Pro has 2640 of 145116.
+
+    info: the first. weight: of the first, too; None for the scale of another tensor. experts: the number of each in the
+    order of the tensors, "" outside of experts.
+    """
+
+    info: TensorInfo
+    weight: Weight | None
+    experts: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the first."""
+        return self.info.name
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.experts)
+
+    @property
+    def numbers(self) -> set[int]:
+        """The numbers of the experts."""
+        return {int(number) for number in self.experts if number}
+
+
+def _stored_as(weight: Weight) -> tuple[Any, ...]:
+    """What a weight's tensor does not say of how it is stored."""
+    scale = weight.scale
+    return weight.format.name, scale and (scale.dtype, scale.shape), weight.fault is None
+
+
+def find_alike(tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]) -> list[Alike]:
+    """All tensors, those that are alike together, in the order of the first of each. weights: from `find_weights`."""
+    found: dict[tuple[Any, ...], Alike] = {}
+    for name, info in tensors.items():
+        module, inner, number = without_expert(name)
+        weight = weights.get(name)
+        key = module, inner, info.dtype, info.shape, info.released_dtype, weight and _stored_as(weight)
+        one = found.get(key)
+        if one is None:
+            one = found[key] = Alike(info, weight)
+        one.experts.append(number)
+    return list(found.values())
 
 
 class ExpertFormats(NamedTuple):

@@ -18,8 +18,8 @@ from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
-from dsv4.convert.checkpoint.reader import INDEX_NAME, MAX_INDEX_BYTES, Checkpoint, layout_bytes, read_json
-from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight, expert_formats
+from dsv4.convert.checkpoint.reader import Checkpoint, layout_bytes
+from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight
 from dsv4.errors import InputError
 
 Level = Literal["problem", "note"]
@@ -68,8 +68,8 @@ def _mixture(formats: ExpertFormats) -> Iterator[Finding]:
                       "Engines look at one expert or at the config, and take all alike.")  # fmt: skip
 
 
-def _expert_dtype(config: dict[str, Any], weights: Mapping[str, Weight]) -> Iterator[Finding]:
-    formats, declared = expert_formats(weights.values()), expert_dtype(config)
+def _expert_dtype(config: dict[str, Any], formats: ExpertFormats) -> Iterator[Finding]:
+    declared = expert_dtype(config)
     stored = formats.main or formats.drafts
     yield from _mixture(formats)
     if not stored or not describes_v4(config):
@@ -158,9 +158,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     if absent:
         hint = "Copy them from the release: engines need them for text."
         yield Finding("note", f"missing: {', '.join(absent)}", hint)
-    if INDEX_NAME in checkpoint.files:
-        index = read_json(checkpoint.storage, INDEX_NAME, checkpoint.files[INDEX_NAME], MAX_INDEX_BYTES)
-        metadata = index.get("metadata")
+    if checkpoint.index is not None:
+        metadata = checkpoint.index.get("metadata")
         declared = metadata.get("total_size") if isinstance(metadata, dict) else None
         actual = layout_bytes(checkpoint.tensors)
         decoded = any(info.encoding for info in checkpoint.tensors.values())  # has other bytes in the files
@@ -168,8 +167,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding("note", f"the index says total_size {str(declared)[:40]}, the tensors have {actual} bytes")
 
 
-def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> list[Finding]:
-    """Every finding about an opened checkpoint, problems first."""
+def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight], experts: ExpertFormats) -> list[Finding]:
+    """Every finding about an opened checkpoint, problems first. experts: the formats of the experts in `weights`."""
     config = checkpoint.config
     foreign = foreign_quantization(config, checkpoint.tensors)
     if foreign is not None:  # another tool's names, dtypes, shapes and scales are not checked
@@ -177,7 +176,7 @@ def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> l
     found = [
         *_spelling(checkpoint.config_json),
         *_quantization(config, weights),
-        *_expert_dtype(config, weights),
+        *_expert_dtype(config, experts),
         *structure_findings(config, weights),
         *scale_findings(weights),
         *_files(checkpoint),

@@ -4,7 +4,7 @@
 tensors; only what tensors do not show is taken from config.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,9 @@ from dsv4.convert.checkpoint.config import (
     weight_block,
 )
 from dsv4.convert.checkpoint.editions.table import edition_of
-from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of, is_routed_expert
-from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
-from dsv4.convert.checkpoint.weights import Weight, expert_formats, find_weights
+from dsv4.convert.checkpoint.names import block_of, draft_stages, is_routed_expert
+from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.checkpoint.weights import Alike, expert_formats, find_alike, find_weights
 from dsv4.convert.plan.sizes import sizes_after_conversion
 from dsv4.errors import InputError
 from dsv4.machine import collection_paused
@@ -90,28 +90,28 @@ def _label(checkpoint: Checkpoint) -> str:
     return label if checkpoint.config else f"{label}/{next(iter(checkpoint.shards))}"
 
 
-def _layer(index: int, inner: Mapping[str, TensorInfo], declared_ratio: int | None) -> Layer:
+def _layer(index: int, inner: Mapping[str, Alike], declared_ratio: int | None) -> Layer:
     ape = inner.get("attn.compressor.ape")
-    ratio = ape.shape[0] if ape and ape.shape else declared_ratio
+    ratio = ape.info.shape[0] if ape and ape.info.shape else declared_ratio
     indexed = any(name.startswith("attn.indexer.") for name in inner)
     compressed = bool(ratio) or any(name.startswith("attn.compressor.") for name in inner)
     known: Attention = "csa" if indexed else "hca" if compressed else "sliding"
     attention: Attention = known if ratio in (None, 0, 4, 128) else "compressed"
     routing: Routing = "hash" if "ffn.gate.tid2eid" in inner else "score" if "ffn.gate.weight" in inner else "none"
-    experts = {expert.number for expert in map(expert_of, filter(is_routed_expert, inner)) if expert is not None}
+    experts: set[int] = set().union(*(alike.numbers for name, alike in inner.items() if is_routed_expert(name)))
     return Layer(index, ratio, attention, routing, len(experts))
 
 
-def _layers(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> tuple[list[Layer], int]:
+def _layers(tensors: Iterable[Alike], config: dict[str, Any]) -> tuple[list[Layer], int]:
     """The layers of the main stack in order, and how many MTP blocks there are."""
-    inner: dict[int, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        block = block_of(name)
+    inner: dict[int, dict[str, Alike]] = {}
+    for alike in tensors:
+        block = block_of(alike.name)
         if block and block.stack == "layers":
-            inner.setdefault(block.number, {})[block.inner] = info
+            inner.setdefault(block.number, {})[block.inner] = alike
     ratios = compress_ratios(config) or ()
     layers = [_layer(i, names, ratios[i] if i < len(ratios) else None) for i, names in sorted(inner.items())]
-    return layers, len(draft_stages(tensors))
+    return layers, len(draft_stages(alike.name for alike in tensors))
 
 
 def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | None:
@@ -130,53 +130,54 @@ def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | 
     return v4_cache(widths, ratios, [layer.indexed for layer in layers]) if architecture == "v4" else None
 
 
-def _amounts(
-    tensors: Mapping[str, TensorInfo], weights: Mapping[str, Weight]
-) -> tuple[dict[str, Amount], dict[str, Amount]]:
-    counts: dict[tuple[str, str], list[int]] = {}
-    for name, info in tensors.items():
-        some = counts.setdefault((info.dtype, family(name)), [0, 0, 0])
-        some[0] += 1
-        some[1] += parameters_of(weights[name]) if name in weights else 0
-        some[2] += info.nbytes
+def _amount(alike: Alike) -> Amount:
+    parameters = 0 if alike.weight is None else parameters_of(alike.weight)
+    return Amount(alike.count, alike.count * parameters, alike.count * alike.info.nbytes)
+
+
+def _amounts(tensors: Iterable[Alike]) -> tuple[dict[str, Amount], dict[str, Amount]]:
+    """By dtype, the largest first, and by family."""
     dtypes: dict[str, Amount] = {}
     families = {name: Amount() for name in FAMILIES}
-    for (dtype, part), some in counts.items():
-        dtypes[dtype] = dtypes.get(dtype, Amount()) + Amount(*some)
-        families[part] += Amount(*some)
+    for alike in tensors:
+        amount, dtype = _amount(alike), alike.info.dtype
+        dtypes[dtype] = dtypes.get(dtype, Amount()) + amount
+        families[family(alike.name)] += amount
     by_bytes = sorted(dtypes.items(), key=lambda item: -item[1].bytes)
     return dict(by_bytes), {name: amount for name, amount in families.items() if amount.tensors}
 
 
-def _sizes(checkpoint: Checkpoint, weights: Mapping[str, Weight]) -> dict[str, int] | None:
+def _sizes(checkpoint: Checkpoint, tensors: list[Alike]) -> dict[str, int] | None:
     try:
-        return sizes_after_conversion(checkpoint, weights.values())
+        return sizes_after_conversion(checkpoint, tensors)
     except InputError:
         return None  # the findings name the fault
 
 
 def _inspect(checkpoint: Checkpoint) -> Inspection:
-    tensors, config = checkpoint.tensors, checkpoint.config
-    weights = find_weights(tensors, config)
+    config = checkpoint.config
+    weights = find_weights(checkpoint.tensors, config)
+    tensors = find_alike(checkpoint.tensors, weights)
     layers, mtp_blocks = _layers(tensors, config)
     chosen = config_count(config, "num_experts_per_tok")
     drafting = config_count(config, "dspark_num_experts_per_tok")
-    dtypes, families = _amounts(tensors, weights)
+    dtypes, families = _amounts(tensors)
+    experts = expert_formats(alike.weight for alike in tensors if alike.weight is not None)
     return Inspection(
         label=_label(checkpoint),
         form=checkpoint.form.name,
         config=config,
         shards=len(checkpoint.shards),
         total=sum(dtypes.values(), Amount()),
-        parameters=count_parameters(weights.values(), chosen, chosen if drafting is None else drafting),
+        parameters=count_parameters(tensors, chosen, chosen if drafting is None else drafting),
         dtypes=dtypes,
         families=families,
         layers=layers,
         mtp_blocks=mtp_blocks,
-        expert_formats=sorted(expert_formats(weights.values()).every),
+        expert_formats=sorted(experts.every),
         cache=_cache_layout(layers, config),
-        sizes=_sizes(checkpoint, weights) if config else None,
-        findings=check_checkpoint(checkpoint, weights) if config else [],
+        sizes=_sizes(checkpoint, tensors) if config else None,
+        findings=check_checkpoint(checkpoint, weights, experts) if config else [],
     )
 
 

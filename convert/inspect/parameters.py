@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsv4.convert.checkpoint.names import block_of, expert_of, is_draft, is_routed_expert, is_scale
-from dsv4.convert.checkpoint.weights import Weight
+from dsv4.convert.checkpoint.weights import Alike, Weight
 
 LOOKUP_TABLES = re.compile(r"(model\.)?embed\.weight|(model\.)?layers\.\d+\.engram\.embed\.weight")
 
@@ -63,16 +63,16 @@ class Parameters:
     mtp_active: int | None
 
 
-def _active(weights: Iterable[Weight], chosen_experts: int | None) -> tuple[int, int | None]:
+def _active(tensors: Iterable[tuple[Alike, Weight]], chosen_experts: int | None) -> tuple[int, int | None]:
     total = active = 0
     experts: dict[str, set[int]] = {}  # numbers of the experts, and their parameters, by module
     routed: dict[str, int] = {}
-    for weight in weights:
-        count = parameters_of(weight)
+    for alike, weight in tensors:
+        count = alike.count * parameters_of(weight)
         total += count
         expert = expert_of(weight.name) if is_routed_expert(weight.name) else None
         if expert:
-            experts.setdefault(expert.module, set()).add(expert.number)
+            experts.setdefault(expert.module, set()).update(alike.numbers)
             routed[expert.module] = routed.get(expert.module, 0) + count
         elif not LOOKUP_TABLES.fullmatch(weight.name):
             active += count
@@ -84,11 +84,12 @@ def _active(weights: Iterable[Weight], chosen_experts: int | None) -> tuple[int,
 
 
 def count_parameters(
-    weights: Iterable[Weight], experts_per_token: int | None, mtp_experts_per_token: int | None
+    tensors: Iterable[Alike], experts_per_token: int | None, mtp_experts_per_token: int | None
 ) -> Parameters:
     """Count the main stack and the draft blocks. The arguments are how many routed experts a token uses in each."""
-    main: list[Weight] = []
-    drafts: list[Weight] = []
-    for weight in weights:
-        (drafts if weight.is_draft else main).append(weight)
+    main: list[tuple[Alike, Weight]] = []
+    drafts: list[tuple[Alike, Weight]] = []
+    for alike in tensors:
+        if alike.weight is not None:
+            (drafts if alike.weight.is_draft else main).append((alike, alike.weight))
     return Parameters(*_active(main, experts_per_token), *_active(drafts, mtp_experts_per_token))

@@ -5,14 +5,14 @@ planned and counted: V4-Pro has 71424 expert matrices of two kinds.
 """
 
 from collections import Counter
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Iterable
 
 from dsv4.convert.checkpoint.config import Config
 from dsv4.convert.checkpoint.editions.table import block_by_name
 from dsv4.convert.checkpoint.foreign import refuse_foreign
 from dsv4.convert.checkpoint.names import is_released_in_fp8
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.checkpoint.weights import Weight
+from dsv4.convert.checkpoint.weights import Alike, Weight
 from dsv4.convert.plan.recipes.registry import outputs_of, recipe_of
 
 from .classify import check_weights
@@ -49,15 +49,21 @@ def _tensor_bytes(weights: list[Weight], counts: list[int], checkpoint: Checkpoi
     return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
-def sizes_after_conversion(checkpoint: Checkpoint, weights: Collection[Weight]) -> dict[str, int]:
+def sizes_after_conversion(checkpoint: Checkpoint, tensors: Iterable[Alike]) -> dict[str, int]:
     """Bytes of all tensors after each conversion, by the options of `dsv4 convert`. Exactness is not checked.
 
-    weights: all of the checkpoint. Raises InputError for a checkpoint that cannot be converted.
+    tensors: all of the checkpoint. Raises InputError for a checkpoint that cannot be converted.
     """
-    refuse_foreign(checkpoint.config, checkpoint.tensors)
-    check_weights(weights, checkpoint.config)
-    kinds = [_kind(weight, checkpoint.config) for weight in weights]
-    counts, one_of = Counter(kinds), dict(zip(kinds, weights, strict=True))
+    alike = list(tensors)
+    refuse_foreign(checkpoint.config, (some.name for some in alike))
+    check_weights([some.weight for some in alike if some.weight is not None], checkpoint.config)
+    counts: Counter[Hashable] = Counter()
+    one_of: dict[Hashable, Weight] = {}
+    for some in alike:
+        if some.weight is not None:
+            kind = _kind(some.weight, checkpoint.config)
+            counts[kind] += some.count
+            one_of[kind] = some.weight
     experts = {weight.stored for weight in one_of.values() if weight.is_routed_expert}
     return {
         options: _tensor_bytes(

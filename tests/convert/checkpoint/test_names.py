@@ -60,6 +60,27 @@ def test_scales() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("layers.3.ffn.experts.7.w1.weight", ("layers.3.ffn", "w1.weight", "7")),
+        ("a.experts.1.b.experts.22.w1.scale", ("a.experts.1.b", "w1.scale", "22")),
+        ("layers.3.ffn.shared_experts.w1.weight", ("layers.3.ffn.shared_experts.w1.weight", "", "")),
+        ("layers.3.ffn.experts.bias", ("layers.3.ffn.experts.bias", "", "")),
+        ("layers.3.ffn.experts.7", ("layers.3.ffn.experts.7", "", "")),
+        ("layers.3.ffn.experts.7.", ("layers.3.ffn.experts.7.", "", "")),
+        ("layers.3.ffn.experts.x7.w1.weight", ("layers.3.ffn.experts.x7.w1.weight", "", "")),
+        ("experts.7.w1.weight", ("experts.7.w1.weight", "", "")),
+    ],
+)
+def test_a_name_without_the_number_of_its_expert(name: str, parts: tuple[str, str, str]) -> None:
+    assert names.without_expert(name) == parts
+    module, _, number = parts
+    expert = names.expert_of(name)
+    assert (expert is not None) == bool(number)
+    assert expert is None or (expert.module, str(expert.number)) == (module, number)
+
+
+@pytest.mark.parametrize(
     ("scale", "weight"),
     [("a.scale", "a.weight"), ("a.weight_scale_inv", "a.weight"), ("a.weight_scale_2", "a.weight"),
      ("a.input_scale", "a.weight")],

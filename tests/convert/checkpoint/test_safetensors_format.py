@@ -63,8 +63,17 @@ def verifier_s(path: Path) -> dict[str, Any] | None:
     return {name: (entry.dtype, list(entry.shape)) for name, entry in shard.entries.items()}
 
 
+def with_an_escape(content: bytes) -> bytes:
+    """The same JSON with an escape in it: headers without any are read by a quicker check than all others."""
+    if len(content) < 8 or (length := int.from_bytes(content[:8], "little")) > len(content) - 8:
+        return content
+    text = content[8 : 8 + length].replace(b'"dtype"', b'"\\u0064type"')
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
 def compare(content: bytes, folder: Path) -> None:
     """Whatever a reader of ours accepts, safetensors accepts too, with the same tensors."""
+    assert ours(content) == ours(with_an_escape(content))
     path = folder / "x.safetensors"
     path.write_bytes(content)
     expected = theirs(path)
@@ -196,6 +205,31 @@ def test_a_shape_that_equals_one_seen_before_is_still_looked_at(shape: Any) -> N
         parse_header(header, 8 + len(header) + 2, "x")
 
 
+EMPTY = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "twice"),
+    [
+        (f'{{"a":{EMPTY},"b":{EMPTY},"a":{EMPTY}}}', "a"),
+        ('{"a":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}', "shape"),
+        (f'{{"__metadata__":{{"format":"pt","format":"pt"}},"a":{EMPTY}}}', "format"),
+        (f'{{"__metadata__":{{}},"a":{EMPTY},"__metadata__":{{}}}}', "__metadata__"),
+        (f'{{"a":{EMPTY},"\\u0061":{EMPTY}}}', "a"),
+    ],
+)
+def test_a_name_that_appears_twice_is_refused_even_with_equal_tensors(header: str, twice: str) -> None:
+    with pytest.raises(InputError, match=f"the name '{twice}' appears twice"):
+        parse_header(header.encode(), 8 + len(header), "file")
+
+
+@pytest.mark.parametrize("value", ["true", "0.0", "null", "[0]", '"0"', "{}", "-0.0", "1e0"])
+def test_an_offset_that_only_equals_a_count_is_refused(value: str) -> None:
+    header = f'{{"a":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}},"b":{EMPTY.replace("[0,0]", f"[1,{value}]")}}}'
+    with pytest.raises(InputError, match="tensor 'b': data_offsets is not a pair of counts"):
+        parse_header(header.encode(), 8 + len(header) + 1, "file")
+
+
 @pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "a\\b", "C:x", "n" * 513, "a\tb", "\ud800"])
 def test_one_bad_name_among_good_ones_is_named(bad: str) -> None:
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
@@ -256,6 +290,13 @@ def test_strict_json_refuses(text: str) -> None:
 )
 def test_strict_json_reads_json(value: Any) -> None:
     assert strict_json(json.dumps(value).encode(), "file") == value
+
+
+def test_strict_json_looks_for_names_that_appear_twice_at_any_depth() -> None:
+    deep = '[{"a":{"b":[1,{"c":"x","c":"x"}]}},"y"]'
+    with pytest.raises(InputError, match="the name 'c' appears twice"):
+        strict_json(deep, "file")
+    assert strict_json(deep.replace('"c":"x","c"', '"d":"x","c"'), "file")[0]["a"]["b"][1] == {"c": "x", "d": "x"}
 
 
 def test_messages_carry_nothing_raw() -> None:

@@ -11,7 +11,7 @@ from raw_safetensors import Raw, Tensors
 
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.reader import Checkpoint, Extent, TensorInfo
-from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
+from dsv4.convert.checkpoint.weights import Alike, Format, Weight, find_alike, find_weights
 from dsv4.convert.doctor.rules import diagnose
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.inspect.tensor_view import as_json as view_json
@@ -23,12 +23,13 @@ CONFIG: dict[str, Any] = {"quantization_config": {"weight_block_size": [128, 128
 EXPERT = "layers.0.ffn.experts.1.w2"
 
 
+def declared(dtypes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    return {n: TensorInfo(n, d, s, (Extent("x.safetensors", 0, tensor_bytes(d, s)),)) for n, (d, s) in dtypes.items()}
+
+
 def weight(dtype: str, shape: tuple[int, ...], scale: str, scale_shape: tuple[int, ...], name: str = EXPERT) -> Weight:
-    declared = {f"{name}.weight": (dtype, shape), f"{name}.scale": (scale, scale_shape)}
-    tensors = {
-        n: TensorInfo(n, d, s, (Extent("model.safetensors", 0, tensor_bytes(d, s)),)) for n, (d, s) in declared.items()
-    }
-    return find_weights(tensors, CONFIG)[f"{name}.weight"]
+    both = {f"{name}.weight": (dtype, shape), f"{name}.scale": (scale, scale_shape)}
+    return find_weights(declared(both), CONFIG)[f"{name}.weight"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,40 @@ def test_other_bytes_with_a_scale_are_no_weight(shape: tuple[int, ...]) -> None:
     """Such as INT8 with a scale per row, or NVFP4 with one per 16 elements: U8 alone does not say FP4."""
     found = weight("U8", (8, 32), "F8_E8M0", shape)
     assert (found.format, found.fault, found.info.dtype) == (Format.PLAIN, None, "U8")
+
+
+def test_tensors_that_only_the_expert_tells_apart_are_found_together() -> None:
+    fp4, scale = ("I8", (8, 32)), ("F8_E8M0", (8, 2))
+    experts: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for layer in (0, 1):
+        for number in range(4):
+            name = f"layers.{layer}.ffn.experts.{number}.w1"
+            experts |= {f"{name}.weight": fp4, f"{name}.scale": scale}
+    del experts["layers.1.ffn.experts.0.w1.scale"]  # a fault
+    experts["layers.1.ffn.experts.1.w1.weight"] = ("BF16", (8, 64))  # another dtype: its scale belongs to no format
+    experts["layers.1.ffn.experts.2.w1.scale"] = ("U8", (8, 2))  # the same to the weight, another dtype itself
+    tensors = declared(experts | {"norm.weight": ("BF16", (8,)), "layers.0.attn_norm.weight": ("BF16", (8,))})
+    weights = find_weights(tensors, CONFIG)
+
+    found = find_alike(tensors, weights)
+
+    def where(some: Alike) -> tuple[str, list[str]]:
+        return some.name.removeprefix("layers."), some.experts
+
+    assert [where(some) for some in found] == [
+        ("0.ffn.experts.0.w1.weight", ["0", "1", "2", "3"]),
+        ("0.ffn.experts.0.w1.scale", ["0", "1", "2", "3"]),
+        ("1.ffn.experts.0.w1.weight", ["0"]),
+        ("1.ffn.experts.1.w1.weight", ["1"]),
+        ("1.ffn.experts.1.w1.scale", ["1", "3"]),
+        ("1.ffn.experts.2.w1.weight", ["2", "3"]),
+        ("1.ffn.experts.2.w1.scale", ["2"]),
+        ("norm.weight", [""]),
+        ("0.attn_norm.weight", [""]),
+    ]
+    assert [some.weight for some in found] == [weights.get(some.name) for some in found]
+    assert sum(some.count for some in found) == len(tensors)
+    assert found[0].numbers == {0, 1, 2, 3} and found[-1].numbers == set()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dsv4 import cli
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.checkpoint.weights import find_weights
+from dsv4.convert.checkpoint.weights import expert_formats, find_alike, find_weights
 from dsv4.convert.inspect.findings import Finding, check_checkpoint
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.plan.plan import make_plan
@@ -148,7 +148,8 @@ def test_sizes_after_conversion(flash_facts: dict, small: Path, tmp_path: Path) 
     forms = sum(conversion.has_own_form and not conversion.joins for conversion in CONVERSIONS.values())
     for folder, conversions in ((small, 5 + forms), (base, 6 + forms)):
         checkpoint = Checkpoint.open(folder)
-        sizes = sizes_after_conversion(checkpoint, find_weights(checkpoint.tensors, checkpoint.config).values())
+        weights = find_weights(checkpoint.tensors, checkpoint.config)
+        sizes = sizes_after_conversion(checkpoint, find_alike(checkpoint.tensors, weights))
         assert len(sizes) == conversions
         for options, (to, target) in OPTIONS.items():
             if options in sizes:
@@ -314,7 +315,8 @@ DAMAGE = [
 
 
 def findings(checkpoint: Checkpoint) -> list[Finding]:
-    return check_checkpoint(checkpoint, find_weights(checkpoint.tensors, checkpoint.config))
+    weights = find_weights(checkpoint.tensors, checkpoint.config)
+    return check_checkpoint(checkpoint, weights, expert_formats(weights.values()))
 
 
 @pytest.mark.parametrize(("damage", "level", "text"), DAMAGE)
