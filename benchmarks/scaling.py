@@ -11,7 +11,7 @@ Then the cost of each stage on one core, measured on pieces of the same size, an
 cores: the time of a core for each GB, divided by the cores, unless memory is slower. Where there are only two cores,
 the model is all that there is for more.
 
-Needs no network, compiler or hub library: numpy, torch, blake3 and psutil. In a checkout without an installation:
+Needs no network, compiler or hub library: numpy, torch and psutil. In a checkout without an installation:
 `PYTHONPATH=src python3 benchmarks/scaling.py`.
 """
 
@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from blake3 import blake3
 
 from dsv4.convert.checkpoint.header import build_header
 from dsv4.machine import usable_cores
@@ -155,9 +154,7 @@ def stages(folder: Path) -> dict[str, tuple[float, float]]:
     share = SOURCE_BYTES / PIECE
     costs = {
         "read": (seconds_per_gigabyte(lambda: os.preadv(descriptor, [read], 0), read.nbytes), share),
-        "BLAKE3 of source tensors": (seconds_per_gigabyte(lambda: blake3(read), read.nbytes), share),
         "cast": (seconds_per_gigabyte(cast_piece, PIECE), 1.0),
-        "BLAKE3 of output tensors": (seconds_per_gigabyte(lambda: blake3(made.numpy()), PIECE), 1.0),
         "copy into blocks": (seconds_per_gigabyte(lambda: np.copyto(other, made.numpy().reshape(-1)), PIECE), 1.0),
         "SHA-256 of shards": (seconds_per_gigabyte(lambda: hashlib.sha256(other), PIECE), 1.0),
         "write": (seconds_per_gigabyte(lambda: os.pwrite(descriptor, other, 0), PIECE), 1.0),

@@ -1,16 +1,14 @@
 """`dsv4.json`, if a checkpoint has one: the sizes and hashes that were recorded when the checkpoint was written.
 
-Files have SHA-256; tensors have BLAKE3, or SHA-256 in manifests of format 1.
+Files have SHA-256. A tensor has the SHA-256 of its file up to the tensor's last byte, so that the first tensor that
+changed can be named; in older manifests it has a digest of its own bytes, BLAKE3 (format 2) or SHA-256 (format 1).
 
 It is used only when a checkpoint is verified alone: a comparison with the source proves more.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-from blake3 import blake3
 
 from .config import file_hash, read_config
 from .files import Entry, RemoteFiles
@@ -18,9 +16,7 @@ from .layout import Checkpoint, canonical
 from .schedule import UNSHARED, Share
 
 MANIFEST = "dsv4.json"
-# Digest of a tensor's bytes, by the manifest's format: its key, and the hash.
-TENSOR_DIGESTS: dict[Any, tuple[str, Callable[[], Any]]] = {1: ("sha256", hashlib.sha256), 2: ("blake3", blake3)}
-HASH_NAMES = {"sha256": "SHA-256", "blake3": "BLAKE3"}
+PREFIX_FORMAT = 3  # of manifests whose tensors have digests of the file up to there
 MAX_BYTES = 10**9  # about 400 for each tensor: 50 MB for V4-Pro, more where every rank has hashes of its own
 _CHUNK = 1 << 20
 
@@ -47,7 +43,7 @@ def read_manifest(checkpoint: Checkpoint, share: Share = UNSHARED) -> Manifest |
     if value is None:
         return Manifest(understood=False)
     parts = [value.get(key, {}) for key in ("shards", "files", "tensors")]
-    if value.get("format") not in (1, 2) or not all(isinstance(part, dict) for part in parts):
+    if value.get("format") not in range(1, PREFIX_FORMAT + 1) or not all(isinstance(part, dict) for part in parts):
         checkpoint.problem("manifest", f"{MANIFEST} has a format that this version does not know", "unreadable")
         return Manifest(understood=False)
     shards, files, tensors = parts
@@ -72,26 +68,70 @@ def _check_file(checkpoint: Checkpoint, name: str, said: Any, sizes: dict[str, i
     return False
 
 
-def _tensor_hash(checkpoint: Checkpoint, entry: Entry, new: Callable[[], Any]) -> str:
-    digest = new()
-    for start in range(0, entry.size, _CHUNK):
-        buffer = bytearray(min(_CHUNK, entry.size - start))
-        checkpoint.files.read_into(entry.shard, entry.offset + start, memoryview(buffer))
+def _update(digest: Any, checkpoint: Checkpoint, shard: str, start: int, stop: int) -> None:
+    """Hash bytes [start, stop) of a shard."""
+    for begin in range(start, stop, _CHUNK):
+        buffer = bytearray(min(_CHUNK, stop - begin))
+        checkpoint.files.read_into(shard, begin, memoryview(buffer))
         digest.update(buffer)
-    return str(digest.hexdigest())
+
+
+def _own_digest(manifest_format: int) -> tuple[str, str, Any]:
+    """The digest of a tensor's own bytes in an older manifest: its key, its name, and an empty one."""
+    if manifest_format == 1:
+        return "sha256", "SHA-256", hashlib.sha256()
+    from blake3 import blake3  # for these manifests alone
+
+    return "blake3", "BLAKE3", blake3()
 
 
 def _check_tensor(
     checkpoint: Checkpoint, entry: Entry, said: dict[str, Any], shard_differs: bool, manifest_format: int
 ) -> None:
-    """Compare dtype and shape; in a shard whose hash is wrong also the tensor's hash, to find which tensor changed."""
+    """Compare dtype and shape; in a shard whose hash is wrong also a digest of the tensor's own, if it has one."""
     if said.get("dtype") != entry.dtype or said.get("shape") != list(entry.shape):
         claimed = f"{said.get('dtype')} {said.get('shape')}"
         text = f"{entry.name} is {entry.dtype} {list(entry.shape)}, the manifest says {claimed}"
         checkpoint.problem("manifest", text)
-    key, new = TENSOR_DIGESTS[manifest_format]
-    if shard_differs and key in said and _tensor_hash(checkpoint, entry, new) != said[key]:
-        checkpoint.problem("manifest", f"{entry.name} has another {HASH_NAMES[key]} than the manifest says")
+    if not shard_differs or manifest_format >= PREFIX_FORMAT:
+        return
+    key, name, digest = _own_digest(manifest_format)
+    _update(digest, checkpoint, entry.shard, entry.offset, entry.offset + entry.size)
+    if key in said and digest.hexdigest() != said[key]:
+        checkpoint.problem("manifest", f"{entry.name} has another {name} than the manifest says")
+
+
+def _prefix_in(shard: str, said: Any) -> Any:
+    """The digest of a shard up to the end of a tensor, from the tensor's entry."""
+    if not isinstance(said, dict):
+        return None
+    by_shard = said.get("prefix_sha256_by_shard")
+    if isinstance(by_shard, dict):
+        return by_shard.get(shard)
+    return said.get("prefix_sha256") if said.get("shard") == shard else None
+
+
+def _prefixes(checkpoint: Checkpoint, manifest: Manifest, shard: str) -> list[tuple[int, str, Any]]:
+    """(end of a tensor, its name, digest of the shard up to there), in the order of the file."""
+    listed = {canonical(name): _prefix_in(shard, said) for name, said in manifest.tensors.items()}
+    return sorted(
+        (entry.offset + entry.size, name, listed[name])
+        for name, tensor in checkpoint.tensors.items()
+        for entry in (*tensor.slices, *tensor.copies)
+        if entry.shard == shard and listed.get(name) is not None
+    )
+
+
+def _name_first_changed(checkpoint: Checkpoint, manifest: Manifest, shard: str) -> None:
+    """Record in which tensor of a shard the first byte lies that is not as it was written."""
+    digest, done = hashlib.sha256(), 0
+    for end, name, said in _prefixes(checkpoint, manifest, shard):
+        _update(digest, checkpoint, shard, done, end)
+        if digest.hexdigest() != said:
+            where = name if done else f"its header or {name}"
+            checkpoint.problem("manifest", f"{shard}: the first byte that changed is in {where}")
+            return
+        done = end
 
 
 def _check_tensors(checkpoint: Checkpoint, manifest: Manifest, broken: set[str]) -> None:
@@ -124,7 +164,7 @@ def listed_hashes(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, str]:
 def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str, str], locate: bool = True) -> None:
     """Compare sizes and hashes of shards and side files, dtypes and shapes of tensors. `hashes`: of all processes.
 
-    locate: read the tensors of a shard whose hash is wrong, to find those that changed.
+    locate: read a shard whose hash is wrong again, to find the tensor that changed.
     """
     if not manifest.understood:
         return
@@ -134,5 +174,8 @@ def check_manifest(checkpoint: Checkpoint, manifest: Manifest, hashes: dict[str,
         _check_file(checkpoint, name, said, sizes, hashes)
     for name in sorted(set(checkpoint.shards) - shards.keys()):
         checkpoint.problem("manifest", f"does not list {name}")
-    if not checkpoint.repacked:  # else the hashes of its files cover them
-        _check_tensors(checkpoint, manifest, broken if locate else set())
+    if checkpoint.repacked:  # the hashes of its files cover them
+        return
+    _check_tensors(checkpoint, manifest, broken if locate else set())
+    for name in sorted(broken & sizes.keys()) if locate and manifest.format >= PREFIX_FORMAT else ():
+        _name_first_changed(checkpoint, manifest, name)

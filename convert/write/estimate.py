@@ -1,7 +1,7 @@
-"""How long a conversion will take, estimated from a second of measuring: the source's disk, the output's, the hashes.
+"""How long a conversion will take, estimated from a second of measuring: the source's disk, the output's, the hash.
 
 All that is written is read, hashed and written, whatever else is done with it; so the estimate is the time of the
-disks, or that of the hashes on all cores, whichever is longer. Casts come on top: little for FP8 where it is compiled,
+disks, or that of the hash on all cores, whichever is longer. Casts come on top: little for FP8 where it is compiled,
 much where torch computes. What the system has in memory is read faster than from the disk, here as in the conversion.
 """
 
@@ -15,20 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.write.atomic_file import set_direct
 
 BLOCK_BYTES = 8 * 2**20
-SECONDS = 0.3  # of reading, and of writing; a third of it for each hash
+SECONDS = 0.3  # of reading, and of writing; a third of it for the hash
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second: of the disks, None if it could not be measured, and of each hash on one core.
+    """Bytes per second: of the disks, None if it could not be measured, and of SHA-256 on one core.
 
     same_disk: whether source and output share a disk, and its rate.
     """
@@ -36,7 +34,6 @@ class Rates:
     read: float | None
     write: float | None
     sha256: float
-    blake3: float
     same_disk: bool
 
 
@@ -103,15 +100,13 @@ def measure(checkpoint: Checkpoint, plan: Plan, output: Path) -> Rates:
         _read_rate(checkpoint) if local is not None else None,
         _write_rate(there, plan.output_bytes),
         _hash_rate(hashlib.sha256().update, plan.output_bytes),
-        _hash_rate(blake3().update, plan.output_bytes),
         same_disk=local is not None and os.stat(local).st_dev == os.stat(there).st_dev,
     )
 
 
 def estimated_seconds(plan: Plan, rates: Rates, cores: int) -> float:
-    """Time of the disks, or of the hashes on so many cores, whichever is longer."""
+    """Time of the disks, or of the hash on so many cores, whichever is longer."""
     reading = plan.source_bytes / rates.read if rates.read else 0.0
     writing = plan.output_bytes / rates.write if rates.write else 0.0
     disks = reading + writing if rates.same_disk else max(reading, writing)
-    hashes = plan.output_bytes / rates.sha256 + (plan.source_bytes + plan.output_bytes) / rates.blake3
-    return max(disks, hashes / cores)
+    return max(disks, plan.output_bytes / rates.sha256 / cores)

@@ -21,7 +21,7 @@ from .atomic_file import AppendLog, read_small, remove, write_file
 _STEM, _ENDING = PREFIX + "journal", ".jsonl"
 MAX_JOURNAL_BYTES = 2 * 10**9
 BLOCK_BYTES = 4096  # of a disk, which may lose all of one that it writes when the power goes
-FORMAT = 2  # of journal and manifest. 1: tensors had SHA-256
+FORMAT = 3  # of journal and manifest. 1: tensors had SHA-256, 2: they had BLAKE3, and their sources too
 
 
 @dataclass(frozen=True)

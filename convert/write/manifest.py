@@ -1,8 +1,8 @@
 """`dsv4.json`, the record of a finished conversion: source, settings, and the hash of every file and tensor.
 
-Files have SHA-256, which hubs list and `sha256sum` prints: it shows whether a file is whole. Tensors have BLAKE3, which
-is four times as fast: it shows which tensor of a damaged file changed, and which tensors two conversions share in
-whichever shards. "digests" names both.
+Files have SHA-256, which hubs list and `sha256sum` prints: it shows whether a file is whole. A tensor has the SHA-256
+of its file from the first byte to the tensor's last, `prefix_sha256`: hashing the file computes it on the way, so that
+no byte is hashed twice, and the first one that is wrong shows where a damaged file changed. "digests" names both.
 
 It holds no dates, host names or paths: the same source and options give the same bytes anywhere.
 """
@@ -22,7 +22,7 @@ from .atomic_file import read_small
 from .journal import FORMAT, FinishedShard
 
 MANIFEST_NAME = "dsv4.json"
-READABLE_FORMATS = (1, FORMAT)
+READABLE_FORMATS = (1, 2, FORMAT)
 MAX_MANIFEST_BYTES = 10**9
 
 
@@ -58,28 +58,34 @@ def summarize(tensors: dict[str, dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _with_slice(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    hashes = first.get("blake3_by_shard", {first["shard"]: first["blake3"]}) | {entry["shard"]: entry["blake3"]}
+def _prefixes(entry: dict[str, Any]) -> dict[str, str]:
+    """The digest of a tensor in each shard that has it; none of one without bytes."""
+    alone = {entry["shard"]: entry["prefix_sha256"]} if "prefix_sha256" in entry else {}
+    return dict(entry.get("prefix_sha256_by_shard", alone))
+
+
+def _with_shard(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a tensor that another shard has too: a copy, or a slice, whose counts are added."""
     counts: dict[str, int] = {
         key: first.get(key, 0) + entry.get(key, 0)
         for key in ("nan_codes", "changed_elements")
-        if key in first or key in entry
+        if "slice" in entry and (key in first or key in entry)
     }
-    return {**first, **counts, "blake3_by_shard": hashes}
+    return {**first, **counts, "prefix_sha256_by_shard": _prefixes(first) | _prefixes(entry)}
 
 
 def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:
     """The entries of all tensors by name.
 
     In the reference engine's layout a name can be in several shards, as copies or as slices. The entry is then the
-    first shard's; slices add their counts to it, and `blake3_by_shard` has the hash of each.
+    first shard's; slices add their counts to it, and `prefix_sha256_by_shard` has the digest in each shard.
     """
     merged: dict[str, dict[str, Any]] = {}
     for shard in shards:
         for name, entry in shard.tensors.items():
             first = merged.setdefault(name, entry)
-            if first is not entry and "slice" in entry:
-                merged[name] = _with_slice(first, entry)
+            if first is not entry:
+                merged[name] = _with_shard(first, entry)
     return merged
 
 
@@ -90,7 +96,7 @@ def make_manifest(
     tensors = merge_shards(shards)
     return {
         **job,
-        "digests": {"files": "sha256", "tensors": "blake3"},
+        "digests": {"files": "sha256", "tensors": "sha256 of the file up to the tensor's last byte"},
         "summary": summarize(tensors),
         "kept_tensors": kept,
         "shards": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards},

@@ -1,5 +1,6 @@
 """Safetensors files as dictionaries of raw bytes, for tests that write files which no library would write."""
 
+import hashlib
 import json
 import math
 import struct
@@ -51,6 +52,17 @@ def read_file(path: Path) -> Tensors:
         begin, end = value["data_offsets"]
         found[name] = Raw(value["dtype"], tuple(value["shape"]), data[8 + length + begin : 8 + length + end])
     return found
+
+
+def prefix_sha256(path: Path) -> dict[str, str]:
+    """By tensor, without those of no bytes: SHA-256 of the file from its first byte to the tensor's last."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {name: value for name, value in json.loads(data[8:start]).items() if name != "__metadata__"}
+    places = {name: value["data_offsets"] for name, value in header.items()}
+    return {
+        name: hashlib.sha256(data[: start + end]).hexdigest() for name, (begin, end) in places.items() if begin < end
+    }
 
 
 def header_of(tensors: Tensors) -> dict[str, Any]:

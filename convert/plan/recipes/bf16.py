@@ -69,7 +69,7 @@ class ToBf16(Recipe):
                 form = quant.to_bf16.from_fp8(codes[tile.rows, tile.columns].contiguous(), over, weight.block)
             values[tile.rows, tile.columns] = form.values.view(torch.int16)
             counts.changed += form.changed
-        return PieceResult(values.numpy(), raw, counts)
+        return PieceResult(values.numpy(), counts)
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """Without quantization_config, unless weights were kept: the source's config still describes those."""

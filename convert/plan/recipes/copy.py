@@ -33,7 +33,7 @@ class Copy(Recipe):
             check_scale(data, info)
         elif tensor.format is Format.FP8:
             counts.nan = count_nan(data)
-        return PieceResult(data, counts=counts)
+        return PieceResult(data, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """The number of NaN codes in the source, if there are any."""

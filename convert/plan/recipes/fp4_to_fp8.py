@@ -116,7 +116,7 @@ class Fp4ToFp8(Recipe):
             counts.negative_zeros += self._cast(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
             if scales.inexact[over].any():
                 counts.changed += _count_changed(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
-        return PieceResult(data.numpy(), raw, counts)
+        return PieceResult(data.numpy(), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """For the codes: negative zeros, changed elements, and statistics of the chosen block scales."""

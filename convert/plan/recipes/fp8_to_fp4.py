@@ -15,7 +15,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import FP4_BLOCK, GROUP_SIZE, scale_shape
 
-from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
+from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
 from .rows import read_codes, read_scale, tiles, typed_scale
 
 if TYPE_CHECKING:
@@ -50,15 +50,14 @@ class Fp8ToFp4(Recipe):
             ),
         ]  # fmt: skip
 
-    def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, "torch.Tensor", "torch.Tensor", Counts]:
+    def _cast(self, checkpoint: Checkpoint, piece: Piece) -> tuple["torch.Tensor", "torch.Tensor", Counts]:
         """Cast the source rows of a piece: rows, packed codes, group scales, and the error."""
         import torch
 
         weight = piece.tensor.weight
         assert weight.scale is not None and weight.block is not None
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
-        raw = read_codes(checkpoint, piece)
-        codes, counts = torch.from_numpy(raw), Counts()
+        codes, counts = torch.from_numpy(read_codes(checkpoint, piece)), Counts()
         rows, columns = codes.shape
         packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
         groups = torch.empty(scale_shape((rows, columns), FP4_BLOCK), dtype=torch.uint8)
@@ -70,11 +69,11 @@ class Fp8ToFp4(Recipe):
             groups[tile.rows, tile.columns.start // GROUP_SIZE : -(-tile.columns.stop // GROUP_SIZE)] = form.scale_bytes
             if not form.exact.all():
                 counts.add(Counts(**quant.fp8_to_fp4.error(form, some, over, weight.block)._asdict()))
-        return raw, packed, groups, counts
+        return packed, groups, counts
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Cast, and keep the scales."""
-        _, _, scales, counts = self._cast(checkpoint, piece)
+        _, scales, counts = self._cast(checkpoint, piece)
         return Scan(counts, spared={"scales": scales})
 
     def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
@@ -88,8 +87,8 @@ class Fp8ToFp4(Recipe):
         assert scan is not None
         if piece.tensor.is_scale and scan.spared:
             return PieceResult(scan.spared["scales"][piece.start : piece.stop].numpy())
-        raw, packed, scales, counts = self._cast(checkpoint, piece)
-        return PieceResult(scales.numpy()) if piece.tensor.is_scale else PieceResult(packed.numpy(), raw, counts)
+        packed, scales, counts = self._cast(checkpoint, piece)
+        return PieceResult(scales.numpy()) if piece.tensor.is_scale else PieceResult(packed.numpy(), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """The number of changed elements, and the error."""

@@ -26,7 +26,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import FP4_BLOCK, Block, scale_shape
 
-from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, split, with_error
+from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, split, with_error
 from .rows import read_rows, slice_columns, source_rows
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class FromBf16(Recipe):
         by_name = block_by_name(weight.name, config)
         return fp8_block(with_quantization(config)) if by_name is None else Block(*by_name)
 
-    def _convert(self, checkpoint: Checkpoint, piece: Piece) -> tuple[Array, "torch.Tensor", "BlockForm"]:
+    def _convert(self, checkpoint: Checkpoint, piece: Piece) -> tuple["torch.Tensor", "BlockForm"]:
         """Read the source rows of a piece: bytes, values, and their form. Raises InputError for NaN and infinity."""
         import torch
 
@@ -86,14 +86,14 @@ class FromBf16(Recipe):
         values = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
         try:
             if self._fp4:
-                return raw, values, quant.from_bf16.to_fp4(values)
-            return raw, values, quant.from_bf16.to_fp8(values, _block_of(piece.tensor))
+                return values, quant.from_bf16.to_fp4(values)
+            return values, quant.from_bf16.to_fp8(values, _block_of(piece.tensor))
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "The source is damaged: download it again.") from None
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Choose the scales, and count the blocks without an exact form."""
-        _, _, form = self._convert(checkpoint, piece)
+        _, form = self._convert(checkpoint, piece)
         counts = Counts(
             changed=int(form.changed.sum()),
             blocks=form.changed.numel(),
@@ -116,7 +116,7 @@ class FromBf16(Recipe):
         """One line for each of the first blocks of a piece without an exact form."""
         import torch
 
-        _, values, form = self._convert(checkpoint, piece)
+        values, form = self._convert(checkpoint, piece)
         block, first = _block_of(piece.tensor), piece.start // _block_of(piece.tensor).rows
         found = torch.nonzero(form.changed)[:MAX_NAMED]
         back = quant.from_bf16.decode(form, tuple(values.shape), block) if len(found) else values
@@ -132,13 +132,13 @@ class FromBf16(Recipe):
         assert scan is not None
         if piece.tensor.is_scale:
             kept = (scan.needed or scan.spared).get("scales")
-            scales = self._convert(checkpoint, piece)[2].scale_bytes if kept is None else kept[piece.start : piece.stop]
+            scales = self._convert(checkpoint, piece)[1].scale_bytes if kept is None else kept[piece.start : piece.stop]
             return PieceResult((quant.e8m0.decode(scales) if piece.tensor.dtype == "F32" else scales).numpy())
-        raw, values, form = self._convert(checkpoint, piece)
+        values, form = self._convert(checkpoint, piece)
         counts = Counts()
         if form.changed.any():
             counts = Counts(**quant.from_bf16.error(form, values, _block_of(piece.tensor))._asdict())
-        return PieceResult(form.codes.numpy(), raw, counts)
+        return PieceResult(form.codes.numpy(), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """For the codes: blocks, changed elements, and the error."""

@@ -124,7 +124,7 @@ class _Codes(_OfMatrix):
             changed=int(torch.count_nonzero(error)), squared_error=float((error**2).sum() * unit**2),
             squared_value=float((scaled**2).sum() * unit**2), max_error=float(error.abs().max() * unit),
         )  # fmt: skip
-        return PieceResult(quant.e2m1.pack(codes).numpy(), packed, counts)
+        return PieceResult(quant.e2m1.pack(codes).numpy(), counts)
 
     def compute(self, checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
         """Some rows."""

@@ -42,7 +42,7 @@ class OutputTensor(NamedTuple):
     row_unit: pieces begin at multiples of this number of rows. bytewise: unless it is a slice, it may be cut anywhere.
     block: the block of an FP8 cast. rank_slice: the slice of one tensor-parallel rank.
     stored_bytes: bytes of data, where the dtype is one of a container and not of safetensors.
-    made_by_scan_of: the output tensor whose scan computes this one while memory allows; its source hash is there.
+    made_by_scan_of: the output tensor whose scan computes this one while memory allows.
     """
 
     name: str
@@ -141,10 +141,9 @@ class Counts:
 
 @dataclass
 class PieceResult:
-    """The bytes of a piece, and the source bytes it came from (None where they are the same, or are not hashed)."""
+    """The bytes of a piece, and what was counted on the way."""
 
     data: Array
-    source: Array | None = None
     counts: Counts = field(default_factory=Counts)
 
 
@@ -225,7 +224,7 @@ class Recipe(Protocol):
         return f"{scan.counts.changed} elements change"
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
-        """Further keys of a finished tensor's manifest entry, besides names, dtypes, shapes and hashes."""
+        """Further keys of a finished tensor's manifest entry, besides names, dtypes, shapes and the digest."""
         return {"changed_elements": counts.changed} if counts.changed else {}
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:

@@ -66,9 +66,9 @@ class Scales(Recipe):
         raw = read_rows(checkpoint, info, piece.start, piece.stop)
         check_scale(raw, info)
         if info.dtype == "F8_E8M0":
-            return PieceResult(quant.e8m0.decode(torch.from_numpy(raw)).numpy(), raw)
+            return PieceResult(quant.e8m0.decode(torch.from_numpy(raw)).numpy())
         try:
-            return PieceResult(quant.e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy(), raw)
+            return PieceResult(quant.e8m0.exact(torch.from_numpy(raw).view(torch.float32)).numpy())
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "Keep float32 scales: --scale-dtype f32.") from None
 

@@ -29,6 +29,7 @@ class _Block:
     def __init__(self) -> None:
         self._pages = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         self.used = 0
+        self.marks: list[tuple[int, str]] = []  # where tensors end, and their names
 
     @property
     def is_full(self) -> bool:
@@ -37,6 +38,11 @@ class _Block:
     @property
     def content(self) -> memoryview:
         return self._pages[: self.used]
+
+    def clear(self) -> None:
+        """Nobody needs the content any longer."""
+        self.used = 0
+        self.marks = []
 
     def fill(self, data: memoryview) -> memoryview:
         """Copy what fits; returns what did not."""
@@ -65,7 +71,7 @@ class Blocks:
 
     def give_back(self, block: _Block) -> None:
         """Nobody reads or fills the block any longer."""
-        block.used = 0
+        block.clear()
         self._free.append(block)
 
 
@@ -82,8 +88,17 @@ class ShardPipeline:
         self._sha256 = hashlib.sha256()
         self._filling, self._used = blocks.take(), 1
         self._submitted: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
+        self.prefix_sha256: dict[str, str] = {}  # by tensor, of the file up to its last byte; complete after `finish`
         self._header_left = 0
         self._stopped = False
+
+    def _hash(self, block: _Block) -> None:
+        done = 0
+        for end, tensor in block.marks:
+            self._sha256.update(block.content[done:end])
+            self.prefix_sha256[tensor] = self._sha256.copy().hexdigest()
+            done = end
+        self._sha256.update(block.content[done:])
 
     def _write(self, content: memoryview) -> None:
         if self._stopped:
@@ -104,13 +119,13 @@ class ShardPipeline:
         header = min(self._header_left, block.used)
         self._header_left -= header
         self._progress(block.used - header)
-        block.used = 0
+        block.clear()
         return block
 
     def _submit(self) -> None:
         """Submit the full block to be hashed and written, and take another one."""
         block = self._filling
-        hashing = self._hasher.submit(self._sha256.update, block.content)
+        hashing = self._hasher.submit(self._hash, block)
         self._submitted.append((hashing, self._writer.submit(self._write, block.content), block))
         if self._used < BLOCKS:
             self._filling, self._used = self._blocks.take(), self._used + 1
@@ -124,6 +139,10 @@ class ShardPipeline:
             if self._filling.is_full:
                 self._submit()
 
+    def mark(self, tensor: str) -> None:
+        """A tensor ends here."""
+        self._filling.marks.append((self._filling.used, tensor))
+
     def begin(self, header: bytes) -> None:
         """The bytes in front of the data."""
         self._header_left = len(header)
@@ -131,7 +150,7 @@ class ShardPipeline:
 
     def finish(self) -> str:
         """Wait until all is written. Returns the SHA-256 of the file."""
-        if self._filling.used:
+        if self._filling.used or self._filling.marks:
             self._submit()
         while self._submitted:
             self._blocks.give_back(self._wait_oldest())

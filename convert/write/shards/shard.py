@@ -7,48 +7,32 @@ memory is bounded, for shards of any size.
 
 from concurrent.futures import CancelledError
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
+import numpy as np
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, split
+from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, Scan, split
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.journal import FinishedShard
 
 from .in_flight import Flight, Written
-from .pieces import HashedPiece, bytes_of, compute_piece
 from .pipeline import ShardPipeline
 from .scan import ScannedShard, scan_shard
 from .workers import Workers
 
 
-@dataclass
-class _TensorState:
-    """Running digests and counts of the tensor being written."""
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """The memory of an array."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
-    output: Any = field(default_factory=blake3)
-    source: Any = field(default_factory=blake3)
-    counts: Counts = field(default_factory=Counts)
 
-    def add(self, hashed: HashedPiece) -> None:
-        """Include a piece."""
-        self.counts.add(hashed.result.counts)
-        if hashed.piece.is_whole:
-            return
-        self.output.update(bytes_of(hashed.result.data))
-        if hashed.result.source is not None:
-            self.source.update(bytes_of(hashed.result.source))
-
-    def digests(self, last: HashedPiece) -> tuple[str, str]:
-        """BLAKE3 of the tensor and of its source, "" if that is not hashed; `last` is its last piece."""
-        if last.piece.is_whole:
-            return last.digest, last.source_digest
-        return self.output.hexdigest(), "" if last.result.source is None else self.source.hexdigest()
+def compute_piece(checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
+    """Read and compute one piece. Raises InputError for invalid scales or codes."""
+    return piece.tensor.recipe.compute(checkpoint, piece, scan)
 
 
 class ManifestBuilder:
@@ -57,9 +41,9 @@ class ManifestBuilder:
     def __init__(self, scanned: ScannedShard) -> None:
         self._scanned = scanned
         self._entries: dict[str, dict[str, Any]] = {}
-        self._state = _TensorState()
+        self._counts = Counts()
 
-    def _entry(self, tensor: OutputTensor, counts: Counts, digests: tuple[str, str]) -> dict[str, Any]:
+    def _entry(self, tensor: OutputTensor, counts: Counts) -> dict[str, Any]:
         source = tensor.source
         entry: dict[str, Any] = {
             "source_name": source.name,
@@ -68,10 +52,7 @@ class ManifestBuilder:
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "shard": self._scanned.shard.file,
-            "blake3": digests[0],
         }
-        if digests[1]:
-            entry["source_blake3"] = digests[1]
         if tensor.rank_slice:
             entry["slice"] = {
                 "dim": tensor.rank_slice.dim,
@@ -80,22 +61,23 @@ class ManifestBuilder:
             }
         return entry | tensor.recipe.entry(tensor, counts, self._scanned.scan_of(tensor))
 
-    def add(self, hashed: HashedPiece) -> None:
+    def add(self, piece: Piece, counts: Counts) -> None:
         """Include one piece; the last one completes its tensor."""
-        self._state.add(hashed)
-        tensor = hashed.piece.tensor
-        if hashed.piece.stop == tensor.rows:
-            self._entries[tensor.name] = self._entry(tensor, self._state.counts, self._state.digests(hashed))
-            self._state = _TensorState()
+        self._counts.add(counts)
+        if piece.stop == piece.tensor.rows:
+            self._entries[piece.tensor.name] = self._entry(piece.tensor, self._counts)
+            self._counts = Counts()
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """The entries of all tensors by name; those without elements, which have no pieces, come last."""
-        nothing = blake3().hexdigest(), ""
+    def entries(self, prefix_sha256: dict[str, str]) -> dict[str, dict[str, Any]]:
+        """The entries of all tensors by name; those without elements, which have no pieces and no digest, come last.
+
+        prefix_sha256: of the tensors with elements.
+        """
+        for name, digest in prefix_sha256.items():
+            self._entries[name]["prefix_sha256"] = digest
         for tensor in self._scanned.shard.tensors:
             if not tensor.nbytes:
-                self._entries[tensor.name] = self._entry(tensor, Counts(), nothing)
-            elif tensor.made_by_scan_of:
-                self._entries[tensor.name]["source_blake3"] = self._entries[tensor.made_by_scan_of]["source_blake3"]
+                self._entries[tensor.name] = self._entry(tensor, Counts())
         return self._entries
 
 
@@ -104,19 +86,21 @@ def _write_pieces(
 ) -> FinishedShard:
     """Compute, hash and write all pieces of a shard; returns when they are written."""
 
-    def compute(piece: Piece) -> HashedPiece:
+    def compute(piece: Piece) -> PieceResult:
         return compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor))
 
     shard, manifest = scanned.shard, ManifestBuilder(scanned)
     pieces = (piece for tensor in shard.tensors for piece in split(tensor))
     pipeline.begin(shard.header)
     with closing(workers.map(compute, pieces, flight.advance, flight.let_next_begin)) as computed:
-        for _, hashed in computed:
-            pipeline.put(bytes_of(hashed.result.data))
-            if hashed.piece.stop == hashed.piece.tensor.rows:
-                pipeline.put(memoryview(bytes(shard.container.padding(hashed.piece.tensor.nbytes))))
-            manifest.add(hashed)
-    return FinishedShard(shard.file, shard.size, pipeline.finish(), manifest.entries())
+        for piece, result in computed:
+            pipeline.put(bytes_of(result.data))
+            if piece.stop == piece.tensor.rows:
+                pipeline.mark(piece.tensor.name)
+                pipeline.put(memoryview(bytes(shard.container.padding(piece.tensor.nbytes))))
+            manifest.add(piece, result.counts)
+    sha256 = pipeline.finish()
+    return FinishedShard(shard.file, shard.size, sha256, manifest.entries(pipeline.prefix_sha256))
 
 
 def _write_file(

@@ -19,7 +19,7 @@ import reference_converter
 from blake3 import blake3
 from exact_values import convert
 from patience import LONG
-from raw_safetensors import Raw, merged, raw, read_folder, write_folder
+from raw_safetensors import Raw, merged, prefix_sha256, raw, read_file, read_folder, write_folder
 
 from dsv4.cli import run
 from dsv4.convert.proof.compare_tensor import PieceComparison
@@ -232,15 +232,23 @@ def test_interrupted_says_how_far(pair: tuple[Path, Path]) -> None:
     assert set(threading.enumerate()) <= before  # no thread goes on reading
 
 
-def write_manifest(folder: Path, manifest_format: int = 2) -> dict[str, Any]:
-    digest = {1: "sha256", 2: "blake3"}[manifest_format]
+def digests_of(path: Path, manifest_format: int) -> dict[str, dict[str, str]]:
+    """What the tensors of a shard have in a manifest of that format."""
+    if manifest_format == 3:
+        return {name: {"prefix_sha256": digest} for name, digest in prefix_sha256(path).items()}
+    key, digest = {1: ("sha256", hashlib.sha256), 2: ("blake3", blake3)}[manifest_format]
+    return {name: {key: digest(tensor.data).hexdigest()} for name, tensor in read_file(path).items()}
+
+
+def write_manifest(folder: Path, manifest_format: int = 3) -> dict[str, Any]:
     shards = read_folder(folder)
+    digests = {shard: digests_of(folder / shard, manifest_format) for shard in shards}
     tensors = {
         name: {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "shard": shard,
-            digest: {"sha256": hashlib.sha256, "blake3": blake3}[digest](tensor.data).hexdigest(),
+            **digests[shard][name],
         }
         for shard, found in shards.items()
         for name, tensor in found.items()
@@ -263,9 +271,16 @@ def write_manifest(folder: Path, manifest_format: int = 2) -> dict[str, Any]:
     return manifest
 
 
-@pytest.mark.parametrize(("manifest_format", "digest"), [(1, "SHA-256"), (2, "BLAKE3")])
+@pytest.mark.parametrize(
+    ("manifest_format", "found"),
+    [
+        (1, "{name} has another SHA-256 than the manifest says"),
+        (2, "{name} has another BLAKE3 than the manifest says"),
+        (3, "{shard}: the first byte that changed is in {name}"),
+    ],
+)
 def test_one_checkpoint_alone(
-    manifest_format: int, digest: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    manifest_format: int, found: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(pair[0], tmp_path / "alone")
     write_manifest(tmp_path / "alone", manifest_format)
@@ -280,12 +295,36 @@ def test_one_checkpoint_alone(
         position = before.index(data)
         (tmp_path / "alone" / shard).write_bytes(before[:position] + bytes([data[0] ^ 1]) + before[position + 1 :])
         code, out, _ = command(capsys, tmp_path / "alone")
-        assert code == 1 and f"manifest: {name} has another {digest}" in out
+        assert code == 1 and "manifest: " + found.format(name=name, shard=shard) in out.replace("its header or ", "")
         assert f"manifest: {shard} has another SHA-256" in out
-        assert out.count(" has another ") == 2  # the shard and the tensor, no other
+        assert out.count("manifest: ") == 2  # the shard and the tensor, no other
         (tmp_path / "alone" / shard).write_bytes(before)
     (tmp_path / "alone" / "tokenizer.json").write_text("{}")
     assert "manifest: tokenizer.json has " in command(capsys, tmp_path / "alone")[1]
+
+
+@pytest.mark.parametrize("layout", ["hf", "mp"])
+def test_the_first_of_several_changes_in_a_shard_is_named(
+    layout: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the digests that `convert` wrote; in rank files also those of slices and of copies."""
+    ranks = ("--layout", "mp", "--model-parallel", "2") if layout == "mp" else ()
+    convert(pair[0], tmp_path / "out", *ranks)
+    path = max((tmp_path / "out").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    places = sorted((*value["data_offsets"], name) for name, value in json.loads(data[8:start]).items())
+    first, second = places[0], places[len(places) // 2]
+    data[start + places[-1][1] - 1] ^= 1
+    for (begin, end, name), where in ((second, second[2]), (first, f"its header or {first[2]}")):
+        data[start + begin] ^= 1
+        assert begin < end
+        path.write_bytes(data)
+        code, out, _ = command(capsys, tmp_path / "out")
+        lines = [line for line in out.splitlines() if "the first byte that changed is in" in line]
+        assert code == 1 and name in where
+        found = [line.rpartition("manifest: ")[2] for line in lines]
+        assert found == [f"{path.name}: the first byte that changed is in {where}"]
 
 
 def test_alone_says_what_was_read(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -365,14 +365,15 @@ class TestFinished:
         code, _, err = dsv4("convert", source, output, *SHARDS)
         assert code == 3 and f"{name} is missing" in err
 
-    def test_in_an_older_format(self, source: Path, whole: Path, tmp_path: Path) -> None:
-        """What was finished when tensors had SHA-256 is finished."""
+    @pytest.mark.parametrize(("older", "key"), [(1, "sha256"), (2, "blake3")])
+    def test_in_an_older_format(self, older: int, key: str, source: Path, whole: Path, tmp_path: Path) -> None:
+        """What was finished when tensors had digests of their own bytes is finished."""
         output = Path(shutil.copytree(whole, tmp_path / "out"))
         manifest = read_json(output / "dsv4.json")
-        manifest["format"] = 1
+        manifest["format"] = older
         del manifest["digests"]
         for entry in manifest["tensors"].values():
-            entry["sha256"] = entry.pop("blake3")
+            entry[key] = entry.pop("prefix_sha256", "")
         (output / "dsv4.json").write_text(json.dumps(manifest))
         assert "nothing to do" in convert(source, output, *SHARDS)
         code, _, err = dsv4("convert", source, output, *SHARDS, "--to", "bf16")

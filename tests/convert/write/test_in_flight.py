@@ -62,6 +62,9 @@ class Watched:
         with self.changed:
             Watched.now -= 1
 
+    def copy(self) -> Any:
+        return self._real.copy()
+
     def hexdigest(self) -> str:
         return self._real.hexdigest()
 

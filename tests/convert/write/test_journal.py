@@ -161,22 +161,24 @@ class TestAnotherJob:
         check_refused(source, begun, "made from another checkpoint")
 
 
-def as_format_1(path: Path) -> None:
-    """A journal as it was when tensors had SHA-256."""
+def as_older_format(path: Path, older: int) -> None:
+    """A journal as it was when tensors had SHA-256 (1) or BLAKE3 (2) of their own bytes."""
     first, *others = [json.loads(line) for line in path.read_text().splitlines()]
-    first["job"]["format"] = 1
+    first["job"]["format"] = older
     for line in others:
         for entry in line["tensors"].values():
-            entry["sha256"] = entry.pop("blake3")
+            entry[{1: "sha256", 2: "blake3"}[older]] = entry.pop("prefix_sha256")
     path.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
 
 
+@pytest.mark.parametrize("older", [1, 2])
+@pytest.mark.fast_cases(1)
 def test_the_same_job_in_an_older_format_begins_anew(
-    source: Path, whole: dict[str, str], unfinished: Path, tmp_path: Path
+    older: int, source: Path, whole: dict[str, str], unfinished: Path, tmp_path: Path
 ) -> None:
     """Its entries have other digests, so no shard of it is kept; the folder stays ours all the time."""
     output = Path(shutil.copytree(unfinished, tmp_path / "out"))
-    as_format_1(output / journal_name())
+    as_older_format(output / journal_name(), older)
     contents = read_journal(output)
     assert contents is not None and not contents.shards and contents.owned
     code, _, err = dsv4("convert", source, output, *OPTIONS, "--to", "bf16")

@@ -80,7 +80,7 @@ class Projections(Recipe):
         counts = Counts()
         for one in found:
             counts.add(one.counts)
-        return PieceResult(np.concatenate([one.data for one in found], axis=1), counts=counts)
+        return PieceResult(np.concatenate([one.data for one in found], axis=1), counts)
 
 
 class Converted(Recipe):
@@ -100,12 +100,12 @@ class Converted(Recipe):
         info = piece.tensor.source
         raw = read_rows(checkpoint, info, piece.start, piece.stop)
         if info.dtype == "BF16":
-            return PieceResult(raw.view(np.uint16).astype(np.uint32) << np.uint32(16), raw)
+            return PieceResult(raw.view(np.uint16).astype(np.uint32) << np.uint32(16))
         wide = raw.view(np.int64)
         narrow = wide.astype(np.int32)
         if not np.array_equal(narrow, wide):
             raise InputError(f"'{info.name}' holds numbers beyond int32", "Expert ids are small: download it again.")
-        return PieceResult(narrow, raw)
+        return PieceResult(narrow)
 
 
 class Rounded(Recipe):
@@ -134,7 +134,7 @@ class Rounded(Recipe):
         bits = exact.data.view(np.uint16).reshape(-1, GROUP_SIZE).astype(np.uint32) << np.uint32(16)
         blocks, counts = to_q8_0(bits.view(np.float32))
         counts.changed = max(counts.changed, exact.counts.changed)
-        return PieceResult(blocks, exact.source, counts)
+        return PieceResult(blocks, counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """How many elements changed, and by how much."""

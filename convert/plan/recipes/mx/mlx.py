@@ -74,7 +74,7 @@ class Folded(Recipe):
         counts = Counts()
         for result in found:
             counts.add(result.counts)
-        return PieceResult(np.concatenate([result.data for result in found]), counts=counts)
+        return PieceResult(np.concatenate([result.data for result in found]), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """As for one part."""

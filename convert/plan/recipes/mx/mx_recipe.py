@@ -104,12 +104,12 @@ class MxRecipe(Recipe):
         """Codes, or scales, of some rows."""
         if scan is not None and not scan.is_exact:
             codes, scales, counts = _requantized(checkpoint, piece, _float_scale(checkpoint, piece))
-            return PieceResult(scales) if piece.tensor.is_scale else PieceResult(codes, counts=counts)
+            return PieceResult(scales) if piece.tensor.is_scale else PieceResult(codes, counts)
         if piece.tensor.is_scale:
             return PieceResult(_spread(checkpoint, piece))
         if piece.tensor.weight.format is Format.FP8:
             codes = read_rows(checkpoint, piece.tensor.weight.info, *source_rows(piece))
-            return PieceResult(codes, counts=Counts(nan=count_nan(codes)))
+            return PieceResult(codes, Counts(nan=count_nan(codes)))
         return self._from_fp4(checkpoint, piece)
 
     def _from_fp4(self, checkpoint: Checkpoint, piece: Piece) -> PieceResult:
@@ -121,7 +121,7 @@ class MxRecipe(Recipe):
         data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
         for a, b in cache_blocks(len(raw), piece.tensor.shape[1], 1):
             counts.negative_zeros += self._cast(packed[a:b], scale[a:b], scale[a:b], FP4_BLOCK, data[a:b])
-        return PieceResult(data.numpy(), raw, counts)
+        return PieceResult(data.numpy(), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """For the codes: negative zeros of FP4, NaN codes of FP8, changed elements."""
