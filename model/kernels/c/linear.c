@@ -198,12 +198,13 @@ struct part {
     uint16_t *bf16; /* x as it is, padded; null where vdpbf16ps is not used */
     const void *tables; /* of the whole list, see one_row.h */
     int64_t rows_per_item, first_item;
+    int scales_x; /* whether x, a single row, is multiplied by block scales instead of the weight */
 };
 
 struct linears {
     const struct part *parts;
     int64_t count, buffer_floats;
-    float *buffers; /* of each worker: a decoded strip and its sums */
+    float *buffers; /* of each worker: a decoded strip and its sums, or x times block scales */
 };
 
 /* Whether a product has the x of the one before it, in the same form. */
@@ -225,7 +226,7 @@ INLINE int64_t bf16_floats(const struct product *p) {
 static int64_t buffer_floats(const struct product *list, int64_t count) {
     int64_t most = 0;
     for (const struct product *p = list; p < list + count; p++) {
-        int64_t floats = p->m_count > 1 ? ROWS_PER_STRIP * (padded(p->w->columns) + p->m_count) : 0;
+        int64_t floats = p->m_count > 1 ? ROWS_PER_STRIP * (padded(p->w->columns) + p->m_count) : p->w->columns / 2;
         most = floats > most ? floats : most;
     }
     return most;
@@ -265,6 +266,17 @@ static void prepare(const void *job, int64_t first, int64_t last, int64_t worker
     }
 }
 
+/* Whether the only row of x can be multiplied by the block scales of FP8, once it is prepared. */
+static int scales_x(const struct part *part) {
+#ifdef HAVE_DOT
+    const struct product *p = part->product;
+    return part->bf16 && p->m_count == 1 && p->w->format == FLOAT8_E4M3FN && can_be_scaled(part->bf16, p->w->columns);
+#else
+    (void)part;
+    return 0;
+#endif
+}
+
 static int64_t rows_per_item(const struct product *p) {
     if (p->m_count > 1) return strip_rows(p->w);
     int64_t rows = BYTES_PER_TURN / (p->w->columns / 32 * bytes_of_32(p->w->format)) / 4 * 4;
@@ -280,26 +292,29 @@ static int64_t begin(const struct product *list, int64_t count, struct part *par
     for (int64_t i = 0; i < count; i++) {
         const struct product *p = list + i;
         struct part *part = parts + i;
-        *part = (struct part){p, 0, 0, filled, rows_per_item(p), items};
+        *part = (struct part){p, 0, 0, filled, rows_per_item(p), items, 0};
         if (p->m_count) items += (p->stop - p->start + part->rows_per_item - 1) / part->rows_per_item;
         if (shares_x(p, i)) {
             part->pairs = parts[i - 1].pairs, part->bf16 = parts[i - 1].bf16;
+            part->scales_x = scales_x(part);
             continue;
         }
         part->pairs = *floats, *floats += pairs_floats(p);
         part->bf16 = uses_dot(p) ? (uint16_t *)*floats : 0, *floats += bf16_floats(p);
         dsv4_share(prepare, part, p->m_count, dsv4_quarters(p->m_count, threads), threads);
+        part->scales_x = scales_x(part);
     }
     return items;
 }
 
 /* Rows [first, last) of a product's weight with its only row of x. */
-static void one_row(const struct part *part, int64_t first, int64_t last) {
+static void one_row(const struct part *part, int64_t first, int64_t last, float *buffer) {
     const struct product *p = part->product;
+    struct one_x x = {part->pairs, part->bf16, part->scales_x ? (uint16_t *)buffer : 0, -1, part->tables};
     for (int64_t row = first; row < last; row += 4) {
         int64_t count = least(last - row, 4);
         float sums[4];
-        one_row_by_four(p->w, part->pairs, part->bf16, part->tables, row, count, p->exact, sums);
+        one_row_by_four(p->w, &x, row, count, p->exact, sums);
         for (int64_t o = 0; o < count; o++) store_as(p->y, p->y_is_bf16, row - p->start + o, sums[o]);
     }
 }
@@ -323,8 +338,9 @@ static void multiply(const void *job, int64_t first, int64_t last, int64_t worke
         while (part + 1 < all->parts + all->count && part[1].first_item <= item) part++;
         int64_t row = part->product->start + (item - part->first_item) * part->rows_per_item;
         int64_t stop = least(row + part->rows_per_item, part->product->stop);
-        if (part->product->m_count == 1) one_row(part, row, stop);
-        else many_rows(part, row, stop, all->buffers + worker * all->buffer_floats);
+        float *buffer = all->buffers + worker * all->buffer_floats;
+        if (part->product->m_count == 1) one_row(part, row, stop, buffer);
+        else many_rows(part, row, stop, buffer);
     }
 }
 

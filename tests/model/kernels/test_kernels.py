@@ -149,6 +149,19 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
                 assert ((TORCH_DEVICE.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
 
 
+@pytest.mark.parametrize(("x_exponent", "scale_exponent", "code"), [(-100, -30, 0x78), (90, 45, 0x01)])
+def test_fp8_where_x_times_the_block_scale_is_no_bfloat16(x_exponent: int, scale_exponent: int, code: int) -> None:
+    """The product of all three is a normal float32: 2**-122 and 2**126."""
+    scale = torch.full((1, 1), 127 + scale_exponent, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    codes = torch.full((8, 64), code, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    matrix = Matrix("fp8", "float8_e4m3fn", (8, 64), codes, scale, Block(128, 128))
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    x[0, 5] = 2.0**x_exponent
+    expected = REFERENCE.linear(x, matrix)
+    assert (expected > 0).all() and torch.isfinite(expected).all()
+    assert torch.equal(bits(CPU.linear(x, matrix)), bits(expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_linears_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
     """All formats in one call: products that share their x, whole and in parts, of one row, of many and of none."""
