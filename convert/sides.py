@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
 from dsv4.convert.hub.source import HubSource, missing_folder, parse_source
 from dsv4.convert.hub.storage import HubFiles, open_hub_storage
 from dsv4.convert.plan.settings import check_count
-from dsv4.convert.proof import run
 from dsv4.convert.proof.files import Files, LocalFiles
-from dsv4.convert.proof.result import Verification
 from dsv4.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsv4.convert.proof.result import Verification
 
 
 def _output_named(text: str) -> Path | HubSource:
@@ -74,7 +76,7 @@ def verify(
     report: str | os.PathLike[str] | None = None,
     revision: str | None = None, token: str | None = None, cache_dir: Path | str | None = None,
     scratch: int = DEFAULT_SCRATCH,
-) -> Verification:  # fmt: skip
+) -> "Verification":  # fmt: skip
     """Compare two checkpoints: does `output` hold the same model as `source`? Or check one alone.
 
     Both may be a folder, "hf:org/name" or "ms:org/name".
@@ -93,6 +95,8 @@ def verify(
     check_count("--scratch", scratch)
     named = named_sides(os.fspath(source), None if output is None else os.fspath(output), revision)
     hub = HubOptions(token, None if cache_dir is None else Path(cache_dir), scratch)
+    from dsv4.convert.proof import run  # imports torch: after what can be wrong with the arguments
+
     with open_sides(named, hub) as sides:
         return run.verify(
             *sides, tensor=tensor, shard=shard, sample=sample, seed=seed, strict=strict, inverse=inverse,

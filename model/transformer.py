@@ -167,6 +167,7 @@ class Transformer:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def _check(self, token_ids: torch.Tensor, cache: Cache, lengths: list[int] | None) -> list[int]:
+        _check_kinds(token_ids, cache)
         if token_ids.dim() != 2 or token_ids.shape[0] != len(cache.sequences):
             raise UsageError(
                 f"token ids have shape {list(token_ids.shape)}, [{len(cache.sequences)}, tokens] is expected"
@@ -191,6 +192,13 @@ class Transformer:
             raise UsageError(
                 f"the context would have {length} tokens, this model has room for {self.config.max_position_embeddings}"
             )
+
+
+def _check_kinds(token_ids: object, cache: object) -> None:
+    """Raises UsageError for what no type checker has seen, such as a list of ids."""
+    if not isinstance(token_ids, torch.Tensor) or not isinstance(cache, Cache):
+        found = f"{type(token_ids).__name__} and {type(cache).__name__}"
+        raise UsageError(f"forward takes a tensor and a cache, not {found}", "Make a cache: model.new_cache(1).")
 
 
 def _pieces(counts: list[int]) -> list[tuple[list[int], list[int]]]:

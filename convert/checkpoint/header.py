@@ -15,8 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dsv4.errors import InputError
-
-from .file_kinds import refuse_other_kinds
+from dsv4.files import refuse_other_kinds
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader

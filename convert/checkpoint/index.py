@@ -87,7 +87,8 @@ def select(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T]],
     holders = Counter(chain.from_iterable(shards.values()))
     elsewhere = [name for name in weight_map if name not in chosen and name in holders]
     if elsewhere:
-        raise InputError(f"{where}: names {len(elsewhere)} tensors that are not in their shard: {shown(elsewhere)}")
+        text = f"{where}: names {len(elsewhere)} tensors that are not in their shard: {shown(elsewhere)}"
+        raise InputError(text, "Download the index and all shards from the same revision.")
     absent = [name for name in weight_map if name not in holders]
     unlisted = [name for name in holders if name not in weight_map]
     overlaid = [name for name in chosen if holders[name] > 1]

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsv4.errors import InputError
+from dsv4.files import PREFIX_BYTES, refuse_other_kinds
 from dsv4.machine import collection_paused
 from dsv4.progress import Reached, ignore
 
 from .editions.spellings import release_view
-from .file_kinds import PREFIX_BYTES, refuse_other_kinds, refuse_other_weights
 from .forms.form import RELEASED, Form
 from .forms.gguf.files import GGUF, gguf_files, is_gguf, read_gguf
+from .forms.gguf.keys import config_of
 from .forms.table import form_of
 from .forms.tensor import Encoding
 from .forms.tensor import Extent as Extent
@@ -31,6 +32,7 @@ from .forms.tensor import row_count as row_count
 from .header import LENGTH_BYTES, Header, check_twins, header_length, parse_header, strict_json, tensor_bytes
 from .index import check_needed, ignored_files, select, shards_of, weight_map_of
 from .names import rank_file
+from .other_files import refuse_other_weights
 from .storage import Folder, Storage, check_component
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def read_json(storage: Storage, name: str, size: int, limit: int) -> dict[str, A
         raise InputError(f"{where}: {size} bytes, at most {limit} are believable")
     value = strict_json(storage.read(name, 0, size), where)
     if not isinstance(value, dict):
-        raise InputError(f"{where}: a JSON object is expected")
+        raise InputError(f"{where}: a JSON object is expected", "Download the file again.")
     return value
 
 
@@ -202,7 +204,7 @@ class Checkpoint:
     def _of_gguf(cls, storage: Storage, sizes: dict[str, int]) -> "Checkpoint":
         storage.choose_shards(gguf_files(sizes))
         folder = read_gguf(storage, sizes)
-        config = read_config(storage, sizes) if CONFIG_NAME in sizes else folder.config
+        config = read_config(storage, sizes) if CONFIG_NAME in sizes else config_of(folder.keys)
         return cls(storage, config, sizes, folder.shards, folder.tensors, folder.notes, GGUF)
 
     def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:

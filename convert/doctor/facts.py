@@ -10,7 +10,6 @@ from typing import Any
 
 from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.editions.spellings import release_view
-from dsv4.convert.checkpoint.file_kinds import lfs_pointers, refuse_other_weights
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
@@ -18,6 +17,7 @@ from dsv4.convert.checkpoint.names import (
     is_routed_expert,
     rank_file,
 )
+from dsv4.convert.checkpoint.other_files import lfs_pointers, refuse_other_weights
 from dsv4.convert.checkpoint.rank_files import check_engine_config, rank_file_names
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,

@@ -22,7 +22,6 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
-from dsv4.convert.checkpoint.file_kinds import PULL
 from dsv4.convert.checkpoint.foreign import HINT
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
@@ -30,6 +29,7 @@ from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.plan.side_files import check_configs
 from dsv4.errors import InputError, UsageError
+from dsv4.files import PULL
 from dsv4.progress import Reached, ignore
 
 from .facts import Facts, gather
@@ -411,7 +411,7 @@ def diagnose(
     context = RuleContext(facts, engine, ENGINES[engine], tensor_parallel)
     checks = list(_layout(context))
     if facts.unreadable is not None:
-        checks.append(Check("files", "refuses", str(facts.unreadable), facts.unreadable.hint))
+        checks.append(Check("files", "refuses", facts.unreadable.message, facts.unreadable.hint))
     elif checks[0].status == "ok":  # it does not read this layout at all: no other rule applies
         rules = RULES_FOR_FOREIGN if facts.foreign else RULES_FOR_FORMS if facts.form else RULES
         checks += [check for rule in rules for check in rule(context)]

@@ -130,9 +130,12 @@ class Hub(Protocol):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name if that is not ASCII (some are Chinese)."""
+    """The first line of an exception's message, or its class name as words if that is Chinese."""
     line = next(iter(str(error).splitlines()), "")
-    return line if line and line.isascii() else type(error).__name__
+    if line and line.isascii():
+        return line
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__.lstrip("_").removesuffix("Error"))
+    return words.lower()
 
 
 def with_patience(action: Callable[[], Result], passing: tuple[type[NetworkError], ...] = (Busy, Dropped)) -> Result:

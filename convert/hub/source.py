@@ -125,7 +125,7 @@ def parse_source(text: str, revision: str | None = None, remote: bool = False) -
     if revision is None:
         return source
     if isinstance(source, Path):
-        raise UsageError(f"--revision {revision}: {text} is a folder, which has no revisions")
+        raise UsageError(f"--revision {revision}: {text} is a folder, which has no revisions", "Leave it out.")
     if source.revision not in (None, revision):
         raise UsageError(f"two revisions: @{source.revision} and --revision {revision}", "Give one of them.")
     return _repository(source.hub, f"{source.repository}@{revision}", text)

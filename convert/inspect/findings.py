@@ -15,12 +15,13 @@ from dsv4.convert.checkpoint.config import config_string, expert_dtype, quantiza
 from dsv4.convert.checkpoint.editions.spellings import contradictions, respelled
 from dsv4.convert.checkpoint.editions.table import Edition, check_signs, describes_v4, edition_of
 from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
-from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
+from dsv4.convert.checkpoint.other_files import lfs_pointers
 from dsv4.convert.checkpoint.reader import Checkpoint, layout_bytes
 from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight
 from dsv4.errors import InputError
+from dsv4.files import PULL
 
 Level = Literal["problem", "note"]
 

@@ -181,7 +181,7 @@ ENGINES: dict[str, Engine] = {
         wants=_SERVED,
         divided=("num_attention_heads", "o_groups"),
         splits=(Split(("moe_intermediate_size",), experts="fp8"), _HEADS, _OUTPUT_GROUPS),
-        caveats=(Caveat(text="of its MoE backends, MegaMoE takes FP4 experts only", experts="fp8"),),
+        caveats=(Caveat(text="vLLM's MoE backend MegaMoE takes FP4 experts only", experts="fp8"),),
         serve="vllm serve",
         ranks_option="--tensor-parallel-size",
         loader=Loader("vLLM", ("0.32.0", "0.33.0")),

@@ -145,13 +145,14 @@ def _check_layout(to: To, layout: Layout, model_parallel: int | None, target: Ta
     """Raises UsageError for options that do not go with the layout."""
     if layout == "hf":
         if model_parallel is not None:
-            raise UsageError("--model-parallel goes with --layout mp")
+            raise UsageError("--model-parallel goes with --layout mp", "Add that, or leave out --model-parallel.")
         return
     if model_parallel is None:
         raise UsageError("--layout mp needs --model-parallel N", "N is the number of ranks the engine will run on.")
     check_count("--model-parallel", model_parallel)
     if target is not None and (target not in ENGINES or ENGINES[target].layout != "mp"):
-        raise UsageError(f"--layout mp is the reference engine's; it does not go with --target {target}")
+        text = f"--layout mp is the reference engine's; it does not go with --target {target}"
+        raise UsageError(text, "Leave out one of them.")
     if not CONVERSIONS[to].rank_files:
         fits = " or ".join(name for name, conversion in CONVERSIONS.items() if conversion.rank_files)
         raise UsageError(f"--layout mp does not go with --to {to}", f"The reference engine runs --to {fits}.")

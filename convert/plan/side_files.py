@@ -7,12 +7,13 @@ card. An allow-list names them, because a folder of downloads may hold any file.
 import re
 from typing import Any
 
-from dsv4.convert.checkpoint.file_kinds import PULL, lfs_pointers
 from dsv4.convert.checkpoint.names import count_draft_stages
+from dsv4.convert.checkpoint.other_files import lfs_pointers
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError
+from dsv4.files import PULL
 
 from .config_edit import dump, make_inference_config, with_quantized_wo_a
 from .plan import Plan

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx, nvfp4
+from dsv4.files import MAX_POINTER_BYTES, POINTER, kind_of
 from dsv4.text import some_of
 
-from .files import INDEX_NAME, LFS_POINTER, Files, Severity, is_lfs_pointer, parse_json, read_bytes
-from .forms.release import missing_keys
+from .files import INDEX_NAME, Files, Severity, parse_json, read_bytes
+from .forms.release import BY_TYPE, missing_keys
 from .forms.transformers import as_released, is_harmless
 from .layout import Checkpoint
 from .plan import Weight, understand
@@ -61,9 +62,10 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
 def check_pointers(checkpoint: Checkpoint) -> None:
     """Record side files that are Git LFS pointers: loaders need the files themselves."""
     for name, size in _side_files(checkpoint.files).items():
-        if is_lfs_pointer(checkpoint.files, name, size):
+        kind = kind_of(read_bytes(checkpoint.files, name, 0, size)) if size <= MAX_POINTER_BYTES else None
+        if kind is not None and kind.prefix == POINTER:
             severity: Severity = "unreadable" if _NEEDED.fullmatch(name) else "note"
-            checkpoint.problem("side file", f"{name}: {LFS_POINTER}", severity)
+            checkpoint.problem("side file", f"{name} is {kind}", severity)
 
 
 def read_config(
@@ -79,13 +81,10 @@ def read_config(
     if size > limit:
         checkpoint.problem("config", f"{name} has {size} bytes, at most {limit} are believable", "unreadable")
         return None
-    if is_lfs_pointer(checkpoint.files, name, size):
-        checkpoint.problem("config", f"{name}: {LFS_POINTER}", "unreadable")
-        return None
     try:
         value = parse_json(read_bytes(checkpoint.files, name, 0, size))
     except ValueError as error:
-        checkpoint.problem("config", f"{name} is not JSON: {error}", "unreadable")
+        checkpoint.problem("config", f"{name} cannot be used: {error}", "unreadable")
         return None
     if not isinstance(value, dict):
         checkpoint.problem("config", f"{name} is not a JSON object", "unreadable")
@@ -147,7 +146,11 @@ def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str,
         one_side = key in expected and key in found
         added = not one_side and is_harmless(key, found.get(key, expected.get(key)))
         severity: Severity = "note" if added or key == "transformers_version" else "difference"
-        output.problem("config", f"{key} is {now}, in the source's {name} it is {was}", severity)
+        output.problem("config", f"{key} = {now} (source's {name}: {was})", severity)
+
+
+def _has_config(checkpoint: Checkpoint) -> bool:
+    return "config.json" in checkpoint.files.sizes()
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
@@ -156,7 +159,7 @@ def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
     expected, found = read_config(source, name), read_config(output)
     if expected is not None and found is not None:
         _compare_keys(output, expected, found, name)
-    elif expected is not None and output.layout not in ("mp", gguf.LAYOUT):
+    elif expected is not None and output.layout not in ("mp", gguf.LAYOUT) and not _has_config(output):
         output.problem("config", "config.json is missing")
     for side in (source, output):
         if side.layout == gguf.LAYOUT and expected is not None:
@@ -222,9 +225,13 @@ def check_config(checkpoint: Checkpoint) -> None:
     """Compare the config with the tensors: expert dtype, block size, and whether any tensor is quantized."""
     config = read_config(checkpoint)
     if config is None:
-        if "config.json" not in checkpoint.files.sizes():
+        if not _has_config(checkpoint):
             checkpoint.problem("config", "there is no config.json", "note")
         return
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind not in BY_TYPE:
+        text = f"model_type is {kind!r}, no DeepSeek-V4: names and shapes are not compared with the config"
+        checkpoint.problem("model", text, "note")
     weights = _weights(checkpoint)
     _check_experts(checkpoint, config, weights)
     if checkpoint.layout == "mp":

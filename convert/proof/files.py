@@ -22,15 +22,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from dsv4.convert.proof.forms.packing import Packing
 from dsv4.errors import InputError
+from dsv4.files import OTHER_WEIGHTS, PREFIX_BYTES, kind_of, refuse_other_kinds
 from dsv4.text import natural_order
 
 Severity = Literal["note", "difference", "unreadable"]
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 INDEX_NAME = "model.safetensors.index.json"
-LFS_POINTER = "it is a Git LFS pointer, not the file: run `git lfs pull` in the folder, or download the file"
-_LFS_START = b"version https://git-lfs.github.com/spec/"
-_MAX_LFS_BYTES = 1024  # by its specification
 MAX_BITS = 2**63  # of a tensor whose empty dimensions count as 1: the library multiplies dimensions in 64 bits
 
 # Bits of one element in a safetensors header. F4 is two E2M1 codes a byte, with a shape in elements.
@@ -59,7 +57,8 @@ DTYPE_BITS = {
 class Problem:
     """A fault beside the tensors' values.
 
-    `area` is one of index, shard, layout, config, codes, side file, manifest; `where` is "source" or "output".
+    `area` is one of index, shard, layout, config, codes, side file, manifest, and model (of another family).
+    `where` is "source" or "output".
     """
 
     area: str
@@ -200,11 +199,11 @@ def read_bytes(files: Files, name: str, offset: int, size: int) -> bytes:
     return bytes(buffer)
 
 
-def is_lfs_pointer(files: Files, name: str, size: int) -> bool:
-    """Whether a file holds the text that `git clone` without LFS leaves in place of a large file."""
-    if not len(_LFS_START) <= size < _MAX_LFS_BYTES:
-        return False
-    return read_bytes(files, name, 0, len(_LFS_START)) == _LFS_START
+def refuse_other_weights(files: Files, sizes: dict[str, int]) -> None:
+    """Raises InputError if there are weights of another kind, such as those of torch.save."""
+    for name in sorted(name for name in sizes if name.endswith(OTHER_WEIGHTS)):
+        start = read_bytes(files, name, 0, min(sizes[name], PREFIX_BYTES))
+        refuse_other_kinds(start, f"{files.label}/{name}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,10 +221,14 @@ def _no_constant(text: str) -> float:
 
 def parse_json(data: bytes) -> Any:
     """Strict JSON: UTF-8, no key twice, no NaN. Raises ValueError with the reason."""
+    if kind := kind_of(data):
+        raise ValueError(f"it is {kind}")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
 
 
 def _is_count(value: object) -> bool:
@@ -283,6 +286,8 @@ def _header_length(files: Files, name: str, size: int) -> int:
         raise ValueError(f"{size} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", read_bytes(files, name, 0, 8))
     if length > min(size - 8, MAX_HEADER_BYTES):
+        if kind := kind_of(read_bytes(files, name, 0, min(size, PREFIX_BYTES))):
+            raise ValueError(f"it is {kind}")
         raise ValueError(f"it claims a header of {length} bytes in a file of {size}")
     return int(length)
 
@@ -291,8 +296,6 @@ def read_shard(files: Files, name: str, size: int) -> Shard:
     """Read the header of one safetensors file. Faults of the format are in the result, never raised."""
     shard = Shard(name)
     try:
-        if is_lfs_pointer(files, name, size):
-            raise ValueError(LFS_POINTER)
         length = _header_length(files, name, size)
         text = read_bytes(files, name, 8, length)
         shard.header_sha256 = hashlib.sha256(text).hexdigest()

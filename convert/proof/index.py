@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from dsv4.text import some_of
 
-from .files import INDEX_NAME, LFS_POINTER, MAX_HEADER_BYTES, Files, Shard, is_lfs_pointer, parse_json, read_bytes
+from .files import INDEX_NAME, MAX_HEADER_BYTES, Files, Shard, parse_json, read_bytes
 
 KEYS = {"metadata", "weight_map"}
 _IGNORED = {
@@ -42,12 +42,10 @@ def read_index(files: Files, size: int) -> Index:
     """Read the index of a folder and check its form."""
     if size > MAX_HEADER_BYTES:
         return Index(reason=f"{size} bytes, at most {MAX_HEADER_BYTES} are believable")
-    if is_lfs_pointer(files, INDEX_NAME, size):
-        return Index(reason=LFS_POINTER)
     try:
         value = parse_json(read_bytes(files, INDEX_NAME, 0, size))
     except ValueError as error:
-        return Index(reason=f"not JSON: {error}")
+        return Index(reason=str(error))
     weights = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
         return Index(reason="it has no weight_map from names to files")

@@ -25,7 +25,7 @@ from dsv4.convert.proof.forms import mlx
 from dsv4.errors import InputError
 from dsv4.text import some_of
 
-from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shard, shard_names
+from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shard, refuse_other_weights, shard_names
 from .index import Ignored, Index, follow, read_index
 
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
@@ -85,7 +85,7 @@ class Checkpoint:
     problems: list[Problem] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)
     repacked: bool = False  # the tensors are not those of the files: stacks are taken apart, words are codes
-    keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files; those of drafts after "drafts "
+    keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files: what they say of the model
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
         """Record a fault, once."""
@@ -321,6 +321,7 @@ def open_checkpoint(files: Files, where: str, on_header: Callable[[], None] = la
     sizes = files.sizes()
     names = list(shard_names(files))
     if not names and INDEX_NAME not in sizes:
+        refuse_other_weights(files, sizes)
         raise InputError(f"{files.label} holds no safetensors file", "Give the folder that holds the shards.")
     if INDEX_NAME not in sizes and (found := _ranks(names)):
         _open_ranks(checkpoint, sizes, found, on_header)

@@ -295,7 +295,8 @@ def select(
     shard = None
     if selection.shard is not None:
         if not 1 <= selection.shard <= len(output.shards):
-            raise UsageError(f"--shard {selection.shard}: the output has {len(output.shards)} shards")
+            text = f"--shard {selection.shard}: the output has {len(output.shards)} shards"
+            raise UsageError(text, f"Give a number from 1 to {len(output.shards)}.")
         shard = output.shards[selection.shard - 1]
     taken = [compared for compared in everything if selection.takes(compared, shard)]
     if not taken:

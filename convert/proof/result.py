@@ -218,6 +218,11 @@ class Verification:
         """Problems that are differences."""
         return sum(problem.severity == "difference" for problem in self.problems)
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a side is no DeepSeek-V4, so that names and shapes were not compared with its config."""
+        return any(problem.area == "model" for problem in self.problems)
+
     def _unbuildable(self, kind: str) -> list[str]:
         return [result.name for result in self.results if result.tally.rebuilt[kind]]
 
@@ -261,14 +266,24 @@ class Verification:
         if self.exit_code:
             return "NOT SOUND", _problems(self._wrong)
         checked = "structure, config, codes and hashes" if self.hashed else "structure, config and codes"
-        return "SOUND", f"{checked} agree"
+        return "SOUND", f"{checked} agree" + ("; no DeepSeek-V4: shapes were not checked" if self.is_foreign else "")
+
+    def _what_differs(self) -> Iterator[str]:
+        for status, words in (("*", "differ"), ("-", "are missing"), ("+", "are extra")):
+            found = [result for result in self.results if result.status == status]
+            scales = sum(result.compared is None for result in found)
+            of_scales = f" ({scales} of them scales)" if scales else ""
+            if found or status == "*":
+                yield f"{len(found)} tensors {words}{of_scales}"
+        if self._wrong:
+            yield f"{_problems(self._wrong)} beside the values"
 
     def _judgement(self) -> tuple[str, str]:
         counts = self.counts
         if self.exit_code == EXIT_DONE:
             return "IDENTICAL", f"{counts['=']} tensors have the same bytes, {counts['≈']} other bytes of equal value"
         if self._values_differ:
-            return "DIFFERENT", f"{counts['*']} tensors differ, {counts['-']} are missing, {counts['+']} are extra"
+            return "DIFFERENT", ", ".join(self._what_differs())
         if self._wrong:
             return "DIFFERENT", f"all values are equal, but beside the values: {_problems(self._wrong)}"
         return "DIFFERENT", "all values are equal, but zeros changed sign (--strict)"

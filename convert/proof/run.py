@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4.convert.proof.audit.draw import parse_sample
+from dsv4.convert.proof.audit.sample import parse_sample
 from dsv4.convert.proof.resume.journal import Journal
 from dsv4.convert.proof.work.conclude import conclude
 from dsv4.convert.proof.work.fetches import Fetch, fetches

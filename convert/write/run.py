@@ -309,8 +309,8 @@ def run_conversion(job: Job, work: Work = WHOLE, progress: Progress = ignore) ->
 
     progress: called with bytes of data as they are written, or found whole from a former run; they add up to the data
     of the shards that the work is about.
-    Raises Dsv4Error: UsageError for a folder that is not ours or holds another conversion, InputError for a source
-    that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
+    Raises Dsv4Error: UsageError for a folder that dsv4 did not create or that holds another conversion,
+    InputError for a source that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
     """
     started, output = time.monotonic(), job.output
     overwrite = isinstance(work, All) and work.overwrite

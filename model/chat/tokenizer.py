@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dsv4.convert.checkpoint.file_kinds import refuse_other_kinds
 from dsv4.errors import InputError
+from dsv4.files import refuse_other_kinds
 
 from .editions import protocol_of
 
@@ -35,7 +35,9 @@ class TextTokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"the prompt is not valid text: half a character at position {error.start}") from None
+            raise InputError(
+                "the prompt is not valid text", f"It has half a character: {text[error.start]!a}."
+            ) from None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -53,7 +53,8 @@ def check_tokens(tokens: Sequence[int], vocabulary: int, context: int) -> None:
         raise InputError("the prompt is empty", "Give at least one token.")
     for position, token in enumerate(tokens):
         if not 0 <= token < vocabulary:
-            raise InputError(f"token {position} is {token}, the vocabulary has ids 0 to {vocabulary - 1}")
+            text = f"token {position} is {token}, the vocabulary has ids 0 to {vocabulary - 1}"
+            raise InputError(text, "Encode the prompt with this checkpoint's tokenizer.")
     if len(tokens) > context:
         raise InputError(
             f"the prompt has {len(tokens)} tokens, the model's context {context}", "max_position_embeddings says so."

@@ -4,6 +4,8 @@ A file appears under its name only when it is complete. It is written under a te
 fsynced, and renamed: on an error an older file of that name stays. Paths that are not ordinary files, such as
 /dev/stdout or a pipe, are written to directly. A link stays a link: its target is replaced. On a file system that
 cannot fsync, the file is written and the caller is warned.
+
+At the end: files that were read and are not what their names say, recognised by their first bytes.
 """
 
 import contextlib
@@ -12,9 +14,9 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from dsv4.errors import UsageError
+from dsv4.errors import InputError, UsageError
 
 PREFIX = ".dsv4-"  # prefix of all files of dsv4 that are not results
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
@@ -113,3 +115,43 @@ def check_writable(path: str | Path) -> None:
         trial = _temporary(final.parent)
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         trial.unlink()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+MAX_POINTER_BYTES = 1024  # by git-LFS's own specification
+PULL = "Fetch the files themselves: git lfs pull"
+AGAIN = "Download the file again."
+
+
+class Kind(NamedTuple):
+    """What begins with `prefix` (of text in lower case), and what to do about it."""
+
+    prefix: bytes
+    words: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.words}. {self.hint}"
+
+
+KINDS = (
+    Kind(POINTER, "a git-LFS pointer, not the file it stands for", PULL),
+    Kind(b"<!doctype html", "a web page, such as a proxy or a login sends", AGAIN),
+    Kind(b"<html", "a web page, such as a proxy or a login sends", AGAIN),
+    Kind(b"gguf", "a GGUF file, not safetensors", "Name a .safetensors file, or a folder of GGUF files."),
+    Kind(b"pk\x03\x04", "a zip archive, such as torch.save writes", "dsv4 reads safetensors: take the release."),
+)
+OTHER_WEIGHTS = (".bin", ".pt", ".pth")
+PREFIX_BYTES = 64  # more than the longest, and some white space before it
+
+
+def kind_of(start: bytes) -> Kind | None:
+    """The row of KINDS that the first bytes of a file belong to."""
+    found = start[:PREFIX_BYTES].lstrip().lower()
+    return next((kind for kind in KINDS if found.startswith(kind.prefix)), None)
+
+
+def refuse_other_kinds(start: bytes, where: str) -> None:
+    """Raises InputError if the first bytes of a file, which `where` names, are those of another kind of file."""
+    if kind := kind_of(start):
+        raise InputError(f"{where}: {kind.words}", kind.hint)

@@ -20,6 +20,7 @@ The order of the fields is the order in `--help`. One more option is one more fi
 """
 
 import functools
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -80,6 +81,11 @@ def named(text: str) -> str:
     if not text:
         raise typer.BadParameter("it is empty.")
     return text
+
+
+def as_text(text: str) -> str:
+    """An argument that is text. Where the locale is not UTF-8, Python passes bytes it cannot decode as surrogates."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 def as_folder(text: str) -> Path:

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dsv4.errors import UsageError
-from dsv4.options import Json, Token, as_folder, as_typed, command, named
+from dsv4.options import Json, Token, as_folder, as_text, as_typed, command, named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,9 @@ def test_help_has_the_fields_in_order() -> None:
     assert "Do nothing, and remember it." in text
     places = [text.index(word) for word in ("Where from.", "Where to.", "--count", "--dry-run", "--stop", "--json")]
     assert places == sorted(places) and "default: 3" in text
+
+
+def test_text_is_utf_8_in_every_locale() -> None:
+    """In the C locale, Python passes the bytes of a prompt as surrogates."""
+    assert as_text("ü".encode().decode("ascii", "surrogateescape")) == as_text("ü") == "ü"
+    assert as_text(b"\xff".decode("ascii", "surrogateescape")) == "\udcff"

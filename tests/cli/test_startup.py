@@ -1,9 +1,11 @@
-"""Commands that read headers only do without torch, which takes a second or two to import."""
+"""What needs no torch does without it, because its import takes seconds: reading headers, and refusing a mistake."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from tiny import TINY
 
 from dsv4.convert.plan.settings import CONVERSIONS
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
@@ -12,13 +14,23 @@ PROGRAM = """
 import json, sys
 from dsv4 import cli
 
+expected = int(sys.argv[2])
 for arguments in json.loads(sys.argv[1]):
     code = cli.run(arguments)
-    assert code == 0, (arguments, code)
+    assert (code > 1) == expected, (arguments, code)
     loaded = sorted({name.split(".")[0] for name in sys.modules} & {"torch", "safetensors", "transformers"})
     print(arguments, loaded, file=sys.stderr)
     assert not loaded, arguments
 """
+
+
+def check(commands: list[list[str]], fails: bool) -> None:
+    """Run them in one process, of which none may import torch."""
+    arguments = [json.dumps(commands), str(int(fails))]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 MORE = {"nvfp4": ("--input-scale", "1.0")}  # options that a conversion needs
 
 
@@ -41,5 +53,27 @@ def test_headers_need_no_torch(tmp_path: Path) -> None:
         ),
         ["convert", source, str(tmp_path / "out"), "--layout", "mp", "--model-parallel", "2", "--dry-run", "--json"],
     ]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check(commands, fails=False)
+
+
+def test_mistakes_need_no_torch(tmp_path: Path) -> None:
+    source, out = str(make_checkpoint(tmp_path / "source", geometry=TINY)), str(tmp_path / "out")
+    commands = [
+        ["inspect", "demo/sorce"],
+        ["convert", "demo/sorce", out],
+        ["convert", source, out, "--max-shard-size", "abc"],
+        ["convert", source, out, "--to", "fp16"],
+        ["verify", "demo/sorce", source],
+        ["verify", source, "nowhere"],
+        ["verify", source, "--sample", "200%"],
+        ["verify", source, "--max-memory", "lots"],
+        ["verify", source, source, "--report", "/nowhere/x.html"],
+        ["run", "nowhere", "-p", "hi"],
+        ["run", source, "--tokens", "1,x"],
+        ["run", source, "--tokens", "1,2", "--logits", "/nowhere/x"],
+        ["doctor", "nowhere", "--for", "vllm"],
+        ["encode", "/nowhere"],
+        ["download", "nowhere"],
+        ["demo", source],
+    ]
+    check(commands, fails=True)

@@ -148,6 +148,8 @@ def test_context_that_is_too_long(model: Transformer) -> None:
 def test_shapes_that_do_not_fit(model: Transformer) -> None:
     with pytest.raises(UsageError, match=r"token ids have shape \[2, 3\], \[1, tokens\] is expected"):
         model.forward(torch.zeros(2, 3, dtype=torch.int64), model.new_cache(1))
+    with pytest.raises(UsageError, match=r"takes a tensor and a cache, not list and NoneType\n  Make a cache"):
+        model.forward([[0, 1]], None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="lengths"):
         model.forward(torch.zeros(1, 3, dtype=torch.int64), model.new_cache(1), lengths=[4])
 

@@ -23,34 +23,12 @@ from dsv4.convert.proof.compare_tensor import Piece, rows_per_piece
 from dsv4.convert.proof.files import DTYPE_BITS
 from dsv4.convert.proof.plan import ComparedTensor, row_bytes
 from dsv4.convert.proof.values.formats import Array
-from dsv4.errors import UsageError
 
 from .odds import Audit
+from .sample import Sample
 
 SIDE = 128  # rows and columns of a block
 _NUMBER = re.compile(r"\.\d+\.")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A share of the blocks, in (0, 1], and the seed of the draw."""
-
-    share: float
-    seed: int = 0
-
-
-def parse_sample(sample: str | float | None, seed: int = 0) -> Sample | None:
-    """`5%`, `0.05` or 0.05 -> a share of 0.05. Raises UsageError unless it is in (0, 1]."""
-    if sample is None:
-        return None
-    text = str(sample)
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UsageError(f"'{text}' is not a share", "Write a percentage, such as --sample 5%.")
-    return Sample(share, seed)
 
 
 @dataclass(frozen=True)

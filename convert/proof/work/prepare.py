@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from dsv4.convert.proof.audit.draw import Sample, draw
+from dsv4.convert.proof.audit.draw import draw
+from dsv4.convert.proof.audit.sample import Sample
 from dsv4.convert.proof.compare_tensor import Piece, plan_pieces, threads_and_band
 from dsv4.convert.proof.config import (
     check_config,

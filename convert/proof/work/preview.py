@@ -9,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv4.convert.proof.audit.draw import Sample, draw
+from dsv4.convert.proof.audit.draw import draw
+from dsv4.convert.proof.audit.sample import Sample
 from dsv4.convert.proof.compare_tensor import Piece, PieceComparison, Reader
 from dsv4.convert.proof.files import Files
 from dsv4.convert.proof.manifest import listed_hashes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.convert.proof.audit.draw import Sample
+from dsv4.convert.proof.audit.sample import Sample
 from dsv4.convert.proof.plan import Selection
 from dsv4.errors import UsageError
 

@@ -54,10 +54,10 @@ def demo(
     ] = DemoEdition.v4,
 ) -> None:
     """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
-    from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint
-
     out = output.configure()
     place = _choose_folder(folder)
+    from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint  # imports torch: after what can be wrong
+
     out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
     make_checkpoint(place / "source", geometry=EDITIONS[edition.value])
     for step in _steps(place):
@@ -68,4 +68,4 @@ def demo(
             raise typer.Exit(code)
     out.say()
     out.say(f"Everything is in {place}; open {place / 'report.html'} in a browser.")
-    out.hint("yours: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")
+    out.hint("next, a release: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")

@@ -1,6 +1,7 @@
 """`dsv4 inspect`: what is in a checkpoint, from its headers alone."""
 
 import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsv4.text import aligned, human_bytes, human_count, natural_order, wrapped
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
     from dsv4.convert.hub.open import HubOptions
+    from dsv4.convert.inspect.findings import Finding
     from dsv4.convert.inspect.inspection import Inspection
     from dsv4.convert.inspect.tensor_view import TensorView
 
@@ -106,18 +108,25 @@ def _sizes(out: output.Output, inspection: "Inspection") -> None:
     _section(out, "What dsv4 convert would make of it", rows, (1, 2))
 
 
+def _headline(findings: "Sequence[Finding]") -> str:
+    if not findings:
+        return "Nothing looks wrong."
+    return "Notes" if all(finding.level == "note" for finding in findings) else "What looks wrong"
+
+
 def _findings(out: output.Output, inspection: "Inspection") -> None:
     out.text()
     if not inspection.config:
         out.text("One file without its checkpoint: nothing to compare its tensors with.")
         return
-    out.text("What looks wrong" if inspection.findings else "Nothing looks wrong.")
+    out.text(_headline(inspection.findings))
     for finding in inspection.findings:
         out.lines(wrapped(f"{finding.level}: {finding.text}.", WIDTH, "  ", "    "))
         out.lines(wrapped(finding.hint, WIDTH, "    ", "    "))
 
 
-def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
+def _report(out: output.Output, inspection: "Inspection", source: str, names: str) -> None:
+    """names: a glob that some tensors match."""
     from dsv4.convert.inspect.inspection import as_json
 
     facts = as_json(inspection)
@@ -128,7 +137,7 @@ def _report(out: output.Output, inspection: "Inspection", source: str) -> None:
     _cache(out, inspection)
     _sizes(out, inspection)
     _findings(out, inspection)
-    out.hint(f"list the tensors: dsv4 inspect {shlex.quote(source)} --tensors 'layers.0.*'")
+    out.hint(f"list the tensors: dsv4 inspect {shlex.quote(source)} --tensors {shlex.quote(names)}")
 
 
 def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
@@ -247,7 +256,9 @@ def inspect(
             opened = stack.enter_context(closing(_open(checkpoint, revision, options, progress)))
             inspection = None if tensors or tensor is not None else inspect_checkpoint(opened)
         if inspection is not None:
-            _report(out, inspection, checkpoint)
+            first = "layers.0.*"
+            has_layers = any(fnmatchcase(name, first) for name in opened.tensors)
+            _report(out, inspection, checkpoint, first if has_layers else "*")
         elif tensor is not None:
             _view(out, opened, tensor)
         else:

@@ -93,9 +93,9 @@ class VerifyOptions:
     ] = None
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Which blocks --sample draws.")] = 0
     strict: Annotated[bool, typer.Option("--strict", help="A changed sign of zero is a difference.")] = False
-    inverse: Annotated[
-        bool, typer.Option("--inverse", help="Rebuild SOURCE's FP4 codes from OUTPUT: could SOURCE be deleted?")
-    ] = False
+    inverse: Annotated[bool, typer.Option("--inverse", help="Also check that SOURCE can be rebuilt from OUTPUT.")] = (
+        False
+    )
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write the proof as an HTML page.")
     ] = None
@@ -110,8 +110,19 @@ class VerifyOptions:
     verbose: Verbose = False
 
 
+def _check_arguments(options: VerifyOptions) -> None:
+    """Raise for a folder that is missing, and for text that names nothing, before torch is imported."""
+    from dsv4.convert.proof.audit.sample import parse_sample
+    from dsv4.convert.sides import named_sides
+
+    named_sides(options.source, options.converted, options.revision)
+    parse_sample(options.sample, options.seed)
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+
+
 def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
-    from dsv4.convert.proof.audit.draw import parse_sample
+    from dsv4.convert.proof.audit.sample import parse_sample
     from dsv4.convert.proof.plan import Selection
     from dsv4.convert.proof.resume.journal import default_folder
     from dsv4.convert.proof.work.settings import Settings
@@ -177,11 +188,11 @@ def _preview(options: VerifyOptions, out: output.Output) -> int:
     return preview.exit_code
 
 
-def _suggest(out: output.Output, options: VerifyOptions) -> None:
-    """The command to try after a good verdict."""
+def _suggest(out: output.Output, result: "Verification", options: VerifyOptions) -> None:
+    """The command to try after a good verdict; none for a model that `dsv4 run` does not know."""
     if options.sample is not None:
         return out.hint(f"prove it: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
-    if not _runs(Path(options.source)):
+    if not _runs(Path(options.source)) or result.is_foreign:
         return
     words = ["dsv4", "run", options.source, "-p", "Hello"]
     if options.converted is None:
@@ -200,7 +211,7 @@ def _print_and_report(out: output.Output, result: "Verification", options: Verif
     if options.report is not None and out.mode != "silent":
         _write_report(options.report, found, out)
     if result.exit_code in (EXIT_DONE, EXIT_SAMPLE):
-        _suggest(out, options)
+        _suggest(out, result, options)
 
 
 @command
@@ -218,6 +229,7 @@ def verify(options: VerifyOptions) -> None:
     out = output.configure(options.json, options.quiet, options.verbose, ranks)
     if options.report is not None and out.mode != "silent":
         check_writable(options.report)
+    _check_arguments(options)
     if options.converted is not None and Path(options.converted).resolve() == Path(options.source).resolve():
         out.warn("SOURCE and OUTPUT are the same folder")
     if options.dry_run:

@@ -59,7 +59,7 @@ with HubServer() as server:
     from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.hub.source import HubSource
     from dsv4.convert.hub.storage import HubFiles, open_hub_storage
-    from dsv4.convert.proof.audit.draw import Sample
+    from dsv4.convert.proof.audit.sample import Sample
     from dsv4.convert.proof.run import verify_files
     from dsv4.convert.proof.work.settings import Settings
     from dsv4.errors import Dsv4Error

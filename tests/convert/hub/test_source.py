@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from exact_values import dsv4
 
-from dsv4.convert.hub.client import check_remote_name
+from dsv4.convert.hub.client import check_remote_name, first_line
 from dsv4.convert.hub.source import HubSource, parse_source, require_folder
 from dsv4.errors import InputError, UsageError
 
@@ -140,3 +140,11 @@ def test_the_mirror_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) 
         parse_source("https://hf-mirror.example/org/name/tree/main")
     monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.example")
     assert parse_source("https://hf-mirror.example/org/name/tree/main") == HubSource("hf", "org/name", "main")
+
+
+def test_what_a_library_says_in_another_language_is_named() -> None:
+    class _DownloadDeadlineError(Exception):
+        pass
+
+    assert first_line(_DownloadDeadlineError("下载总时限已耗尽")) == "download deadline"
+    assert first_line(_DownloadDeadlineError("timed out\nin thread 7")) == "timed out"

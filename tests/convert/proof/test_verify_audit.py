@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from raw_safetensors import Tensors
 from tall import SIDE, tall, write_tall
 
-from dsv4.convert.proof.audit.draw import Sample, draw, kind_of, parse_sample
+from dsv4.convert.proof.audit.draw import draw, kind_of
 from dsv4.convert.proof.audit.odds import detectable, missed
+from dsv4.convert.proof.audit.sample import Sample, parse_sample
 from dsv4.convert.proof.compare_tensor import confirmed
 from dsv4.convert.proof.files import LocalFiles
 from dsv4.convert.proof.layout import open_checkpoint

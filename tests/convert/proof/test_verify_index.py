@@ -202,7 +202,7 @@ def test_pointers_of_git_lfs(folders: dict[str, Path], name: str, how: str, caps
     broken = folders["source" if how == "source" else "output"]
     (broken / name).write_text(POINTER)
     code = run(["verify", str(broken)] if how == "alone" else ["verify", *map(str, folders.values())])
-    said = [line for line in capsys.readouterr().out.splitlines() if name in line and "Git LFS pointer" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if name in line and "git-LFS pointer" in line]
     assert code == 3 and len(said) == 1 and "git lfs pull" in said[0]
 
 
@@ -210,7 +210,7 @@ def test_a_pointer_that_no_loader_needs(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         (folder / "picture.png").write_text(POINTER)
     result = compare(folders)
-    assert result.exit_code == 0 and "picture.png: it is a Git LFS pointer" in notes(result)
+    assert result.exit_code == 0 and "picture.png is a git-LFS pointer" in notes(result)
 
 
 def as_u8(tensors: Tensors, *dtypes: str) -> Tensors:

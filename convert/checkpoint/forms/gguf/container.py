@@ -200,7 +200,8 @@ def read_header(storage: Storage, name: str, size: int) -> GgufHeader:
         raise InputError(f"{cursor.where}: not a GGUF file", "Download it again.")
     version, count, keys = cursor.numbers("<IQQ")
     if version != VERSION or count > MOST_TENSORS or keys > MOST_KEYS:
-        raise InputError(f"{cursor.where}: GGUF version {version}, {count} tensors and {keys} keys are not readable")
+        text = f"{cursor.where}: GGUF version {version}, {count} tensors and {keys} keys are not readable"
+        raise InputError(text, "The file is damaged or of another version: download it again.")
     found = dict(_read_key(cursor) for _ in range(keys))
     described = [_read_tensor(cursor) for _ in range(count)]
     if found.get(ALIGNMENT_KEY, ALIGNMENT) != ALIGNMENT:

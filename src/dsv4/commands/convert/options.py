@@ -42,7 +42,10 @@ class ConvertOptions:
 
     source: Annotated[str, typer.Argument(parser=named, metavar="SOURCE", help="Folder, hf:org/name or ms:org/name.")]
     output_folder: Annotated[
-        Path, typer.Argument(parser=as_folder, metavar="OUTPUT", help="Folder to write; new, empty or ours.")
+        Path,
+        typer.Argument(
+            parser=as_folder, metavar="OUTPUT", help="Output folder: new, empty, or from an earlier dsv4 run."
+        ),
     ]
     to: Annotated[
         To,

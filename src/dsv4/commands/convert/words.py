@@ -114,8 +114,10 @@ def _warn(out: output.Output, result: "Result", caveats: tuple[str, ...]) -> Non
     if len(result.kept_tensors) > 10:
         out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
     _warn_of_mixture(out, result)
-    for note in (*result.plan.notes, *result.notes, *caveats):
+    for note in (*result.plan.notes, *result.notes):
         out.warn(note)
+    for caveat in caveats:
+        out.say(f"note: {caveat}")
 
 
 def _next_step(result: "Result", source: str) -> str:

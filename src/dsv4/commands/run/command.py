@@ -25,7 +25,7 @@ from .compare import compare_checkpoints, compare_with_logits
 from .logits import save_logits
 from .options import RunOptions
 from .placement import Placement, Work, kind_of, load_model, place, working_memory
-from .prompts import Dialogue, Prompt, gather, suite_prompts
+from .prompts import Dialogue, Prompt, check_tokens_argument, gather, suite_prompts
 from .source import Source, open_source
 
 if TYPE_CHECKING:
@@ -191,9 +191,11 @@ def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> 
     """Run the command; returns the exit code."""
     from dsv4.model.chat.tokenizer import load_tokenizer
 
-    source = open_source(options.checkpoint, out)
     if out.mode != "silent":
         _check_outputs(options)
+    if options.tokens is not None:
+        check_tokens_argument(options.tokens)
+    source = open_source(options.checkpoint, out)
     without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
     tokenizer = None if without_text else load_tokenizer(options.checkpoint)
     dialogue = Dialogue.of(options, source.has_vision, out)

@@ -10,7 +10,7 @@ import typer
 
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
-from dsv4.options import Json, MaxMemory, Verbose, named
+from dsv4.options import Json, MaxMemory, Verbose, as_text, named
 
 
 class ServerName(StrEnum):
@@ -29,8 +29,12 @@ class RunOptions:
     checkpoint: Annotated[
         str, typer.Argument(parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")
     ]
-    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="A question. Omit it to start a chat.")] = None
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")] = None
+    text: Annotated[
+        str | None, typer.Argument(parser=as_text, metavar="PROMPT", help="A question. Omit it to start a chat.")
+    ] = None
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", parser=as_text, metavar="TEXT", help="The same as PROMPT.")
+    ] = None
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="One prompt per line, or a JSON list of message lists.")
     ] = None
@@ -43,7 +47,9 @@ class RunOptions:
     mode: ModeOption = None
     effort: EffortOption = None
     edition: EditionOption = None
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None
+    system: Annotated[
+        str | None, typer.Option("--system", parser=as_text, metavar="TEXT", help="The system message.")
+    ] = None
     tools: Annotated[
         str | None, typer.Option("--tools", metavar="FILE", help="JSON list of tools that the model may call.")
     ] = None

@@ -61,14 +61,19 @@ class Prompt:
     name: str | None = None  # of the suite's prompts
 
 
+def check_tokens_argument(text: str) -> bool:
+    """Whether --tokens is a list of ids rather than a file of them. Raises InputError if it is neither."""
+    inline = re.fullmatch(r"[\[\]\d\s,]*", text) is not None
+    if not inline and not os.path.exists(text):
+        raise InputError(f"'{text}' is neither a list of token ids nor a file", "Write --tokens 0,17,4 or name a file.")
+    return inline
+
+
 def parse_tokens(text: str) -> list[int]:
     """Ids from `1,2,3`, or from a file of ids, separated by commas or white space, with or without brackets."""
     from dsv4.model.chat.messages import read_text
 
-    inline = re.fullmatch(r"[\[\]\d\s,]*", text) is not None
-    if not inline and not os.path.exists(text):
-        raise InputError(f"'{text}' is neither a list of token ids nor a file", "Write --tokens 0,17,4 or name a file.")
-    content = text if inline else read_text(text)
+    content = text if check_tokens_argument(text) else read_text(text)
     words = re.split(r"[\s,\[\]]+", content)
     for word in filter(None, words):
         if not re.fullmatch(r"\d{1,18}", word):

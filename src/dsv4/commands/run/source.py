@@ -101,10 +101,11 @@ def open_source(folder: str, out: Output) -> Source:
     """
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.convert.hub.source import require_folder
-    from dsv4.model.architectures.table import architecture_of
-    from dsv4.model.weights import draft_stages
 
     path = require_folder(folder)
+    from dsv4.model.architectures.table import architecture_of  # imports torch: after what can be wrong
+    from dsv4.model.weights import draft_stages
+
     with out.opening() as headers:
         checkpoint = open_checkpoint(path, headers)
     for note in checkpoint.notes:
