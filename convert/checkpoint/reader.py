@@ -22,7 +22,6 @@ from dsv4.progress import Reached, ignore
 from .editions.spellings import release_view
 from .forms.form import RELEASED, Form
 from .forms.gguf.files import GGUF, gguf_files, is_gguf, read_gguf
-from .forms.gguf.keys import config_of
 from .forms.table import form_of
 from .forms.tensor import Encoding
 from .forms.tensor import Extent as Extent
@@ -204,7 +203,7 @@ class Checkpoint:
     def _of_gguf(cls, storage: Storage, sizes: dict[str, int]) -> "Checkpoint":
         storage.choose_shards(gguf_files(sizes))
         folder = read_gguf(storage, sizes)
-        config = read_config(storage, sizes) if CONFIG_NAME in sizes else config_of(folder.keys)
+        config = read_config(storage, sizes) if CONFIG_NAME in sizes else folder.config
         return cls(storage, config, sizes, folder.shards, folder.tensors, folder.notes, GGUF)
 
     def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:

@@ -85,7 +85,7 @@ class Checkpoint:
     problems: list[Problem] = field(default_factory=list)
     ignored: Ignored = field(default_factory=Ignored)
     repacked: bool = False  # the tensors are not those of the files: stacks are taken apart, words are codes
-    keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files: what they say of the model
+    keys: dict[str, Any] = field(default_factory=dict)  # of GGUF files; those of drafts after "drafts "
 
     def problem(self, area: str, text: str, severity: Severity = "difference") -> None:
         """Record a fault, once."""

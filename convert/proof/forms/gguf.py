@@ -1,8 +1,9 @@
-"""GGUF files of llama.cpp's `deepseek4`, as `verify` reads them: its own reader, its own table of names.
+"""GGUF files of llama.cpp's `deepseek4` and its drafts, as `verify` reads them: its own reader, its own table of names.
 
 Every tensor is read as the release has it: stacks of experts as matrices with scales, the two projections of a draft
-block apart, tables of ids as int64. What a draft block's file repeats of the model is compared with the model. Names
-that the architecture does not have are extra tensors, under the name that the file has.
+block apart, tables of ids as int64. A file of drafts holds an MTP block, numbered after the layers, or DSpark's stages,
+numbered from 0; what it repeats of the model is compared with the model. Names that the architecture does not have are
+extra tensors, under the name that the file has.
 """
 
 import hashlib
@@ -50,6 +51,13 @@ _IN_BLOCK = {
     **{f"{new}_{what}": f"{old}.{inner}"
        for new, old in (("attn_compressor", "attn.compressor"), ("indexer_compressor", "attn.indexer.compressor"))
        for what, inner in (("kv", "wkv.weight"), ("gate", "wgate.weight"), ("ape", "ape"), ("norm", "norm.weight"))},
+}  # fmt: skip
+# Outside of blocks in a file of drafts: of the first stage, and of the last.
+_FIRST = {"fc": "main_proj.weight", "enc.output_norm": "main_norm.weight"}
+_LAST = {
+    "output_hc_fn": "hc_head_fn", "output_hc_base": "hc_head_base", "output_hc_scale": "hc_head_scale",
+    "conf_proj": "confidence_head.proj.weight", "markov_w1": "markov_head.markov_w1.weight",
+    "markov_w2": "markov_head.markov_w2.weight",
 }  # fmt: skip
 _STACKS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
@@ -177,18 +185,42 @@ def _matrices(prefix: str, matrix: str, stored: _Stored, file: str) -> Iterator[
             yield _entry(f"{stem}.weight", one, file, *_SHOWN[stored.kind])
 
 
-def _name(stored: str, layers: int, is_draft: bool) -> str | None:
+@dataclass(frozen=True)
+class _Kind:
+    """What blocks of a file are: of the model, which has `layers`, or drafts. stages: of DSpark."""
+
+    layers: int
+    is_draft: bool = False
+    stages: int = 0
+
+    def prefix(self, block: int) -> str:
+        """What stands before a name in block `block`, in the release."""
+        if self.stages:
+            return f"mtp.{block}."
+        return f"mtp.{block - self.layers}." if block >= self.layers else f"layers.{block}."
+
+    def whole(self, stored: str) -> str | None:
+        """The release's name of a tensor outside of blocks."""
+        stem = stored.removesuffix(".weight")
+        last = max(self.stages - 1, 0)
+        if self.is_draft and stem in _FIRST:
+            return f"mtp.0.{_FIRST[stem]}"
+        if self.is_draft and stem in _LAST:
+            return f"mtp.{last}.{_LAST[stem]}"
+        if self.stages and stem == "output_norm":
+            return f"mtp.{last}.norm.weight"
+        return _WHOLE.get(stem)
+
+
+def _name(stored: str, kind: _Kind) -> str | None:
     """The release's name of a tensor that is one in both; None for one that the architecture does not have."""
     if match := _BIAS.fullmatch(stored):
         inner = f"ffn.gate.bias{match[2] or ''}"
     elif match := _BLOCK.fullmatch(stored):
         inner = _IN_BLOCK.get(match[2], "")
     else:
-        whole = _WHOLE.get(stored.removesuffix(".weight"))
-        return f"mtp.0.{whole}" if whole and is_draft and not whole.startswith(("embed", "head")) else whole
-    block = int(match[1])
-    prefix = f"mtp.{block - layers}." if block >= layers else f"layers.{block}."
-    return prefix + inner if inner else None
+        return kind.whole(stored)
+    return kind.prefix(int(match[1])) + inner if inner else None
 
 
 def _is_stack(stored: _Stored) -> bool:
@@ -196,13 +228,10 @@ def _is_stack(stored: _Stored) -> bool:
     return match is not None and match[2] in _STACKS and len(stored.shape) == 3 and stored.shape[0] > 0
 
 
-def _entries(stored: _Stored, file: str, layers: int, is_draft: bool) -> Iterator[Entry]:
+def _entries(stored: _Stored, file: str, kind: _Kind) -> Iterator[Entry]:
     """What a tensor of a file holds, under the release's names."""
     match = _BLOCK.fullmatch(stored.name)
-    prefix = ""
-    if match:
-        block = int(match[1])
-        prefix = f"mtp.{block - layers}." if block >= layers else f"layers.{block}."
+    prefix = kind.prefix(int(match[1])) if match else ""
     if match and _is_stack(stored):
         yield from _matrices(prefix, _STACKS[match[2]], stored, file)
     elif match and match[2] == "nextn.eh_proj" and stored.kind in ("BF16", "F32") and len(stored.shape) == 2:
@@ -211,7 +240,7 @@ def _entries(stored: _Stored, file: str, layers: int, is_draft: bool) -> Iterato
         yield _entry(f"{prefix}e_proj.weight", half, file, stored.kind, half_of_rows(row, False))
         yield _entry(f"{prefix}h_proj.weight", half, file, stored.kind, half_of_rows(row, True))
     else:
-        yield _entry(_name(stored.name, layers, is_draft) or stored.name, stored, file, *_SHOWN[stored.kind])
+        yield _entry(_name(stored.name, kind) or stored.name, stored, file, *_SHOWN[stored.kind])
 
 
 def _add(checkpoint: Checkpoint, entry: Entry, may_repeat: bool) -> None:
@@ -247,26 +276,39 @@ def _check_splits(checkpoint: Checkpoint, names: list[str]) -> None:
         checkpoint.problem("shard", f"{found} splits are there, their names say {said}", "unreadable")
 
 
+def _kind(header: _Header, layers: int) -> _Kind:
+    """What a file of a model of `layers` layers holds."""
+    stages = header.keys.get("dflash.block_count")
+    if header.keys.get("general.architecture") == "dflash" and isinstance(stages, int):
+        return _Kind(layers, is_draft=True, stages=stages)
+    return _Kind(layers, is_draft=any(".nextn." in stored.name for stored in header.tensors))
+
+
+def _add_file(checkpoint: Checkpoint, name: str, header: _Header, kind: _Kind) -> None:
+    for stored in header.tensors:
+        if stored.kind not in _SHOWN and not (stored.kind == "MXFP4" and _is_stack(stored)):
+            checkpoint.problem("shard", f"{name}: {stored.name} is {stored.kind}", "unreadable")
+            checkpoint.unreadable[_name(stored.name, kind) or stored.name] = stored.kind
+            continue
+        for entry in _entries(stored, name, kind):
+            _add(checkpoint, entry, may_repeat=kind.is_draft)
+
+
 def open_gguf(files: Files, where: str, on_header: Callable[[], None] = lambda: None) -> Checkpoint:
     """Read all headers of a folder of GGUF files. Raises InputError if none of them is of `deepseek4`."""
     checkpoint, names = Checkpoint(where, files, LAYOUT, repacked=True), gguf_names(files)
     headers = _read_headers(checkpoint, names, on_header)
     checkpoint.shards = names
-    drafts = {name for name, h in headers.items() if any(".nextn." in stored.name for stored in h.tensors)}
-    for header in (h for name, h in headers.items() if name not in drafts):
-        checkpoint.keys |= header.keys
+    drafts = {name for name, header in headers.items() if _kind(header, 0).is_draft}
+    for name in headers:
+        mark = "drafts " if name in drafts else ""
+        checkpoint.keys |= {mark + key: value for key, value in headers[name].keys.items()}
     layers = checkpoint.keys.get("deepseek4.block_count")
     if not isinstance(layers, int):
         raise InputError(f"{files.label} holds no GGUF file of deepseek4", "Give the folder of a converted checkpoint.")
     _check_splits(checkpoint, names)
     for name in sorted(headers, key=lambda name: (name in drafts, name)):
-        for stored in headers[name].tensors:
-            if stored.kind not in _SHOWN and not (stored.kind == "MXFP4" and _is_stack(stored)):
-                checkpoint.problem("shard", f"{name}: {stored.name} is {stored.kind}", "unreadable")
-                checkpoint.unreadable[_name(stored.name, layers, name in drafts) or stored.name] = stored.kind
-                continue
-            for entry in _entries(stored, name, layers, name in drafts):
-                _add(checkpoint, entry, may_repeat=name in drafts)
+        _add_file(checkpoint, name, headers[name], _kind(headers[name], layers))
     for name in checkpoint.unreadable:
         checkpoint.tensors.pop(name, None)
     return checkpoint
@@ -279,16 +321,42 @@ def _same(said: Any, expected: Any) -> bool:
     return bool(said == expected)
 
 
-def key_faults(keys: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
-    """Sentences about keys of a file that differ from the config of the source."""
+def _plain_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> Iterator[str]:
+    """Of one file: keys with the number of a key of the config, ratios, and limits of activations."""
     for key, path in _KEYS.items():
-        said, expected = keys.get(f"deepseek4.{key}"), config.get(path)
+        said, expected = keys.get(prefix + key), config.get(path)
         if expected is not None and not _same(said, expected):
-            yield f"deepseek4.{key} is {said}, in the source's config {path} is {expected}"
-    ratios, expected = keys.get("deepseek4.attention.compress_ratios"), config.get("compress_ratios")
+            yield f"{prefix}{key} is {said}, in the source's config {path} is {expected}"
+    ratios, expected = keys.get(f"{prefix}attention.compress_ratios"), config.get("compress_ratios")
     layers = config.get("num_hidden_layers")
     if isinstance(ratios, list) and isinstance(expected, list) and ratios[:layers] != expected[:layers]:
-        yield f"deepseek4.attention.compress_ratios are {ratios}, in the source's config {expected}"
-    limits = keys.get("deepseek4.swiglu_clamp_exp")
+        yield f"{prefix}attention.compress_ratios are {ratios}, in the source's config {expected}"
+    limits = keys.get(f"{prefix}swiglu_clamp_exp")
     if isinstance(limits, list) and not all(_same(limit, config.get("swiglu_limit")) for limit in limits):
-        yield f"deepseek4.swiglu_clamp_exp is {limits}, in the source's config it is {config.get('swiglu_limit')}"
+        yield f"{prefix}swiglu_clamp_exp is {limits}, in the source's config it is {config.get('swiglu_limit')}"
+
+
+def _stage_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> Iterator[str]:
+    """Of the file of DSpark's stages: keys that only it has. A target is numbered by the layer after it."""
+    targets = config.get("dspark_target_layer_ids")
+    expected = [layer + 1 for layer in targets] if isinstance(targets, list) else None
+    for key, path, wanted in (
+        (f"{prefix}block_size", "dspark_block_size", config.get("dspark_block_size")),
+        (f"{prefix}target_layers", "dspark_target_layer_ids", expected),
+        ("drafts tokenizer.ggml.mask_token_id", "dspark_noise_token_id", config.get("dspark_noise_token_id")),
+    ):
+        if keys.get(key) != wanted:
+            yield f"{key} is {keys.get(key)}, in the source's config {path} is {config.get(path)}"
+
+
+def key_faults(keys: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    """Sentences about keys of the files that differ from the config of the source."""
+    yield from _plain_faults(keys, "deepseek4.", config)
+    blocks, stages = keys.get("drafts deepseek4.block_count"), keys.get("drafts dflash.block_count")
+    if blocks is not None:
+        layers = config.get("num_hidden_layers")
+        yield from _plain_faults(keys, "drafts deepseek4.", {**config, "num_hidden_layers": (layers or 0) + 1})
+    if isinstance(stages, int):
+        other = {"num_hidden_layers": stages, "num_hash_layers": 0, "compress_ratios": [0] * stages}
+        yield from _plain_faults(keys, "drafts dflash.", config | other)
+        yield from _stage_faults(keys, "drafts dflash.", config)

@@ -18,7 +18,7 @@ from tiny import TINY
 from tokenizers import Tokenizer
 
 from dsv4.convert import verify
-from dsv4.convert.checkpoint.forms.gguf.names import DRAFT, EXPERTS, LAYER, ROOT
+from dsv4.convert.checkpoint.forms.gguf.names import COPIES, DRAFT, EXPERTS, LAYER, ROOT
 from dsv4.convert.plan.recipes.gguf.tokenizer import _splitting
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load
@@ -66,7 +66,7 @@ def test_the_library_reads_every_value(source: Path, output: Path) -> None:
     for layer in range(LAYERS):
         wanted |= {f"blk.{layer}.{new}": f"layers.{layer}.{old}" for old, new in LAYER.items()}
     drafted = {f"blk.{LAYERS}.{new}": f"mtp.0.{old}" for old, new in (LAYER | DRAFT).items()}
-    drafted |= {new: old if old.startswith(("embed", "head")) else f"mtp.0.{old}" for old, new in ROOT.items()}
+    drafted |= {new: old if old in COPIES else f"mtp.0.{old}" for old, new in ROOT.items()}
     seen = set()
     for tensors, names in ((found, wanted), (draft, drafted)):
         for name, tensor in tensors.items():

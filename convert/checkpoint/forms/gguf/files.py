@@ -1,8 +1,9 @@
 """Reads a folder of GGUF files as a checkpoint: the files of the model, and its tensors as the release has them.
 
-A model is one file or its splits, `NAME-00001-of-00003.gguf`. The draft block is in a file of its own, known by its
-`nextn` tensors; what that file repeats (embedding and head) is not read again. Where the file says in which dtype the
-release has a tensor (dsv4 writes that), it is read in that dtype; else in the file's.
+A model is one file or its splits, `NAME-00001-of-00003.gguf`. Drafts are in a file of their own: an MTP block is known
+by its `nextn` tensors, DSpark's stages by their architecture and Markov table. What such a file repeats (embedding and
+head) is not read again. Where the file says in which dtype the release has a tensor (dsv4 writes that), it is read in
+that dtype; else in the file's.
 """
 
 import hashlib
@@ -17,11 +18,30 @@ from dsv4.convert.checkpoint.storage import Storage
 from dsv4.errors import InputError
 
 from .container import GgufHeader, GgufTensor, data_bytes, read_header
-from .keys import ARCHITECTURE, released_dtypes
-from .names import DRAFT, DRAFT_HEAD, DRAFT_PROJECTION, PROJECTIONS, Place, place_of
+from .keys import (
+    ARCHITECTURE,
+    MARKOV,
+    PREFIX,
+    STAGES_ARCHITECTURE,
+    STAGES_PREFIX,
+    config_of,
+    released_dtypes,
+    stage_config,
+)
+from .names import (
+    DRAFT_PROJECTION,
+    PROJECTIONS,
+    REPEATED,
+    FileNames,
+    Place,
+    draft_block_names,
+    draft_stage_names,
+    model_names,
+)
 from .values import BF16_AS_F32, CODES, I64_AS_I32, Q8_0, SCALES, column_range
 
 SUFFIX = ".gguf"
+MOST_BLOCKS = 1 << 12  # more are not believable
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # Type in the file, dtype in the release: what is read of the former.
 _DTYPES: dict[tuple[str, str], tuple[str, Encoding | None]] = {
@@ -35,9 +55,9 @@ _AS_STORED: dict[str, tuple[str, Encoding | None]] = {
 
 @dataclass
 class GgufFolder:
-    """The contents of the files of a folder. keys: of the model's first file."""
+    """The contents of the files of a folder. config: what their keys say, as config.json of the release says it."""
 
-    keys: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -79,14 +99,14 @@ def _info(name: str, tensor: GgufTensor, file: str, released: str) -> TensorInfo
     return TensorInfo(name, dtype, shape, (extent,), encoding=encoding, released_dtype=released)
 
 
-def _experts(prefix: str, place: Place, tensor: GgufTensor, file: str) -> Iterator[TensorInfo]:
+def _experts(place: Place, tensor: GgufTensor, file: str) -> Iterator[TensorInfo]:
     """The matrices of a stack, each with its scale."""
     if len(tensor.shape) != 3:
         raise InputError(f"{file}: '{tensor.name}' has shape {list(tensor.shape)}; a stack of matrices expected")
     count, rows, columns = tensor.shape
     size = data_bytes(tensor.kind, (rows, columns))
     for expert in range(count):
-        stem = f"{prefix}ffn.experts.{expert}.{place.matrix}"
+        stem = f"{place.prefix}ffn.experts.{expert}.{place.matrix}"
         extents = (Extent(file, tensor.start + expert * size, size),)
         if tensor.kind == "MXFP4":
             yield TensorInfo(f"{stem}.weight", "I8", (rows, columns // 2), extents, encoding=CODES)
@@ -110,37 +130,23 @@ def _projections(prefix: str, tensor: GgufTensor, file: str, released: Mapping[s
         )
 
 
-def _draft_name(inner: str) -> str | None:
-    """The name in the draft block of what its file has outside of blocks; None for what is the main model's."""
-    return f"mtp.0.{inner}" if inner in DRAFT_HEAD else None
-
-
-def _tensors(
-    header: GgufHeader, file: str, layers: int, is_draft: bool, released: Mapping[str, str]
-) -> Iterator[TensorInfo]:
+def _tensors(header: GgufHeader, file: str, names: FileNames, released: Mapping[str, str]) -> Iterator[TensorInfo]:
     """The tensors of one file under the release's names. Raises InputError for one that has none."""
     for tensor in header.tensors:
-        place = place_of(tensor.name)
+        place = names.place_of(tensor.name)
         if place is None:
-            hint = f"dsv4 knows the tensors of llama.cpp's architecture {ARCHITECTURE}."
-            raise InputError(f"{file}: '{tensor.name}' is not a tensor of {ARCHITECTURE}", hint)
-        if place.block is None:
-            name = _draft_name(place.inner) if is_draft else place.inner
-            if name is not None:
-                yield _info(name, tensor, file, released.get(name, ""))
+            found = f"{ARCHITECTURE} of {len(names.blocks)} layers" if len(names.blocks) != 1 else "a draft block"
+            hint = f"dsv4 knows the tensors of llama.cpp's architecture {ARCHITECTURE}, and of its drafts."
+            raise InputError(f"{file}: '{tensor.name}' is not a tensor of {found}", hint)
+        if place == REPEATED:
             continue
-        draft = place.block - layers
-        if (draft >= 0) != is_draft or draft > 0:
-            raise InputError(f"{file}: '{tensor.name}' does not fit a model of {layers} layers")
-        prefix = "mtp.0." if is_draft else f"layers.{place.block}."
         if place.matrix:
-            yield from _experts(prefix, place, tensor, file)
+            yield from _experts(place, tensor, file)
         elif place.inner == DRAFT_PROJECTION:
-            yield from _projections(prefix, tensor, file, released)
-        elif place.inner in DRAFT and not is_draft:
-            raise InputError(f"{file}: '{tensor.name}' is a tensor of a draft block")
+            yield from _projections(place.prefix, tensor, file, released)
         else:
-            yield _info(prefix + place.inner, tensor, file, released.get(prefix + place.inner, ""))
+            name = place.prefix + place.inner
+            yield _info(name, tensor, file, released.get(name, ""))
 
 
 def gguf_files(sizes: Mapping[str, int]) -> list[str]:
@@ -165,30 +171,59 @@ def _check_splits(names: list[str], label: str) -> None:
             raise InputError(f"{label}: {missing[0]} is missing", "Finish the download first.")
 
 
+def _is_draft_block(header: GgufHeader) -> bool:
+    return any(".nextn." in tensor.name for tensor in header.tensors)
+
+
+def _markov_rank(header: GgufHeader) -> int | None:
+    """The width of the Markov table of DSpark's stages; None in a file of anything else."""
+    if header.keys.get("general.architecture") != STAGES_ARCHITECTURE:
+        return None
+    return next((tensor.shape[-1] for tensor in header.tensors if tensor.name == MARKOV), None)
+
+
+def _blocks(header: GgufHeader, prefix: str, where: str) -> int:
+    count = header.keys.get(f"{prefix}block_count")
+    if type(count) is not int or count > MOST_BLOCKS:
+        raise InputError(f"{where}: {prefix}block_count is {'missing' if count is None else count}")
+    return count
+
+
+def _names_of_drafts(header: GgufHeader, layers: int, where: str) -> FileNames:
+    if _is_draft_block(header):
+        return draft_block_names(layers)
+    return draft_stage_names(_blocks(header, STAGES_PREFIX, where))
+
+
 def read_gguf(storage: Storage, sizes: Mapping[str, int]) -> GgufFolder:
     """Every tensor of the GGUF files of a folder. Raises InputError for types and names that are not read."""
     names = gguf_files(sizes)
     headers = {name: read_header(storage, name, sizes[name]) for name in names}
     folder = GgufFolder()
-    drafts = {name for name, h in headers.items() if any(".nextn." in t.name for t in h.tensors)}
+    ranks = {name: rank for name, header in headers.items() if (rank := _markov_rank(header)) is not None}
+    drafts = sorted({name for name, header in headers.items() if _is_draft_block(header)} | ranks.keys())
     others = [n for n in names if n not in drafts and headers[n].keys.get("general.architecture") != ARCHITECTURE]
     main = [name for name in names if name not in drafts and name not in others]
     folder.notes += [f"ignored: {n} is of {headers[n].keys.get('general.architecture')}" for n in others]
     if not main or len(drafts) > 1:
-        found = "no model" if not main else f"{len(drafts)} files of draft blocks"
+        found = "no model" if not main else f"{len(drafts)} files of drafts"
         raise InputError(
             f"{storage.label}: the GGUF files hold {found} of {ARCHITECTURE}",
             "Name the folder of one DeepSeek-V4 model.",
         )
     _check_splits(main, storage.label)
-    folder.keys = headers[main[0]].keys
-    layers = folder.keys.get(f"{ARCHITECTURE}.block_count")
-    if not isinstance(layers, int):
-        raise InputError(f"{storage.label}/{main[0]}: {ARCHITECTURE}.block_count is missing")
-    for name in (*main, *sorted(drafts)):
+    keys = headers[main[0]].keys
+    layers = _blocks(headers[main[0]], PREFIX, f"{storage.label}/{main[0]}")
+    folder.config = config_of(keys)
+    for name in drafts:
+        folder.config |= stage_config(headers[name].keys, ranks[name]) if name in ranks else {}
+    for name in (*main, *drafts):
         header, is_draft = headers[name], name in drafts
-        released = released_dtypes(header.keys if is_draft else folder.keys)
-        found_here = {info.name: info for info in _tensors(header, name, layers, is_draft, released)}
+        table = _names_of_drafts(header, layers, f"{storage.label}/{name}") if is_draft else model_names(layers)
+        found_here = {
+            info.name: info
+            for info in _tensors(header, name, table, released_dtypes(header.keys if is_draft else keys))
+        }
         if twins := folder.tensors.keys() & found_here.keys():
             raise InputError(f"{storage.label}: '{min(twins)}' is in {name} and in another file")
         digest = hashlib.sha256(header.raw).hexdigest()

@@ -1,4 +1,8 @@
-"""The keys of a `deepseek4` file and of config.json: one table, for writing and for reading files of others."""
+"""The keys of a `deepseek4` or `dflash` file and of config.json: one table, for writing and for reading.
+
+`dflash` is llama.cpp's architecture of draft stages that read the main model's layers; where it has keys of
+hyper-connections, its blocks are those of V4.
+"""
 
 import json
 from typing import Any
@@ -11,7 +15,10 @@ from dsv4.errors import InputError
 from .container import BOOL, F32, I32, TEXT, U32, Entry
 
 ARCHITECTURE = "deepseek4"
-PREFIX = f"{ARCHITECTURE}."
+STAGES_ARCHITECTURE = "dflash"
+PREFIX, STAGES_PREFIX = f"{ARCHITECTURE}.", f"{STAGES_ARCHITECTURE}."
+NOISE = "tokenizer.ggml.mask_token_id"
+MARKOV = "markov_w1.weight"  # a tensor of draft stages; its rows are as wide as `dspark_markov_rank` says
 RELEASED_DTYPES = "dsv4.released_dtypes"  # JSON, name -> dtype: tensors that the release has in another dtype
 SQUARE_ROOT_OF_SOFTPLUS = 4  # of expert_gating_func
 FILE_TYPE = 38  # general.file_type, MOSTLY_MXFP4_MOE
@@ -66,27 +73,49 @@ def _number(config: Config, path: str, kind: int) -> Any:
     return float(value) if kind == F32 else value
 
 
+def _common(config: Config, prefix: str, blocks: int, changed: Config) -> list[Entry]:
+    """The keys that files of both architectures have. changed: keys of the config with other values in this file."""
+    config = {**config, **changed}
+    found = [Entry(prefix + key, kind, _number(config, path, kind)) for key, kind, path in KEYS]
+    found += [Entry(prefix + key, kind, config.get(path, usual)) for key, kind, path, usual in OPTIONAL_KEYS]
+    if config.get("rope_scaling"):
+        found.append(Entry(prefix + "rope.scaling.type", TEXT, "yarn"))
+        found += [
+            Entry(prefix + key, kind, _number(config, f"rope_scaling.{path}", kind)) for key, kind, path in SCALING_KEYS
+        ]
+    limit, ratios = _number(config, "swiglu_limit", F32), list(config["compress_ratios"])
+    return [
+        *found,
+        Entry(prefix + "block_count", U32, blocks),
+        Entry(prefix + "expert_gating_func", U32, SQUARE_ROOT_OF_SOFTPLUS),
+        Entry(prefix + "swiglu_clamp_exp", F32, [limit] * blocks),
+        Entry(prefix + "swiglu_clamp_shexp", F32, [limit] * blocks),
+        Entry(prefix + "attention.compress_ratios", I32, ratios + [0] * (blocks - len(ratios))),
+    ]
+
+
 def entries_of(config: Config, drafts: int) -> list[Entry]:
     """The keys of the model, of a file with `drafts` draft blocks after the layers. Raises InputError, naming a key."""
     blocks = _number(config, "num_hidden_layers", U32) + drafts
-    found = [Entry(PREFIX + key, kind, _number(config, path, kind)) for key, kind, path in KEYS]
-    found += [Entry(PREFIX + key, kind, config.get(path, usual)) for key, kind, path, usual in OPTIONAL_KEYS]
-    if config.get("rope_scaling"):
-        found.append(Entry(PREFIX + "rope.scaling.type", TEXT, "yarn"))
-        found += [
-            Entry(PREFIX + key, kind, _number(config, f"rope_scaling.{path}", kind)) for key, kind, path in SCALING_KEYS
-        ]
-    limit, ratios = _number(config, "swiglu_limit", F32), list(config["compress_ratios"])
     width = _number(config, "hidden_size", U32) * _number(config, "hc_mult", U32)
     return [
-        *found,
-        Entry(PREFIX + "block_count", U32, blocks),
+        *_common(config, PREFIX, blocks, {}),
         Entry(PREFIX + "embedding_length_out", U32, width),
-        Entry(PREFIX + "expert_gating_func", U32, SQUARE_ROOT_OF_SOFTPLUS),
-        Entry(PREFIX + "swiglu_clamp_exp", F32, [limit] * blocks),
-        Entry(PREFIX + "swiglu_clamp_shexp", F32, [limit] * blocks),
-        Entry(PREFIX + "attention.compress_ratios", I32, ratios + [0] * (blocks - len(ratios))),
         *([Entry(PREFIX + "nextn_predict_layers", U32, drafts)] if drafts else []),
+    ]
+
+
+def stage_entries(config: Config, stages: int) -> list[Entry]:
+    """The keys of DSpark's stages. target_layers is one more: llama.cpp reads the input of the layer after."""
+    targets = config.get("dspark_target_layer_ids")
+    if not isinstance(targets, list) or not all(type(layer) is int for layer in targets):
+        raise InputError(f"config.json: dspark_target_layer_ids is {targets!r}; a list of layers expected",
+                         "Copy config.json from the release.")  # fmt: skip
+    return [
+        *_common(config, STAGES_PREFIX, stages, {"compress_ratios": [], "num_hash_layers": 0}),
+        Entry(STAGES_PREFIX + "block_size", U32, _number(config, "dspark_block_size", U32)),
+        Entry(STAGES_PREFIX + "target_layers", I32, [layer + 1 for layer in targets]),
+        Entry(NOISE, U32, _number(config, "dspark_noise_token_id", U32)),
     ]
 
 
@@ -102,6 +131,18 @@ def released_dtypes(keys: dict[str, Any]) -> dict[str, str]:
 def _shown(value: Any, kind: int) -> Any:
     """A float32 as the number that was written: 1e-06, and not what float32 makes of it."""
     return float(str(np.float32(value))) if kind == F32 and isinstance(value, float) else value
+
+
+def stage_config(keys: dict[str, Any], markov_rank: int) -> dict[str, Any]:
+    """What config.json says of DSpark's stages, by the keys of their file. Keys that the file lacks are absent."""
+    targets = keys.get(STAGES_PREFIX + "target_layers")
+    found = {
+        "dspark_block_size": keys.get(STAGES_PREFIX + "block_size"),
+        "dspark_noise_token_id": keys.get(NOISE),
+        "dspark_target_layer_ids": [layer - 1 for layer in targets] if isinstance(targets, list) else None,
+        "dspark_markov_rank": markov_rank,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def config_of(keys: dict[str, Any]) -> dict[str, Any]:

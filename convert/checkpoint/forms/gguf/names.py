@@ -1,10 +1,18 @@
-"""Names of tensors in the release and in llama.cpp's architecture `deepseek4`: one table, read both ways.
+"""Names of tensors in the release and in llama.cpp's architectures `deepseek4` and `dflash`: one table, both ways.
 
-Routed experts are stacked, one tensor for each of the three matrices of a layer; the rest is one to one. The draft
-block of a release is block number `num_hidden_layers`, in a file of its own with copies of embedding and head.
+Routed experts are stacked, one tensor for each of the three matrices of a layer; the rest is one to one. There are
+three kinds of files:
+
+the model       `layers.3.` is `blk.3.`
+a draft block   `mtp.0.` (MTP) is the block after the layers, beside copies of embedding, head and the norm before it
+draft stages    `mtp.2.` (DSpark) is `blk.2.` of architecture `dflash`; what only the first or the last stage has stands
+                outside of blocks, and embedding and head are the model's
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 ROOT = {
@@ -38,6 +46,7 @@ LAYER = {
     "attn.indexer.compressor.norm.weight": "indexer_compressor_norm.weight",
     "ffn.gate.weight": "ffn_gate_inp.weight",
     "ffn.gate.bias": "exp_probs_b.bias",
+    "ffn.gate.bias_vl": "exp_probs_b_vl.bias",
     "ffn.gate.tid2eid": "ffn_gate_tid2eid.weight",
     "ffn.shared_experts.w1.weight": "ffn_gate_shexp.weight",
     "ffn.shared_experts.w2.weight": "ffn_down_shexp.weight",
@@ -45,7 +54,7 @@ LAYER = {
     **{f"hc_{part}_{what}": f"hc_{part}_{what}.weight" for part in ("attn", "ffn") for what in ("fn", "base", "scale")},
 }
 EXPERTS = {"w1": "ffn_gate_exps.weight", "w2": "ffn_down_exps.weight", "w3": "ffn_up_exps.weight"}
-# Of the draft block, beside those of a layer. `norm.weight` is the file's output_norm too, hc_head_* its output_hc_*.
+# Of the draft block, beside those of a layer.
 DRAFT = {
     "enorm.weight": "nextn.enorm.weight",
     "hnorm.weight": "nextn.hnorm.weight",
@@ -53,37 +62,98 @@ DRAFT = {
 }
 DRAFT_PROJECTION = "nextn.eh_proj.weight"  # e_proj and h_proj, side by side
 PROJECTIONS = ("e_proj.weight", "h_proj.weight")
-DRAFT_HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale")
+COPIES = ("embed.weight", "norm.weight", "head.weight")  # of the model, in the file of a draft block
+HEAD = ("hc_head_fn", "hc_head_base", "hc_head_scale")
+# Of draft stages, beside those of a layer: of the first one, and of the last.
+FIRST_STAGE = {"main_proj.weight": "fc.weight", "main_norm.weight": "enc.output_norm.weight"}
+LAST_STAGE = {
+    **{inner: ROOT[inner] for inner in ("norm.weight", *HEAD)},
+    "markov_head.markov_w1.weight": "markov_w1.weight",
+    "markov_head.markov_w2.weight": "markov_w2.weight",
+    "confidence_head.proj.weight": "conf_proj.weight",
+}
+IMAGE_BIAS = "ffn.gate.bias_vl"  # of routers, for tokens of images, which draft stages do not see in llama.cpp
 
-_ROOT_BACK = {new: old for old, new in ROOT.items()}
-_LAYER_BACK = {new: old for old, new in (LAYER | DRAFT).items()}
 _EXPERTS_BACK = {new: old for old, new in EXPERTS.items()}
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 class Place(NamedTuple):
-    """What a tensor of a file is: of block `block` (None: of none), `inner` in the release; or a stack of `matrix`."""
+    """Where the release has a tensor of a file: `prefix` is "" or `layers.3.`, then `inner`, or a stack of `matrix`.
 
-    block: int | None
+    All three are "" for a tensor that the file repeats.
+    """
+
+    prefix: str = ""
     inner: str = ""
     matrix: str = ""
 
 
-def block_name(block: int, inner: str) -> str:
-    """`blk.3.attn_kv.weight`."""
-    return f"blk.{block}.{inner}"
+REPEATED = Place()
 
 
-def place_of(name: str) -> Place | None:
-    """The place of a file's tensor; None for a name that the architecture does not have."""
-    if name in _ROOT_BACK:
-        return Place(None, _ROOT_BACK[name])
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return None
-    block, inner = int(match[1]), match[2]
-    if inner in _EXPERTS_BACK:
-        return Place(block, matrix=_EXPERTS_BACK[inner])
-    if inner == DRAFT_PROJECTION:
-        return Place(block, DRAFT_PROJECTION)
-    return Place(block, _LAYER_BACK[inner]) if inner in _LAYER_BACK else None
+@dataclass(frozen=True)
+class FileNames:
+    """The names in one kind of file, by those of the release.
+
+    whole: of tensors outside of blocks. blocks: the number of the block, by prefix. inner: of tensors in a block.
+    repeats: of tensors outside of blocks that the file has once more.
+    """
+
+    whole: Mapping[str, str]
+    blocks: Mapping[str, int]
+    inner: Mapping[str, str]
+    repeats: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, prefix: str, inner: str) -> list[str]:
+        """The names of a tensor in the file; [] if it has no place there."""
+        full = prefix + inner
+        found = [names[full] for names in (self.whole, self.repeats) if full in names]
+        if prefix in self.blocks and inner in self.inner:
+            found.append(self.in_block(prefix, self.inner[inner]))
+        return found
+
+    def in_block(self, prefix: str, name: str) -> str:
+        """`blk.3.attn_kv.weight`."""
+        return f"blk.{self.blocks[prefix]}.{name}"
+
+    @cached_property
+    def _back(self) -> tuple[dict[str, Place], dict[int, str], dict[str, str]]:
+        whole = {new: Place(inner=old) for old, new in self.whole.items()} | dict.fromkeys(
+            self.repeats.values(), REPEATED
+        )
+        return whole, {n: prefix for prefix, n in self.blocks.items()}, {new: old for old, new in self.inner.items()}
+
+    def place_of(self, name: str) -> Place | None:
+        """Where the release has a tensor of the file; None for a name that this kind of file does not have."""
+        whole, prefixes, inner = self._back
+        match = _BLOCK.fullmatch(name)
+        if match is None:
+            return whole.get(name)
+        prefix, rest = prefixes.get(int(match[1])), match[2]
+        if prefix is None:
+            return None
+        if rest in _EXPERTS_BACK:
+            return Place(prefix, matrix=_EXPERTS_BACK[rest])
+        return Place(prefix, inner[rest]) if rest in inner else None
+
+
+def model_names(layers: int) -> FileNames:
+    """Of the files of the model."""
+    return FileNames(ROOT, {f"layers.{n}.": n for n in range(layers)}, LAYER)
+
+
+def draft_block_names(layers: int) -> FileNames:
+    """Of the file of an MTP block."""
+    whole = {f"mtp.0.{inner}": ROOT[inner] for inner in HEAD}
+    inner = LAYER | DRAFT | {DRAFT_PROJECTION: DRAFT_PROJECTION}
+    return FileNames(whole, {"mtp.0.": layers}, inner, {name: ROOT[name] for name in COPIES})
+
+
+def draft_stage_names(stages: int) -> FileNames:
+    """Of the file of DSpark's stages. Files of others may repeat embedding and head."""
+    whole = {f"mtp.0.{inner}": name for inner, name in FIRST_STAGE.items()}
+    whole |= {f"mtp.{stages - 1}.{inner}": name for inner, name in LAST_STAGE.items()}
+    layer = {old: new for old, new in LAYER.items() if old != IMAGE_BIAS}
+    repeats = {name: ROOT[name] for name in ("embed.weight", "head.weight")}
+    return FileNames(whole, {f"mtp.{n}.": n for n in range(stages)}, layer, repeats)

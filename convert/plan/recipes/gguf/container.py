@@ -15,6 +15,7 @@ NAME = "model"
 class Gguf:
     """File `number` (from 1) of `count` files with `tensors` tensors in all. keys: of the model, in the first file."""
 
+    architecture: str = ARCHITECTURE
     keys: tuple[Entry, ...] = ()
     number: int = 1
     count: int = 1
@@ -37,7 +38,7 @@ class Gguf:
 
     def header(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         """The keys, and the table of tensors."""
-        entries = [Entry("general.architecture", TEXT, ARCHITECTURE)]
+        entries = [Entry("general.architecture", TEXT, self.architecture)]
         if self.count > 1:
             entries += [
                 Entry("split.no", U16, self.number - 1),

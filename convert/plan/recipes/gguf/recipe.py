@@ -1,28 +1,36 @@
 """`--to gguf`: assigns the tensors to files.
 
-The model is one file, or splits of at most `--max-shard-size`; a draft block has a file of its own, with copies of
-embedding and head, as llama.cpp loads it. Vision tensors, and draft stages of the DSpark editions, are left out,
-with a note. A tensor that the table of names does not have is an error.
+The model is one file, or splits of at most `--max-shard-size`. Drafts have a file of their own, as llama.cpp loads it:
+an MTP block with copies of embedding and head, or the stages of DSpark. Vision tensors are left out, with a note. A
+tensor that the table of names does not have is an error.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv4.convert.checkpoint.editions.table import check_config, describes_v4
 from dsv4.convert.checkpoint.forms.gguf.container import TEXT, U32, Entry
-from dsv4.convert.checkpoint.forms.gguf.keys import ARCHITECTURE, FILE_TYPE, RELEASED_DTYPES, entries_of
+from dsv4.convert.checkpoint.forms.gguf.keys import (
+    ARCHITECTURE,
+    FILE_TYPE,
+    RELEASED_DTYPES,
+    STAGES_ARCHITECTURE,
+    entries_of,
+    stage_entries,
+)
 from dsv4.convert.checkpoint.forms.gguf.names import (
-    DRAFT,
-    DRAFT_HEAD,
+    COPIES,
     DRAFT_PROJECTION,
     EXPERTS,
-    LAYER,
+    IMAGE_BIAS,
     PROJECTIONS,
-    ROOT,
-    block_name,
+    FileNames,
+    draft_block_names,
+    draft_stage_names,
+    model_names,
 )
 from dsv4.convert.checkpoint.names import block_of, draft_stages, expert_of
 from dsv4.convert.checkpoint.reader import Checkpoint
@@ -37,59 +45,49 @@ from .tensors import STACKED, projections, stack, tensor_of
 from .tokenizer import tokenizer_entries
 
 LEFT_OUT = re.compile(r"(vision|aligner)\..*|image_.*")
-DRAFT_STEM = f"mtp-{NAME}"
-COPIES = ("embed.weight", "head.weight")  # of the main model, in the file of the draft block
+DRAFT_STEM, STAGES_STEM = f"mtp-{NAME}", f"dspark-{NAME}"  # llama.cpp finds such files beside the model's
+DSPARK_KEY = "dspark_block_size"
 Group = list[OutputTensor]
 
 
-class _Blocks:
-    """The groups of tensors that the weights of one file become; a stack is one group, in the place of its first."""
+class _Tensors:
+    """The tensors of one file; a stack stands in the place of its first matrix."""
 
-    def __init__(self, weights: Sequence[Weight], settings: Settings, config: dict[str, Any]) -> None:
-        self._settings, self._config = settings, config
+    def __init__(self, weights: Sequence[Weight], names: FileNames, settings: Settings, config: dict[str, Any]) -> None:
+        self._names, self._settings, self._config = names, settings, config
         self._weights = {weight.name: weight for weight in weights}
         self._done: set[str] = set()
 
-    def _stack(self, prefix: str, block: int, matrix: str) -> OutputTensor:
+    def _stack(self, prefix: str, matrix: str) -> OutputTensor:
         names = [f"{prefix}ffn.experts.{e}.{matrix}.weight" for e in range(self._config["n_routed_experts"])]
         missing = [name for name in names if name not in self._weights]
         if missing:
             raise InputError(f"'{missing[0]}' is missing: a stack needs all {len(names)} experts")
         self._done.update(names)
-        return stack(block_name(block, EXPERTS[matrix]), [self._weights[name] for name in names])
+        return stack(self._names.in_block(prefix, EXPERTS[matrix]), [self._weights[name] for name in names])
 
-    def _of_block(self, weight: Weight, prefix: str, block: int, inner: str, names: dict[str, str]) -> OutputTensor:
-        expert = expert_of(weight.name)
+    def _pair(self, prefix: str) -> OutputTensor:
+        self._done.update(prefix + inner for inner in PROJECTIONS)
+        name = self._names.in_block(prefix, DRAFT_PROJECTION)
+        return projections(name, [self._weights[prefix + inner] for inner in PROJECTIONS])
+
+    def _of(self, weight: Weight) -> list[OutputTensor]:
+        block, expert = block_of(weight.name), expert_of(weight.name)
+        prefix, inner = (f"{block.stack}.{block.number}.", block.inner) if block else ("", weight.name)
         matrix = expert.inner.removesuffix(".weight") if expert else ""
-        if matrix in EXPERTS:
-            return self._stack(prefix, block, matrix)
-        if inner in PROJECTIONS:
-            self._done.update(prefix + name for name in PROJECTIONS)
-            return projections(block_name(block, DRAFT_PROJECTION), [self._weights[prefix + n] for n in PROJECTIONS])
-        if inner not in names:
+        if prefix in self._names.blocks and matrix in EXPERTS:
+            return [self._stack(prefix, matrix)]
+        if DRAFT_PROJECTION in self._names.inner and inner in PROJECTIONS:
+            return [self._pair(prefix)]
+        if not (names := self._names.of(prefix, inner)):
             raise InputError(f"'{weight.name}' has no place in llama.cpp's architecture {ARCHITECTURE}")
-        return tensor_of(block_name(block, names[inner]), weight, self._settings, self._config)
+        return [tensor_of(name, weight, self._settings, self._config) for name in names]
 
-    def groups(self, layers: int) -> Iterator[Group]:
+    def groups(self) -> Iterator[Group]:
         """One group for each tensor of the file."""
         for weight in self._weights.values():
-            block = block_of(weight.name)
-            if weight.name in self._done:
-                continue
-            if block is None:
-                if weight.name not in ROOT:
-                    raise InputError(f"'{weight.name}' has no place in llama.cpp's architecture {ARCHITECTURE}")
-                yield [tensor_of(ROOT[weight.name], weight, self._settings, self._config)]
-                continue
-            prefix = f"{block.stack}.{block.number}."
-            number = block.number + (layers if block.stack == "mtp" else 0)
-            names = LAYER | DRAFT if block.stack == "mtp" else LAYER
-            if block.stack == "mtp" and block.inner in DRAFT_HEAD:
-                yield [tensor_of(ROOT[block.inner], weight, self._settings, self._config)]
-                continue
-            yield [self._of_block(weight, prefix, number, block.inner, names)]
-            if block.stack == "mtp" and block.inner == "norm.weight":
-                yield [tensor_of(ROOT["norm.weight"], weight, self._settings, self._config)]
+            if weight.name not in self._done:
+                yield from ([tensor] for tensor in self._of(weight))
 
 
 def _released_dtypes(weights: Iterable[Weight]) -> Entry:
@@ -102,14 +100,58 @@ def _released_dtypes(weights: Iterable[Weight]) -> Entry:
     return Entry(RELEASED_DTYPES, TEXT, json.dumps(found, separators=(",", ":")))
 
 
-def _shards(groups: list[Group], keys: list[Entry], stem: str, settings: Settings) -> list[OutputShard]:
+@dataclass(frozen=True)
+class _Drafts:
+    """The draft stages of a checkpoint, and the file that they go to. copies: weights of the model that it repeats."""
+
+    weights: list[Weight]
+    names: FileNames
+    keys: list[Entry]
+    stem: str
+    architecture: str = ARCHITECTURE
+    copies: tuple[str, ...] = ()
+
+
+def _drafts(weights: list[Weight], config: dict[str, Any]) -> _Drafts | None:
+    """None where llama.cpp has no file for the stages. Raises InputError for stages with gaps."""
+    stages, present = sorted(draft_stages(w.name for w in weights)), {w.name for w in weights}
+    if DSPARK_KEY in config and "mtp.0.main_proj.weight" in present:
+        if stages != list(range(len(stages))):
+            raise InputError(
+                f"draft stages {', '.join(map(str, stages))}: one is missing", "Finish the download first."
+            )
+        kept = [w for w in weights if not w.name.endswith(IMAGE_BIAS)]
+        names, keys = draft_stage_names(len(stages)), stage_entries(config, len(stages))
+        return _Drafts(kept, names, keys, STAGES_STEM, STAGES_ARCHITECTURE)
+    if stages == [0] and "mtp.0.e_proj.weight" in present:
+        names = draft_block_names(config["num_hidden_layers"])
+        return _Drafts(weights, names, entries_of(config, 1), DRAFT_STEM, copies=COPIES)
+    return None
+
+
+def _shards(groups: list[Group], container: Gguf, settings: Settings) -> list[OutputShard]:
     filled = list(fill_shards(groups, settings))
     total = sum(len(group) for group in filled)
     shards = []
     for number, group in enumerate(filled, 1):
-        container = Gguf(tuple(keys), number, len(filled), total, stem)
-        shards.append(OutputShard.of(container.file_name(number, len(filled)), group, container))
+        one = replace(container, number=number, count=len(filled), tensors=total)
+        shards.append(OutputShard.of(one.file_name(number, len(filled)), group, one))
     return shards
+
+
+def _split_off(weights: list[Weight], config: dict[str, Any]) -> tuple[list[Weight], list[str]]:
+    """What the files of the model hold, and a note for each kind of tensor that they do not."""
+    hashed = {f"layers.{layer}.ffn.gate.bias" for layer in range(config["num_hash_layers"])}
+    main = [w for w in weights if not w.is_draft]
+    vision = [w for w in main if LEFT_OUT.fullmatch(w.name)]
+    dropped = [w for w in main if w.name in hashed]
+    gone = {w.name for w in (*vision, *dropped)}
+    notes = []
+    if vision:
+        notes.append(f"{len(vision)} tensors of the vision part are left out: llama.cpp has them in another file")
+    if dropped:
+        notes.append(f"{len(dropped)} router biases of hash layers are left out: nothing reads them")
+    return [w for w in main if w.name not in gone], notes
 
 
 class ToGguf(Joining):
@@ -120,7 +162,7 @@ class ToGguf(Joining):
     def shards(
         self, weights: list[Weight], settings: Settings, checkpoint: Checkpoint
     ) -> tuple[list[OutputShard], list[str]]:
-        """The files of the model and of its draft block, and what is left out."""
+        """The files of the model and of its drafts, and what is left out."""
         config = checkpoint.released
         if not describes_v4(config):
             raise InputError(
@@ -128,34 +170,33 @@ class ToGguf(Joining):
                 "Other forms take it: --to mxfp4, mxfp8, mlx or nvfp4.",
             )
         check_config(config)
-        main = [w for w in weights if not w.is_draft and not LEFT_OUT.fullmatch(w.name)]
-        drafts = [w for w in weights if w.is_draft]
-        hashed = {f"layers.{layer}.ffn.gate.bias" for layer in range(config["num_hash_layers"])}
-        dropped = [w for w in main if w.name in hashed]
-        main = [w for w in main if w.name not in hashed]
+        main, left_out = _split_off(weights, config)
         tokens, notes = tokenizer_entries(checkpoint)
-        if vision := [w for w in weights if LEFT_OUT.fullmatch(w.name)]:
-            notes.append(f"{len(vision)} tensors of the vision part are left out: llama.cpp has them in another file")
-        if dropped:
-            notes.append(f"{len(dropped)} router biases of hash layers are left out: nothing reads them")
         general = [Entry("general.name", TEXT, NAME), Entry("general.file_type", U32, FILE_TYPE),
                    Entry("general.quantization_version", U32, 2)]  # fmt: skip
 
-        def files(some: list[Weight], stem: str, stages: int, limits: Settings) -> list[OutputShard]:
-            groups = list(_Blocks(some, settings, config).groups(config["num_hidden_layers"]))
-            keys = [*general, *entries_of(config, stages), *tokens, _released_dtypes(some)]
-            return _shards(groups, keys, stem, limits)
+        def files(some: list[Weight], names: FileNames, container: Gguf, limits: Settings) -> list[OutputShard]:
+            keys = (*general, *container.keys, *tokens, _released_dtypes(some))
+            groups = list(_Tensors(some, names, settings, config).groups())
+            return _shards(groups, replace(container, keys=keys), limits)
 
-        found = files(main, NAME, 0, settings)
-        if len(draft_stages(w.name for w in drafts)) == 1 and "mtp.0.e_proj.weight" in {w.name for w in drafts}:
-            copies = [w for w in main if w.name in COPIES]
-            one_file = replace(settings, max_shard_bytes=2**63)
-            return [*found, *files([*copies, *drafts], DRAFT_STEM, 1, one_file)], notes
-        if drafts:
-            notes.append(
-                f"{len(drafts)} tensors of draft stages are left out: this form has one draft block of V4 only"
+        layers = config["num_hidden_layers"]
+        found = files(main, model_names(layers), Gguf(keys=tuple(entries_of(config, 0))), settings)
+        stages = [w for w in weights if w.is_draft]
+        drafts = _drafts(stages, config)
+        if drafts is None and stages:
+            left_out.append(
+                f"{len(stages)} tensors of draft stages are left out: this form has one MTP block, or DSpark"
             )
-        return found, notes
+        elif drafts is not None:
+            if biases := len(stages) - len(drafts.weights):
+                left_out.append(f"{biases} router biases for images of draft stages are left out: llama.cpp reads none")
+            copies = [w for w in main if w.name in drafts.copies]
+            container = Gguf(drafts.architecture, tuple(drafts.keys), stem=drafts.stem)
+            found += files(
+                [*copies, *drafts.weights], drafts.names, container, replace(settings, max_shard_bytes=2**63)
+            )
+        return found, [*notes, *left_out]
 
 
 RECIPE = ToGguf()
