@@ -79,8 +79,8 @@ def convert(
     input_scale: of --to nvfp4, a number or a file.
     part: "2/8" writes the second of eight shares of the shards; finish: check what all parts wrote and publish it.
     dry_run: only plan. revision, token, cache_dir, scratch, keep_source: of a source on a hub; scratch is the most
-    shards of it that are on disk at once. progress: called with the number of bytes written since the last call; what
-    it raises ends the conversion.
+    shards of it that are on disk at once. progress: called with the bytes of output that were scanned and written (half
+    each) since the last call; what it raises ends the conversion.
     Returns a `Result`: `already_done`, `summary` (blocks, spans, what was inexact), `kept_tensors`, `plan`, and
     `to_json()`.
     Raises UsageError for options that have other values or do not fit, InputError for a bad source or a block without

@@ -307,8 +307,8 @@ def check_job(job: Job) -> None:
 def run_conversion(job: Job, work: Work = WHOLE, progress: Progress = ignore) -> Result:
     """Run a conversion or a part of it: start, continue, or find it finished.
 
-    progress: called with bytes of data as they are written, or found whole from a former run; they add up to the data
-    of the shards that the work is about.
+    progress: called with bytes of data as they are scanned and written (half each), or found whole from a former run;
+    they add up to the data of the shards that the work is about.
     Raises Dsv4Error: UsageError for a folder that dsv4 did not create or that holds another conversion,
     InputError for a source that is not what it claims, MachineError for disk and lock, Interrupted on a signal.
     """

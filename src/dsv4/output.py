@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
 from dsv4 import signals
 from dsv4.errors import Dsv4Error
-from dsv4.progress import Reached
+from dsv4.progress import SECONDS_BETWEEN_CALLS, Pace, Reached
 from dsv4.text import aligned, human_bytes, human_seconds, printable
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class ProgressBar:
     ) -> None:
         self.total, self.what, self.unit, self.done = total, printable(what), unit, 0
         self._stream, self._started = stream, time.monotonic()
-        self._printed = self._started
+        self._printed = self._described = self._started
+        self._pace = Pace(self._started)
         self._bar: Any = None
         self._lines = enabled and not stream.isatty()
         if enabled and stream.isatty():
@@ -64,17 +65,22 @@ class ProgressBar:
             delay = SECONDS_UNTIL_A_PASSING_BAR if passing else 0
             self._bar = tqdm(
                 total=total, desc=self.what, unit=unit, unit_scale=True, file=stream, dynamic_ncols=True,
-                leave=not passing, delay=delay,
+                leave=not passing, delay=delay, miniters=0,
             )  # fmt: skip
+            self._describe(self._started)
 
     def advance(self, count: int) -> None:
         """`count` more are done. Raises Interrupted if a signal has arrived."""
         signals.token.check()
         self.done += count
+        now = time.monotonic()
+        self._pace.note(now, self.done)
         if self._bar is not None:
-            self._bar.update(count)
-        elif self._lines and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._print_line()
+            if now - self._described >= SECONDS_BETWEEN_CALLS:
+                self._describe(now)
+            self._bar.update(count)  # with 0, too: the time that has passed is drawn anew
+        elif self._lines and now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print_line(now)
 
     def reach(self, done: int, total: int) -> None:
         """Set how much is done and how much there is in all: for work that learns the total on the way."""
@@ -98,13 +104,24 @@ class ProgressBar:
     def _amount(self, count: float) -> str:
         return human_bytes(count) if self.unit == "B" else f"{count:.0f}{self.unit}"
 
-    def _print_line(self) -> None:
-        self._printed = time.monotonic()
-        rate = self.done / max(self._printed - self._started, 1e-9)
-        left = human_seconds((self.total - self.done) / rate) if rate else "?"
+    def _rate(self, now: float) -> str:
+        rate = self._pace.rate(now, self.done)
+        return f"{human_bytes(rate)}/s" if self.unit == "B" else f"{rate:.3g}{self.unit}/s"
+
+    def _describe(self, now: float) -> None:
+        """Set what stands behind the bar: the time that has passed, the time left once it is known, the rate."""
+        self._described = now
+        left = self._pace.seconds_left(now, self.done, self.total)
+        more = "" if left is None else f", {human_seconds(left)} left"
+        self._bar.bar_format = f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}, {self._rate(now)}{more}]"
+
+    def _print_line(self, now: float) -> None:
+        self._printed = now
+        left = self._pace.seconds_left(now, self.done, self.total)
         share = 100 * self.done // max(self.total, 1)
         line = f"{self.what}: {self._amount(self.done)} of {self._amount(self.total)} ({share}%)"
-        print(f"{line}, {self._amount(rate)}/s, {left} left", file=self._stream, flush=True)
+        more = "time left not known" if left is None else f"{human_seconds(left)} left"
+        print(f"{line}, {self._rate(now)}, {more}", file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
         return self

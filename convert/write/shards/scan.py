@@ -61,6 +61,12 @@ class _TensorScan:
         return join_scans(self._scans)
 
 
+def _bytes_of(piece: Piece) -> int:
+    """Bytes of the output that are made from a piece."""
+    tensor = piece.tensor
+    return tensor.nbytes * piece.stop // tensor.rows - tensor.nbytes * piece.start // tensor.rows
+
+
 def _scan_tensors(
     checkpoint: Checkpoint,
     tensors: list[OutputTensor],
@@ -75,6 +81,7 @@ def _scan_tensors(
         return piece.tensor.recipe.scan(checkpoint, piece)
 
     for piece, found in workers.map(scan, pieces, progress, all_submitted):
+        progress(_bytes_of(piece))
         whole.add(found)
         if piece.stop == piece.tensor.rows:
             yield piece.tensor, whole.joined()
@@ -95,6 +102,11 @@ def _refuse(
     )
 
 
+def bytes_to_scan(shard: OutputShard) -> int:
+    """Bytes of a shard that are scanned before they are written."""
+    return sum(tensor.nbytes for tensor in shard.tensors if tensor.scanned)
+
+
 def scan_shard(
     checkpoint: Checkpoint,
     shard: OutputShard,
@@ -104,6 +116,8 @@ def scan_shard(
     all_submitted: Callable[[], None],
 ) -> ScannedShard:
     """Scan a shard's casts and decide what is written. all_submitted: called when the last piece to scan is.
+
+    progress: called with bytes of output whose weights are scanned; they add up to `bytes_to_scan`.
 
     Raises InputError naming every tensor of the shard without an exact form, if `on_inexact` is "error".
     """

@@ -18,10 +18,11 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.journal import FinishedShard
+from dsv4.progress import Progress, Scaled
 
 from .in_flight import Flight, Written
 from .pipeline import ShardPipeline
-from .scan import ScannedShard, scan_shard
+from .scan import ScannedShard, bytes_to_scan, scan_shard
 from .workers import Workers
 
 
@@ -104,7 +105,7 @@ def _write_pieces(
 
 
 def _write_file(
-    checkpoint: Checkpoint, scanned: ScannedShard, folder: Path, workers: Workers, flight: Flight
+    checkpoint: Checkpoint, scanned: ScannedShard, folder: Path, workers: Workers, flight: Flight, progress: Progress
 ) -> Written:
     """Write a scanned shard to its file, which is removed on an error. A run that stops removes its files itself."""
 
@@ -113,7 +114,7 @@ def _write_file(
             flight.let_next_begin()
 
     flight.file = file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
-    pipeline = ShardPipeline(file, workers.blocks, flight.advance, hash_is_late)
+    pipeline = ShardPipeline(file, workers.blocks, progress, hash_is_late)
     try:
         return file, _write_pieces(checkpoint, scanned, pipeline, workers, flight)
     except BaseException as error:
@@ -137,9 +138,13 @@ def write_shard(
         if workers.has_room:
             flight.let_next_begin()
 
-    scanned = scan_shard(checkpoint, shard, settings, workers, flight.advance, use_idle_workers)
+    to_scan = bytes_to_scan(shard)
+    half = to_scan // 2  # of what is scanned, half counts once it is scanned, the other half when it is written
+    progress = Scaled(flight.advance, to_scan, half)
+    scanned = scan_shard(checkpoint, shard, settings, workers, progress, use_idle_workers)
     use_idle_workers()  # the file system may take long to allocate the file
+    progress = Scaled(flight.advance, scanned.shard.data_bytes, shard.data_bytes - half)
     try:
-        return _write_file(checkpoint, scanned, folder, workers, flight)
+        return _write_file(checkpoint, scanned, folder, workers, flight, progress)
     finally:
         workers.give_back(scanned.spared_bytes)

@@ -1,6 +1,7 @@
 """Several shards in flight: as many as keep the workers busy, published in order, stopped together."""
 
 import hashlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,17 @@ from typing import Any
 import pytest
 from exact_values import convert, dsv4, tree
 from fault_lab import GEOMETRY
+from jobs import job_of
+from mixed_scales import mix_scales
 from patience import LONG
 
+from dsv4.convert.plan.settings import resolve
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write.atomic_file import AtomicFile
+from dsv4.convert.write.run import run_conversion
 from dsv4.convert.write.shards import in_flight, pipeline
 from dsv4.convert.write.shards.resources import Resources
+from dsv4.convert.write.shards.scan import bytes_to_scan, scan_shard
 from dsv4.convert.write.shards.workers import Workers
 from dsv4.errors import InputError
 
@@ -226,3 +232,20 @@ def test_what_a_scan_may_keep_is_counted_over_all_shards() -> None:
         assert workers.spare(60) and not workers.spare(60) and workers.spare(40)
         workers.give_back(60)
         assert workers.spare(60)
+
+
+@pytest.mark.parametrize("kind", ["exact", "kept"])
+def test_the_scan_counts_as_half_of_the_work(kind: str, source: Path, tmp_path: Path) -> None:
+    """All steps add up to the data, also where tensors are kept in fewer bytes than the plan has for them."""
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    if kind == "kept":
+        mix_scales(folder)
+    job = job_of(folder, resolve("fp8", on_inexact="keep"), tmp_path / "out", workers=2)
+    (shard, *_), steps = job.plan.shards, list[int]()
+    with Workers(job.resources) as workers:
+        scan_shard(job.checkpoint, shard, job.plan.settings, workers, steps.append, lambda: None)
+    assert sum(steps) == bytes_to_scan(shard) > 0
+    steps.clear()
+    run_conversion(job, progress=steps.append)
+    assert sum(steps) == sum(shard.data_bytes for shard in job.plan.shards)
