@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
-from dsv4.convert.hub.source import HubSource, missing_folder, parse_source
+from dsv4.convert.hub.source import HubSource, folder_or_repository, missing_folder, parse_source
 from dsv4.convert.hub.storage import HubFiles, open_hub_storage
 from dsv4.convert.plan.settings import check_count
 from dsv4.convert.proof.files import Files, LocalFiles
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from dsv4.convert.proof.result import Verification
 
 
-def _output_named(text: str) -> Path | HubSource:
-    """OUTPUT: a name that is neither a folder nor a repository is a folder that is missing."""
-    try:
-        return parse_source(text)
-    except UsageError:
-        if ":" in text:
-            raise
-        raise missing_folder(text) from None
-
-
 def named_sides(source: str, output: str | None, revision: str | None) -> list[Path | HubSource]:
     """What SOURCE and OUTPUT name, looked up nowhere. revision: of the only repository.
 
@@ -35,7 +25,7 @@ def named_sides(source: str, output: str | None, revision: str | None) -> list[P
     """
     texts, last = [source], list[Path | HubSource]()
     if output is not None:
-        texts, last = [source, output], [_output_named(output)]
+        texts, last = [source, output], [folder_or_repository(output)]
     if revision is not None and last and isinstance(last[0], HubSource):
         if isinstance(parse_source(source), HubSource):
             raise UsageError("--revision is of one repository, there are two", "Write @revision behind each of them.")

@@ -158,6 +158,11 @@ class Config:
             experts, chosen = self.dspark.n_routed_experts, self.dspark.num_experts_per_tok
         return replace(self, n_routed_experts=experts, num_experts_per_tok=chosen)
 
+    @property
+    def rows_per_table(self) -> int:
+        """Rows of each n-gram table that a token reads; there are none before V4.1."""
+        return 0
+
     def ratio(self, layer: int) -> int:
         """Compress ratio of a layer; MTP block m is layer num_hidden_layers + m."""
         return self.compress_ratios[layer]

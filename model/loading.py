@@ -92,6 +92,7 @@ def load(
     group: TensorParallelGroup = SINGLE,
     released_index_keys: bool = False,
     draft: bool = True,
+    on_demand: bool = False,
 ) -> Transformer:
     """Load a checkpoint in any stored format: a folder in the Hugging Face layout, or of rank files.
 
@@ -100,7 +101,8 @@ def load(
     progress: called with bytes read and bytes to read. group: the ranks that load and run it together; each must then
     make the same calls. released_index_keys: of V4.1, let a layer whose group of tokens is not finished choose by the
     index keys that another layer has published, as the released code does at single steps; logits then depend on how
-    the tokens were split into calls. draft: whether to load the draft stages, if there are any.
+    the tokens were split into calls. draft: whether to load the draft stages, if there are any. on_demand: read experts
+    and rows of the embedding when a token needs them although all would fit in memory.
     Raises InputError, UsageError, MachineError.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
@@ -109,7 +111,7 @@ def load(
         raise UsageError("the layers of this checkpoint share no index keys", "Run without --released-index-keys.")
     place = find_device(device)
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    store = WeightStore(checkpoint, config, weights, place, memory, group)
+    store = WeightStore(checkpoint, config, weights, place, memory, group, on_demand)
     with _one_thread():
         store.load(progress)
     numerics = Numerics(simulation, select_kernels(place), group, released_index_keys=released_index_keys)

@@ -8,6 +8,9 @@ A weight is kept as it is stored, packed, so a checkpoint needs about its own si
     n-gram rows read at each use: the tables of V4.1 take 200 GB, of which a token needs 24 rows a table
     experts     only those that a token chose are read, ahead of their use; as many as fit stay (reading/streamed.py)
 
+`on_demand` reads experts and rows of the embedding this way although all would fit: for a checkpoint whose files are
+fetched as they are read.
+
 Dense matrices are used in a cycle, for which an LRU cache would be useless: each entry would be dropped just before its
 next use. Pinning a prefix of the cycle saves the reads of that prefix. The bits of a weight are the same either way.
 The values of a weight are checked at its first read.
@@ -25,7 +28,17 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight
 from dsv4.errors import InputError, MachineError
 from dsv4.model.reading.arena import ALIGNMENT, Arena
-from dsv4.model.reading.matrices import Memory, fresh, into, memory_of, read_matrix, read_single_rows, read_vector
+from dsv4.model.reading.matrices import (
+    Memory,
+    fresh,
+    into,
+    memory_of,
+    read_matrix,
+    read_single_rows,
+    read_vector,
+    row_spans,
+    spans_of,
+)
 from dsv4.model.reading.meter import ReadMeter, ReadStatistics
 from dsv4.model.reading.streamed import READERS, Streamed
 from dsv4.progress import Reached, bounded_map
@@ -83,6 +96,7 @@ class WeightStore:
         device: torch.device,
         max_memory: int | None,
         group: TensorParallelGroup = SINGLE,
+        on_demand: bool = False,
     ) -> None:
         self.checkpoint, self.config, self.device, self.group = checkpoint, config, device, group
         self._weights = held = {name: weight for name, weight in weights.items() if group.holds(name, config)}
@@ -101,13 +115,13 @@ class WeightStore:
         self._largest = max((n for n in matrices if n != EMBEDDING), key=lambda n: self.sizes[n])
         whole = fixed + sum(self.sizes[name] for name in matrices)
         self.need = MemoryNeed(whole, fixed + self.sizes[self._largest])
-        self._plan(matrices, max_memory)
+        self._plan(matrices, whole if on_demand and max_memory is None else max_memory, on_demand)
 
-    def _plan(self, matrices: list[str], max_memory: int | None) -> None:
+    def _plan(self, matrices: list[str], max_memory: int | None, on_demand: bool) -> None:
         """Decide what is pinned, and how many bytes are for experts and for the matrix in use."""
         self._passing: Arena | None = None
         self._streamed: Streamed | None = None
-        if max_memory is None or self.need.whole <= max_memory:
+        if max_memory is None or (self.need.whole <= max_memory and not on_demand):
             self._pinned_names = matrices
             return
         sizes, least = self.sizes, self.need.least
@@ -122,7 +136,7 @@ class WeightStore:
         on_cpu = self.device.type == "cpu"
         self._passing = Arena(passing + ALIGNMENT) if on_cpu else None  # values and scale are aligned one by one
         memory = {name: self._memory_of(name) for name in self._experts}
-        self._streamed = Streamed(self._read_passing, memory, left, on_cpu)
+        self._streamed = Streamed(self._read_passing, memory, min(left, sum(memory.values())), on_cpu)
 
     def _choose_pinned(self, matrices: list[str], max_memory: int) -> tuple[list[str], int, int]:
         """Dense matrices to pin, bytes for one that passes through, and bytes for experts: together all there are."""
@@ -149,8 +163,8 @@ class WeightStore:
 
     def load(self, progress: Reached | None = None) -> None:
         """Read what stays in memory. `progress` is called with bytes read and bytes to read, also while it waits."""
-        total = sum(self.sizes[name] for name in [*self._vector_names, *self._pinned_names])
-        done = 0
+        kept, done = [*self._vector_names, *self._pinned_names], 0
+        total = sum(self.sizes[name] for name in kept)
 
         def advance(nbytes: int = 0) -> None:
             nonlocal done
@@ -158,6 +172,7 @@ class WeightStore:
             if progress is not None:
                 progress(done, total)
 
+        self.checkpoint.expect(span for name in kept for span in spans_of(self._weights[name], self._rows[name]))
         for name in self._vector_names:
             vector = read_vector(self.checkpoint, self.config, self._weights[name], self._rows[name])
             self._vectors[name] = vector.to(self.device)
@@ -200,6 +215,7 @@ class WeightStore:
     def expect(self, names: Sequence[str]) -> None:
         """Expert matrices that are used next, in this order: those in the files are read from now on."""
         if self._streamed is not None:
+            self.checkpoint.expect(span for name in names for span in spans_of(self._weights[name]))
             self._streamed.expect(names)
 
     def matrix(self, name: str) -> Matrix:
@@ -244,6 +260,7 @@ class WeightStore:
         if name in self._pinned:
             return self._pinned[name].values[rows].to(torch.float32)
         start, _ = self._rows[name] or (0, 0)
+        self.checkpoint.expect(row_spans(self._weights[name], (start + rows).tolist()))
         read = [self.checkpoint.read_tensor(name, start + i, start + i + 1) for i in rows.tolist()]
         none = self.checkpoint.read_tensor(name, 0, 0)
         return torch.cat([none, *read]).to(self.device, torch.float32)

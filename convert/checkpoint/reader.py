@@ -6,7 +6,7 @@ rows, so that the caller decides about memory. Where index and shards disagree, 
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,9 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MAX_INDEX_BYTES = 100_000_000
 MAX_CONFIG_BYTES = 10_000_000
+
+Span = tuple[str, int, int]
+"""Bytes [start, stop) of a tensor's data, by its name."""
 
 
 def read_json(storage: Storage, name: str, size: int, limit: int) -> dict[str, Any]:
@@ -206,55 +209,57 @@ class Checkpoint:
         config = read_config(storage, sizes) if CONFIG_NAME in sizes else folder.config
         return cls(storage, config, sizes, folder.shards, folder.tensors, folder.notes, GGUF)
 
+    def extents(self, spans: Iterable[Span]) -> Iterator[Extent]:
+        """The bytes of the files that these bytes of tensors are made of."""
+        return (extent for name, start, stop in spans for extent in self.tensors[name].stored(start, stop))
+
+    def expect(self, spans: Iterable[Span]) -> None:
+        """These bytes of tensors are read next, see `Storage.expect`."""
+        self.storage.expect(self.extents(spans))
+
     def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:
         """Fill `buffer` (bytes) from byte `start` of a tensor's data. Raises KeyError for an unknown name."""
-        info = self.tensors[name]
-        if info.by_columns and len(info.extents) > 1:
-            self._read_columns(info, buffer, start)
-            return
-        if info.encoding is not None:
-            self._read_encoded(info, info.encoding, buffer, start)
-            return
-        first, stop = 0, start + len(buffer)  # `first`: where the extent begins in the tensor's data
-        for extent in info.extents:
-            begin, end = max(start, first), min(stop, first + extent.nbytes)
-            if begin < end:
-                target = buffer[begin - start : end - start]
-                self.storage.read_into(extent.shard, target, extent.offset + begin - first)
-            first += extent.nbytes
+        info, done = self.tensors[name], 0
+        extents = info.stored(start, start + len(buffer))
+        if info.is_columns:
+            self._read_columns(info, list(extents), buffer, start)
+        elif info.encoding is not None:
+            self._read_encoded(info, info.encoding, list(extents), buffer, start)
+        else:
+            for extent in extents:
+                self.storage.read_into(extent.shard, buffer[done : done + extent.nbytes], extent.offset)
+                done += extent.nbytes
 
-    def _read_encoded(self, info: TensorInfo, encoding: Encoding, buffer: memoryview, start: int) -> None:
+    def _read_encoded(
+        self, info: TensorInfo, encoding: Encoding, extents: list[Extent], buffer: memoryview, start: int
+    ) -> None:
         """Fill `buffer` where the file has other bytes of the same values."""
-        if not buffer:
+        if not extents:
             return
-        first, stop = start // encoding.decoded, -(-(start + len(buffer)) // encoding.decoded)
-        (extent,) = info.extents
-        raw = np.empty((stop - first, encoding.stored), np.uint8)
-        self.storage.read_into(extent.shard, raw.data.cast("B"), extent.offset + first * encoding.stored)
-        beside = encoding.beside
-        more = () if beside is None else (self.storage.read(beside.shard, beside.offset, beside.nbytes),)
+        own, *beside = extents
+        raw = np.empty((own.nbytes // encoding.stored, encoding.stored), np.uint8)
+        self.storage.read_into(own.shard, raw.data.cast("B"), own.offset)
+        more = [self.storage.read(*extent) for extent in beside]
         try:
             decoded = encoding.decode(raw, *more).reshape(-1)
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "The file is damaged, or holds what no release does.") from None
-        skipped = start - first * encoding.decoded
+        skipped = start % encoding.decoded
         np.copyto(np.frombuffer(buffer, np.uint8), decoded[skipped : skipped + len(buffer)])
 
-    def _read_columns(self, info: TensorInfo, buffer: memoryview, start: int) -> None:
+    def _read_columns(self, info: TensorInfo, extents: list[Extent], buffer: memoryview, start: int) -> None:
         """Fill `buffer` where each extent holds some columns of every row."""
-        width = info.row_bytes
-        if not width or not buffer:
+        if not extents:
             return
-        first, stop = start // width, -(-(start + len(buffer)) // width)  # rows that hold the bytes asked for
-        rows = bytearray((stop - first) * width)
-        column = 0
-        for extent in info.extents:
-            share = extent.nbytes // info.shape[0]
-            piece = self.storage.read(extent.shard, extent.offset + first * share, (stop - first) * share)
-            for row in range(stop - first):
+        width, nbytes = info.row_bytes, sum(extent.nbytes for extent in extents)
+        rows, column, count = bytearray(nbytes), 0, nbytes // info.row_bytes
+        for extent in extents:
+            share = extent.nbytes // count
+            piece = self.storage.read(*extent)
+            for row in range(count):
                 rows[row * width + column : row * width + column + share] = piece[row * share : (row + 1) * share]
             column += share
-        skipped = start - first * width
+        skipped = start % width
         buffer[:] = memoryview(rows)[skipped : skipped + len(buffer)]
 
     def read_bytes(self, name: str, start: int = 0, stop: int | None = None) -> bytearray:

@@ -1,7 +1,8 @@
 """Access to the files of a checkpoint: the Protocol, and its implementation for a local folder.
 
-The one for a hub is in convert/hub/storage.py. Files are read with `pread` into memory that the caller allocates, and
-not mapped: a mapped file that shrinks raises SIGBUS, and mapped pages hide how much memory a run needs.
+Those for a hub are in convert/hub/: storage.py, and parts/storage.py for `dsv4 run`. Files are read with `pread` into
+memory that the caller allocates, and not mapped: a mapped file that shrinks raises SIGBUS, and mapped pages hide how
+much memory a run needs.
 """
 
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from dsv4.errors import InputError
+
+from .forms.tensor import Extent
 
 _SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
 
@@ -56,6 +59,10 @@ class Storage(Protocol):
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """Make the shards in `now` readable, start to fetch `upcoming`, release all others: for remote sources."""
+        ...
+
+    def expect(self, extents: Iterable[Extent]) -> None:
+        """These bytes are read next. Where reading one by one would be slow, they are fetched here, several at once."""
         ...
 
     def is_ready(self, names: Collection[str]) -> bool:
@@ -145,6 +152,9 @@ class Folder:
 
     def prepare(self, now: Collection[str], upcoming: Iterable[str] = ()) -> None:
         """Nothing to do: local files are readable at any time."""
+
+    def expect(self, extents: Iterable[Extent]) -> None:
+        """Nothing to do: the system reads ahead."""
 
     def is_ready(self, names: Collection[str]) -> bool:
         """True: local files are readable at any time."""

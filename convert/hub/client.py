@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from dsv4.errors import InputError, MachineError
@@ -23,6 +23,7 @@ from .source import HubName, HubSource
 
 STAGING = ".dsv4-incoming"  # inside the target folder; checked files move out of it
 RECORD = ".dsv4-source.json"  # which repository and commit the files of a folder are
+WEIGHTS = (".safetensors", ".gguf")  # large files, of which parts are read; others are read whole
 _CHUNK_BYTES = 4 << 20
 _BAD = "It was fetched twice. Try again later."
 AGAIN = "Run the same command again later: finished files are kept."
@@ -228,3 +229,12 @@ class Snapshot:
     def label(self) -> str:
         """How messages call it: the source with the commit it was resolved to."""
         return f"{self.source.hub}:{self.source.repository}@{self.commit[:12]}"
+
+    def sizes(self) -> dict[str, int]:
+        """Files of the commit as the hub lists them; hidden ones left out, as in a folder."""
+        names = [n for n in self.files if not any(part.startswith(".") for part in n.split("/"))]
+        return {name: self.files[name].size for name in names}
+
+    def identity(self) -> dict[str, Any]:
+        """Hub, repository and commit."""
+        return {"hub": self.source.hub, "repository": self.source.repository, "commit": self.commit}

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsv4.errors import InputError
 from dsv4.progress import Progress, Reached, ignore
+from dsv4.text import some_of
 
-from .client import Hub, NoRepository, RemoteFile, Snapshot, check_remote_name, with_patience
+from .client import Hub, NoRepository, Snapshot, check_remote_name, with_patience
 from .source import HubName, HubSource
 
 DEFAULT_SCRATCH = 2
@@ -72,7 +74,13 @@ def open_snapshot(source: HubSource, token: str | None = None, cache: Path | Non
     return Snapshot(source, hub, commit, {file.name: file for file in files})
 
 
-def list_files(snapshot: Snapshot) -> dict[str, RemoteFile]:
-    """What the hub lists now for the revision of a snapshot."""
+def check_unchanged(snapshot: Snapshot) -> None:
+    """Raises InputError if the files are not those that were listed first. A commit is not asked for again."""
+    if snapshot.is_commit:
+        return
     files = with_patience(lambda: snapshot.hub.files(snapshot.source.repository, snapshot.commit))
-    return {file.name: file for file in files}
+    now = {file.name: file for file in files}
+    if now != snapshot.files:
+        changed = sorted(name for name, file in snapshot.files.items() if now.get(name) != file)
+        text = f"{snapshot.label}: the branch moved while it was read: {some_of(changed, 3)}"
+        raise InputError(text, "Run it again.")

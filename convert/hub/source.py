@@ -131,6 +131,19 @@ def parse_source(text: str, revision: str | None = None, remote: bool = False) -
     return _repository(source.hub, f"{source.repository}@{revision}", text)
 
 
+def folder_or_repository(text: str, revision: str | None = None) -> Path | HubSource:
+    """As `parse_source`; what names neither is a folder that is missing. Raises UsageError, InputError."""
+    try:
+        source = parse_source(text, revision)
+    except UsageError:
+        if ":" in text or revision is not None:
+            raise
+        raise missing_folder(text) from None
+    if isinstance(source, Path) and not source.is_dir():
+        raise missing_folder(text)
+    return source
+
+
 def missing_folder(text: str) -> InputError:
     """The error for a path that does not exist or is no folder; the hint says how a repository is written."""
     path = Path(text)

@@ -9,18 +9,16 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.checkpoint.forms.tensor import Extent
 from dsv4.convert.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from dsv4.convert.checkpoint.storage import Folder, Storage
 from dsv4.errors import InputError, MachineError, UsageError
-from dsv4.text import some_of
 
-from .client import NoRepository, Snapshot
-from .open import HubOptions, list_files, open_snapshot
+from .client import WEIGHTS, NoRepository, Snapshot
+from .open import HubOptions, check_unchanged, open_snapshot
 from .ranges import Ranges
 from .shards import Shards
 from .source import HubSource, missing_folder, parse_source
-
-_WEIGHTS = (".safetensors", ".gguf")  # large files, of which parts are read; others are read whole
 
 
 class HubStorage:
@@ -39,13 +37,11 @@ class HubStorage:
 
     def sizes(self) -> dict[str, int]:
         """Files of the commit as the hub lists them; hidden ones left out, as in a folder."""
-        names = [n for n in self._snapshot.files if not any(part.startswith(".") for part in n.split("/"))]
-        return {name: self._snapshot.files[name].size for name in names}
+        return self._snapshot.sizes()
 
     def identity(self) -> dict[str, Any]:
         """Hub, repository and commit."""
-        source = self._snapshot.source
-        return {"hub": source.hub, "repository": source.repository, "commit": self._snapshot.commit}
+        return self._snapshot.identity()
 
     def listed(self, name: str) -> list[int | str]:
         """What the listing says of a file: where it is, its size and its hash."""
@@ -58,13 +54,7 @@ class HubStorage:
 
     def check_unchanged(self) -> None:
         """Raises InputError if the files are not those that were listed first. A commit is not asked for again."""
-        if not self._snapshot.is_commit:
-            now = list_files(self._snapshot)
-            if now != self._snapshot.files:
-                changed = sorted(name for name, file in self._snapshot.files.items() if now.get(name) != file)
-                raise InputError(
-                    f"{self.label}: the branch moved while it was read: {some_of(changed, 3)}", "Run it again."
-                )
+        check_unchanged(self._snapshot)
 
     def changed_ns(self, name: str) -> int:
         """0: a commit does not change."""
@@ -79,7 +69,7 @@ class HubStorage:
         if self._names is not None:
             return self._names
         top = [name for name in self.sizes() if "/" not in name]
-        return [n for n in top if n.endswith(".safetensors")] or [n for n in top if n.endswith(_WEIGHTS)]
+        return [n for n in top if n.endswith(".safetensors")] or [n for n in top if n.endswith(WEIGHTS)]
 
     def _fetch_heads(self) -> None:
         self._ranges.fetch_heads(self._shard_names)
@@ -87,7 +77,7 @@ class HubStorage:
     def _read(self, name: str, offset: int, length: int) -> bytes:
         """Bytes of a file that is not on disk. The first read of a shard fetches the headers of all shards."""
         stop = offset + length
-        if not name.endswith(_WEIGHTS):
+        if not name.endswith(WEIGHTS):
             keep = self._options.keep
             whole = self._shards.keep(name).read_bytes() if keep else self._ranges.small_file(name)
             return whole[offset:stop]
@@ -135,6 +125,9 @@ class HubStorage:
         """
         self.check_needs([now])
         self._shards.prepare(now, upcoming)
+
+    def expect(self, extents: Iterable[Extent]) -> None:
+        """Nothing to do: whole shards are fetched, and ranges are read by the threads that need them."""
 
     def is_ready(self, names: Collection[str]) -> bool:
         """Whether all of these shards have arrived."""

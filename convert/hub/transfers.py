@@ -6,6 +6,7 @@ of Ctrl-C or an error, each transfer ends when its next bytes arrive.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
 SECONDS_TO_STOP = 0.5  # how long `close` waits for transfers to end; a silent server may take minutes
 
 Parameters = ParamSpec("Parameters")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -71,6 +73,18 @@ class Transfers:
             done, pending = wait(pending, SECONDS_BETWEEN_CALLS, FIRST_COMPLETED)
             yield from done
         self._report(progress)
+
+    def mapped(
+        self, function: Callable[[Item], Result], items: Iterable[Item], window: int, progress: Progress
+    ) -> Iterator[Result]:
+        """The results for the items, in their order, at most `window` of them started and not yet taken."""
+        pending = deque[Future[Result]]()
+        for item in items:
+            pending.append(self.start(function, item))
+            if len(pending) == window:
+                yield self.result(pending.popleft(), progress)
+        while pending:
+            yield self.result(pending.popleft(), progress)
 
     def close(self) -> None:
         """Stop all transfers and wait up to SECONDS_TO_STOP for them to end. May be called again."""

@@ -43,6 +43,11 @@ class V41Config(Config):
             "engrams": _engrams(config),
         }
 
+    @property
+    def rows_per_table(self) -> int:
+        """Rows of each n-gram table that a token reads."""
+        return self.engrams.columns
+
     def kept_ratio(self, layer: int) -> int:
         """Only KV sources keep compressed keys."""
         return self.ratio(layer) if layer in self.kv_source_layer_ids else 0

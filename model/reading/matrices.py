@@ -1,11 +1,11 @@
 """Reads one weight from the files into memory of the caller and checks it there, without another copy."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
+from dsv4.convert.checkpoint.reader import Checkpoint, Span, TensorInfo
 from dsv4.convert.checkpoint.torch_tensors import as_tensor, typed
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.errors import InputError
@@ -50,6 +50,22 @@ def memory_of(weight: Weight, rows: Rows | None = None) -> int:
         return values
     first, last = _scale_rows(weight, (start, stop))
     return values + aligned((last - first) * weight.scale.row_bytes)
+
+
+def spans_of(weight: Weight, rows: Rows | None = None) -> Iterator[Span]:
+    """The bytes that reading a weight reads, or rows [start, stop) of it: of the tensor, and of its block scale."""
+    info, scale = weight.info, weight.scale
+    start, stop = (0, info.nbytes) if rows is None else (rows[0] * info.row_bytes, rows[1] * info.row_bytes)
+    yield info.name, start, stop
+    if scale is not None and weight.format is not Format.PLAIN:
+        first, last = (0, scale.shape[0]) if rows is None else _scale_rows(weight, rows)
+        yield scale.name, first * scale.row_bytes, last * scale.row_bytes
+
+
+def row_spans(weight: Weight, rows: Iterable[int]) -> Iterator[Span]:
+    """The bytes of single rows."""
+    for row in rows:
+        yield from spans_of(weight, (row, row + 1))
 
 
 def _read(checkpoint: Checkpoint, info: TensorInfo, rows: Rows, memory: torch.Tensor) -> torch.Tensor:
@@ -136,6 +152,7 @@ def _gather(checkpoint: Checkpoint, info: TensorInfo, rows: list[int]) -> torch.
 
 def read_single_rows(checkpoint: Checkpoint, weight: Weight, rows: list[int]) -> torch.Tensor:
     """Rows of a weight in the order given, float32 [n, columns]. Raises InputError for a NaN or a bad scale."""
+    checkpoint.expect(row_spans(weight, rows))
     values, stored = _gather(checkpoint, weight.info, rows), format_of(weight)
     assert stored is not None, "required_weights lets no other through"
     shape = len(rows), weight.logical_shape[1]

@@ -51,13 +51,22 @@ class ProgressBar:
     """
 
     def __init__(
-        self, total: int, what: str, stream: TextIO, enabled: bool, unit: str = "B", passing: bool = False
+        self,
+        total: int,
+        what: str,
+        stream: TextIO,
+        enabled: bool,
+        unit: str = "B",
+        passing: bool = False,
+        shown: "list[ProgressBar] | None" = None,
     ) -> None:
         self.total, self.what, self.unit, self.done = total, printable(what), unit, 0
         self._stream, self._started = stream, time.monotonic()
         self._printed = self._described = self._started
         self._pace = Pace(self._started)
         self._bar: Any = None
+        self._shown = [] if shown is None else shown  # all bars of an Output that have not ended
+        self._shown.append(self)
         self._lines = enabled and not stream.isatty()
         if enabled and stream.isatty():
             from tqdm import tqdm
@@ -129,6 +138,8 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self in self._shown:
+            self._shown.remove(self)
         if self._bar is not None:
             self._bar.close()
 
@@ -157,6 +168,7 @@ class Output:
         self.speaker = speaker
         self._has_result = False
         self._warned: set[str] = set()
+        self._bars: list[ProgressBar] = []
 
     def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         """Print `text` as it is. A character that the stream cannot encode is escaped."""
@@ -257,7 +269,12 @@ class Output:
 
     def progress(self, total: int, what: str, unit: str = "B", passing: bool = False) -> ProgressBar:
         """A progress bar on stderr, human mode only."""
-        return ProgressBar(total, what, sys.stderr, self.mode == "human", unit, passing)
+        return ProgressBar(total, what, sys.stderr, self.mode == "human", unit, passing, self._bars)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a progress bar has begun and not ended."""
+        return bool(self._bars)
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[Reached]:

@@ -623,11 +623,10 @@ def test_errors(capfd: Capture, folder: str, arguments: tuple[str, ...], code: i
         assert out == ""
 
 
-def test_a_repository_is_not_run_but_the_command_to_fetch_it_is_named(capfd: Capture) -> None:
-    for name in ("hf:deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Flash"):
-        err = run(capfd, name, "a", code=3)[1]
-        assert "A repository must be fetched first: dsv4 download hf:deepseek-ai/DeepSeek-V4-Flash FOLDER" in err
-    assert "download" not in run(capfd, "./nowhere", "a", code=3)[1]
+def test_a_folder_that_is_missing_may_have_been_a_repository(capfd: Capture) -> None:
+    err = run(capfd, "deepseek-ai/DeepSeek-V4-Flash", "a", code=3)[1]
+    assert "A repository on Hugging Face is written hf:deepseek-ai/DeepSeek-V4-Flash." in err
+    assert "hf:" not in run(capfd, "./nowhere", "a", code=3)[1]
 
 
 def test_no_checkpoint(capfd: Capture, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,14 @@ def test_teacher_forcing_drafts_anyway(folder: Path, tmp_path: Path) -> None:
 
 def test_little_memory_counts_the_drafts(tmp_path: Path) -> None:
     """The bound holds for a run with drafts: their logits are among what is not for weights."""
+    from dsv4.commands.run.options import RunOptions
     from dsv4.commands.run.placement import Work, working_memory
     from dsv4.commands.run.source import open_source
     from dsv4.output import configure
 
-    source = open_source(str(random_drafts(tmp_path / "checkpoint")), configure(False, True, False))
+    folder = str(random_drafts(tmp_path / "checkpoint"))
+    with ExitStack() as stack:
+        source = open_source(folder, RunOptions(checkpoint=folder), stack, configure(False, True, False))
     assert source.rows_per_position == 6
     needed = [working_memory(source.config, Work(1, 100, 100, 100, rows), True) for rows in (2, 6)]
     assert needed[1] - needed[0] == 4 * (100 + 100) * 4 * source.config.vocab_size

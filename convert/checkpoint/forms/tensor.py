@@ -6,7 +6,7 @@ or store one in another dtype of the same values; an `Encoding` turns such bytes
 TensorInfo and Extent are named tuples: V4-Pro has 145116 of each, and a frozen dataclass takes three times as long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ class Extent(NamedTuple):
     shard: str
     offset: int
     nbytes: int
+
+    def part(self, begin: int, end: int) -> "Extent":
+        """Bytes [begin, end) of these."""
+        return Extent(self.shard, self.offset + begin, end - begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,37 @@ class TensorInfo(NamedTuple):
     def row_bytes(self) -> int:
         """Bytes of one index of the first dimension; of everything for a scalar."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+    @property
+    def is_columns(self) -> bool:
+        """Whether each of several extents holds some columns of every row."""
+        return self.by_columns and len(self.extents) > 1
+
+    def stored(self, start: int, stop: int) -> Iterator[Extent]:
+        """The bytes of the files that bytes [start, stop) of its data are made of, in order; `beside` comes last.
+
+        Of columns, whole rows; of encoded data, whole pieces.
+        """
+        if start >= stop:
+            return
+        if self.encoding is not None:
+            (extent,), encoding = self.extents, self.encoding
+            first, last = start // encoding.decoded, -(-stop // encoding.decoded)
+            yield extent.part(first * encoding.stored, last * encoding.stored)
+            if encoding.beside is not None:
+                yield encoding.beside
+        elif self.is_columns:
+            first, last = start // self.row_bytes, -(-stop // self.row_bytes)
+            for extent in self.extents:
+                share = extent.nbytes // self.shape[0]
+                yield extent.part(first * share, last * share)
+        else:
+            first = 0  # where the extent begins in the data
+            for extent in self.extents:
+                begin, end = max(start - first, 0), min(stop - first, extent.nbytes)
+                if begin < end:
+                    yield extent.part(begin, end)
+                first += extent.nbytes
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The command line has priority over a request, and a request over the edition's d
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,7 +91,7 @@ class Style:
         return {"edition": self.edition, "thinking_mode": self.thinking_mode, "reasoning_effort": effort}
 
 
-def choose_edition(asked: Asked, folder: str | None, out: Output) -> "PromptEdition":
+def choose_edition(asked: Asked, folder: str | Path | None, out: Output) -> "PromptEdition":
     """The edition of the prompts: as asked for, as the checkpoint in `folder` tells, or preview where there is none.
 
     With -v the choice is printed; an assumption is always printed.

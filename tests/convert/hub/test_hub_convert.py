@@ -22,8 +22,9 @@ from ranks import run_ranks
 from raw_safetensors import scatter
 
 from dsv4.convert import convert, verify
-from dsv4.convert.hub.client import RemoteFile
+from dsv4.convert.hub.client import RemoteFile, Snapshot
 from dsv4.convert.hub.open import HubOptions
+from dsv4.convert.hub.source import HubSource
 from dsv4.convert.hub.storage import HubStorage
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
@@ -87,9 +88,8 @@ def test_headers_are_told_as_they_arrive(source: Path, tmp_path: Path) -> None:
         return (source / file.name).read_bytes()[offset : offset + length]
 
     files = {path.name: RemoteFile(path.name, path.stat().st_size) for path in source.glob("*.safetensors")}
-    hub = SimpleNamespace(cached=lambda *_: None, read=read, abort=lambda: None)
-    where = SimpleNamespace(repository=REPOSITORY, hub="hf")
-    snapshot: Any = SimpleNamespace(label="a hub", files=files, hub=hub, source=where, commit="0")
+    hub: Any = SimpleNamespace(cached=lambda *_: None, read=read, abort=lambda: None)
+    snapshot = Snapshot(HubSource("hf", REPOSITORY), hub, "0", files)
     told: list[tuple[int, int]] = []
     with closing(HubStorage(snapshot, tmp_path, HubOptions(headers=lambda *now: told.append(now)))) as storage:
         assert storage.read(SHARDS[0], 0, 8) == (source / SHARDS[0]).read_bytes()[:8]

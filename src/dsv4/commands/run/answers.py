@@ -219,6 +219,6 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], dialogue: Dialogue, 
     result = {"answers": results, "seed": answers.generation.sampling.seed}
     if dialogue.edition is not None:
         result["edition_reason"] = dialogue.edition.reason
-    took = {**statistics_json(answers.statistics), "from_files": reads_json(answers.model)}
+    took = {**statistics_json(answers.statistics), **reads_json(answers.model)}
     out.result({**result, "statistics": took})
     return EXIT_DONE

@@ -7,7 +7,7 @@ ids, and for answers a `Generation`. Everything that can be wrong is checked bef
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from dsv4.options import as_typed, command, example
 
 from .answers import BATCH, Answers, Generation, answer_prompts
 from .compare import compare_checkpoints, compare_with_logits
+from .hub.costs import costs_of, print_costs
 from .logits import save_logits
 from .options import RunOptions
 from .placement import Placement, Work, kind_of, load_model, place, working_memory
@@ -98,7 +99,8 @@ class _Run:
 
     def placement(self, work: Work) -> Placement:
         """Where this process computes, with memory for this work beside the weights."""
-        options, working = self.options, working_memory(self.source.config, work, not self.options.no_simulation)
+        options = self.options
+        working = working_memory(self.source.config, work, not options.no_simulation) + self.source.buffer_bytes
         size = None if options.max_memory is None else parse_size(options.max_memory)
         placement = place(options.device, not options.no_simulation, size, self.ranks, working)
         return replace(placement, released_index_keys=options.released_index_keys)
@@ -174,6 +176,28 @@ class _Run:
         self.source.check_prompt(earlier.token_ids)
         return compare_with_logits(self.source, self._for_logits(earlier.token_ids), earlier, self.options, self.out)
 
+    def compute(self, prompts: list[Prompt], other: Source | None) -> int:
+        """Do what the options ask for; the exit code. `other`: the checkpoint to compare with, if it is one."""
+        options = self.options
+        if other is not None:
+            return self.compare(_single(prompts), other)
+        if options.compare is not None and options.asks_a_server:
+            return self.compare_with_server(prompts, options.compare)
+        if options.compare is not None:
+            return self.compare_with_file(prompts, options.compare)
+        if options.logits is not None:
+            return self.logits(_single(prompts), options.logits)
+        return self.answer(prompts)
+
+    def costs(self, sources: list[Source], prompts: list[Prompt]) -> int:
+        """Print what the run would read and fetch; the exit code."""
+        options = self.options
+        rows = self.source.rows_per_position if options.teacher_forced else self._answer_rows
+        new = 0 if options.teacher_forced else options.max_new_tokens
+        tokens = sum(len(prompt.tokens) + new for prompt in prompts) * rows if prompts else None
+        draft = options.draft or (options.teacher_forced and not options.asks_a_server)
+        return print_costs([costs_of(source, tokens, draft) for source in sources], self.out)
+
     def _for_logits(self, tokens: list[int]) -> Placement:
         """With memory for the logits of every position, of both checkpoints where two are compared."""
         checkpoints = 1 if self.options.compare is None else 2
@@ -187,33 +211,31 @@ def _single(prompts: list[Prompt]) -> list[int]:
     return prompts[0].tokens
 
 
-def _execute(options: RunOptions, ranks: "Ranks | None", out: output.Output) -> int:
-    """Run the command; returns the exit code."""
+def _execute(options: RunOptions, ranks: "Ranks | None", stack: ExitStack, out: output.Output) -> int:
+    """Run the command; returns the exit code. What is opened is closed by `stack`."""
     from dsv4.model.chat.tokenizer import load_tokenizer
 
     if out.mode != "silent":
         _check_outputs(options)
     if options.tokens is not None:
         check_tokens_argument(options.tokens)
-    source = open_source(options.checkpoint, out)
+    source = open_source(options.checkpoint, options, stack, out)
     without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
-    tokenizer = None if without_text else load_tokenizer(options.checkpoint)
-    dialogue = Dialogue.of(options, source.has_vision, out)
+    tokenizer = None if without_text else load_tokenizer(source.files)
+    dialogue = Dialogue.of(options, source.files, source.has_vision, out)
     if tokenizer is not None and dialogue.edition is not None:
         warn_of_missing_tokens(tokenizer, dialogue.edition, out)
     work = _Run(options, ranks, source, tokenizer, dialogue, out)
-    if options.is_chat and tokenizer is not None and not options.has_own_prompt:
+    is_chat = options.is_chat and not options.has_own_prompt
+    if is_chat and tokenizer is not None and not options.dry_run:
         return work.chat(tokenizer)
-    prompts = [] if options.compares_with_a_file and options.is_chat else work.prompts()
-    if options.compare is not None and options.asks_a_server:
-        return work.compare_with_server(prompts, options.compare)
-    if options.compare is not None and options.compares_with_a_file:
-        return work.compare_with_file(prompts, options.compare)
-    if options.compare is not None:
-        return work.compare(_single(prompts), open_source(options.compare, out))
-    if options.logits is not None:
-        return work.logits(_single(prompts), options.logits)
-    return work.answer(prompts)
+    prompts = [] if is_chat or (options.compares_with_a_file and options.is_chat) else work.prompts()
+    other = None
+    if options.compare is not None and not (options.asks_a_server or options.compares_with_a_file):
+        other = open_source(options.compare, options, stack, out)
+    if options.dry_run:
+        return work.costs([source] if other is None else [source, other], prompts)
+    return work.compute(prompts, other)
 
 
 @command
@@ -228,11 +250,13 @@ def run(options: RunOptions) -> None:
     signals.begin_work()
     try:
         with process_group(ranks, options.device) if ranks else nullcontext():
-            code = _execute(options, ranks, out)
+            with ExitStack() as stack:
+                code = _execute(options, ranks, stack, out)
             if ranks:
                 ranks.barrier()
     except Interrupted as error:
-        error.hint = ""  # no result is kept
+        if "is kept" not in error.hint:  # what was fetched from a hub
+            error.hint = ""  # no result is kept
         raise
     if code:
         raise typer.Exit(code)

@@ -63,6 +63,6 @@ def save_logits(
     say_timing(evaluation, out)
     say_reads(model, out)
     shapes = {name: list(t.shape) for name, t in named_tensors(evaluation).items() if name != "token_ids"}
-    took = {**timing(evaluation), "from_files": reads_json(model)}
+    took = {**timing(evaluation), **reads_json(model)}
     out.result({"file": path, "shapes": shapes, "statistics": took})
     return EXIT_DONE

@@ -10,7 +10,7 @@ import typer
 
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
-from dsv4.options import Json, MaxMemory, Verbose, as_text, named
+from dsv4.options import CacheDir, Json, MaxMemory, Revision, Token, Verbose, as_text, named
 
 
 class ServerName(StrEnum):
@@ -27,7 +27,10 @@ class RunOptions:
     """What one `dsv4 run` was asked to do. Raises UsageError for options that contradict each other."""
 
     checkpoint: Annotated[
-        str, typer.Argument(parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint, in any format.")
+        str,
+        typer.Argument(
+            parser=named, metavar="CHECKPOINT", help="Folder of a checkpoint in any format, hf:org/name or ms:org/name."
+        ),
     ]
     text: Annotated[
         str | None, typer.Argument(parser=as_text, metavar="PROMPT", help="A question. Omit it to start a chat.")
@@ -119,6 +122,12 @@ class RunOptions:
         bool,
         typer.Option("--released-index-keys", help="V4.1: at single steps, choose keys as the released code does."),
     ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many bytes would be read and fetched, and stop.")
+    ] = False
+    revision: Revision = None
+    cache_dir: CacheDir = None
+    token: Token = None
     max_memory: MaxMemory = None
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="cpu, cuda, mps or any other torch device.")
@@ -149,7 +158,7 @@ class RunOptions:
         ):
             if wrong:
                 raise UsageError(text)
-        if self.json and self.is_chat and not self.has_own_prompt:
+        if self.json and self.is_chat and not self.has_own_prompt and not self.dry_run:
             raise UsageError("--json needs a prompt", "A chat has no single result: add -p, --file or --tokens.")
 
     def _check_prompt(self) -> None:

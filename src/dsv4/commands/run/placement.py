@@ -165,6 +165,7 @@ def load_model(source: Source, placement: Placement, out: Output, draft: bool) -
                 placement.group,
                 placement.released_index_keys,
                 draft,
+                on_demand=source.hub is not None,
             )
         except TooLittleMemory as error:
             needed = placement.other_bytes + error.least

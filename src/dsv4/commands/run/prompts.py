@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dsv4.commands.prompting import Asked, Style, Written, choose_edition, choose_style, write_prompt
@@ -35,10 +36,10 @@ class Dialogue:
     has_vision: bool = False  # the model could see images, so a prompt that leaves them out is another question
 
     @classmethod
-    def of(cls, options: RunOptions, has_vision: bool, out: Output) -> Self:
-        """As the command line says, with the edition that the checkpoint tells where the command line does not."""
+    def of(cls, options: RunOptions, files: Path, has_vision: bool, out: Output) -> Self:
+        """As the command line says; the edition, where it does not, as the checkpoint's `files` tell."""
         is_encoded = options.tokens is None and not options.raw
-        edition = choose_edition(options.asked, options.checkpoint, out) if is_encoded else None
+        edition = choose_edition(options.asked, files, out) if is_encoded else None
         return cls(options.asked, options.system, options.tools, edition, has_vision)
 
     @property

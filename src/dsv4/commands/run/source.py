@@ -4,6 +4,7 @@ Opening reads headers and config only, so errors in the command line (a token ou
 drafts without draft stages) are reported in a second and not after minutes of loading.
 """
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +13,29 @@ from typing import TYPE_CHECKING
 from dsv4.errors import InputError, UsageError
 from dsv4.output import Output
 
+from .hub.fetches import FetchBar, keep_hint, open_repository
+from .options import RunOptions
+
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
+    from dsv4.convert.hub.parts.storage import PartStorage
     from dsv4.model.config import Config
     from dsv4.model.weights import DraftStages
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint. `stages`: the draft stages that it has."""
+    """An opened checkpoint. `folder`: its name in messages. `stages`: the draft stages that it has.
+
+    files: the folder with tokenizer.json and other small files. hub: where its weights are fetched from, if they are.
+    """
 
     folder: str
     checkpoint: "Checkpoint"
     config: "Config"
     stages: "DraftStages"
+    files: Path
+    hub: "PartStorage | None" = None
 
     @property
     def has_vision(self) -> bool:
@@ -40,11 +50,18 @@ class Source:
         from dsv4.model.chat.tokenizer import load_tokenizer
 
         declared = config_count(self.checkpoint.config, "image_token_id")
-        path = Path(self.folder) / "tokenizer.json"
+        path = self.files / "tokenizer.json"
         if declared is not None or not self.has_vision or not path.is_file():
             return declared
         token = PROTOCOLS["v41"].image  # Vision-Exp has the same
-        return None if token is None else load_tokenizer(self.folder).token_id(token)
+        return None if token is None else load_tokenizer(self.files).token_id(token)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory at most of what arrives from a hub."""
+        from dsv4.convert.hub.parts.storage import BUFFER_BYTES
+
+        return 0 if self.hub is None else BUFFER_BYTES
 
     def check_prompt(self, tokens: list[int]) -> None:
         """Raise InputError unless this model can read the tokens."""
@@ -81,7 +98,7 @@ class Source:
         """The ids that end an answer: `eos_token_id` of config.json, else of generation_config.json."""
         from dsv4.convert.checkpoint.header import strict_json
 
-        path = Path(self.folder) / "generation_config.json"
+        path = self.files / "generation_config.json"
         value = self.checkpoint.config.get("eos_token_id")
         if value is None and path.is_file():
             content = strict_json(path.read_bytes(), str(path))
@@ -94,21 +111,36 @@ class Source:
         return frozenset(ids)
 
 
-def open_source(folder: str, out: Output) -> Source:
-    """Open a checkpoint folder, in the Hugging Face layout or rank files of the reference engine.
+def _small_files() -> tuple[str, ...]:
+    """What a run reads beside the weights and their index."""
+    from dsv4.model.chat.detection import ENCODERS
 
-    Raises InputError for faults in its headers or config.
+    return ("config.json", "generation_config.json", "tokenizer.json", *ENCODERS)
+
+
+def open_source(text: str, options: RunOptions, stack: ExitStack, out: Output) -> Source:
+    """Open a checkpoint that a folder or a repository holds, in any form; `stack` closes it.
+
+    Raises InputError for faults in its headers or config, and for a missing folder, NetworkError, MachineError.
     """
     from dsv4.convert.checkpoint.rank_files import open_checkpoint
-    from dsv4.convert.hub.source import require_folder
+    from dsv4.convert.hub.source import folder_or_repository
 
-    path = require_folder(folder)
+    where = folder_or_repository(text, options.revision if text == options.checkpoint else None)
     from dsv4.model.architectures.table import architecture_of  # imports torch: after what can be wrong
     from dsv4.model.weights import draft_stages
 
+    bar = FetchBar(out)
     with out.opening() as headers:
-        checkpoint = open_checkpoint(path, headers)
+        if isinstance(where, Path):
+            hub, files, checkpoint = None, where, open_checkpoint(where, headers)
+        else:
+            stack.callback(bar.close)
+            stack.push(keep_hint)
+            hub = stack.enter_context(closing(open_repository(where, options, bar, out)))
+            files, checkpoint = hub.small_files(_small_files()), open_checkpoint(hub, headers)
+    stack.enter_context(closing(checkpoint))
     for note in checkpoint.notes:
         out.warn(note)
     config = architecture_of(checkpoint).read_config(checkpoint.config)
-    return Source(folder, checkpoint, config, draft_stages(checkpoint.tensors))
+    return Source(text if hub is None else hub.label, checkpoint, config, draft_stages(checkpoint.tensors), files, hub)
