@@ -40,7 +40,8 @@ from dsv4.model.transformer import Transformer
 LAYERS, WORDS, EXPERTS = 43, 129280, 256  # of the release
 MADE_LAYERS, MADE_EXPERTS, VOCABULARY = 6, 48, 16384
 CHOSEN, STAGES, BLOCK, RANK = 6, 3, 5, 256
-QUIETER = 4  # powers of two by which the sublayers count less; decides how often drafts are accepted
+QUIETER = 8  # powers of two by which the sublayers count less
+STAGE_SHARE = 1 / 128  # of the stages' own logits; both decide how often drafts are accepted
 PROMPT, ANSWER = 32, 61
 NAME = "flash-0731"
 Clock = tuple[float, float]  # wall and CPU seconds
@@ -94,7 +95,7 @@ def make_agreeable(folder: Path) -> None:
     tables = [f"{last}markov_head.markov_{name}.weight" for name in ("w1", "w2")]
     at[tables[0]].bf16(tables[0]).copy_(normed[:, :RANK])
     at[tables[1]].bf16(tables[1]).copy_(at["head.weight"].bf16("head.weight")[:, :RANK])
-    at[f"{last}norm.weight"].bf16(f"{last}norm.weight").div_(16)
+    at[f"{last}norm.weight"].bf16(f"{last}norm.weight").mul_(STAGE_SHARE)
 
 
 def prepare(folder: Path) -> None:
@@ -212,8 +213,12 @@ def report(single: Parts, proposed: Parts, drafts: Parts, which: int, unit: str)
     stages, end = middle(drafts[f"mtp.{STAGES - 1}"], which), middle(drafts["mtp.logits"], which)
     layer = [statistics.mean(middle(p[f"layers.{i}"], which) for i in range(MADE_LAYERS)) for p in (single, proposed)]
     print(f"\n{unit}: a layer, 1 token {layer[0]:.1f} ms, {BLOCK + 1} tokens {layer[1]:.1f} ms; {STAGES} stages")
-    print(f"{stages:.1f} ms; head {middle(single['logits'], which):.1f} ms; head and Markov steps of a draft {end:.1f} ms")
-    print("\n| layers, words | a plain token, ms | a step with five proposals, ms | as plain tokens |\n|---|---|---|---|")
+    print(
+        f"{stages:.1f} ms; head {middle(single['logits'], which):.1f} ms; head and Markov steps of a draft {end:.1f} ms"
+    )
+    print(
+        "\n| layers, words | a plain token, ms | a step with five proposals, ms | as plain tokens |\n|---|---|---|---|"
+    )
     for layers, words in ((MADE_LAYERS, VOCABULARY), (12, WORDS), (24, WORDS), (LAYERS, WORDS)):
         plain = whole_pass(single, which, layers, words)
         drafted = whole_pass(proposed, which, layers, words) + stages + end * words / VOCABULARY
@@ -235,7 +240,10 @@ def main() -> None:
         for which, unit in enumerate(("wall time", "CPU time")):
             report(*parts, which, unit)
         found = [expected_experts(count, BLOCK + 1) for count in (MADE_EXPERTS, EXPERTS)]
-        print(f"\nexperts of a pass of {BLOCK + 1}, if chosen independently: {found[0]:.0f} of {MADE_EXPERTS} here, ", end="")
+        print(
+            f"\nexperts of a pass of {BLOCK + 1}, if chosen independently: {found[0]:.0f} of {MADE_EXPERTS} here, ",
+            end="",
+        )
         print(f"{found[1]:.0f} of {EXPERTS} in the release")
 
 

@@ -13,8 +13,9 @@ more than anything else does. A process measures
   processes used of the processor meanwhile is printed as "foreign"; where it is not near zero, only ratios mean much.
 
 transformers runs in bfloat16 with each of its two expert implementations; the faster counts. llama.cpp runs the file of
-`convert --to gguf` (BF16 and MXFP4: the same weights) where its prebuilt library can be had from npm. Loading and
-experts in files are in loading.py, a GPU is in gpu.py.
+`convert --to gguf` (BF16 and MXFP4: the same weights) where its prebuilt library can be had from npm. The row "dsv4,
+drafts" has a checkpoint of its own, with draft stages (drafting.py): whole answers with `--draft` and without, in turn.
+Loading and experts in files are in loading.py, a GPU is in gpu.py.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import drafting
 import llama_cpp
 import psutil
 
@@ -39,7 +41,7 @@ from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager")
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP, DRAFTS = "llama.cpp", "drafts"
 RATIOS = (0, 4, 128)
 PROMPT, STEPS, PREFILLS = 32, 40, 2
 BUSY = "while True: pass"
@@ -64,6 +66,7 @@ ROWS = (
     Row("dsv4, plain", variables={"DSV4_KERNELS": "plain"}),
     Row("dsv4, 1 busy process", busy=1),
     Row("dsv4, 2 busy processes", busy=2),
+    Row("dsv4, drafts", DRAFTS),
     *(Row(f"transformers, {name}", name) for name in EXPERT_IMPLEMENTATIONS),
     Row(LLAMA_CPP, LLAMA_CPP),
 )
@@ -182,14 +185,24 @@ def measure(engine: Engine, tokens: int) -> dict[str, Any]:
     return found | {"decode": 1 / statistics.median(steps), "prefill": tokens / statistics.median(prompts)}
 
 
+def drafted(folder: Path) -> dict[str, Any]:
+    """Whole answers with drafts, and without."""
+    load: dict[str, Any] = {}
+    with foreign_load(load):
+        found = drafting.compare_answers(folder)
+    return load | found
+
+
 def work(row: Row, folder: Path, tokens: int) -> dict[str, Any]:
     """What a process of a row prints as JSON."""
-    if row.engine == "dsv4":
+    if row.engine in ("dsv4", DRAFTS):
         machine.use_large_pages()  # as its command line does it
     import torch
 
     threads = row.threads or machine.usable_cores()
     torch.set_num_threads(threads)
+    if row.engine == DRAFTS:
+        return drafted(folder)
     if row.engine == LLAMA_CPP:
         found = llama_cpp.libraries(folder / LLAMA_CPP)
         assert found is not None, "fetched before"
@@ -231,6 +244,12 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
     ours, reads = found.get(ROWS[0].name), [r["bandwidth"] for rs in found.values() for r in rs if "bandwidth" in r]
     if reads:
         print(f"\nmemory is read at {statistics.median(reads) / 1e9:.1f} GB/s (up to {max(reads) / 1e9:.1f})")
+    for result in found.get("dsv4, drafts", ()):
+        print(
+            "drafts: {tokens_per_step:.2f} tokens a step, of each draft {acceptance:.0%} accepted; ".format(**result),
+            end="",
+        )
+        print(f"a token takes {result['plain'] / result['decode']:.2f} of the time without drafts")
     for key in ("decode", "prefill") if ours else ():
         own = statistics.median(result[key] for result in ours or ())
         others = {n: statistics.median(r[key] for r in rs) for n, rs in found.items() if rs is not ours}
@@ -254,7 +273,9 @@ def can_run(row: Row, folder: Path) -> bool:
 
 def prepare(folder: Path, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Make the checkpoints that are not there yet."""
-    if not (folder / "flash").exists():
+    if any(row.engine == DRAFTS for row in rows):
+        drafting.prepare(folder)
+    if any(row.engine != DRAFTS for row in rows) and not (folder / "flash").exists():
         geometry = flash(arguments.layers, arguments.experts)
         make_checkpoint(folder / "flash", geometry=geometry, tokenizer=False)
     if any(row.engine in EXPERT_IMPLEMENTATIONS for row in rows) and not (folder / "flash-bf16").exists():

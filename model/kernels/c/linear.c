@@ -1,6 +1,6 @@
-/* Matrix products: one row of x with rows of the stored weight (one_row.h); many rows with a strip of the weight that is
- * decoded once. */
-#include "one_row.h"
+/* Matrix products: one row of x with rows of the stored weight (one_row.h), a few (few_rows.h); many rows with a strip of
+ * the weight that is decoded once. */
+#include "few_rows.h"
 #include "threads.h"
 
 /* Rows of a weight that are decoded at once for many rows of x. */
@@ -277,8 +277,18 @@ static int scales_x(const struct part *part) {
 #endif
 }
 
+/* Whether few_rows.h has the product. */
+INLINE int has_few_rows(const struct product *p) {
+#ifdef HAVE_DOT
+    return uses_dot(p) && p->m_count > 1 && p->m_count <= MOST_FEW && has_known_scales(p->w);
+#else
+    (void)p;
+    return 0;
+#endif
+}
+
 static int64_t rows_per_item(const struct product *p) {
-    if (p->m_count > 1) return strip_rows(p->w);
+    if (p->m_count > 1 && !has_few_rows(p)) return strip_rows(p->w);
     int64_t rows = BYTES_PER_TURN / (p->w->columns / 32 * bytes_of_32(p->w->format)) / 4 * 4;
     return rows < 4 ? 4 : rows;
 }
@@ -331,6 +341,24 @@ static void many_rows(const struct part *part, int64_t first, int64_t last, floa
             store_as(p->y, p->y_is_bf16, m * p->y_stride + first - p->start + o, sums[m * ROWS_PER_STRIP + o]);
 }
 
+#ifdef HAVE_DOT
+/* The same with a few rows of x. */
+static void few_rows(const struct part *part, int64_t first, int64_t last, float *buffer) {
+    const struct product *p = part->product;
+    struct few_x x = {part->bf16, padded(p->w->columns)};
+    for (; first + 4 <= last; first += 4) {
+        float sums[4 * MOST_FEW];
+        few_rows_by_four(p->m_count, p->w, x, part->tables, first, sums);
+        for (int64_t m = 0; m < p->m_count; m++)
+            for (int64_t o = 0; o < 4; o++)
+                store_as(p->y, p->y_is_bf16, m * p->y_stride + first - p->start + o, sums[4 * m + o]);
+    }
+    if (first < last) many_rows(part, first, last, buffer);
+}
+#else
+#define few_rows many_rows
+#endif
+
 static void multiply(const void *job, int64_t first, int64_t last, int64_t worker) {
     const struct linears *all = job;
     const struct part *part = all->parts;
@@ -340,6 +368,7 @@ static void multiply(const void *job, int64_t first, int64_t last, int64_t worke
         int64_t stop = least(row + part->rows_per_item, part->product->stop);
         float *buffer = all->buffers + worker * all->buffer_floats;
         if (part->product->m_count == 1) one_row(part, row, stop, buffer);
+        else if (has_few_rows(part->product)) few_rows(part, row, stop, buffer);
         else many_rows(part, row, stop, buffer);
     }
 }

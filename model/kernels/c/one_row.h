@@ -10,6 +10,7 @@
 
 #define SHORTEST_AHEAD (1 << 14) /* bytes: time enough for memory to answer */
 #define LONGEST_AHEAD (1 << 17)  /* bytes of four rows; the prefetcher follows longer rows well */
+#define MOST_FEW 6 /* rows of x that few_rows.h takes: with four of the weight, as many sums as registers hold */
 
 INLINE int uses_dot(const struct product *p) {
 #ifdef HAVE_DOT
@@ -76,7 +77,7 @@ INLINE void gemv_rows(const struct matrix *w, int format, int exact, const float
 #define TABLE_BYTES (E2M1_BYTES + (int64_t)sizeof(struct e4m3_bytes))
 
 INLINE int needs_tables(const struct product *p) {
-    return uses_dot(p) && p->m_count == 1 && p->w->format != BFLOAT16;
+    return uses_dot(p) && p->m_count <= MOST_FEW && p->w->format != BFLOAT16;
 }
 
 static inline void fill_tables(void *tables) {

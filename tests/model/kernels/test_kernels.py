@@ -149,6 +149,15 @@ def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
                 assert ((TORCH_DEVICE.linear(x, matrix, start, stop) - exact).abs() <= scale * columns * 2.0**-24).all()
 
 
+def test_a_few_rows_are_added_up_as_each_of_them() -> None:
+    """Two to six rows have a loop of their own: whole groups of four rows of the weight, and what is left of them."""
+    x = torch.randn(6, 224, generator=GENERATOR).to(torch.bfloat16)
+    for matrix in matrices(139, 224):
+        expected = REFERENCE.linear(x, matrix)
+        for count in range(2, 7):
+            assert torch.equal(bits(CPU.linear(x[:count], matrix)), bits(expected[:count])), (matrix.name, count)
+
+
 @pytest.mark.parametrize(("x_exponent", "scale_exponent", "code"), [(-100, -30, 0x78), (90, 45, 0x01)])
 def test_fp8_where_x_times_the_block_scale_is_no_bfloat16(x_exponent: int, scale_exponent: int, code: int) -> None:
     """The product of all three is a normal float32: 2**-122 and 2**126."""
