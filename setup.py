@@ -7,6 +7,7 @@ A form that this compiler cannot build is left out, and without a compiler there
 slowly. The library has nothing of Python in it, so a wheel is for a platform, not for a Python version.
 """
 
+import os
 import platform
 import runpy
 from pathlib import Path
@@ -35,9 +36,14 @@ FORMS = {"x86_64": X86_64, "AMD64": X86_64, "aarch64": {"neon": []}, "arm64": {"
 PLAIN = ["-DNO_VECTORS"]
 
 
+def machine() -> str:
+    """The processor that is built for: another than this one if the variable of cross builds of Python says so."""
+    return os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2] or platform.machine()
+
+
 def forms() -> dict[str, list[str]]:
-    """The forms that this machine's compiler may know, and the options of each."""
-    return {"plain": PLAIN, **FORMS.get(platform.machine(), {})}
+    """The forms that the compiler may know, and the options of each."""
+    return {"plain": PLAIN, **FORMS.get(machine(), {})}
 
 
 class BuildForms(build_ext):

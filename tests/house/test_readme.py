@@ -121,7 +121,7 @@ def test_every_room_is_in_the_architecture() -> None:
     assert rooms - links <= named and {f"{top}/" for top in tops} <= named
 
 
-@pytest.mark.parametrize("code", blocks(page("docs/python.md"), "python"), ids=["conversion", "numbers"])
+@pytest.mark.parametrize("code", blocks(page("docs/python.md"), "python"), ids=["conversion", "answer", "numbers"])
 @pytest.mark.fast_cases(1)
 def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "DeepSeek-V4-Flash")
