@@ -142,6 +142,27 @@ def test_into_gguf_and_from_there(server: HubServer, source: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_into_the_other_forms_and_from_there(server: HubServer, source: Path, tmp_path: Path) -> None:
+    """In one process, which imports torch once."""
+    forms: dict[str, dict[str, Any]] = {"mxfp8": {}, "mxfp4": {}, "mlx": {}, "nvfp4": {"input_scale": 1.0}}
+    for to, options in forms.items():
+        convert(source, tmp_path / f"local-{to}", to=to, max_shard_size="3MB", **options)
+        server.publish(f"acme/{to}", tmp_path / f"local-{to}")
+    program = f"""from dsv4.convert import convert
+for to, options in {forms!r}.items():
+    convert("hf:{REPOSITORY}", to, to=to, max_shard_size="3MB", scratch=3, **options)
+    convert(f"hf:acme/{{to}}", f"back-{{to}}", to="fp4", scratch=3)
+"""
+    command, environment = [sys.executable, "-c", program], hub_environment(server, tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    for to in forms:
+        assert contents(tmp_path / to) == contents(tmp_path / f"local-{to}")
+        proof = verify(source, tmp_path / f"back-{to}")
+        assert proof.exit_code == 0 and proof.counts["≈"] == 0
+
+
+@pytest.mark.slow
 def test_shared_by_ranks_and_parts(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     """Each fetches what it needs into a scratch area of its own, and nothing of that is left."""
     environment = hub_environment(server, tmp_path)
