@@ -18,7 +18,7 @@ from dsv4.convert.proof.files import Entry, Files, read_bytes
 from dsv4.convert.proof.layout import Checkpoint, Tensor
 from dsv4.errors import InputError
 
-from .packing import MXFP4_CODES, MXFP4_SCALES, Q8_0_VALUES, WIDE_INTEGERS, Packing, half_of_rows
+from .packing import MXFP4_CODES, MXFP4_SCALES, Q8_0_VALUES, WIDE_INTEGERS, Packing, half_of_q8_0_rows, half_of_rows
 
 LAYOUT = "gguf"
 _ALIGNMENT = 32
@@ -34,6 +34,7 @@ _SHOWN: dict[str, tuple[str, Packing | None]] = {
     "F32": ("F32", None), "F16": ("F16", None), "BF16": ("BF16", None), "Q8_0": ("F32", Q8_0_VALUES),
     "I32": ("I64", WIDE_INTEGERS),
 }  # fmt: skip
+_HALVES = {"BF16": half_of_rows, "F32": half_of_rows, "Q8_0": half_of_q8_0_rows}
 _WHOLE = {
     "token_embd": "embed.weight", "output": "head.weight", "output_norm": "norm.weight", "output_hc_fn": "hc_head_fn",
     "output_hc_base": "hc_head_base", "output_hc_scale": "hc_head_scale",
@@ -228,17 +229,24 @@ def _is_stack(stored: _Stored) -> bool:
     return match is not None and match[2] in _STACKS and len(stored.shape) == 3 and stored.shape[0] > 0
 
 
+def _is_pair(stored: _Stored) -> bool:
+    """Whether rows can be taken apart in the middle, which has to be between two blocks."""
+    elements = next(count for name, count, _ in _TYPES.values() if name == stored.kind)
+    return stored.kind in _HALVES and len(stored.shape) == 2 and stored.shape[1] % (2 * elements) == 0
+
+
 def _entries(stored: _Stored, file: str, kind: _Kind) -> Iterator[Entry]:
     """What a tensor of a file holds, under the release's names."""
     match = _BLOCK.fullmatch(stored.name)
     prefix = kind.prefix(int(match[1])) if match else ""
     if match and _is_stack(stored):
         yield from _matrices(prefix, _STACKS[match[2]], stored, file)
-    elif match and match[2] == "nextn.eh_proj" and stored.kind in ("BF16", "F32") and len(stored.shape) == 2:
+    elif match and match[2] == "nextn.eh_proj" and _is_pair(stored):
         half = replace(stored, shape=(stored.shape[0], stored.shape[1] // 2))
-        row = stored.size // max(stored.shape[0], 1)
-        yield _entry(f"{prefix}e_proj.weight", half, file, stored.kind, half_of_rows(row, False))
-        yield _entry(f"{prefix}h_proj.weight", half, file, stored.kind, half_of_rows(row, True))
+        row, split = stored.size // max(stored.shape[0], 1), _HALVES[stored.kind]
+        dtype, _ = _SHOWN[stored.kind]
+        yield _entry(f"{prefix}e_proj.weight", half, file, dtype, split(row, False))
+        yield _entry(f"{prefix}h_proj.weight", half, file, dtype, split(row, True))
     else:
         yield _entry(_name(stored.name, kind) or stored.name, stored, file, *_SHOWN[stored.kind])
 
@@ -325,6 +333,8 @@ def _plain_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> 
     """Of one file: keys with the number of a key of the config, ratios, and limits of activations."""
     for key, path in _KEYS.items():
         said, expected = keys.get(prefix + key), config.get(path)
+        if said is None and key == "vocab_size":  # llama.cpp's own files lack it: it counts the tokens
+            continue
         if expected is not None and not _same(said, expected):
             yield f"{prefix}{key} is {said}, in the source's config {path} is {expected}"
     ratios, expected = keys.get(f"{prefix}attention.compress_ratios"), config.get("compress_ratios")

@@ -54,3 +54,10 @@ def half_of_rows(row_bytes: int, second: bool) -> Packing:
     """One of two matrices that lie side by side."""
     half = row_bytes // 2
     return Packing(row_bytes, half, lambda raw: raw[:, half:].copy() if second else raw[:, :half].copy())
+
+
+def half_of_q8_0_rows(row_bytes: int, second: bool) -> Packing:
+    """The same of Q8_0, where half a row is whole blocks: float32 values."""
+    half = half_of_rows(row_bytes, second)
+    made = half.unpacked // Q8_0_VALUES.packed * Q8_0_VALUES.unpacked
+    return Packing(row_bytes, made, lambda raw: _q8_0(half.unpack(raw).reshape(-1, 34)).reshape(len(raw), made))

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from dsv4.convert import verify
 from dsv4.convert.checkpoint.forms.gguf.names import COPIES, DRAFT, EXPERTS, LAYER, ROOT
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.gguf.tokenizer import _splitting
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.model import load
@@ -238,8 +239,8 @@ def rewritten(path: Path, target: Path, dense: TYPES) -> None:
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(target, "deepseek4")
     for key, field in reader.fields.items():
-        if key.startswith(("GGUF.", "split.", "dsv4.")) or key == "general.architecture":
-            continue
+        if key.startswith(("GGUF.", "split.", "dsv4.")) or key in ("general.architecture", "deepseek4.vocab_size"):
+            continue  # llama.cpp's own converter writes no size of the vocabulary
         inner = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
     for tensor in reader.tensors:
@@ -288,6 +289,25 @@ class TestOtherPeoplesFiles:
         assert found.exit_code == 1 and "layers.0.attn.wq_a.weight" in different
         assert not [name for name in different if ".experts." in name]
         assert len(experts(tensors_of(source))) > 0 and dsv4("inspect", tmp_path / "other")[0] == 0
+
+    @pytest.mark.slow
+    def test_a_draft_block_in_q8_0(self, single: Path, source: Path, tmp_path: Path) -> None:
+        """As llama.cpp's own converter writes it: the two projections in common rows, both rounded."""
+        (tmp_path / "other").mkdir()
+        for name in ("model.gguf", "mtp-model.gguf"):
+            rewritten(single.parent / name, tmp_path / "other" / name, TYPES.Q8_0)
+        before, found = tensors_of(source), verify(source, tmp_path / "other")
+        assert found.counts["-"] == 0 and {problem.severity for problem in found.problems} <= {"note"}
+        opened = Checkpoint.open(tmp_path / "other")
+        for name in ("mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
+            exact = values(name, before)
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(exact.astype(np.float32), TYPES.Q8_0), TYPES.Q8_0)
+            gaps = np.abs(rounded.astype(np.float64) - exact)
+            assert found.to_json()["errors"][name.replace("0", "*")]["largest_error"] == gaps.max()
+            read = np.empty(exact.shape, np.float32)
+            opened.read_into(name, read.data.cast("B"))
+            assert np.array_equal(read, rounded)
+        opened.close()
 
 
 class TestDamage:

@@ -17,7 +17,7 @@ from dsv4.convert.checkpoint.forms.tensor import Encoding, Extent, Shard, Tensor
 from dsv4.convert.checkpoint.storage import Storage
 from dsv4.errors import InputError
 
-from .container import GgufHeader, GgufTensor, data_bytes, read_header
+from .container import TENSOR_TYPES, GgufHeader, GgufTensor, data_bytes, read_header
 from .keys import (
     ARCHITECTURE,
     MARKOV,
@@ -38,7 +38,7 @@ from .names import (
     draft_stage_names,
     model_names,
 )
-from .values import BF16_AS_F32, CODES, I64_AS_I32, Q8_0, SCALES, column_range
+from .values import BF16_AS_F32, CODES, I64_AS_I32, Q8_0, SCALES, column_range, q8_0_columns
 
 SUFFIX = ".gguf"
 MOST_BLOCKS = 1 << 12  # more are not believable
@@ -51,6 +51,9 @@ _DTYPES: dict[tuple[str, str], tuple[str, Encoding | None]] = {
 _AS_STORED: dict[str, tuple[str, Encoding | None]] = {
     "F32": ("F32", None), "F16": ("F16", None), "BF16": ("BF16", None), "I32": ("I32", None), "Q8_0": ("F32", Q8_0),
 }  # fmt: skip
+
+# Two matrices that lie side by side: the dtype that they are read in, and how columns are taken.
+_SIDE_BY_SIDE = {"BF16": ("BF16", column_range), "F32": ("F32", column_range), "Q8_0": ("F32", q8_0_columns)}
 
 
 @dataclass
@@ -118,16 +121,17 @@ def _experts(place: Place, tensor: GgufTensor, file: str) -> Iterator[TensorInfo
 
 def _projections(prefix: str, tensor: GgufTensor, file: str, released: Mapping[str, str]) -> Iterator[TensorInfo]:
     """e_proj and h_proj, which lie side by side."""
-    if tensor.kind != "BF16" or len(tensor.shape) != 2 or tensor.shape[1] % 2:
-        raise InputError(f"{file}: '{tensor.name}' is {tensor.kind} {list(tensor.shape)}; two BF16 matrices expected")
-    rows, columns = tensor.shape[0], tensor.shape[1] // 2
+    columns = tensor.shape[1] // 2 if len(tensor.shape) == 2 else 0
+    found = _SIDE_BY_SIDE.get(tensor.kind)
+    if found is None or not columns or tensor.shape[1] % (2 * TENSOR_TYPES[tensor.kind].elements):
+        raise InputError(f"{file}: '{tensor.name}' is {tensor.kind} {list(tensor.shape)}; two matrices expected")
+    dtype, columns_of = found
+    half = data_bytes(tensor.kind, (columns,))
     for number, inner in enumerate(PROJECTIONS):
-        encoding = column_range(4 * columns, 2 * columns * number, 2 * columns * (number + 1))
-        extent = Extent(file, tensor.start, tensor.nbytes)
-        name = prefix + inner
-        yield TensorInfo(
-            name, "BF16", (rows, columns), (extent,), encoding=encoding, released_dtype=released.get(name, "")
-        )
+        encoding = columns_of(2 * half, half * number, half * (number + 1))
+        extent, name = Extent(file, tensor.start, tensor.nbytes), prefix + inner
+        shape = (tensor.shape[0], columns)
+        yield TensorInfo(name, dtype, shape, (extent,), encoding=encoding, released_dtype=released.get(name, ""))
 
 
 def _tensors(header: GgufHeader, file: str, names: FileNames, released: Mapping[str, str]) -> Iterator[TensorInfo]:
@@ -229,4 +233,6 @@ def read_gguf(storage: Storage, sizes: Mapping[str, int]) -> GgufFolder:
         digest = hashlib.sha256(header.raw).hexdigest()
         folder.shards[name] = Shard(name, sizes[name], digest, tuple(found_here))
         folder.tensors |= found_here
+    if "embed.weight" in folder.tensors:  # llama.cpp's own files have no key for it
+        folder.config.setdefault("vocab_size", folder.tensors["embed.weight"].shape[0])
     return folder

@@ -42,3 +42,14 @@ I64_AS_I32 = Encoding(4, 8, _widened)
 def column_range(row_bytes: int, start: int, stop: int) -> Encoding:
     """Bytes [start, stop) of every row of `row_bytes`."""
     return Encoding(row_bytes, stop - start, lambda raw: np.ascontiguousarray(raw[:, start:stop]))
+
+
+def q8_0_columns(row_bytes: int, start: int, stop: int) -> Encoding:
+    """The same of rows in Q8_0, as float32. The columns are whole blocks."""
+    made = (stop - start) // Q8_0.stored * Q8_0.decoded
+
+    def decode(raw: Array) -> Array:
+        blocks = np.ascontiguousarray(raw[:, start:stop]).reshape(-1, Q8_0.stored)
+        return _of_q8_0(blocks).reshape(len(raw), made)
+
+    return Encoding(row_bytes, made, decode)
