@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,6 +94,34 @@ def check_simulated_run(shared: Path, model: Transformer, checkpoint: Path) -> N
         assert judge() == 0
 
 
+def first_rows(model: Transformer, golden: Any) -> np.ndarray:
+    """How far the first logits of each recorded draft of a whole simulated run are from the recorded ones."""
+    expected = golden["n33.draft_logits"]
+    drafts = teacher_forced(model, golden["n33.tokens"][: 33 + len(golden["n33.logits"]) - 1].tolist(), 33, True).drafts
+    assert drafts is not None
+    return relative(drafts.logits[32 : 32 + len(expected)].numpy(), expected)[:, 0]
+
+
+def check_own_noise(checkpoint: Path) -> None:
+    """dsv4's own arithmetic is as near to the recorded drafts as the recorded one, its softmax scale changed by -1e-6.
+
+    The judge's limit is from one change by +1e-6, and 16 drafts: two or three that take another way decide.
+    """
+
+    def changed(*arguments: Any) -> torch.Tensor:
+        *tensors, scale = arguments
+        return RECORDED.sparse_attention(*tensors, scale * (1 - 1e-6))
+
+    with mock.patch.object(loading, "select_kernels", lambda device: replace(RECORDED, sparse_attention=changed)):
+        perturbed = load(checkpoint)
+    golden = np.load(checkpoint / "expected" / "logits.simulated.npz")
+    own, noise = (first_rows(model, golden) for model in (load(checkpoint), perturbed))
+    for share in (0.5, 0.9):
+        limit = 1.5 * np.quantile(noise, share) + 1e-3  # as the judge allows
+        assert np.quantile(own, share) < limit, (share, own, noise)
+    print(f"{checkpoint.name}: simulated drafts at the noise of the recording", flush=True)
+
+
 def check_exact(shared: Path, checkpoint: Path) -> None:
     judge = [sys.executable, str(shared / "check_v41.py"), str(checkpoint)]
     subprocess.run([*judge, str(checkpoint / "expected" / "logits.exact.npz"), "--splits"], check=True)
@@ -146,6 +175,7 @@ def main() -> None:
         recorded = load_recorded(shared / name)
         check_simulated(recorded, shared / name)
         check_simulated_run(shared, recorded, shared / name)
+        check_own_noise(shared / name)
         check_agreeable(shared, name)
         check_exact(shared, shared / name)
 

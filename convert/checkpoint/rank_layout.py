@@ -28,7 +28,9 @@ VISION = re.compile(r"^(vision|aligner)\.")  # its `mlp` keeps its name
 # Copies of embedding and head in a draft block are not written. The older converter drops every name with `emb` or a
 # last `head.weight`; the newer one names the two, because a Markov head has an embedding too.
 DRAFT_COPY = re.compile(r"^mtp\.(?!.*\.markov_head\.).*(emb|head\.weight$)")
-NOT_ESTABLISHED = re.compile(r"\.engram\.")
+# Of V4.1. The engine's converter cuts these tables into rows of unequal number and fills the last slice up; slices here
+# are equal parts.
+PADDED_SLICES = re.compile(r"\.engram\.")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ MOST_RANKS_NAMED = 64  # in the hint of an error
 def mp_slice(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Slice | None:
     """The slice of a tensor that a rank holds; None for all of it. Raises UsageError if it cannot be divided."""
     name = mp_name(name)
-    if NOT_ESTABLISHED.search(name):
-        raise InputError(f"'{name}': how the reference engine slices it is not known to dsv4", "Use --layout hf.")
+    if PADDED_SLICES.search(name):
+        raise InputError(f"'{name}': dsv4 does not write the reference engine's layout of V4.1", "Use --layout hf.")
     dim = 0 if SLICED_ROWS.search(name) else 1 if SLICED_COLUMNS.search(name) else None
     if dim is None or ranks == 1:
         return None

@@ -22,6 +22,7 @@ from dsv4.convert.checkpoint.config import (
     quantization,
     weight_block,
 )
+from dsv4.convert.checkpoint.editions.table import ENCODER, edition_of
 from dsv4.convert.checkpoint.foreign import HINT
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
@@ -58,13 +59,13 @@ class Advice(NamedTuple):
     command: str
 
 
-def _refusal(checkpoint: Checkpoint, settings: Settings) -> InputError | UsageError | None:
-    """Why a dry run of the conversion fails; None if it does not."""
+def _refusal(checkpoint: Checkpoint, settings: Settings) -> str:
+    """Why a dry run of the conversion fails, in sentences; "" if it does not."""
     try:
         check_configs(checkpoint, make_plan(checkpoint, settings))
     except (InputError, UsageError) as error:
-        return error
-    return None
+        return f"{error.message}. {error.hint or ''}".rstrip()
+    return ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class RuleContext:
             return resolve("same", layout="mp", model_parallel=count)
 
         advice = self._advice(f"--to same --layout mp --model-parallel {ranks or 'N'}", settings(1))
-        refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else None
-        return Advice(f"{refusal}.", "") if refusal and not advice.fix else advice
+        refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else ""
+        return Advice(refusal, "") if refusal and not advice.fix else advice
 
     def _advice(self, flags: str, settings: Settings) -> Advice:
         """`dsv4 convert` from this folder if a dry run succeeds, else from the release."""
@@ -104,8 +105,8 @@ class RuleContext:
         if facts.checkpoint is None or facts.experts == {"bf16"} or facts.form:
             return Advice("", command)
         refusal = _refusal(facts.checkpoint, settings)
-        if refusal is not None:
-            return Advice(f"This folder cannot be converted: {refusal}.", command)
+        if refusal:
+            return Advice(f"This folder cannot be converted: {refusal}", command)
         return Advice("", f"dsv4 convert {shlex.quote(facts.folder)} NEW {flags}")
 
 
@@ -276,7 +277,9 @@ def _side_files(p: RuleContext) -> Iterator[Check]:
     for name in p.facts.pointers:
         yield Check("side files", "refuses", f"{name} is a git-LFS pointer, not the file", PULL)
     absent = [name for name in p.engine.needs if name not in p.facts.files]
-    missed = [name for name in p.engine.wants if name not in p.facts.files]
+    encoder = edition_of(p.facts.config).encoder
+    wanted = [encoder if name == ENCODER else name for name in p.engine.wants]
+    missed = [name for name in wanted if name not in p.facts.files]
     if absent:
         yield Check("side files", "refuses", f"missing: {', '.join(absent)}", "Copy them from the release.")
     if missed:

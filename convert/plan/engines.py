@@ -9,6 +9,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from dsv4.convert.checkpoint.editions.table import ENCODER
+
 Layout = Literal["hf", "mp"]  # what `--layout` writes
 FolderLayout = Literal["hf", "mp", "gguf"]  # what an engine reads
 ScaleDtype = Literal["e8m0", "f32"]
@@ -160,7 +162,7 @@ class Engine:
 
 
 _LOADER = "its config class, choice of quantization and weight loader, on the CPU; no kernel and no forward pass"
-_SERVED = ("encoding/encoding_dsv4.py", "generation_config.json")
+_SERVED = (ENCODER, "generation_config.json")
 _HEADS, _OUTPUT_GROUPS = Split(("num_attention_heads", "head_dim")), Split(("o_groups", "o_lora_rank"))
 _DECODED = "transformers needs the package accelerate; without a GPU it decodes to BF16 while loading"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drafting import agreeable_drafts, random_drafts
+from drafting import agreeable_drafts, agreeable_mtp, random_drafts
 from exact_values import convert, dsv4
 from ranks import run_ranks, torchrun
 from safetensors.torch import load_file
@@ -88,6 +88,27 @@ def test_drafts_under_torchrun(folder: Path) -> None:
     ended = torchrun(2, "run", folder, *GREEDY, "--draft")
     assert code == 0 and ended.returncode == 0, ended.stderr
     assert ended.stdout == out and "accepted" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawing", [("--temperature", "0"), ("--temperature", "0.7", "--seed", "5")])
+def test_chained_mtp_drafts_on_ranks(drawing: tuple[str, ...], tmp_path: Path) -> None:
+    """Three tokens at a time, some of them accepted: of the checkpoint and of rank files, by one process and two."""
+    source, mp = agreeable_mtp(tmp_path / "source"), tmp_path / "mp"
+    convert(source, mp, "--layout", "mp", "--model-parallel", "2")
+    options = ("--tokens", TOKENS, "--max-new-tokens", "20", *drawing)
+    code, plain, _ = dsv4("run", source, *options)
+    assert code == 0
+    code, out, err = dsv4("run", mp, *options, "--draft")
+    ended = [run_ranks(2, tmp_path, "run", folder, *options, "--draft") for folder in (source, mp)]
+    assert code == 0 and [each.codes for each in ended] == [[0, 0]] * 2, ended
+    assert out == ended[0].out[0] == ended[1].out[0] == plain
+    counts = [re.findall(r"drafts: (\d+) of (\d+) accepted", each) for each in (err, *(one.err[0] for one in ended))]
+    assert counts[0] == counts[1] == counts[2]
+    [(accepted, drafted)] = counts[0]
+    assert 3 < int(accepted) < int(drafted)
+    steps = re.search(r"decode in (\d+) steps", err)
+    assert steps is not None and int(steps[1]) == 19 - int(accepted)
 
 
 def test_teacher_forcing_drafts_anyway(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_te
 
 FAMILY = "deepseek_v4"  # the beginning of every release's model type
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
+ENCODER = "encoding/encoding_dsv4.py"  # the prompt encoder of a release
 # Draft stages, vision, and the router biases of the vision edition.
 OPTIONAL = re.compile(r"mtp\..*|(vision|aligner)\..*|image_.*|.*\.ffn\.gate\.bias(_vl)?")
 V4_SIGNS = re.compile(r"(?:.*\.)?hc_head_fn|.*\.compressor\.ape|.*\.gate\.tid2eid")
@@ -34,7 +35,7 @@ class Edition:
     draft stages, every required weight with its shape in elements; raises InputError if the config lacks a key; None if
     they are not known. optional: names of further weights that a checkpoint may have. missing_keys: required keys that
     a config lacks. signs: names of tensors that no edition of another architecture has. architecture: the file of the
-    forward pass in `model/architectures/`; "" if there is none.
+    forward pass in `model/architectures/`; "" if there is none. encoder: the file of the prompt encoder.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Edition:
     missing_keys: Callable[[Config], list[str]] = lambda config: []
     signs: re.Pattern[str] = re.compile("")
     architecture: str = ""
+    encoder: str = ENCODER
 
     def describes(self, config: Config) -> bool:
         """Whether a config is of this edition."""
@@ -69,6 +71,7 @@ EDITIONS = (
         missing_keys=v41.missing_keys,
         signs=V41_SIGNS,
         architecture="v41",
+        encoder="encoding/encoding.py",
     ),
     Edition(
         "V4 with DSpark",

@@ -20,7 +20,7 @@ from tiny import RAGGED
 from dsv4 import cli
 from dsv4.convert.doctor.rules import Diagnosis, diagnose
 from dsv4.convert.plan.engines import ENGINES
-from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
 from dsv4.errors import UsageError
 
 SMALL = Geometry(compress_ratios=(0, 4, 128, 0), n_routed_experts=4)
@@ -459,3 +459,15 @@ def test_transformers_misplaces_the_scales_of_partial_blocks(tmp_path: Path, loa
     assert "model.layers.0.self_attn.q_a_proj.weight" in different_weights(load(ragged)[0], load(decoded)[0])
     assert failures(diagnose(ragged, "transformers")) == {"block edges"}
     assert diagnose(decoded, "transformers").loads
+
+
+def test_an_edition_with_another_encoder_and_a_layout_that_is_not_written(tmp_path: Path) -> None:
+    """V4.1 has encoding/encoding.py, and n-gram tables: why there are no rank files is said in sentences."""
+    made = make_checkpoint(tmp_path / "v41", geometry=V41Geometry())
+    found = {check.rule: check for check in diagnose(made, "vllm").checks}
+    assert found["side files"].status == "ok"
+    (made / "encoding" / "encoding.py").unlink()
+    found = {check.rule: check for check in diagnose(made, "vllm").checks}
+    assert "missing: encoding/encoding.py" in found["side files"].text
+    fix = next(check.fix for check in diagnose(made, "reference").checks if check.rule == "layout")
+    assert fix.endswith("dsv4 does not write the reference engine's layout of V4.1. Use --layout hf.")

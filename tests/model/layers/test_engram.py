@@ -1,8 +1,11 @@
 """Engram's parts against Python integers, a sieve and the rules of the release."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, normalizers
 
 from dsv4.errors import InputError
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE, KernelTable
@@ -99,6 +102,21 @@ KEYS = [
 @pytest.mark.parametrize(("text", "token", "key"), KEYS, ids=[repr(k[0]) for k in KEYS])
 def test_class_keys(text: str, token: str, key: str) -> None:
     assert class_key(text, token) == key
+
+
+def test_class_keys_are_those_of_the_tokenizers_library() -> None:
+    """The same rule from the normalizers of the library, for every character of Unicode 3.2, alone and within a word.
+
+    Later versions gave some newer characters other decompositions; the library's tables are not of Python's version.
+    """
+    blank = "\ue000"
+    steps = [normalizers.NFKC(), normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    steps += [normalizers.Replace(Regex(r"[ \t\r\n]+"), " "), normalizers.Replace(Regex("^ $"), blank)]
+    library = normalizers.Sequence([*steps, normalizers.Strip(), normalizers.Replace(blank, " ")])
+    known = [chr(i) for i in range(0x10000) if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    texts = [text for c in known if c != "\ufffd" for text in (c, f" É{c}\t")]
+    assert len(texts) > 100_000
+    assert [text for text in texts if class_key(text, "") != (library.normalize_str(text) or text)] == []
 
 
 def test_classes_are_numbered_by_first_appearance() -> None:
