@@ -68,4 +68,4 @@ def demo(
             raise typer.Exit(code)
     out.say()
     out.say(f"Everything is in {place}; open {place / 'report.html'} in a browser.")
-    out.hint("next, a release: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")
+    out.hint("next: dsv4 convert hf:deepseek-ai/DeepSeek-V4-Flash ./Flash-FP8 --dry-run")
