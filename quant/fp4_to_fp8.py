@@ -36,6 +36,7 @@ HIGHEST_K = (None, 9, 8, 8, 7, 7, 6, 6)  # the value reaches 256 or 384; twice t
 
 # From -13 down even 6 * 2**k rounds to zero; S is never so small that k exceeds 9.
 TABLE_K_MIN, TABLE_K_MAX = -13, 9
+CACHE_BYTES = 2**21  # codes of a matrix that torch computes at once: they and the indices stay in cache
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def _block_extreme(scale_bytes: torch.Tensor, block: Block, largest: bool) -> to
     """Largest (or smallest) group scale byte of each block, int16. Rows first: that reduction runs along memory."""
     wide = block.columns // e2m1.GROUP_SIZE
     pad = (0, -scale_bytes.shape[-1] % wide, 0, -scale_bytes.shape[-2] % block.rows)
-    padded = torch.nn.functional.pad(scale_bytes, pad, value=0 if largest else e8m0.NAN)
-    by_rows = torch.unflatten(padded, -2, (-1, block.rows))
+    if any(pad):
+        scale_bytes = torch.nn.functional.pad(scale_bytes, pad, value=0 if largest else e8m0.NAN)
+    by_rows = torch.unflatten(scale_bytes, -2, (-1, block.rows))
     by_rows = by_rows.amax(-2) if largest else by_rows.amin(-2)
     tiles = torch.unflatten(by_rows, -1, (-1, wide))
     return (tiles.amax(-1) if largest else tiles.amin(-1)).to(torch.int16)
@@ -228,6 +230,10 @@ class CastInto(Protocol):
     ) -> int: ...
 
 
+def _count_negative_zeros(codes: torch.Tensor) -> int:
+    return int(np.count_nonzero(codes.cpu().numpy() == e4m3.NEGATIVE_ZERO))  # ten times as fast as torch's own
+
+
 def cast_into(
     packed: torch.Tensor,
     scale_bytes: torch.Tensor,
@@ -236,8 +242,16 @@ def cast_into(
     out: torch.Tensor,
 ) -> int:
     """`cast` with its result in `out`. Returns how many codes are -0, which the reference converter has not."""
-    cast(packed, scale_bytes, block_bytes, block, out)
-    return int(np.count_nonzero(out.cpu().numpy() == e4m3.NEGATIVE_ZERO))  # ten times as fast as torch's own
+    if out.dim() > 2:
+        cast(packed, scale_bytes, block_bytes, block, out)
+        return _count_negative_zeros(out)
+    zeros, step = 0, max(1, CACHE_BYTES // max(out.shape[1], 1) // block.rows) * block.rows
+    for top in range(0, len(out), step):
+        rows = slice(top, top + step)
+        scales = block_bytes[top // block.rows : -(-(top + step) // block.rows)]
+        cast(packed[rows], scale_bytes[rows], scales, block, out[rows])
+        zeros += _count_negative_zeros(out[rows])
+    return zeros
 
 
 def exact_values(

@@ -13,7 +13,7 @@ from dsv4.convert.plan.config_edit import without_expert_dtype
 from dsv4.convert.plan.settings import Settings
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import damaged_scale, read_codes, read_rows, read_scale, source_rows, tiles, typed_scale
+from .rows import damaged_scale, placed, read_codes, read_rows, read_scale, source_rows, tiles, typed_scale
 
 
 class ToBf16(Recipe):
@@ -59,7 +59,8 @@ class ToBf16(Recipe):
         scale = typed_scale(read_scale(checkpoint, piece), weight.scale)
         raw = read_codes(checkpoint, piece)
         codes, counts = torch.from_numpy(raw), Counts()
-        values = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.int16)
+        shape = len(raw), piece.tensor.shape[1]
+        values = torch.from_numpy(placed(2 * shape[0] * shape[1], piece.place)).view(torch.int16).view(shape)
         for tile in tiles(values.shape, weight.block):
             over = scale[tile.scale_rows, tile.scale_columns].contiguous()
             if weight.format is Format.FP4:

@@ -25,9 +25,9 @@ class Copy(Recipe):
         """The source's bytes, or the slice of a rank."""
         tensor, info = piece.tensor, piece.tensor.source
         if tensor.in_words:
-            data = read_words(checkpoint, info, piece.start, piece.stop)
+            data = read_words(checkpoint, info, piece.start, piece.stop, piece.place)
         else:
-            data = slice_columns(read_rows(checkpoint, info, *source_rows(piece)), piece)
+            data = slice_columns(read_rows(checkpoint, info, *source_rows(piece), piece.place), piece)
         counts = Counts()
         if tensor.is_scale and tensor.weight.format is not Format.PLAIN:
             check_scale(data, info)

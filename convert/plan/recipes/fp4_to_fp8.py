@@ -18,7 +18,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.quant.blocks import GROUP_SIZE, Block, scale_shape
 
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
-from .rows import cache_blocks, damaged_scale, read_codes, read_rows, read_scale, tiles
+from .rows import damaged_scale, placed, read_codes, read_rows, read_scale, tiles
 
 if TYPE_CHECKING:
     import torch
@@ -77,12 +77,11 @@ class Fp4ToFp8(Recipe):
             raise damaged_scale(weight.scale, error) from None
         if scales is None:
             scales = _choose_by_codes(checkpoint, piece, groups)
-        counts = Counts(
-            blocks=scales.span.numel(),
-            max_span=int(scales.span.max()) if scales.span.numel() else 0,
-            rescaled_blocks=int(scales.rescaled.sum()),
-            inexact_blocks=int(scales.inexact.sum()),
-        )
+            counts = Counts(rescaled_blocks=int(scales.rescaled.sum()), inexact_blocks=int(scales.inexact.sum()))
+        else:
+            counts = Counts()
+        counts.blocks = scales.span.numel()
+        counts.max_span = int(scales.span.max()) if counts.blocks else 0
         return Scan(counts, {f.name: getattr(scales, f.name) for f in fields(scales)})
 
     def describe_inexact(self, checkpoint: Checkpoint, tensor: OutputTensor, scan: Scan) -> str:
@@ -107,15 +106,13 @@ class Fp4ToFp8(Recipe):
         block = _block_of(piece.tensor)
         group_bytes = torch.from_numpy(read_scale(checkpoint, piece))
         raw = read_codes(checkpoint, piece)
-        packed, first = torch.from_numpy(raw), piece.start // block.rows
-        data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
-        counts = Counts()
-        for a, b in cache_blocks(len(raw), piece.tensor.shape[1], block.rows):
-            over = slice(first + a // block.rows, first + -(-b // block.rows))
-            chosen = scales.scale_bytes[over]
-            counts.negative_zeros += self._cast(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
-            if scales.inexact[over].any():
-                counts.changed += _count_changed(packed[a:b], group_bytes[a:b], chosen, block, data[a:b])
+        packed, columns = torch.from_numpy(raw), piece.tensor.shape[1]
+        data = torch.from_numpy(placed(len(raw) * columns, piece.place)).view(len(raw), columns)
+        over = slice(piece.start // block.rows, -(-piece.stop // block.rows))
+        chosen = scales.scale_bytes[over]
+        counts = Counts(negative_zeros=self._cast(packed, group_bytes, chosen, block, data))
+        if scales.inexact[over].any():
+            counts.changed = _count_changed(packed, group_bytes, chosen, block, data)
         return PieceResult(data.numpy(), counts)
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:

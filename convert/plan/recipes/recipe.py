@@ -11,7 +11,8 @@ take the modules of `dsv4.quant` as its attributes.
 A new kind of conversion is a new file with a subclass of `Recipe`, and a row of CONVERSIONS in settings.py.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 PIECE_BYTES = 8 * 2**20  # of a piece, read or written: an expert matrix of V4-Flash is one
+TASK_BYTES = 2**20  # of smaller pieces that are computed in one call: each call takes time
 WORD = 8  # bytes; a multiple of the size of every scale
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -90,26 +92,46 @@ class OutputTensor(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows [start, stop) of an output tensor."""
+    """Rows [start, stop) of an output tensor.
+
+    is_last: whether it is the last of its tensor. place: where its first byte is in the output file, 0 if nobody writes
+    it. A result in memory that begins where `place` does in a page is written without being copied (`placed` in
+    rows.py).
+    """
 
     tensor: OutputTensor
     start: int
     stop: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the piece is the whole tensor."""
-        return self.start == 0 and self.stop == self.tensor.rows
+    is_last: bool = False
+    place: int = 0
 
 
-def split(tensor: OutputTensor) -> Iterator[Piece]:
-    """The pieces of an output tensor, in order, of about PIECE_BYTES and cut at its row unit. None if it is empty."""
+def split(tensor: OutputTensor, place: int = 0) -> Iterator[Piece]:
+    """The pieces of an output tensor, in order, of about PIECE_BYTES and cut at its row unit. None if it is empty.
+
+    place: where its data begins in the output file.
+    """
     if not tensor.nbytes:
         return
     rows, unit = tensor.rows, tensor.row_unit
+    width = WORD if tensor.in_words else tensor.nbytes // rows
     step = max(unit, PIECE_BYTES // max(tensor.row_bytes, 1) // unit * unit)
     for start in range(0, rows, step):
-        yield Piece(tensor, start, min(start + step, rows))
+        yield Piece(tensor, start, min(start + step, rows), start + step >= rows, place + start * width)
+
+
+def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in the same order, small ones that follow each other in one list of about TASK_BYTES."""
+    task, size = list[Piece](), 0
+    for piece in pieces:
+        more = (piece.stop - piece.start) * piece.tensor.row_bytes
+        if task and size + more > TASK_BYTES:
+            yield task
+            task, size = [], 0
+        task.append(piece)
+        size += more
+    if task:
+        yield task
 
 
 def piece_memory(tensor: OutputTensor) -> int:
@@ -134,9 +156,13 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Include another piece's counts."""
-        for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            setattr(self, f.name, max(mine, theirs) if f.name.startswith("max_") else mine + theirs)
+        for name, join in _JOINS.items():
+            setattr(self, name, join(getattr(self, name), getattr(other, name)))
+
+
+_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    f.name: max if f.name.startswith("max_") else operator.add for f in fields(Counts)
+}
 
 
 @dataclass
@@ -178,6 +204,8 @@ def _joined(parts: Sequence[dict[str, "torch.Tensor"]]) -> dict[str, "torch.Tens
 
 def join_scans(scans: Sequence[Scan]) -> Scan:
     """The scan of a whole tensor from those of its pieces, in order."""
+    if len(scans) == 1:
+        return scans[0]
     counts = Counts()
     for scan in scans:
         counts.add(scan.counts)

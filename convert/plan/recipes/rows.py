@@ -1,5 +1,6 @@
 """Reads rows of source tensors for the recipes, and refuses invalid scales and codes."""
 
+import mmap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,22 +17,31 @@ from .recipe import PIECE_BYTES, WORD, Array, Piece
 if TYPE_CHECKING:
     import torch
 
-CACHE_BYTES = 2**21  # output bytes that the compiled cast computes at once: they stay in cache, calls are few
 TILE_ELEMENTS = 2**19  # elements that torch computes at once; intermediate tensors take up to 60 bytes for each
 
 
-def read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
-    """Rows [start, stop) of a source tensor as bytes, uint8 [rows, bytes of a row]."""
+def placed(size: int, place: int) -> Array:
+    """Memory of `size` bytes that begins in a page of memory where `place` does in a page of a file.
+
+    O_DIRECT writes whole pages from whole pages: those of a result in such memory need not be copied.
+    """
+    room = np.empty(size + mmap.PAGESIZE, dtype=np.uint8)
+    skipped = 0 if place % WORD else (place - room.ctypes.data) % mmap.PAGESIZE  # numbers stay aligned
+    return room[skipped : skipped + size]
+
+
+def read_rows(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int, place: int = 0) -> Array:
+    """Rows [start, stop) of a source tensor as bytes, uint8 [rows, bytes of a row]. place: see `placed`."""
     width = info.nbytes // row_count(info.shape, info.nbytes)
-    buffer = np.empty((stop - start, width), dtype=np.uint8)
+    buffer = placed((stop - start) * width, place)
     if buffer.size:
-        checkpoint.read_into(info.name, buffer.data.cast("B"), start * width)
-    return buffer
+        checkpoint.read_into(info.name, buffer.data, start * width)
+    return buffer.reshape(stop - start, width)
 
 
-def read_words(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int) -> Array:
-    """Words [start, stop) of a source tensor, of WORD bytes but for the last, as bytes."""
-    buffer = np.empty(min(stop * WORD, info.nbytes) - start * WORD, dtype=np.uint8)
+def read_words(checkpoint: Checkpoint, info: TensorInfo, start: int, stop: int, place: int = 0) -> Array:
+    """Words [start, stop) of a source tensor, of WORD bytes but for the last, as bytes. place: see `placed`."""
+    buffer = placed(min(stop * WORD, info.nbytes) - start * WORD, place)
     checkpoint.read_into(info.name, buffer.data, start * WORD)
     return buffer
 
@@ -52,13 +62,6 @@ def slice_columns(raw: Array, piece: Piece) -> Array:
         return raw
     begin, end = cut.bounds(raw.shape[1])
     return np.ascontiguousarray(raw[:, begin:end])
-
-
-def cache_blocks(rows: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about CACHE_BYTES, cut at multiples of `unit`. width: output bytes of a row."""
-    step = max(unit, CACHE_BYTES // max(width, 1) // unit * unit)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 class Tile(NamedTuple):
@@ -89,10 +92,12 @@ def tiles(shape: tuple[int, ...], block: Block) -> Iterator[Tile]:
 
 def check_scale(raw: Array, info: TensorInfo) -> None:
     """Raises InputError if block scales (bytes of a scale tensor) hold NaN, zero, negative values or infinity."""
-    bad = np.count_nonzero(raw == quant.e8m0.NAN) if info.dtype == "F8_E8M0" else 0
+    bad = 0
+    if info.dtype == "F8_E8M0" and raw.size and raw.max() == quant.e8m0.NAN:
+        bad = int(np.count_nonzero(raw == quant.e8m0.NAN))
     if info.dtype == "F32":
         values = raw.view(np.float32)
-        bad = values.size - np.count_nonzero(np.isfinite(values) & (values > 0))
+        bad = values.size - int(np.count_nonzero(np.isfinite(values) & (values > 0)))
     if bad:
         what = "byte 255, NaN" if info.dtype == "F8_E8M0" else "not positive and finite"
         raise InputError(

@@ -1,9 +1,11 @@
 """From pieces to a file and its hash: in order, hashed in one thread and written in another.
 
-Pieces of any length are copied into a few blocks of whole pages, which can be written with O_DIRECT (atomic_file.py). A
-full block is hashed and written while the next ones fill, and is used again when both are done: memory is bounded, the
-memory of a piece is free at once, and neither disk nor hash waits for the other. Every file has its own two threads:
-with several files in flight, several cores hash.
+O_DIRECT writes whole pages of a file from whole pages of memory (atomic_file.py). A long piece that lies in pages of
+memory as it does in those of the file (`placed` in plan/recipes/rows.py) is hashed and written where it is, but for a
+part of a page at either end. Everything else is copied into a few blocks of whole pages. A full block, or a piece with
+the block before it, is hashed and written while the next ones fill; a block is used again when both are done. So memory
+is bounded, and neither disk nor hash waits for the other. Every file has its own two threads: with several files in
+flight, several cores hash.
 """
 
 import hashlib
@@ -11,15 +13,17 @@ import mmap
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from dsv4.convert.write.atomic_file import WRITE_BYTES, AtomicFile
+from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.progress import Progress, result_of
 
-BLOCK_BYTES = WRITE_BYTES
-BLOCKS = 4  # one that fills, and three that wait
+BLOCK_BYTES = 2 * 2**20
+BLOCKS = 4  # one that fills, and three that wait, each perhaps with a piece
+TAKEN_BYTES = 2**20  # pieces from this size on are not copied
+NOTHING = memoryview(b"")
 COPIED_AT_ONCE = 2**16  # takes less time than to let other threads run
 
 
@@ -56,6 +60,20 @@ class _Block:
         return data[count:]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Bytes of the file that are hashed and written together: a block, and whole pages of a piece after it."""
+
+    block: _Block
+    piece: memoryview
+    hashing: Future[None]
+    writing: Future[None]
+
+    @property
+    def size(self) -> int:
+        return self.block.used + len(self.piece)
+
+
 class Blocks:
     """Blocks that no file uses at the moment: the next file need not have the system clear fresh pages."""
 
@@ -87,57 +105,78 @@ class ShardPipeline:
         self._hasher, self._writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
         self._sha256 = hashlib.sha256()
         self._filling, self._used = blocks.take(), 1
-        self._submitted: deque[tuple[Future[Any], Future[Any], _Block]] = deque()
+        self._submitted: deque[_Part] = deque()
+        self._submitted_bytes = 0  # since the file began
         self.prefix_sha256: dict[str, str] = {}  # by tensor, of the file up to its last byte; complete after `finish`
         self._header_left = 0
         self._stopped = False
 
-    def _hash(self, block: _Block) -> None:
+    def _hash(self, block: _Block, piece: memoryview) -> None:
         done = 0
         for end, tensor in block.marks:
             self._sha256.update(block.content[done:end])
             self.prefix_sha256[tensor] = self._sha256.copy().hexdigest()
             done = end
         self._sha256.update(block.content[done:])
+        self._sha256.update(piece)
 
-    def _write(self, content: memoryview) -> None:
-        if self._stopped:
-            return
+    def _write(self, *parts: memoryview) -> None:
         try:
-            self._file.write(content)
+            for data in parts:
+                if data and not self._stopped:
+                    self._file.write(data)
         except BaseException:
             self._stopped = True  # blocks that are queued must not follow
             raise
 
     def _wait_oldest(self) -> _Block:
-        """Wait until the oldest block is hashed and written; it can be filled again."""
-        hashing, writing, block = self._submitted.popleft()
-        result_of(writing, self._progress)
-        if not hashing.done():
+        """Wait until the oldest part is hashed and written; its block can be filled again."""
+        part = self._submitted.popleft()
+        result_of(part.writing, self._progress)
+        if not part.hashing.done():
             self._hash_is_late()
-        result_of(hashing, self._progress)
-        header = min(self._header_left, block.used)
+        result_of(part.hashing, self._progress)
+        header = min(self._header_left, part.size)
         self._header_left -= header
-        self._progress(block.used - header)
-        block.clear()
-        return block
+        self._progress(part.size - header)
+        part.block.clear()
+        return part.block
 
-    def _submit(self) -> None:
-        """Submit the full block to be hashed and written, and take another one."""
+    def _submit(self, piece: memoryview = NOTHING) -> None:
+        """Submit the block to be hashed and written, a piece after it, and take another block."""
         block = self._filling
-        hashing = self._hasher.submit(self._hash, block)
-        self._submitted.append((hashing, self._writer.submit(self._write, block.content), block))
+        hashing = self._hasher.submit(self._hash, block, piece)
+        part = _Part(block, piece, hashing, self._writer.submit(self._write, block.content, piece))
+        self._submitted.append(part)
+        self._submitted_bytes += part.size
         if self._used < BLOCKS:
             self._filling, self._used = self._blocks.take(), self._used + 1
         else:
             self._filling = self._wait_oldest()
 
-    def put(self, data: memoryview) -> None:
-        """The next bytes of the file."""
+    def _pages_of(self, data: memoryview) -> tuple[int, int]:
+        """(begin, end) of the whole pages of a long piece that lies as in the file; (0, 0) if it is to be copied."""
+        if len(data) < TAKEN_BYTES:
+            return 0, 0
+        place = self._submitted_bytes + self._filling.used
+        if (np.frombuffer(data, np.uint8).ctypes.data - place) % mmap.PAGESIZE:
+            return 0, 0
+        begin = -place % mmap.PAGESIZE
+        return begin, begin + (len(data) - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def _copy(self, data: memoryview) -> None:
         while data:
             data = self._filling.fill(data)
             if self._filling.is_full:
                 self._submit()
+
+    def put(self, data: memoryview) -> None:
+        """The next bytes of the file, which do not change any more."""
+        begin, end = self._pages_of(data)
+        self._copy(data[:begin])
+        if begin < end:
+            self._submit(data[begin:end])
+        self._copy(data[end:])
 
     def mark(self, tensor: str) -> None:
         """A tensor ends here."""
@@ -166,5 +205,6 @@ class ShardPipeline:
         """Write no more; when this returns, the writing thread no longer uses the file."""
         self._stopped = True
         self._end_threads()
-        for block in (*(block for *_, block in self._submitted), self._filling):
+        for block in (*(part.block for part in self._submitted), self._filling):
             self._blocks.give_back(block)
+        self._submitted.clear()

@@ -21,8 +21,8 @@ class Resources:
     """What one run uses.
 
     workers: threads that compute pieces. shards: most shards that are in flight at a time. window: pieces that are
-    submitted and not yet taken, of all shards together. piece_memory: bytes to compute a piece; a third of them hold
-    what it read and what came of it, until that is taken. spared_bytes: results of scans that may be kept.
+    submitted and not yet taken, of all shards together. piece_memory: bytes to compute a piece; a sixth of them hold
+    what came of it, until that is written. spared_bytes: results of scans that may be kept.
     fixed_memory: bytes for everything that is none of these.
     """
 
@@ -36,7 +36,8 @@ class Resources:
     @property
     def peak_memory_bytes(self) -> int:
         """The most memory that the process needs, whatever the data is."""
-        pieces = self.workers * self.piece_memory + self.window * (self.piece_memory // 3)
+        waiting = self.window + self.shards * (BLOCKS - 1)
+        pieces = self.workers * self.piece_memory + waiting * (self.piece_memory // 6)
         return self.fixed_memory + self.spared_bytes + self.shards * BLOCKS * BLOCK_BYTES + pieces
 
 

@@ -83,7 +83,7 @@ def _scan_tensors(
     for piece, found in workers.map(scan, pieces, progress, all_submitted):
         progress(_bytes_of(piece))
         whole.add(found)
-        if piece.stop == piece.tensor.rows:
+        if piece.is_last:
             yield piece.tensor, whole.joined()
             whole = _TensorScan(workers)
 

@@ -5,6 +5,7 @@ blocks, which two more threads hash and write (see pipeline.py). The number of p
 memory is bounded, for shards of any size.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, Scan, split
+from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, split, tasks
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.convert.write.atomic_file import AtomicFile
@@ -29,11 +30,6 @@ from .workers import Workers
 def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
     """The memory of an array."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def compute_piece(checkpoint: Checkpoint, piece: Piece, scan: Scan | None) -> PieceResult:
-    """Read and compute one piece. Raises InputError for invalid scales or codes."""
-    return piece.tensor.recipe.compute(checkpoint, piece, scan)
 
 
 class ManifestBuilder:
@@ -65,7 +61,7 @@ class ManifestBuilder:
     def add(self, piece: Piece, counts: Counts) -> None:
         """Include one piece; the last one completes its tensor."""
         self._counts.add(counts)
-        if piece.stop == piece.tensor.rows:
+        if piece.is_last:
             self._entries[piece.tensor.name] = self._entry(piece.tensor, self._counts)
             self._counts = Counts()
 
@@ -82,24 +78,32 @@ class ManifestBuilder:
         return self._entries
 
 
+def _pieces(shard: OutputShard, place: int) -> Iterator[Piece]:
+    """The pieces of a shard in the order of the file. place: where its data begins."""
+    for tensor in shard.tensors:
+        yield from split(tensor, place)
+        place += tensor.nbytes + shard.container.padding(tensor.nbytes)
+
+
 def _write_pieces(
     checkpoint: Checkpoint, scanned: ScannedShard, pipeline: ShardPipeline, workers: Workers, flight: Flight
 ) -> FinishedShard:
     """Compute, hash and write all pieces of a shard; returns when they are written."""
 
-    def compute(piece: Piece) -> PieceResult:
-        return compute_piece(checkpoint, piece, scanned.scan_of(piece.tensor))
+    def compute(task: list[Piece]) -> list[PieceResult]:
+        return [piece.tensor.recipe.compute(checkpoint, piece, scanned.scan_of(piece.tensor)) for piece in task]
 
-    shard, manifest = scanned.shard, ManifestBuilder(scanned)
-    pieces = (piece for tensor in shard.tensors for piece in split(tensor))
-    pipeline.begin(shard.header)
-    with closing(workers.map(compute, pieces, flight.advance, flight.let_next_begin)) as computed:
-        for piece, result in computed:
-            pipeline.put(bytes_of(result.data))
-            if piece.stop == piece.tensor.rows:
-                pipeline.mark(piece.tensor.name)
-                pipeline.put(memoryview(bytes(shard.container.padding(piece.tensor.nbytes))))
-            manifest.add(piece, result.counts)
+    shard, manifest, header = scanned.shard, ManifestBuilder(scanned), scanned.shard.header
+    pipeline.begin(header)
+    todo = tasks(_pieces(shard, len(header)))
+    with closing(workers.map(compute, todo, flight.advance, flight.let_next_begin)) as computed:
+        for task, results in computed:
+            for piece, result in zip(task, results, strict=True):
+                pipeline.put(bytes_of(result.data))
+                if piece.is_last:
+                    pipeline.mark(piece.tensor.name)
+                    pipeline.put(memoryview(bytes(shard.container.padding(piece.tensor.nbytes))))
+                manifest.add(piece, result.counts)
     sha256 = pipeline.finish()
     return FinishedShard(shard.file, shard.size, sha256, manifest.entries(pipeline.prefix_sha256))
 

@@ -17,7 +17,7 @@ from jobs import job_of
 from mixed_scales import mix_scales
 
 from dsv4.convert import api
-from dsv4.convert.plan.recipes import recipe, rows
+from dsv4.convert.plan.recipes import recipe
 from dsv4.convert.plan.settings import OnInexact, Settings, resolve
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.write import atomic_file as files
@@ -27,7 +27,7 @@ from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.run import run_conversion
 from dsv4.convert.write.shards import resources
 from dsv4.errors import Interrupted, MachineError
-from dsv4.quant import fp8_to_fp4
+from dsv4.quant import fp4_to_fp8, fp8_to_fp4
 from dsv4.quant.block_scales import Block
 from dsv4.text import human_bytes
 
@@ -78,7 +78,7 @@ class TestSameBytes:
         options = ("--to", to, "--on-inexact", "round")
         convert(source, tmp_path / "whole", *options)
         monkeypatch.setattr(recipe, "PIECE_BYTES", piece)
-        monkeypatch.setattr(rows, "CACHE_BYTES", max(1, piece // 3))
+        monkeypatch.setattr(fp4_to_fp8, "CACHE_BYTES", max(1, piece // 3))
         convert(source, tmp_path / "out", *options)
         assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

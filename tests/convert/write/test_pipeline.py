@@ -5,6 +5,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from exact_values import dsv4
 from fault_lab import GEOMETRY
 from patience import LONG
 
+from dsv4.convert.plan.recipes import copy, recipe
+from dsv4.convert.plan.recipes.rows import placed
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards import pipeline as pipeline_module
-from dsv4.convert.write.shards import shard
 from dsv4.convert.write.shards.pipeline import Blocks, ShardPipeline
 from dsv4.errors import InputError
 
@@ -28,8 +30,9 @@ BLOCK = 2**13
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two pages."""
+    """Blocks of two pages; pieces as long are not copied."""
     monkeypatch.setattr(pipeline_module, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(pipeline_module, "TAKEN_BYTES", BLOCK)
     monkeypatch.setattr(files, "DIRECT_BYTES", BLOCK)
 
 
@@ -58,22 +61,63 @@ class Recorder:
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 8, BLOCK, 20 * BLOCK, 9 * BLOCK + 4095])
-def test_every_byte_in_order(size: int, small_blocks: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lies_as_in_the_file", [0, 1, 0.5])
+def test_every_byte_in_order(lies_as_in_the_file: float, size: int, small_blocks: None, tmp_path: Path) -> None:
     random = np.random.default_rng(size)
-    header, data, told = b"12345678", random.bytes(size), []
+    header, data, told, prefixes = b"12345678", random.bytes(size), [], {}
     with AtomicFile(tmp_path / "file", len(header) + size) as file:
         pipeline = pipeline_of(file, told.append)
         pipeline.begin(header)
         rest = memoryview(data)
         while rest:
             count = int(random.integers(1, 3 * BLOCK))
-            pipeline.put(rest[:count])
+            place = len(header) + size - len(rest)
+            room = placed(len(rest[:count]), place if random.random() < lies_as_in_the_file else place + 8)
+            room[:] = np.frombuffer(rest[:count], np.uint8)
+            pipeline.put(room.data)
             rest = rest[count:]
+            pipeline.mark(f"{len(rest)}")
+            prefixes[f"{len(rest)}"] = hashlib.sha256(header + data[: size - len(rest)]).hexdigest()
         sha256 = pipeline.finish()
         file.commit()
     assert (tmp_path / "file").read_bytes() == header + data
     assert sha256 == hashlib.sha256(header + data).hexdigest()
-    assert sum(told) == size and all(0 <= count <= BLOCK for count in told)
+    assert pipeline.prefix_sha256 == prefixes
+    assert sum(told) == size and all(0 <= count <= 4 * BLOCK for count in told)
+
+
+def test_whole_pages_of_a_piece_that_lies_as_in_the_file_are_written_from_where_they_are(small_blocks: None) -> None:
+    file, places = Recorder(), []
+    real = file.write
+
+    def write(data: memoryview) -> None:
+        places.append((np.frombuffer(data, np.uint8).ctypes.data, len(data)))
+        real(data)
+
+    file.write = write
+    pipeline = pipeline_of(file)
+    pipeline.begin(b"12345678")
+    piece, header = placed(3 * BLOCK, 8), len(b"12345678")
+    piece[:] = 7
+    pipeline.put(piece.data)
+    pipeline.finish()
+    page = mmap.PAGESIZE
+    assert [length for _, length in places] == [page, 3 * BLOCK - page, header]
+    assert places[1][0] == piece.ctypes.data + page - header and places[1][0] % page == 0
+    assert b"".join(file.written) == b"12345678" + bytes(piece)
+
+
+def test_a_long_piece_does_not_stay_in_memory(small_blocks: None) -> None:
+    """It is free when it is written, although the file goes on."""
+    pipeline = pipeline_of(Recorder())
+    piece = placed(2 * BLOCK, 0)
+    gone = weakref.ref(piece)
+    pipeline.put(piece.data)
+    del piece
+    for _ in range(pipeline_module.BLOCKS):
+        pipeline.put(placed(2 * BLOCK, 0).data)
+    assert gone() is None
+    pipeline.stop()
 
 
 def test_a_header_longer_than_a_block_is_not_progress(small_blocks: None) -> None:
@@ -130,10 +174,11 @@ def test_no_write_is_under_way_when_a_shard_is_given_up(tmp_path: Path, monkeypa
             raise InputError("a piece that fails")
         return compute(*arguments)
 
-    compute = shard.compute_piece
+    compute = copy.Copy.compute
     monkeypatch.setattr(pipeline_module, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(recipe, "TASK_BYTES", 1)
     monkeypatch.setattr(files.os, "write", slow)
-    monkeypatch.setattr(shard, "compute_piece", fail)
+    monkeypatch.setattr(copy.Copy, "compute", fail)
     code, _, err = dsv4("convert", source, tmp_path / "out", "--max-workers", "1")
     assert code == 3 and "a piece that fails" in err and same and all(same)
     assert not list((tmp_path / "out").glob("*.part"))

@@ -17,9 +17,9 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.copy import copied
 from dsv4.convert.plan.recipes.recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from dsv4.convert.plan.recipes.rows import (
-    cache_blocks,
     check_scale,
     count_nan,
+    placed,
     read_codes,
     read_rows,
     read_scale,
@@ -108,7 +108,7 @@ class MxRecipe(Recipe):
         if piece.tensor.is_scale:
             return PieceResult(_spread(checkpoint, piece))
         if piece.tensor.weight.format is Format.FP8:
-            codes = read_rows(checkpoint, piece.tensor.weight.info, *source_rows(piece))
+            codes = read_rows(checkpoint, piece.tensor.weight.info, *source_rows(piece), piece.place)
             return PieceResult(codes, Counts(nan=count_nan(codes)))
         return self._from_fp4(checkpoint, piece)
 
@@ -117,11 +117,10 @@ class MxRecipe(Recipe):
 
         scale = torch.from_numpy(read_scale(checkpoint, piece))
         raw = read_codes(checkpoint, piece)
-        packed, counts = torch.from_numpy(raw), Counts()
-        data = torch.empty((len(raw), piece.tensor.shape[1]), dtype=torch.uint8)
-        for a, b in cache_blocks(len(raw), piece.tensor.shape[1], 1):
-            counts.negative_zeros += self._cast(packed[a:b], scale[a:b], scale[a:b], FP4_BLOCK, data[a:b])
-        return PieceResult(data.numpy(), counts)
+        packed, columns = torch.from_numpy(raw), piece.tensor.shape[1]
+        data = torch.from_numpy(placed(len(raw) * columns, piece.place)).view(len(raw), columns)
+        zeros = self._cast(packed, scale, scale, FP4_BLOCK, data)
+        return PieceResult(data.numpy(), Counts(negative_zeros=zeros))
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """For the codes: negative zeros of FP4, NaN codes of FP8, changed elements."""
