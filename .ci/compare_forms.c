@@ -14,7 +14,8 @@
                                       int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, void *, void *, int32_t);  \
     void dsv4_index_scores_##form(const struct matrix *, const void *, const float *, int64_t, int64_t, int32_t,       \
                                   float *, void *, int32_t);                                                           \
-    void dsv4_simulate_fp8_##form(const void *, void *, int64_t, int64_t, int64_t, int32_t, int32_t);                  \
+    void dsv4_simulate_fp8_##form(const void *, void *, int64_t, int64_t, int64_t, int64_t, int32_t,         \
+                                 int32_t);                                                                             \
     void dsv4_simulate_index_##form(const void *, void *, void *, int64_t, int64_t, int64_t, int32_t, int32_t);        \
     void dsv4_rms_norm_##form(const void *, const float *, float, void *, void *, int64_t, int64_t, int32_t, int32_t); \
     void dsv4_swiglu_##form(const void *, const void *, const float *, void *, int64_t, int64_t, float, int32_t,       \
@@ -105,8 +106,8 @@ static void small(int is_bf16) {
     static float x[ROWS * COLUMNS], y[ROWS * COLUMNS], weight[ROWS * COLUMNS];
     int64_t bytes = ROWS * COLUMNS * (is_bf16 ? 2 : 4);
     fill(x, ROWS * COLUMNS, is_bf16), fill(y, ROWS * COLUMNS, is_bf16), fill(weight, ROWS * COLUMNS, 0);
-    CALL(A, simulate_fp8)(x, result_a, ROWS, COLUMNS, 64, is_bf16, 2);
-    CALL(B, simulate_fp8)(x, result_b, ROWS, COLUMNS, 64, is_bf16, 2);
+    CALL(A, simulate_fp8)(x, result_a, ROWS, COLUMNS, COLUMNS - 32, 64, is_bf16, 2);
+    CALL(B, simulate_fp8)(x, result_b, ROWS, COLUMNS, COLUMNS - 32, 64, is_bf16, 2);
     compare("simulate_fp8", bytes);
     CALL(A, simulate_index)(x, result_a, scratch, ROWS, COLUMNS, 32, is_bf16, 2);
     CALL(B, simulate_index)(x, result_b, scratch, ROWS, COLUMNS, 32, is_bf16, 2);

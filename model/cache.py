@@ -23,6 +23,7 @@ from .config import OVERLAP_RATIO, Config
 
 MAX_UNDO = 8
 SMALLEST_GROWTH = 64  # entries
+RECENT_GROWTH = 16  # rows of recent tokens: so many single steps until they move
 
 
 class GrowingRows:
@@ -53,32 +54,72 @@ class GrowingRows:
         return self._buffer.nbytes
 
 
+class RecentRows:
+    """Rows [n, ...] of the latest tokens. They are appended at the end and dropped at the front, and seldom move."""
+
+    def __init__(self, empty: torch.Tensor) -> None:
+        self._buffer, self._first, self._length = empty, 0, 0
+        self.start = 0  # position of the first row
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self) -> torch.Tensor:
+        """All rows, as a part of the buffer."""
+        return self._buffer[self._first : self._first + self._length]
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Add the rows of the next tokens."""
+        end = self._first + self._length
+        if end + len(rows) > len(self._buffer):
+            spare = RECENT_GROWTH if self._length else 0
+            grown = self._buffer.new_empty(self._length + len(rows) + spare, *self._buffer.shape[1:])
+            grown[: self._length] = self.rows()
+            self._buffer, self._first, end = grown, 0, self._length
+        self._buffer[end : end + len(rows)] = rows
+        self._length += len(rows)
+
+    def drop(self, position: int) -> None:
+        """Drop the rows of tokens before `position`."""
+        count = position - self.start
+        if count <= 0:
+            return
+        self.start, self._first, self._length = position, self._first + count, self._length - count
+        if self._first > RECENT_GROWTH:
+            self._buffer, self._first = self.rows().clone(), 0
+
+    def truncate(self, position: int) -> None:
+        """Remove the rows of tokens from `position` on."""
+        self._length = min(self._length, max(0, position - self.start))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._buffer.nbytes
+
+
 class CompressorState:
     """The compressed keys of one compressor and the raw tokens that are not compressed yet."""
 
     def __init__(self, ratio: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.ratio, self.overlap = ratio, ratio == OVERLAP_RATIO
         width = head_dim * (2 if self.overlap else 1)
-        self.raw = torch.empty(0, 2, width, dtype=torch.float32, device=device)  # [tokens, (kv, g), width]
-        self.raw_start = 0
+        self.raw = RecentRows(torch.empty(0, 2, width, dtype=torch.float32, device=device))  # [tokens, (kv, g), width]
         self.entries = GrowingRows(head_dim, dtype, device)
 
     def branch(self) -> "CompressorState":
         """A copy to go on from; see Cache.branch."""
         copied = copy(self)
-        copied.entries = copy(self.entries)
+        copied.raw, copied.entries = copy(self.raw), copy(self.entries)
         return copied
 
     def trim(self, length: int) -> None:
         """Drop the raw tokens that no block from `length` on needs."""
-        first = max(0, (length // self.ratio - self.overlap) * self.ratio)
-        if first > self.raw_start:
-            self.raw = self.raw[first - self.raw_start :].clone()
-            self.raw_start = first
+        self.raw.drop((length // self.ratio - self.overlap) * self.ratio)
 
     def truncate(self, length: int) -> None:
         """Remove everything from position `length` on."""
-        self.raw = self.raw[: max(0, length - self.raw_start)]
+        self.raw.truncate(length)
         self.entries.length = min(self.entries.length, length // self.ratio)
 
     @property
@@ -117,13 +158,12 @@ class LayerCache:
 
     def __init__(
         self,
-        window: torch.Tensor,
+        window: RecentRows,
         compressor: CompressorState | None = None,
         indexer: CompressorState | None = None,
         history: TokenHistory | None = None,
     ) -> None:
-        self.window = window  # of no keys yet, [0, c]
-        self.window_start = 0  # position of the first key in `window`
+        self.window = window  # keys [n, c]
         self.compressor, self.indexer, self.history = compressor, indexer, history
 
     def states(self) -> list[CompressorState | TokenHistory]:
@@ -133,6 +173,7 @@ class LayerCache:
     def branch(self) -> "LayerCache":
         """A copy to go on from; see Cache.branch."""
         copied = copy(self)
+        copied.window = copy(self.window)
         copied.compressor = self.compressor and self.compressor.branch()
         copied.indexer = self.indexer and self.indexer.branch()
         copied.history = copy(self.history)
@@ -140,16 +181,13 @@ class LayerCache:
 
     def trim(self, length: int, window: int) -> None:
         """Drop the entries that no token from position `length` on needs."""
-        first = max(0, length - window + 1)
-        if first > self.window_start:
-            self.window = self.window[first - self.window_start :].clone()
-            self.window_start = first
+        self.window.drop(length - window + 1)
         for state in self.states():
             state.trim(length)
 
     def truncate(self, length: int) -> None:
         """Remove everything from position `length` on."""
-        self.window = self.window[: max(0, length - self.window_start)]
+        self.window.truncate(length)
         for state in self.states():
             state.truncate(length)
 
@@ -211,9 +249,9 @@ class Cache:
         sequence.length = length
 
 
-def empty_window(config: Config, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A window without keys, [0, c]."""
-    return torch.empty(0, config.head_dim, dtype=dtype, device=device)
+def empty_window(config: Config, dtype: torch.dtype, device: torch.device) -> RecentRows:
+    """A window without keys."""
+    return RecentRows(torch.empty(0, config.head_dim, dtype=dtype, device=device))
 
 
 def _v4_layer(config: Config, layer: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
@@ -230,7 +268,7 @@ def layer_bytes(config: Config, layer: int, tokens: int, piece: int, itemsize: i
 
     As if every layer with compressed keys had index keys too, and blocks that overlap.
     """
-    ratio, in_call = config.kept_ratio(layer), min(tokens, piece) + MAX_UNDO
+    ratio, in_call = config.kept_ratio(layer), min(tokens, piece) + MAX_UNDO + RECENT_GROWTH
     held = (config.sliding_window + in_call) * config.head_dim * itemsize
     if not ratio:
         return held

@@ -58,11 +58,11 @@ class Block:
         """The block with the attention that is given, from its normed input [T, D] to its output [T, D]."""
         kernels, eps = self._numerics.kernels, self._config.rms_norm_eps
         pre, post, comb = self._around_attention.mixes(h)
-        output = attend(kernels.rms_norm(kernels.hc_pre(pre, h), self._weights.vector("attn_norm.weight"), eps))
+        output = attend(kernels.hc_input(pre, h, self._weights.vector("attn_norm.weight"), eps))
         h = self._around_attention.post(output, h, post, comb)
         trace(f"{name}.attn", output)
         pre, post, comb = self._around_experts.mixes(h)
-        x = kernels.rms_norm(kernels.hc_pre(pre, h), self._weights.vector("ffn_norm.weight"), eps)
+        x = kernels.hc_input(pre, h, self._weights.vector("ffn_norm.weight"), eps)
         output, experts = self._experts(x, token_ids)
         h = self._around_experts.post(output, h, post, comb)
         trace(f"{name}.ffn.gate.experts", experts)

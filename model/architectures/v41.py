@@ -62,8 +62,7 @@ class Block:
         self._around_experts = HyperConnection(config, weights, "ffn", numerics)
 
     def _input(self, pre: torch.Tensor, h: torch.Tensor, norm: str) -> torch.Tensor:
-        kernels = self._numerics.kernels
-        return kernels.rms_norm(kernels.hc_pre(pre, h), self._weights.vector(norm), self._config.rms_norm_eps)
+        return self._numerics.kernels.hc_input(pre, h, self._weights.vector(norm), self._config.rms_norm_eps)
 
     def __call__(
         self, h: torch.Tensor, pre: torch.Tensor, token_ids: torch.Tensor, call: Call, layer: int, shared: Shared | None

@@ -71,13 +71,14 @@ _OPERATIONS = {
     "dsv4_linears": "plpi",
     "dsv4_sparse_attention": "pppppflllllippi",
     "dsv4_index_scores": "mppllippi",
-    "dsv4_simulate_fp8": "pplllii",
+    "dsv4_simulate_fp8": "ppllllii",
     "dsv4_inverse_rms": "pfppllii",
     "dsv4_rms_norm": "ppfppllii",
     "dsv4_head_norm": "pfppllii",
-    "dsv4_rotate": "ppppllllii",
+    "dsv4_rotate": "pppllllii",
     "dsv4_hc_split_sinkhorn": "pppppplllf",
     "dsv4_hc_pre": "ppplllii",
+    "dsv4_hc_input": "pppfpplllii",
     "dsv4_hc_post": "ppppplllii",
     "dsv4_swiglu": "ppppllfii",
     "dsv4_sqrtsoftplus": "ppli",
@@ -304,10 +305,17 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
 
 def simulate_fp8(x: torch.Tensor, group: int) -> torch.Tensor:
     """See dsv4.quant.activation.simulate_fp8."""
+    return simulate_key(x, x.shape[-1], group)
+
+
+def simulate_key(x: torch.Tensor, quantized: int, group: int) -> torch.Tensor:
+    """See reference_small.simulate_key."""
     x = x.contiguous()
     result, columns = torch.empty_like(x), x.shape[-1]
-    rows = x.numel() // max(columns, 1)  # keys may be nothing but their rotary part
-    _loaded().dsv4_simulate_fp8(x.data_ptr(), result.data_ptr(), rows, columns, group, _is_bfloat16(x), _threads_for(x))
+    _loaded().dsv4_simulate_fp8(
+        x.data_ptr(), result.data_ptr(), x.numel() // max(columns, 1), columns, quantized, group, _is_bfloat16(x),
+        _threads_for(x),
+    )  # fmt: skip
     return result
 
 
@@ -344,13 +352,12 @@ def head_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See reference_small.rotate."""
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    result, (rows, heads, columns) = torch.empty_like(x), x.shape
+    x, cos, sin, (rows, heads, columns) = x.contiguous(), cos.contiguous(), sin.contiguous(), x.shape
     _loaded().dsv4_rotate(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), result.data_ptr(), rows, heads, columns, cos.shape[1],
-        _is_bfloat16(x), _threads_for(x),
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), rows, heads, columns, cos.shape[1], _is_bfloat16(x),
+        _threads(2 * rows * heads * cos.shape[1] * WORK_PER_ELEMENT),
     )  # fmt: skip
-    return result
+    return x
 
 
 def hc_split_sinkhorn(
@@ -376,6 +383,17 @@ def hc_pre(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     _loaded().dsv4_hc_pre(
         weights.data_ptr(), h.data_ptr(), result.data_ptr(), rows, n, columns, _is_bfloat16(h), _threads_for(h)
     )
+    return result
+
+
+def hc_input(weights: torch.Tensor, h: torch.Tensor, norm: torch.Tensor, eps: float) -> torch.Tensor:
+    """See reference_small.hc_input."""
+    weights, h, (rows, n, columns), threads = weights.contiguous(), h.contiguous(), h.shape, _threads_for(h)
+    result = torch.empty(rows, columns, dtype=h.dtype)
+    _loaded().dsv4_hc_input(
+        weights.data_ptr(), h.data_ptr(), norm.data_ptr(), eps, result.data_ptr(), _row_scratch(columns, threads),
+        rows, n, columns, _is_bfloat16(h), threads,
+    )  # fmt: skip
     return result
 
 

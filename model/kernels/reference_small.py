@@ -9,9 +9,11 @@ the last dimension, whose order is fixed on the CPU. The defaults define the res
 in their place for other devices.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from dsv4.quant.activation import hadamard, simulate_fp4
+from dsv4.quant.activation import hadamard, simulate_fp4, simulate_fp8
 
 from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
@@ -47,7 +49,10 @@ def head_norm(q: torch.Tensor, eps: float, *, sqrt: Elementwise = sqrt, total: E
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, m, c] with its last r dims turned: pairs (2i, 2i + 1) by the angle of cos and sin, float32 [T, r / 2]."""
+    """x [T, m, c] with its last r dims turned: pairs (2i, 2i + 1) by the angle of cos and sin, float32 [T, r / 2].
+
+    x may be overwritten: what is rotated is new, and large.
+    """
     r = 2 * cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     pairs = torch.unflatten(x[..., -r:].to(torch.float32), -1, (-1, 2))
@@ -110,6 +115,19 @@ def hc_pre(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return _weighted(weights, h).to(h.dtype)
 
 
+def hc_input(
+    weights: torch.Tensor,
+    h: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    *,
+    as_one: Callable[..., torch.Tensor] = hc_pre,
+    normed: Callable[..., torch.Tensor] = rms_norm,
+) -> torch.Tensor:
+    """The input of a sublayer: the streams as one, as `hc_pre`, then as `rms_norm` with the weight `norm` [D]."""
+    return normed(as_one(weights, h), norm, eps)
+
+
 def hc_post(output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """A sublayer's output [T, D] and the old streams h [T, n, D] -> new: post_k * output + sum_j comb[j, k] h_j."""
     wide = output.to(torch.float32)
@@ -126,6 +144,13 @@ def swiglu(
     if share is not None:
         activation = share.unsqueeze(-1) * activation
     return activation.to(gate.dtype)
+
+
+def simulate_key(
+    x: torch.Tensor, quantized: int, group: int, *, simulate: Callable[..., torch.Tensor] = simulate_fp8
+) -> torch.Tensor:
+    """x [..., c] with its first `quantized` dims as in FP8 in groups of `group`, the others as they are."""
+    return torch.cat((simulate(x[..., :quantized], group), x[..., quantized:]), dim=-1)
 
 
 def simulate_index(x: torch.Tensor) -> torch.Tensor:

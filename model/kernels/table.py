@@ -34,6 +34,7 @@ class KernelTable:
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
     simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
     simulate_fp8: Callable[[torch.Tensor, int], torch.Tensor] = simulate_fp8
+    simulate_key: Callable[[torch.Tensor, int, int], torch.Tensor] = small.simulate_key
     inverse_rms: Callable[[torch.Tensor, float], torch.Tensor] = small.inverse_rms
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = small.rms_norm
     head_norm: Callable[[torch.Tensor, float], torch.Tensor] = small.head_norm
@@ -41,6 +42,7 @@ class KernelTable:
     hc_split_sinkhorn: Callable[..., Tensors] = small.hc_split_sinkhorn
     hc_head_weights: Callable[..., torch.Tensor] = small.hc_head_weights
     hc_pre: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.hc_pre
+    hc_input: Callable[..., torch.Tensor] = small.hc_input
     hc_post: Callable[..., torch.Tensor] = small.hc_post
     swiglu: Callable[..., torch.Tensor] = small.swiglu
     sqrtsoftplus: Callable[[torch.Tensor], torch.Tensor] = small.sqrtsoftplus
@@ -73,12 +75,14 @@ CPU = KernelTable(
     sparse_attention=cpu.sparse_attention,
     index_scores=cpu.index_scores,
     simulate_fp8=cpu.simulate_fp8,
+    simulate_key=cpu.simulate_key,
     inverse_rms=cpu.inverse_rms,
     rms_norm=cpu.rms_norm,
     head_norm=cpu.head_norm,
     rotate=cpu.rotate,
     hc_split_sinkhorn=cpu.hc_split_sinkhorn,
     hc_pre=cpu.hc_pre,
+    hc_input=cpu.hc_input,
     hc_post=cpu.hc_post,
     swiglu=cpu.swiglu,
     choose_experts=cpu.choose_experts,
@@ -91,12 +95,15 @@ def _device_sum(x: torch.Tensor) -> torch.Tensor:
     return x.sum(-1)
 
 
+_DEVICE_RMS_NORM = partial(small.rms_norm, sqrt=torch.sqrt, total=_device_sum)
+
 TORCH_DEVICE = KernelTable(
     linear=torch_device.linear,
     sparse_attention=torch_device.sparse_attention,
     index_scores=torch_device.index_scores,
     inverse_rms=partial(small.inverse_rms, sqrt=torch.sqrt, total=_device_sum),
-    rms_norm=partial(small.rms_norm, sqrt=torch.sqrt, total=_device_sum),
+    rms_norm=_DEVICE_RMS_NORM,
+    hc_input=partial(small.hc_input, normed=_DEVICE_RMS_NORM),
     head_norm=partial(small.head_norm, sqrt=torch.sqrt, total=_device_sum),
     hc_split_sinkhorn=partial(small.hc_split_sinkhorn, exp=torch.exp, total=_device_sum),
     hc_head_weights=partial(small.hc_head_weights, exp=torch.exp),
@@ -117,10 +124,12 @@ def _cuda() -> KernelTable:
         TORCH_DEVICE,
         linear=cuda.linear,
         simulate_fp8=cuda.simulate_fp8,
+        simulate_key=partial(small.simulate_key, simulate=cuda.simulate_fp8),
         inverse_rms=cuda.inverse_rms,
         rms_norm=cuda.rms_norm,
         hc_split_sinkhorn=cuda.hc_split_sinkhorn,
         hc_pre=cuda.hc_pre,
+        hc_input=partial(small.hc_input, as_one=cuda.hc_pre, normed=cuda.rms_norm),
         hc_post=cuda.hc_post,
         swiglu=cuda.swiglu,
     )

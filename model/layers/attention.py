@@ -107,13 +107,13 @@ class WindowAttention:
         self, q: torch.Tensor, segment: Segment, cache: LayerCache, compressed: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
         """q [count, H, c] over the window of `cache` and the rows `chosen` int32 [count, most] of compressed keys."""
-        index = window_rows(segment.position, segment.count, cache.window_start, self._config.sliding_window).to(
+        index = window_rows(segment.position, segment.count, cache.window.start, self._config.sliding_window).to(
             q.device
         )
         if chosen.shape[1]:
             chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
             index = torch.cat((index, chosen.to(q.device)), dim=1)
-        return self.attend(q, cache.window, compressed, index)
+        return self.attend(q, cache.window.rows(), compressed, index)
 
     def attend(
         self, q: torch.Tensor, window: torch.Tensor, compressed: torch.Tensor, index: torch.Tensor
@@ -171,11 +171,11 @@ class Attention(WindowAttention):
             index = (*self._indexer.queries(x, qr, positions), self._indexer.compressor.raw(x, positions))
         outputs = []
         for segment, cache in zip(segments, caches, strict=True):
-            cache.window = torch.cat((cache.window, kv[segment.rows]))
+            cache.window.append(kv[segment.rows])
             if self._compressor is not None and raw is not None and cache.compressor is not None:
                 self._compressor.advance(cache.compressor, raw[segment.rows], segment.position)
             chosen = self._compressed_rows(segment, cache, index)
-            compressed = cache.window[:0] if cache.compressor is None else cache.compressor.entries.rows()
+            compressed = cache.window.rows()[:0] if cache.compressor is None else cache.compressor.entries.rows()
             outputs.append(self._attend_cached(q[segment.rows], segment, cache, compressed, chosen))
         return self.project(joined(outputs), positions)
 

@@ -25,8 +25,7 @@ def simulate_key(x: torch.Tensor, rope_dims: int, numerics: Numerics) -> torch.T
     """A key [..., c] as the FP8 cache would hold it: all but the rotary dims quantized in groups of 64."""
     if not numerics.simulation:
         return x
-    plain = numerics.kernels.simulate_fp8(x[..., :-rope_dims], KEY_GROUP)
-    return torch.cat((plain, x[..., -rope_dims:]), dim=-1)
+    return numerics.kernels.simulate_key(x, x.shape[-1] - rope_dims, KEY_GROUP)
 
 
 def simulate_index(x: torch.Tensor, numerics: Numerics) -> torch.Tensor:
@@ -53,7 +52,7 @@ class Compressor:
 
     def advance(self, state: CompressorState, raw: torch.Tensor, position: int) -> None:
         """Add the raw tokens of one sequence, the first at `position`, and compress the blocks they finish."""
-        state.raw = torch.cat((state.raw, raw))
+        state.raw.append(raw)
         first, last = state.entries.length, (position + len(raw)) // state.ratio
         if last > first:
             state.entries.append(self._compress(_slots(state, first, last), first, last, state.ratio))
@@ -72,14 +71,14 @@ class Compressor:
 
 def _slots(state: CompressorState, first: int, last: int) -> torch.Tensor:
     """The tokens that blocks [first, last) see: float32 [blocks, 2, dims, tokens]."""
-    ratio, start = state.ratio, state.raw_start
-    own = torch.unflatten(state.raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
+    ratio, raw, start = state.ratio, state.raw.rows(), state.raw.start
+    own = torch.unflatten(raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
     if not state.overlap:
         return own.permute(0, 2, 3, 1)
     dims = own.shape[-1] // 2
     before = own.new_zeros(1, *own.shape[1:])
     before[:, :, 1] = -torch.inf
     if first:
-        before = state.raw[(first - 1) * ratio - start : first * ratio - start].unsqueeze(0)
+        before = raw[(first - 1) * ratio - start : first * ratio - start].unsqueeze(0)
     previous = torch.cat((before, own[:-1]))
     return torch.cat((previous[..., :dims], own[..., dims:]), dim=1).permute(0, 2, 3, 1)

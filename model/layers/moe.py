@@ -9,7 +9,7 @@ the outputs before they are added, so the order is the same for any number of ra
 Experts that are not in memory are read from the files while the shared expert and those before them are computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -88,33 +88,34 @@ class MixtureOfExperts:
         self._weights.expect([f"experts.{expert}.{name}" for expert in chosen.experts for name in EXPERT_MATRICES])
         return chosen
 
-    def _experts_together(self, rows: torch.Tensor, chosen: Chosen, shares: torch.Tensor) -> torch.Tensor:
-        """What `_expert` gives for the rows of each chosen expert, in that order, by few calls of the kernels.
+    def _together(
+        self,
+        folders: Sequence[str],
+        inputs: Sequence[torch.Tensor],
+        shares: torch.Tensor,
+        results: Iterable[torch.Tensor],
+    ) -> None:
+        """What `_expert` gives for several experts, one after the other, by few calls of the kernels.
 
-        rows [sum of t, D] of x, and their shares. Returns [sum of t, D].
+        Of each expert: where its matrices are, quantized x [t, D], and the result [t, D]; shares [sum of t].
         """
         numerics, into = self._numerics, self._numerics.kernels.linears_into
-        w1, w3, w2 = (
-            [self._weights.matrix(f"experts.{expert}.{name}") for expert in chosen.experts] for name in EXPERT_MATRICES
-        )
-
-        def parts(x: torch.Tensor) -> Sequence[torch.Tensor]:
-            return torch.split(x, chosen.counts)
-
-        gate, up = rows.new_empty(2, len(rows), w1[0].shape[0])
-        result = rows.new_empty(len(rows), w2[0].shape[0])
-        inward = [Product(x, matrix) for matrices in (w1, w3) for x, matrix in zip(parts(rows), matrices, strict=True)]
-        into(inward, [*parts(gate), *parts(up)])
+        w1, w3, w2 = ([self._weights.matrix(folder + name) for folder in folders] for name in EXPERT_MATRICES)
+        counts = [len(x) for x in inputs]
+        gate, up = inputs[0].new_empty(2, sum(counts), w1[0].shape[0])
+        inward = [Product(x, matrix) for matrices in (w1, w3) for x, matrix in zip(inputs, matrices, strict=True)]
+        into(inward, [*torch.split(gate, counts), *torch.split(up, counts)])
         activation = numerics.quantize(numerics.kernels.swiglu(gate, up, self._config.swiglu_limit, shares))
-        into([Product(x, matrix) for x, matrix in zip(parts(activation), w2, strict=True)], parts(result))
-        return result
+        into([Product(x, w) for x, w in zip(torch.split(activation, counts), w2, strict=True)], list(results))
 
     def _routed(self, x: torch.Tensor, chosen: Chosen, shares: torch.Tensor) -> torch.Tensor:
         """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
         outputs = torch.zeros(shares.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
         rows, own = x[chosen.places // shares.shape[1]], shares.flatten()[chosen.places]
         if self._weights.keep_everything and outputs.shape[0] <= ROWS_TOGETHER and chosen.experts:
-            outputs[chosen.places] = self._experts_together(rows, chosen, own)
+            result, folders = torch.empty_like(rows), [f"experts.{expert}." for expert in chosen.experts]
+            self._together(folders, torch.split(rows, chosen.counts), own, torch.split(result, chosen.counts))
+            outputs[chosen.places] = result
         else:
             for expert, places, some, share in zip(
                 chosen.experts, *(torch.split(part, chosen.counts) for part in (chosen.places, rows, own)), strict=True
@@ -122,11 +123,23 @@ class MixtureOfExperts:
                 outputs[places] = self._expert(some, self._weights.view(f"experts.{expert}."), share)
         return self._numerics.group.all_reduce_disjoint(outputs.view(*shares.shape, -1))
 
+    def _of_one_token(
+        self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs for quantized x [1, D]: of the experts [1, k, D], and of the shared one [1, D], with a share of 1."""
+        folders = [*(f"experts.{expert}." for expert in experts[0].tolist()), "shared_experts."]
+        result = x.new_empty(len(folders), x.shape[1])
+        self._together(folders, [x] * len(folders), torch.cat((shares[0], shares.new_ones(1))), torch.split(result, 1))
+        return result[:-1].unsqueeze(0), result[-1:]
+
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         experts, shares = self.gate(x, token_ids)
-        chosen = self._mine(experts)
         quantized = self._numerics.quantize(x)
-        shared = self._expert(quantized, self._weights.view("shared_experts."), None)
-        outputs = self._routed(quantized, chosen, shares)
+        if len(x) == 1 and self._numerics.group.count == 1 and self._weights.keep_everything:
+            outputs, shared = self._of_one_token(quantized, experts, shares)
+        else:
+            chosen = self._mine(experts)
+            shared = self._expert(quantized, self._weights.view("shared_experts."), None)
+            outputs = self._routed(quantized, chosen, shares)
         return self._numerics.kernels.add_experts(outputs, experts, shared), experts

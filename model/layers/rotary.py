@@ -65,7 +65,10 @@ class Rotary:
         return self._latest[1:]
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        """x [n, ..., c] with the last r dims rotated by their position, back if `inverse`; x's dtype out."""
+        """x [n, ..., c] with the last r dims rotated by their position, back if `inverse`; x's dtype out.
+
+        x may be overwritten.
+        """
         cos, sin, negative = self._both_ways(positions)
         width = x.shape[-1]
         return self._rotate(x.reshape(len(x), -1, width), cos, negative if inverse else sin).view(x.shape)

@@ -58,7 +58,7 @@ class SharedKeyAttention(WindowAttention):
         quantized = self.quantize(x)
         qr, q, kv = self.queries_and_keys(quantized, positions)
         for segment, cache in zip(segments, caches, strict=True):
-            cache.window = torch.cat((cache.window, kv[segment.rows]))
+            cache.window.append(kv[segment.rows])
         if self._source is not None:
             raw = self._source.raw(x)
             for segment, cache in zip(segments, caches, strict=True):
@@ -94,7 +94,7 @@ def _chosen_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The compressed keys of a segment, [groups, c], and which of them each query attends to."""
     if shared is None:
-        return cache.window[:0], torch.empty(segment.count, 0, dtype=torch.int32)
+        return cache.window.rows()[:0], torch.empty(segment.count, 0, dtype=torch.int32)
     state = shared.keys[number].compressor
     assert state is not None, "a KV source has compressed keys"
     return state.entries.rows(), shared.selections[number].chosen

@@ -45,7 +45,7 @@ class KeySource:
         """Add the raw tokens of one sequence, the first at `position`, and compress the groups they finish."""
         state, index = cache.compressor, cache.indexer
         assert state is not None and index is not None, "a KV source has both"
-        state.raw = torch.cat((state.raw, raw))
+        state.raw.append(raw)
         first, last = state.entries.length, (position + len(raw)) // self._ratio
         if last > first:
             keys, index_keys = self._compress(_groups(state, first, last), first)
@@ -69,8 +69,8 @@ class KeySource:
 
 def _groups(state: CompressorState, first: int, last: int) -> torch.Tensor:
     """The raw tokens of groups [first, last): float32 [groups, 2, c, ratio]."""
-    ratio, start = state.ratio, state.raw_start
-    own = torch.unflatten(state.raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
+    ratio, raw, start = state.ratio, state.raw.rows(), state.raw.start
+    own = torch.unflatten(raw[first * ratio - start : last * ratio - start], 0, (last - first, ratio))
     return own.permute(0, 2, 3, 1)
 
 

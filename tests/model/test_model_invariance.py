@@ -10,6 +10,7 @@ import torch
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import UsageError
 from dsv4.model import load, loading, transformer
+from dsv4.model.cache import MAX_UNDO, RECENT_GROWTH
 from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.transformer import Transformer
 
@@ -150,6 +151,8 @@ def test_cache_is_as_small_as_the_architecture_allows(model: Transformer) -> Non
     keys = 2 * (3 * 16 * g.head_dim + (35 + 1) * g.head_dim + 35 * g.index_head_dim)
     raw = 4 * 2 * (8 * 2 * (g.head_dim + g.index_head_dim) + 12 * g.head_dim)
     spare = 64 * 2 * (2 * g.head_dim + g.index_head_dim)  # a buffer is at most 64 entries ahead here
+    one_row = 2 * 3 * g.head_dim + 4 * 2 * (2 * (g.head_dim + g.index_head_dim) + g.head_dim)
+    spare += (RECENT_GROWTH + MAX_UNDO) * one_row  # and so many rows of recent tokens
     assert keys + raw <= cache.nbytes <= keys + raw + spare
 
 

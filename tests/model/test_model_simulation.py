@@ -113,7 +113,7 @@ def test_keys_are_fp8_but_for_their_rotary_dims_and_index_keys_are_fp4(model: Tr
     rotary = GEOMETRY.qk_rope_head_dim
     for layer in cache.sequences[0].layers:
         assert layer.compressor is not None and layer.compressor.entries.length
-        for keys in (layer.window, layer.compressor.entries.rows()):
+        for keys in (layer.window.rows(), layer.compressor.entries.rows()):
             assert on_a_grid(keys[:, :-rotary], 64, E4M3)
             assert not on_a_grid(keys[:, -rotary:], 64, E4M3)
     indexer = cache.sequences[0].layers[0].indexer

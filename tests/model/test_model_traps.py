@@ -101,11 +101,12 @@ def overlap_halves_swapped(patch: pytest.MonkeyPatch) -> None:
     right = compressor._slots
 
     def wrong(state: compressor.CompressorState, first: int, last: int) -> torch.Tensor:
-        raw, half = state.raw, state.raw.shape[-1] // 2
+        rows = state.raw.rows()
+        raw, half = rows.clone(), rows.shape[-1] // 2
         if state.overlap:
-            state.raw = torch.cat((raw[..., half:], raw[..., :half]), -1)
-        slots = right(state, first, last)
-        state.raw = raw
+            rows.copy_(torch.cat((raw[..., half:], raw[..., :half]), -1))
+        slots = right(state, first, last).clone()
+        rows.copy_(raw)
         return slots
 
     patch.setattr(compressor, "_slots", wrong)

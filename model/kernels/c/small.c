@@ -58,12 +58,14 @@ INLINE float group_scale(float amax, float inverse) {
     return scale;
 }
 
-/* x, out [rows, columns]; groups of `group` along a row; the last may be shorter. */
-INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t columns, int64_t group,
+/* x, out [rows, columns]; groups of `group` along the first `quantized` numbers of a row; the last may be shorter. */
+INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t columns, int64_t quantized, int64_t group,
                          int32_t is_bf16) {
-    for (int64_t row = rows.first; row < rows.last; row++)
-        for (int64_t start = 0; start < columns; start += group) {
-            int64_t stop = least(start + group, columns), at = row * columns;
+    for (int64_t row = rows.first; row < rows.last; row++) {
+        int64_t at = row * columns;
+        for (int64_t k = quantized; k < columns; k++) store_as(out, is_bf16, at + k, load_as_float(x, is_bf16, at + k));
+        for (int64_t start = 0; start < quantized; start += group) {
+            int64_t stop = least(start + group, quantized);
             float amax = 1e-4f, scale;
             for (int64_t k = start; k < stop; k++) {
                 float v = fabsf(load_as_float(x, is_bf16, at + k));
@@ -76,15 +78,16 @@ INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t col
                 store_as(out, is_bf16, at + k, round_e4m3(v) * scale);
             }
         }
+    }
 }
 
-#define CALL(is_bf16) simulate_fp8(j->x, j->out, mine, j->columns, j->n, is_bf16)
+#define CALL(is_bf16) simulate_fp8(j->x, j->out, mine, j->columns, j->pairs, j->n, is_bf16)
 SHARED(simulate_fp8, CALL)
 #undef CALL
 
-void OF_FORM(dsv4_simulate_fp8)(const void *x, void *out, int64_t rows, int64_t columns, int64_t group,
-                                int32_t is_bf16, int32_t threads) {
-    struct rows j = {.x = x, .out = out, .columns = columns, .n = group, .is_bf16 = is_bf16};
+void OF_FORM(dsv4_simulate_fp8)(const void *x, void *out, int64_t rows, int64_t columns, int64_t quantized,
+                                int64_t group, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.x = x, .out = out, .columns = columns, .pairs = quantized, .n = group, .is_bf16 = is_bf16};
     share(simulate_fp8_rows, &j, rows, threads);
 }
 
@@ -168,32 +171,28 @@ void OF_FORM(dsv4_head_norm)(const void *x, float eps, void *out, void *scratch,
     share(head_norm_rows, &j, rows, threads);
 }
 
-INLINE void rotate(const void *x, const float *cos, const float *sin, void *out, struct span rows,
-                   int64_t heads, int64_t columns, int64_t pairs, int is_bf16) {
-    int64_t size = is_bf16 ? 2 : 4, plain = columns - 2 * pairs;
+INLINE void rotate(void *x, const float *cos, const float *sin, struct span rows, int64_t heads, int64_t columns,
+                   int64_t pairs, int is_bf16) {
     for (int64_t row = rows.first; row < rows.last; row++)
         for (int64_t head = 0; head < heads; head++) {
-            int64_t at = (row * heads + head) * columns;
-            memcpy((char *)out + at * size, (const char *)x + at * size, plain * size);
+            int64_t at = (row * heads + head + 1) * columns - 2 * pairs;
             for (int64_t i = 0; i < pairs; i++) {
-                float even = load_as_float(x, is_bf16, at + plain + 2 * i);
-                float odd = load_as_float(x, is_bf16, at + plain + 2 * i + 1);
+                float even = load_as_float(x, is_bf16, at + 2 * i), odd = load_as_float(x, is_bf16, at + 2 * i + 1);
                 float c = cos[row * pairs + i], s = sin[row * pairs + i];
-                store_as(out, is_bf16, at + plain + 2 * i, even * c - odd * s);
-                store_as(out, is_bf16, at + plain + 2 * i + 1, even * s + odd * c);
+                store_as(x, is_bf16, at + 2 * i, even * c - odd * s);
+                store_as(x, is_bf16, at + 2 * i + 1, even * s + odd * c);
             }
         }
 }
 
-#define CALL(is_bf16) rotate(j->x, j->a, j->b, j->out, mine, j->n, j->columns, j->pairs, is_bf16)
+#define CALL(is_bf16) rotate(j->out, j->a, j->b, mine, j->n, j->columns, j->pairs, is_bf16)
 SHARED(rotate, CALL)
 #undef CALL
 
-/* x, out [rows, heads, columns]; cos, sin float32 [rows, pairs]; the last 2 * pairs dims turn. */
-void OF_FORM(dsv4_rotate)(const void *x, const float *cos, const float *sin, void *out, int64_t rows, int64_t heads,
-                          int64_t columns, int64_t pairs, int32_t is_bf16, int32_t threads) {
-    struct rows j = {.x = x, .a = cos, .b = sin, .out = out, .columns = columns, .n = heads, .pairs = pairs,
-                     .is_bf16 = is_bf16};
+/* x [rows, heads, columns], in place; cos, sin float32 [rows, pairs]; the last 2 * pairs dims turn. */
+void OF_FORM(dsv4_rotate)(void *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t columns,
+                          int64_t pairs, int32_t is_bf16, int32_t threads) {
+    struct rows j = {.a = cos, .b = sin, .out = x, .columns = columns, .n = heads, .pairs = pairs, .is_bf16 = is_bf16};
     share(rotate_rows, &j, rows, threads);
 }
 
@@ -272,6 +271,13 @@ void OF_FORM(dsv4_hc_pre)(const float *weights, const void *h, void *out, int64_
                           int32_t is_bf16, int32_t threads) {
     struct rows j = {.x = h, .a = weights, .out = out, .columns = columns, .n = n, .is_bf16 = is_bf16};
     share(hc_pre_rows, &j, rows, threads);
+}
+
+/* The same, then over its root mean square and times `norm` float32 [columns]; scratch of a row for each thread. */
+void OF_FORM(dsv4_hc_input)(const float *weights, const void *h, const float *norm, float eps, void *out, void *scratch,
+                            int64_t rows, int64_t n, int64_t columns, int32_t is_bf16, int32_t threads) {
+    OF_FORM(dsv4_hc_pre)(weights, h, out, rows, n, columns, is_bf16, threads);
+    OF_FORM(dsv4_rms_norm)(out, norm, eps, out, scratch, rows, columns, is_bf16, threads);
 }
 
 INLINE void hc_post(const void *output, const void *h, const float *post, const float *comb, void *out,

@@ -302,6 +302,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     gates = torch.cat((torch.full((9, 4, 4), -torch.inf), h[..., :4].float()), -1)  # no block before the first
     return {
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
+        "simulate_key": [(h, 96, 64), (rows, 144, 64), (h, 160, 32), (h, 0, 64)],
         "inverse_rms": [(rows, 1e-6), (h[:, :, :7], 1e-3)],
         "rms_norm": [(h, torch.randn(160, generator=GENERATOR), 1e-6)],
         "head_norm": [(h, 1e-6)],
@@ -318,6 +319,7 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
             for n in (1, 2, 3, 4)
         ],
         "hc_pre": [(positive, h)],
+        "hc_input": [(positive, h, torch.randn(160, generator=GENERATOR), 1e-6)],
         "hc_post": [(rows, h, positive, torch.rand(9, 4, 4, generator=GENERATOR))],
         "sqrtsoftplus": [(h.float(),), (torch.linspace(-120, 120, 999),), (torch.tensor([800.0, 40.0, 0.0, -0.0]),)],
         "pool": [(h.float(), h.float() * 3), (h[..., :8].float(), gates), (h[:0].float(), h[:0].float())],
@@ -333,12 +335,14 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
 
 SMALL = [
     "simulate_fp8",
+    "simulate_key",
     "inverse_rms",
     "rms_norm",
     "head_norm",
     "rotate",
     "hc_split_sinkhorn",
     "hc_pre",
+    "hc_input",
     "hc_post",
     "swiglu",
     "sqrtsoftplus",
@@ -366,7 +370,7 @@ def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: 
     for threads in (2, 4, 50):
         monkeypatch.setattr(cpu, "_threads", lambda work, threads=threads: threads)
         for arguments in widths(name, torch.bfloat16):
-            found, expected = getattr(CPU, name)(*arguments), getattr(REFERENCE, name)(*arguments)
+            expected, found = getattr(REFERENCE, name)(*arguments), getattr(CPU, name)(*arguments)
             assert torch.equal(bits(found), bits(expected)), threads
 
 
