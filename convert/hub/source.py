@@ -144,6 +144,14 @@ def folder_or_repository(text: str, revision: str | None = None) -> Path | HubSo
     return source
 
 
+def existing_source(text: str, revision: str | None = None) -> Path | HubSource:
+    """As `parse_source`, but a folder has to exist. Raises UsageError, InputError. A repository is not looked up."""
+    source = parse_source(text, revision)
+    if isinstance(source, Path) and not source.is_dir():
+        raise missing_folder(text)
+    return source
+
+
 def missing_folder(text: str) -> InputError:
     """The error for a path that does not exist or is no folder; the hint says how a repository is written."""
     path = Path(text)

@@ -18,7 +18,7 @@ from .client import WEIGHTS, NoRepository, Snapshot
 from .open import HubOptions, check_unchanged, open_snapshot
 from .ranges import Ranges
 from .shards import Shards
-from .source import HubSource, missing_folder, parse_source
+from .source import HubSource, existing_source
 
 
 class HubStorage:
@@ -225,7 +225,7 @@ def open_hub_storage(source: HubSource, scratch: Path, options: HubOptions) -> H
 
 def open_storage(text: str, revision: str | None, scratch: Path, options: HubOptions) -> Storage:
     """The Storage of a SOURCE as the command line writes it: a folder, or a repository. Raises UsageError too."""
-    source = parse_source(text, revision)
+    source = existing_source(text, revision)
     if isinstance(source, HubSource):
         try:
             return open_hub_storage(source, scratch, options)
@@ -233,6 +233,4 @@ def open_storage(text: str, revision: str | None, scratch: Path, options: HubOpt
             if ":" not in text:  # org/name alone: a folder may have been meant
                 error.hint = f"There is no folder {text} either. {error.hint}"
             raise
-    if not source.is_dir():
-        raise missing_folder(text)
     return Folder(source)

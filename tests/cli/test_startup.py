@@ -18,15 +18,18 @@ expected = int(sys.argv[2])
 for arguments in json.loads(sys.argv[1]):
     code = cli.run(arguments)
     assert (code > 1) == expected, (arguments, code)
-    loaded = sorted({name.split(".")[0] for name in sys.modules} & {"torch", "safetensors", "transformers"})
+    loaded = sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[3:]))
     print(arguments, loaded, file=sys.stderr)
     assert not loaded, arguments
 """
 
 
-def check(commands: list[list[str]], fails: bool) -> None:
-    """Run them in one process, of which none may import torch."""
-    arguments = [json.dumps(commands), str(int(fails))]
+SLOW = ("torch", "safetensors", "transformers")
+
+
+def check(commands: list[list[str]], fails: bool, modules: tuple[str, ...] = SLOW) -> None:
+    """Run them in one process, of which none may import one of the modules."""
+    arguments = [json.dumps(commands), str(int(fails)), *modules]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -77,3 +80,9 @@ def test_mistakes_need_no_torch(tmp_path: Path) -> None:
         ["demo", source],
     ]
     check(commands, fails=True)
+
+
+def test_a_mistyped_folder_needs_no_numpy_either(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    commands = [["inspect", "demo/sorce"], ["convert", "demo/sorce", out], ["download", "nowhere", out]]
+    check([*commands, ["doctor", "nowhere", "--for", "vllm"]], fails=True, modules=(*SLOW, "numpy"))

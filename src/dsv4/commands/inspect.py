@@ -247,7 +247,11 @@ def inspect(
         raise UsageError(f"'{pattern}' needs --tensors", "dsv4 inspect CHECKPOINT --tensors 'layers.0.*'")
     if tensors and tensor is not None:
         raise UsageError("--tensors and --tensor exclude each other", "One lists names, the other looks into a tensor.")
-    from dsv4.convert.hub.open import HubOptions
+    from dsv4.convert.hub.source import existing_source
+
+    if not Path(checkpoint).is_file():
+        existing_source(checkpoint, revision)
+    from dsv4.convert.hub.open import HubOptions  # imports NumPy: after what can be wrong
     from dsv4.convert.inspect.inspection import inspect_checkpoint
 
     with ExitStack() as stack:

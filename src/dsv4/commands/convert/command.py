@@ -136,7 +136,10 @@ def convert(options: ConvertOptions) -> None:
     Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
     from its headers, and only --scratch of its shards are on disk at once.
     """
-    from dsv4.convert.plan.partition import Part
+    from dsv4.convert.hub.source import existing_source
+
+    existing_source(options.source, options.revision)
+    from dsv4.convert.plan.partition import Part  # imports NumPy: after what can be wrong
     from dsv4.convert.write.estimate import measure
     from dsv4.convert.write.run import check_job
     from dsv4.convert.write.shards.resources import keep_freed_memory

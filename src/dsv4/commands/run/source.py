@@ -123,10 +123,10 @@ def open_source(text: str, options: RunOptions, stack: ExitStack, out: Output) -
 
     Raises InputError for faults in its headers or config, and for a missing folder, NetworkError, MachineError.
     """
-    from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.convert.hub.source import folder_or_repository
 
     where = folder_or_repository(text, options.revision if text == options.checkpoint else None)
+    from dsv4.convert.checkpoint.rank_files import open_checkpoint
     from dsv4.model.architectures.table import architecture_of  # imports torch: after what can be wrong
     from dsv4.model.weights import draft_stages
 
