@@ -9,8 +9,10 @@ import pytest
 from exact_values import dsv4
 from images import IMAGE
 
+from dsv4.convert.checkpoint.editions import table
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import EDITIONS, Geometry, make_checkpoint
+from dsv4.errors import InputError
 from dsv4.model.chat.detection import prompt_edition_of
 from dsv4.model.weights import draft_stages
 
@@ -124,6 +126,28 @@ def test_every_cell(checkpoint: str, tmp_path: Path) -> None:
 
 def test_every_edition_that_the_demo_makes_is_in_the_table() -> None:
     assert {cells[0].strip("`") for cells in ROWS.values() if cells[0]} == set(EDITIONS)
+
+
+def test_the_demo_names_its_editions(tmp_path: Path) -> None:
+    code, _, err = dsv4("demo", tmp_path / "demo", "--edition", "v9")
+    assert code == 2 and f"It has {', '.join(EDITIONS)}." in err and not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_later_edition_may_have_the_tensors_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
+    """Its row lists them among its own signs; a tensor of the later one alone is refused under the earlier config."""
+    signs = re.compile(f"{table.V4_SIGNS.pattern}|.*\\.sponge")
+    row = table.Edition("V4.2", ("deepseek_v42",), signs=signs, architecture="v42")
+    monkeypatch.setattr(table, "EDITIONS", (row, *table.EDITIONS))
+    config = {"model_type": "deepseek_v42" if later else "deepseek_v4"}
+    table.check_signs(config, ["hc_head_fn", "layers.0.attn.compressor.ape"])
+    if later:
+        table.check_signs(config, ["layers.0.sponge"])
+    else:
+        with pytest.raises(InputError, match=r"config.json describes V4 .*'layers.0.sponge' is a tensor of V4.2"):
+            table.check_signs(config, ["layers.0.sponge"])
+    with pytest.raises(InputError, match=r"is a tensor of V4\.1"):
+        table.check_signs(config, ["layers.1.engram.q_weight"])
 
 
 @pytest.mark.slow

@@ -34,8 +34,9 @@ class Edition:
     (rows, columns). quantization: `quantization_config` of the releases. tensors: from the config and the number of
     draft stages, every required weight with its shape in elements; raises InputError if the config lacks a key; None if
     they are not known. optional: names of further weights that a checkpoint may have. missing_keys: required keys that
-    a config lacks. signs: names of tensors that no edition of another architecture has. architecture: the file of the
-    forward pass in `model/architectures/`; "" if there is none. encoder: the file of the prompt encoder.
+    a config lacks. signs: names of tensors that tell the architecture: another one that has them, too, lists them among
+    its own. architecture: the file of the forward pass in `model/architectures/`; "" if there is none. encoder: the
+    file of the prompt encoder.
     """
 
     name: str
@@ -119,7 +120,7 @@ def check_signs(config: Config, names: Iterable[str]) -> None:
     others = [e for e in EDITIONS if described.architecture and e.architecture != described.architecture]
     for name in names:
         for edition in others:
-            if edition.signs.fullmatch(name):
+            if edition.signs.fullmatch(name) and not described.signs.fullmatch(name):
                 raise InputError(
                     f"config.json describes {described.name} (model_type is {config.get('model_type')!r}), "
                     f"'{name}' is a tensor of {edition.name}",

@@ -2,7 +2,6 @@
 
 import shlex
 import tempfile
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,15 +12,6 @@ from dsv4.errors import UsageError
 from dsv4.options import as_folder, example
 
 EPILOG = example("dsv4 demo", "dsv4 demo ./demo", "dsv4 demo --edition v4.1")
-
-
-class DemoEdition(StrEnum):
-    """Whose release the small checkpoint looks like."""
-
-    v4 = "v4"
-    release_0731 = "0731"
-    vision_exp = "vision-exp"
-    v41 = "v4.1"
 
 
 def _steps(folder: Path) -> list[list[str]]:
@@ -35,11 +25,14 @@ def _steps(folder: Path) -> list[list[str]]:
     ]
 
 
-def _choose_folder(folder: Path | None) -> Path:
+def _check_folder(folder: Path | None) -> None:
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not an empty folder", "Name a new folder for the demo.")
+
+
+def _make_folder(folder: Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="dsv4-demo-"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not an empty folder", "Name a new folder for the demo.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -50,16 +43,22 @@ def demo(
         Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
     ] = None,
     edition: Annotated[
-        DemoEdition, typer.Option("--edition", help="Whose release the small checkpoint looks like.")
-    ] = DemoEdition.v4,
+        str,
+        typer.Option(
+            "--edition", metavar="NAME", help="Whose release the small checkpoint looks like: v4, 0731, v4.1, ..."
+        ),
+    ] = "v4",
 ) -> None:
     """Make a small checkpoint, convert it, prove it and run both; every command is shown as it runs."""
-    out = output.configure()
-    place = _choose_folder(folder)
-    from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint  # imports torch: after what can be wrong
+    _check_folder(folder)
+    from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint  # imports torch: after the folder's check
 
+    if edition not in EDITIONS:
+        raise UsageError(f"--edition {edition}: the demo has no such edition", f"It has {', '.join(EDITIONS)}.")
+    out = output.configure()
+    place = _make_folder(folder)
     out.say(f"A small checkpoint in the release's format, random weights: {place / 'source'}")
-    make_checkpoint(place / "source", geometry=EDITIONS[edition.value])
+    make_checkpoint(place / "source", geometry=EDITIONS[edition])
     for step in _steps(place):
         out.say()
         out.say(f"$ dsv4 {shlex.join(step)}")
