@@ -1,5 +1,7 @@
 """Reads a folder with the library compressed-tensors: which modules it takes for quantized, and their values.
 
+And has it compress values itself.
+
 The library takes seconds to import: only where it is called.
 """
 
@@ -68,3 +70,24 @@ def linear_modules(folder: Path) -> set[str]:
     stems = {name.rpartition(".")[0] for name, tensor in tensors.items() if name.endswith(".weight")
              and len(tensor.shape) == 2 and not name.endswith("embed.weight")}  # fmt: skip
     return {stem for stem in stems if f"{stem}.weight_scale" not in tensors}
+
+
+def compressed_anew(folder: Path, exact: dict[str, np.ndarray]) -> dict[str, Raw]:
+    """The quantized tensors of a folder as the library makes them of exact values, with scales of its own choice."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    config, tensors, found = quantization_of(folder), tensors_of(folder), {}
+    for module in [name.rpartition(".")[0] for name in tensors if name.endswith(".weight_scale")]:
+        scheme = scheme_of(config, module)
+        assert scheme is not None and scheme.weights is not None
+        weight = torch.from_numpy(exact[f"{module}.weight"]).float()
+        groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        state = {"weight": weight.bfloat16(), "weight_scale": scale.bfloat16()}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        for key, tensor in compressor.compress(state, scheme).items():
+            if (name := f"{module}.{key}") in tensors:
+                assert tensor.shape == tensors[name].shape
+                found[name] = tensors[name].like(tensor.view(torch.uint8).numpy())
+    return found

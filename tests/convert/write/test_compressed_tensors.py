@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_variants import VARIANTS
-from compressed_tensors_reader import decompressed, linear_modules, quantization_of, scheme_of
+from compressed_tensors_reader import compressed_anew, decompressed, linear_modules, quantization_of, scheme_of
 from exact_values import convert, dsv4, edit_config, edit_tensors, experts, read_json, same_bits, tensors_of, values
 from raw_safetensors import raw
 from tiny import RAGGED
@@ -47,6 +47,20 @@ def test_the_library_takes_no_other_module_for_quantized(to: str, source: Path, 
     formats = FORMATS[to] if has_fp4 else {"mxfp8-quantized"}
     assert {scheme.format for scheme in config.config_groups.values()} == formats
     assert config.format == (next(iter(formats)) if len(formats) == 1 else "mixed-precision")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_the_library_itself_compresses(to: str, source: Path, tmp_path: Path) -> None:
+    """It chooses scales by the largest value of a group: verify finds the values that the library decompresses."""
+    out, before = tmp_path / "out", tensors_of(source)
+    convert(source, out, "--to", to)
+    exact = {name: values(name, before) for name in before if name.removesuffix("weight") + "scale" in before}
+    edit_tensors(out, compressed_anew(out, exact))
+    (out / "dsv4.json").unlink()
+    theirs, found = decompressed(out), verify(source, out)
+    changed = {name for name, array in exact.items() if not np.array_equal(theirs[name], array)}
+    assert {r.name for r in found.results if r.status == "*" and r.name.endswith(".weight")} == changed
+    assert found.exit_code == bool(changed) and not changed & set(experts(before)) and found.counts["≈"] > 0
 
 
 def test_layers_that_are_stored_in_different_ways_are_named(tmp_path: Path) -> None:
