@@ -84,5 +84,5 @@ def test_mistakes_need_no_torch(tmp_path: Path) -> None:
 
 def test_a_mistyped_folder_needs_no_numpy_either(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    commands = [["inspect", "demo/sorce"], ["convert", "demo/sorce", out], ["download", "nowhere", out]]
+    commands = [["inspect", "demo/sorce"], ["convert", "demo/sorce", out], ["verify", "demo/sorce", out]]
     check([*commands, ["doctor", "nowhere", "--for", "vllm"]], fails=True, modules=(*SLOW, "numpy"))

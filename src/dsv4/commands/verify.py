@@ -112,6 +112,10 @@ class VerifyOptions:
 
 def _check_arguments(options: VerifyOptions) -> None:
     """Raise for a folder that is missing, and for text that names nothing, before torch is imported."""
+    from dsv4.convert.hub.source import existing_source
+
+    if options.revision is None:  # else it may be the source's: `named_sides` decides
+        existing_source(options.source)
     from dsv4.convert.proof.audit.sample import parse_sample
     from dsv4.convert.sides import named_sides
 
