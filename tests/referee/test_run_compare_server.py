@@ -84,7 +84,7 @@ def test_json_names_both_sides_and_every_position(folder: Path, honest: Scorer, 
     found: dict[str, Any] = json.loads(out)
     assert found["agrees"] and found["cause"] is None and found["compared_with"] == "simulated"
     expected = {"address": server.address, "kind": "vLLM", "version": "0.33.0", "model": "the-model"}
-    assert found["server"] == expected and found["requests"] == 2
+    assert found["server"] == expected | {"context": None} and found["requests"] == 2
     assert found["max_difference"] == 0.0 and found["top1_agreement"] == 1.0
     assert found["positions_compared"] == len(found["prompts"][0]["difference"]) == 9
     assert found["floors"]["server"] == {"mean": 0.0, "worst": 0.0} and found["floors"]["dsv4"]["mean"] > 0
@@ -132,6 +132,13 @@ def test_the_suite(folder: Path, honest: Scorer, capfd: Capture) -> None:
     assert all(2 <= len(tokens) <= 200 for tokens in found["token_ids"])
 
 
+def test_the_suite_leaves_out_what_the_server_was_not_started_for(folder: Path, honest: Scorer, capfd: Capture) -> None:
+    with LogProbabilityServer("vllm", honest, context=5) as server:
+        out, err = run(capfd, folder, "--suite", "--compare", server.address, "--json", code=0)
+    assert json.loads(out)["names"] == ["2 tokens", "3 tokens"]
+    assert "of the suite are left out: vLLM was started for 5 tokens" in err
+
+
 def test_many_prompts_from_a_file(folder: Path, honest: Scorer, tmp_path: Path, capfd: Capture) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\nwhy?\n")
@@ -143,6 +150,7 @@ def test_many_prompts_from_a_file(folder: Path, honest: Scorer, tmp_path: Path, 
 @pytest.mark.parametrize(("arguments", "words"), [
     (("--server", "vllm"), "--server belongs to --compare"),
     (("--api-key", "k"), "--api-key belongs to --compare"),
+    (("--timeout", "5"), "--timeout belongs to --compare"),
     (("--compare", "http://h", "--prefill", "1"), "--prefill"),
     (("--compare", "http://h", "--tolerance", "1"), "--tolerance"),
     (("--compare", "http://h", "--suite"), "as --tokens and as --suite"),

@@ -29,7 +29,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def asked(server: LogProbabilityServer, tokens: Sequence[int] = TOKENS, **options: Any) -> Asked:
-    return ask(Client(server.address, None, **options), None, [tokens], QUIET)
+    client = Client(server.address, None, **options)
+    return ask(client, recognise(client, None), [tokens], QUIET)
 
 
 def test_the_command_line_takes_every_row() -> None:
@@ -59,7 +60,8 @@ def test_a_server_is_recognised_and_its_numbers_are_read(kind: str) -> None:
 def test_a_long_prompt_is_repeated_in_part_where_each_position_is_a_request() -> None:
     long = [token % 50 for token in range(90)]
     with LogProbabilityServer("llama.cpp", made_up) as server:
-        found = ask(Client(server.address, None), None, [long, TOKENS], QUIET)
+        client = Client(server.address, None)
+        found = ask(client, recognise(client, None), [long, TOKENS], QUIET)
     assert len(server.requests) == found.requests == 89 + 6 + 6 and len(found.noise) == 6
 
 
@@ -71,6 +73,16 @@ def test_the_kind_can_be_named() -> None:
             recognise(client, "sglang")
     with pytest.raises(MachineError, match="cannot be reached"):
         recognise(Client(server.address, None, retries=0), None)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_prompt_that_is_longer_than_the_context_is_not_sent(kind: str) -> None:
+    """vLLM and SGLang tell it for each model, llama.cpp among its settings; one token is generated."""
+    with LogProbabilityServer(kind, made_up, context=len(TOKENS)) as server:
+        with pytest.raises(UsageError, match=r"prompt 0 has 7 tokens, .* was started for 7"):
+            asked(server)
+        assert not server.requests
+        assert asked(server, TOKENS[:-1]).identity.context == 7
 
 
 @pytest.mark.parametrize("address", ["http://", "http://a?b=1", "http://a#b"])
@@ -86,8 +98,16 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
     assert api_key(None) == "from-environment" and api_key("given") == "given"
     with LogProbabilityServer("vllm", made_up) as server:
-        ask(Client(server.address, "given"), None, [TOKENS], QUIET)
+        client = Client(server.address, "given")
+        ask(client, recognise(client, None), [TOKENS], QUIET)
     assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer given"}
+
+
+def test_https_is_not_http() -> None:
+    with LogProbabilityServer("vllm", made_up) as server:
+        with pytest.raises(MachineError, match="no trusted connection") as caught:
+            recognise(Client(server.address.replace("http:", "https:"), None, retries=0), None)
+    assert "speak https" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -148,10 +168,17 @@ def test_a_field_that_is_missing_is_no_nan(kind: str, field: str) -> None:
         asked(server)
 
 
-def test_a_slow_server() -> None:
+def test_a_slow_server_is_not_asked_again() -> None:
     with LogProbabilityServer("vllm", made_up, "slow") as server:
-        with pytest.raises(MachineError, match=r"did not answer within 0\.2 s"):
-            asked(server, seconds=0.2, retries=0)
+        with pytest.raises(MachineError, match=r"did not answer within 0\.2 s") as caught:
+            asked(server, seconds=0.2)
+    assert len(server.requests) == 1 and "--timeout" in caught.value.hint
+
+
+def test_an_answer_that_breaks_off() -> None:
+    with LogProbabilityServer("sglang", made_up, "broken off") as server:
+        with pytest.raises(MachineError, match="/generate broke off its answer: IncompleteRead"):
+            asked(server)
 
 
 def test_tokens_that_were_not_sent() -> None:

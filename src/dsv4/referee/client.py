@@ -1,12 +1,13 @@
 """HTTP to a server: one session with the key, timeouts and retries, and errors that name who answered what.
 
 The library `requests` is used, so proxies, certificates and `.netrc` work as usual. A server that is loading
-or overloaded (408, 425, 429, 5xx) and a broken connection are tried again a few times, `Retry-After` included.
+or overloaded (408, 425, 429, 5xx) and a broken connection are tried again a few times, `Retry-After` included. A
+request that takes too long is not sent again, because the server may still be computing it.
 """
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import requests
@@ -22,6 +23,18 @@ SECONDS_TO_CONNECT = 10.0
 SECONDS_TO_ANSWER = 600.0  # a long prompt on a slow machine
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 MOST_SHOWN = 200  # characters of an answer in a message
+
+
+class _Retry(Retry):
+    """urllib3's, but for answers that take too long."""
+
+    def increment(
+        self, method: str | None = None, url: str | None = None, response: Any = None, error: Exception | None = None,
+        _pool: Any = None, _stacktrace: Any = None,
+    ) -> Self:  # fmt: skip
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 def api_key(given: str | None) -> str | None:
@@ -41,7 +54,7 @@ class Client:
         self.address = address.rstrip("/").removesuffix("/v1")
         self._seconds = seconds
         self._session = requests.Session()
-        again = Retry(
+        again = _Retry(
             total=retries, status=retries, backoff_factor=0.5, status_forcelist=AGAIN, allowed_methods=None,
             raise_on_status=False, respect_retry_after_header=True,
         )  # fmt: skip
@@ -78,14 +91,18 @@ class Client:
         try:
             return self._session.request(method, self.address + path, json=body, timeout=timeout)
         except requests.exceptions.SSLError as error:
-            raise MachineError(
-                f"{self.address}: no trusted connection: {_reason(error)}",
-                "REQUESTS_CA_BUNDLE names the certificates to trust.",
-            ) from None
+            reason = _reason(error)
+            hint = "REQUESTS_CA_BUNDLE names the certificates to trust."
+            if "CERTIFICATE" not in reason:
+                hint = "Does the server speak https, and not http?"
+            raise MachineError(f"{self.address}: no trusted connection: {reason}", hint) from None
         except requests.RequestException as error:
             if _is_timeout(error):
                 text = f"{self.address} did not answer within {self._seconds:g} s"
-                raise MachineError(text, "Try a shorter prompt, or again later.") from None
+                raise MachineError(text, "--timeout gives it longer.") from None
+            if isinstance(error, requests.exceptions.ChunkedEncodingError):
+                text = f"{self.address}{path} broke off its answer: {_reason(error)}"
+                raise MachineError(text, "The server's own log says more.") from None
             raise MachineError(
                 f"{self.address} cannot be reached: {_reason(error)}", "Is the server running, and is this its port?"
             ) from None
@@ -99,9 +116,8 @@ class Client:
 
 
 def _is_timeout(error: requests.RequestException) -> bool:
-    """Whether the server took too long; after retries requests calls that a broken connection."""
-    cause = error.args[0] if error.args else None
-    return isinstance(error, requests.Timeout) or isinstance(getattr(cause, "reason", None), ReadTimeoutError)
+    """Whether the server took too long; in the middle of an answer requests calls that a broken connection."""
+    return isinstance(error, requests.ReadTimeout) or any(isinstance(cause, ReadTimeoutError) for cause in error.args)
 
 
 def _reason(error: BaseException) -> str:

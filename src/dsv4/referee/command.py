@@ -16,7 +16,7 @@ from dsv4.text import aligned
 from .agreement import Agreement, Ours, differences, judge
 from .client import Client
 from .scores import refuse_constant
-from .servers import Identity, Server, recognise
+from .servers import Identity, Server
 from .words import Asked, Comparison, Judged, facts, verdict
 
 if TYPE_CHECKING:
@@ -42,12 +42,25 @@ def _repeated(server: Server, prompts: Sequence[Sequence[int]]) -> list[int]:
     return chosen
 
 
-def ask(client: Client, name: str | None, prompts: Sequence[Sequence[int]], out: Output) -> Asked:
-    """Score all prompts. Raises MachineError for errors of the server."""
+def fits(tokens: Sequence[int], identity: Identity) -> bool:
+    """Whether a prompt and one more token are within the server's context, as far as it is known."""
+    return identity.context is None or len(tokens) < identity.context
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], identity: Identity) -> None:
+    for number, tokens in enumerate(prompts):
+        if not fits(tokens, identity):
+            text = f"prompt {number} has {len(tokens)} tokens, {identity.kind} was started for {identity.context}"
+            raise UsageError(text, "The last one is for its answer. Start the server with a longer context.")
+
+
+def ask(client: Client, found: tuple[Server, Identity], prompts: Sequence[Sequence[int]], out: Output) -> Asked:
+    """Score all prompts. Raises UsageError for prompts too short or too long, MachineError for errors of the server."""
     short = next((number for number, tokens in enumerate(prompts) if len(tokens) < 2), None)
     if short is not None:
         raise UsageError(f"prompt {short} has one token: there is nothing to predict", "Give two tokens or more.")
-    server, identity = recognise(client, name)
+    server, identity = found
+    _check_lengths(prompts, identity)
     again = _repeated(server, prompts)
     requests = sum(map(server.requests, prompts)) + sum(server.requests(prompts[number]) for number in again)
     version = f" {identity.version}" if identity.version else ""

@@ -22,11 +22,15 @@ Progress = Callable[[int], None]  # called with the number of requests answered
 
 @dataclass(frozen=True)
 class Identity:
-    """Who answers: the kind of server, its version where it tells, and the model that it serves."""
+    """Who answers: the kind of server, its version where it tells, and the model that it serves.
+
+    context: the most tokens of a prompt and its answer together; None where the server does not tell.
+    """
 
     kind: str
     version: str
     model: str
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,17 @@ class Server:
         return len(tokens) - 1 if self.per_position else 1
 
 
-def _served_model(client: Client) -> str | None:
+def _length(found: Any) -> int | None:
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _served_model(client: Client) -> tuple[str, int | None] | None:
+    """(id, context) of the first model listed."""
     listed = client.find("/v1/models")
     try:
-        return str(listed["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
+        model = listed["data"][0]
+        return str(model["id"]), _length(model.get("max_model_len"))
+    except (AttributeError, KeyError, IndexError, TypeError):
         return None
 
 
@@ -60,7 +70,7 @@ def _find_vllm(client: Client) -> Identity | None:
     version, model = client.find("/version"), _served_model(client)
     if not isinstance(version, dict) or "version" not in version or model is None:
         return None
-    return Identity("vLLM", str(version["version"]), model)
+    return Identity("vLLM", str(version["version"]), *model)
 
 
 def _token_entries(entries: Any) -> dict[int, float]:
@@ -99,7 +109,8 @@ def _find_sglang(client: Client) -> Identity | None:
         if isinstance(found, dict) and "model_path" in found:
             server = client.find("/server_info")
             version = server.get("version", "") if isinstance(server, dict) else ""
-            return Identity("SGLang", str(version), str(found["model_path"]))
+            _, context = _served_model(client) or ("", None)
+            return Identity("SGLang", str(version), str(found["model_path"]), context)
     return None
 
 
@@ -130,8 +141,11 @@ def _find_llama(client: Client) -> Identity | None:
     found = client.find("/props")
     if not isinstance(found, dict) or not {"default_generation_settings", "build_info"} & set(found):
         return None
-    model = found.get("model_path") or found.get("model_alias") or _served_model(client) or ""
-    return Identity("llama.cpp", str(found.get("build_info", "")), str(model))
+    listed, _ = _served_model(client) or ("", None)
+    model = found.get("model_path") or found.get("model_alias") or listed
+    settings = found.get("default_generation_settings")
+    context = _length(settings.get("n_ctx")) if isinstance(settings, dict) else None
+    return Identity("llama.cpp", str(found.get("build_info", "")), str(model), context)
 
 
 def _written_out(client: Client) -> list[list[float]]:
@@ -172,7 +186,7 @@ def _score_llama(client: Client, identity: Identity, tokens: Sequence[int], prog
 
 def _find_openai(client: Client) -> Identity | None:
     model = _served_model(client)
-    return None if model is None else Identity("OpenAI-compatible server", "", model)
+    return None if model is None else Identity("OpenAI-compatible server", "", *model)
 
 
 def _token_id(name: Any) -> int | None:

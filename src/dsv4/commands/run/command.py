@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dsv4.distributed import Ranks
     from dsv4.model.chat.tokenizer import TextTokenizer
     from dsv4.model.evaluate.trace import TraceWriter
+    from dsv4.referee.servers import Identity
 
 CHAT_CONTEXT = 65536  # tokens whose keys have room from the start; the keys of a longer chat come on top
 
@@ -153,13 +154,19 @@ class _Run:
 
     def compare_with_server(self, prompts: list[Prompt], address: str) -> int:
         """Compare the log-probabilities of a running server; the exit code."""
-        from dsv4.referee.client import Client, api_key
+        from dsv4.referee.client import SECONDS_TO_ANSWER, Client, api_key
         from dsv4.referee.command import ask, compare_with_server
+        from dsv4.referee.servers import recognise
         from dsv4.referee.words import Comparison
 
-        tokens, options = [prompt.tokens for prompt in prompts], self.options
+        options = self.options
+        client = Client(address, api_key(options.api_key), options.timeout or SECONDS_TO_ANSWER)
+        server, identity = recognise(client, options.server)
+        if options.suite:
+            prompts = _within_context(prompts, identity, self.out)
+        tokens = [prompt.tokens for prompt in prompts]
         names = [prompt.name or f"prompt {number}" for number, prompt in enumerate(prompts)]
-        asked = ask(Client(address, api_key(options.api_key)), options.server, tokens, self.out)
+        asked = ask(client, (server, identity), tokens, self.out)
         longest = max(map(len, tokens))
         model = load_model(self.source, self.placement(Work(1, longest, longest, 2 * longest)), self.out, draft=False)
         line = as_typed("dsv4 run", options)
@@ -203,6 +210,17 @@ class _Run:
         checkpoints = 1 if self.options.compare is None else 2
         work = Work(1, len(tokens), len(tokens), checkpoints * len(tokens), self.source.rows_per_position)
         return self.placement(work)
+
+
+def _within_context(prompts: list[Prompt], identity: "Identity", out: output.Output) -> list[Prompt]:
+    """The prompts that a server was started for."""
+    from dsv4.referee.command import fits
+
+    kept = [prompt for prompt in prompts if fits(prompt.tokens, identity)]
+    if len(kept) < len(prompts):
+        text = f"{len(prompts) - len(kept)} prompt(s) of the suite are left out: {identity.kind} was started for"
+        out.warn(f"{text} {identity.context} tokens")
+    return kept or prompts[:1]  # which is refused then
 
 
 def _single(prompts: list[Prompt]) -> list[int]:

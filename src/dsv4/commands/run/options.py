@@ -10,7 +10,7 @@ import typer
 
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
-from dsv4.options import CacheDir, Json, MaxMemory, Revision, Token, Verbose, as_text, named
+from dsv4.options import CacheDir, Json, MaxMemory, Revision, Timeout, Token, Verbose, as_text, named
 
 
 class ServerName(StrEnum):
@@ -102,6 +102,7 @@ class RunOptions:
         str | None,
         typer.Option("--api-key", metavar="KEY", help="The server's key, if not in OPENAI_API_KEY or the like."),
     ] = None
+    timeout: Timeout = None
     suite: Annotated[
         bool, typer.Option("--suite", help="Ask the server dsv4's own few dozen prompts, which cover what goes wrong.")
     ] = False
@@ -144,6 +145,7 @@ class RunOptions:
             (self.report and not self.compare, "--report belongs to --compare"),
             (self.server and not self.asks_a_server, "--server belongs to --compare with the address of a server"),
             (self.api_key and not self.asks_a_server, "--api-key belongs to --compare with the address of a server"),
+            (self.timeout and not self.asks_a_server, "--timeout belongs to --compare with the address of a server"),
             (self.suite and not self.asks_a_server, "--suite belongs to --compare with the address of a server"),
             (self.asks_a_server and self.prefill, "--prefill does not change what a server is asked: leave it out"),
             (self.asks_a_server and self.tolerance, "--tolerance is not for servers: their noise is measured"),

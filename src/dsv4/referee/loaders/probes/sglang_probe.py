@@ -1,12 +1,15 @@
 """SGLang: its config, its choice of quantization and its weight loader, on the CPU and without a forward pass.
 
-Packages with GPU kernels that are not installed are replaced by stand-ins. SGLANG_OPT_FP8_WO_A_GEMM and the like have
-the value that they have in the environment; unset, SGLang behaves as on Blackwell.
+Packages with GPU kernels that are not installed are replaced by stand-ins. SGLang sets variables such as
+SGLANG_OPT_FP8_WO_A_GEMM by the GPU: its own function for that runs with a GPU claimed (`CAPABILITY`) and DeepGEMM
+importable. What the environment sets explicitly stays.
 """
 
+import importlib
 import os
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,6 +21,8 @@ KERNELS = (
     "torchvision", "torchaudio", "sgl_kernel", "flashinfer", "tilelang", "deep_gemm", "cuda", "cutlass", "decord",
     "flash_attn", "quack", "deep_ep", "flash_mla", "humming",
 )  # fmt: skip
+CAPABILITY = os.environ.get("DSV4_CUDA_CAPABILITY", "10.0")  # of the GPU that is claimed
+CLAIMABLE = ("9.0", "10.0")  # for others SGLang decides in more places than the one which is run here
 ONE_PROCESS = {"tp": 1, "attn_tp": 1, "moe_tp": 1, "pp": 1, "attn_dp": 1, "attn_cp": 1, "moe_ep": 1, "moe_dp": 1}
 SPELLING = Spelling(
     names=(
@@ -38,6 +43,29 @@ def prepare() -> None:
     for question in ("is_torchvision_available", "is_torchaudio_available", "is_flash_attn_2_available"):
         getattr(optional, question, lambda: None)()  # transformers remembers the answer
     stand_in(*KERNELS)
+
+
+def decide_by_gpu(folder: str) -> None:
+    """Let SGLang set its variables as on a GPU of CAPABILITY. After its layers, before its models are imported."""
+    if CAPABILITY not in CLAIMABLE:
+        raise ValueError(f"DSV4_CUDA_CAPABILITY is {CAPABILITY}, for SGLang it can be {' or '.join(CLAIMABLE)}")
+    from sglang.srt import utils
+    from sglang.srt.arg_groups.serving_hook import handle_environment_variables
+    from sglang.srt.layers import deep_gemm_wrapper
+    from sglang.srt.layers.deep_gemm_wrapper import configurer
+    from sglang.srt.runtime_context import override_platform
+    from sglang.srt.server_args import ServerArgs
+
+    number = int(CAPABILITY.replace(".", ""))
+    facts = {"is_cuda": True, "device_sm": number, "is_sm120": False}
+    facts |= {f"is_sm{one}": one == number for one in (90, 100)}
+    claimed: dict[str, Any] = {"is_cuda": lambda: True, "get_device_sm": lambda: number}
+    with override_platform(**facts), mock.patch.multiple(utils, **claimed):
+        found = vars(importlib.reload(configurer))
+        constants: dict[str, Any] = {name: found[name] for name in vars(deep_gemm_wrapper) if name.isupper()}
+        with mock.patch.multiple(deep_gemm_wrapper, **constants):
+            handle_environment_variables(ServerArgs(model_path=folder, skip_tokenizer_init=True))
+    importlib.reload(configurer)
 
 
 def settings(folder: str) -> tuple[Any, Any]:
@@ -109,6 +137,8 @@ def probe(folder: str, record: Record) -> None:
     import sglang.srt.model_loader.loader
 
     record.stage = "configuration"
+    decide_by_gpu(folder)
+    record.choices["platform"] = f"CUDA, capability {CAPABILITY} claimed"
     arguments, model_config = settings(folder)
     with tempfile.TemporaryDirectory() as meeting:
         alone(arguments, f"{meeting}/group")
