@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from dsv4.quant import compiled
+from dsv4 import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 # The ELF header's number of a processor, and the forms of the kernels.

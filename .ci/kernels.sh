@@ -60,4 +60,5 @@ fi
 sanitized=$(build gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -fno-omit-frame-pointer)
 PYTHONPATH="$sanitized/src" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
-    "$python" -m pytest -q --capture=sys -p no:cacheprovider -p no:xdist tests/model/kernels tests/quant/test_compiled.py
+    "$python" -m pytest -q --capture=sys -p no:cacheprovider -p no:xdist tests/model/kernels tests/quant/test_compiled.py \
+    tests/convert/proof/test_verify_values.py

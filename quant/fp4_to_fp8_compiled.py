@@ -9,7 +9,9 @@ from functools import cache
 
 import torch
 
-from . import compiled, e2m1, fp4_to_fp8
+from dsv4 import compiled
+
+from . import e2m1, fp4_to_fp8
 from .block_scales import FP4_BLOCK, Block, scale_shape
 
 

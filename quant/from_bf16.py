@@ -25,7 +25,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiled, e2m1, e4m3, e8m0
+from dsv4 import compiled
+
+from . import e2m1, e4m3, e8m0
 from .block_scales import FP4_BLOCK, Block, block_amax, expand_scale, power_of_two_above, scale_shape
 from .fp8_to_fp4 import Fp4Error
 

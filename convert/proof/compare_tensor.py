@@ -23,6 +23,7 @@ from dsv4.convert.proof.values.compare import (
     float_scales,
     no_scales,
     product_scales,
+    same_bytes,
 )
 from dsv4.convert.proof.values.formats import E2M1, E4M3, Array
 from dsv4.convert.proof.values.inverse import rebuild
@@ -345,7 +346,7 @@ class PieceComparison:
         self.tally.elements += a.size // size
         self.tally.copies_differ |= self.reader.copies_differ("source", source, start * step, a)
         self.tally.copies_differ |= self.reader.copies_differ("output", output, start * step, b)
-        if not np.array_equal(a, b):
+        if not same_bytes(a, b):
             self._record_bytes(output, start * step // size, a.reshape(-1, size), b.reshape(-1, size))
 
     def _record_bytes(self, output: Tensor, first: int, a: Array, b: Array) -> None:

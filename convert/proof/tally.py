@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4.convert.proof.values import compiled
 from dsv4.convert.proof.values.compare import RowBand, Scales, has_special
 from dsv4.convert.proof.values.formats import E2M1, E4M3, F32, Array, Format, decode, unpack
 
@@ -62,7 +63,10 @@ class Tally:
 
 def _reduce_blocks(operation: np.ufunc, values: Array, rows: int, columns: int) -> Array:
     """`operation` over tiles of `rows` x `columns`, ragged at the edges."""
-    down = operation.reduceat(values, np.arange(0, values.shape[0], rows), axis=0)
+    if values.shape[0] % rows:
+        down = operation.reduceat(values, np.arange(0, values.shape[0], rows), axis=0)
+    else:  # the same, in vector registers
+        down = operation.reduce(values.reshape(-1, rows, values.shape[1]), axis=1)
     reduced: Array = operation.reduceat(down, np.arange(0, values.shape[1], columns), axis=1)
     return reduced
 
@@ -86,8 +90,7 @@ def count_spans(tally: Tally, fp4: RowBand, fp8: RowBand) -> None:
     tile = fp8.block[0] // fp4.block[0], fp8.block[1] // fp4.block[1]
     largest = _reduce_blocks(np.maximum, fp4.scales.exponent, *tile)
     smallest = _reduce_blocks(np.minimum, fp4.scales.exponent, *tile)
-    spans, counts = np.unique(largest - smallest, return_counts=True)
-    tally.spans.update({int(span): int(count) for span, count in zip(spans, counts, strict=True)})
+    tally.spans.update((largest - smallest).reshape(-1).tolist())
     other = fp8.scales.exponent != np.maximum(largest - 6, -127)
     if fp8.scales.mantissa is not None:
         other |= fp8.scales.mantissa != 1
@@ -100,6 +103,8 @@ def byte_uses(data: Array) -> Array:
     Much data is counted in pairs of bytes: half the steps, and fewer of them wait for the one before at the same count.
     """
     flat = np.ascontiguousarray(data).reshape(-1)
+    if (counted := compiled.count(flat)) is not None:
+        return counted
     if len(flat) < COUNTED_IN_PAIRS or len(flat) % 2:
         return np.bincount(flat, minlength=256)
     pairs = np.bincount(flat.view(np.uint16), minlength=2**16).reshape(256, 256)
@@ -124,8 +129,11 @@ def count_scales(tally: Tally, side: str, scales: Scales) -> None:
     """Use of each scale exponent; scales that are not positive and finite, or not powers of two."""
     if scales.raw is None:
         return
-    good = scales.exponent if scales.bad is None else scales.exponent[~scales.bad]
-    uses = np.bincount(np.clip(good.reshape(-1) + 127, 0, 254), minlength=255)
+    if scales.is_e8m0:
+        uses = byte_uses(scales.raw)[:255]  # all but 255, which is bad
+    else:
+        good = scales.exponent if scales.bad is None else scales.exponent[~scales.bad]
+        uses = np.bincount(np.clip(good.reshape(-1) + 127, 0, 254), minlength=255)
     tally.scale_codes[side] = tally.scale_codes.get(side, 0) + uses
     if scales.bad is not None:
         tally.bad_scales[side] += int(np.count_nonzero(scales.bad))

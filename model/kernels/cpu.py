@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
+from dsv4 import compiled
 from dsv4.errors import UsageError
 from dsv4.model.weights import BFLOAT16, FLOAT4_E2M1FN, FLOAT8_E4M3FN, FLOAT32, Matrix
-from dsv4.quant import compiled
 from dsv4.quant.activation import FP4_GROUP
 
 from . import reference

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from dsv4 import compiled
 from dsv4.model.weights import Matrix
-from dsv4.quant import compiled
 
 from .deterministic import exp, lane_dot, lane_sum, tree_sum
 

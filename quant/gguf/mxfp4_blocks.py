@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.quant import compiled
+from dsv4 import compiled
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

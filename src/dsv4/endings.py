@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from dsv4 import output
-from dsv4.distributed import torchrun_rank
+from dsv4.commands.distributed import torchrun_rank
 from dsv4.errors import (
     EXIT_DONE,
     EXIT_USAGE,

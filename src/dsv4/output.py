@@ -28,7 +28,7 @@ from dsv4.progress import SECONDS_BETWEEN_CALLS, Pace, Reached
 from dsv4.text import aligned, human_bytes, human_seconds, printable
 
 if TYPE_CHECKING:
-    from dsv4.distributed import Ranks
+    from dsv4.commands.distributed import Ranks
 
 Mode = Literal["human", "json", "quiet", "silent"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4 import cli
-from dsv4.quant import compiled, fp4_to_fp8_compiled
+from dsv4 import cli, compiled
+from dsv4.quant import fp4_to_fp8_compiled
 
 
 def facts(capsys: pytest.CaptureFixture[str]) -> dict:

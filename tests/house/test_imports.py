@@ -21,8 +21,9 @@ def modules() -> list[tuple[str, Path]]:
 
 
 MODULES = modules()
-# Below all rooms: errors, words, progress, machine, files that appear whole; nothing about checkpoints or numbers.
-BOTTOM = ("dsv4.errors", "dsv4.text", "dsv4.progress", "dsv4.machine", "dsv4.files")
+# Below all rooms: errors, words, progress, machine, files that appear whole, the loader of compiled code; nothing about
+# checkpoints or numbers.
+BOTTOM = ("dsv4.errors", "dsv4.text", "dsv4.progress", "dsv4.machine", "dsv4.files", "dsv4.compiled")
 # What each room may take from dsv4, BOTTOM and its own modules aside. The most specific row counts.
 ROOMS: dict[str, tuple[str, ...]] = {
     "dsv4.quant": (),

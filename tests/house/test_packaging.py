@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dsv4
-from dsv4.quant import compiled
+from dsv4 import compiled
 
 pytestmark = pytest.mark.slow  # they build dsv4, its C code included, and install it
 

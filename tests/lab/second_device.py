@@ -221,7 +221,7 @@ def main() -> int:
         print(json.dumps(found))
         return 0
     from dsv4 import cli
-    from dsv4 import distributed as ranks
+    from dsv4.commands import distributed as ranks
 
     if sys.argv[1] == "reached":
         ranks.BACKENDS[NAME] = "gloo"  # which gets what is in the boxes

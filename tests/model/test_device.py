@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4.commands.distributed import Ranks
 from dsv4.commands.run.placement import device_of, place
 from dsv4.convert.synthetic.checkpoint import EDITIONS, make_checkpoint
-from dsv4.distributed import Ranks
 from dsv4.errors import MachineError
 from dsv4.model import load
 from dsv4.model.loading import devices, find_device

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv4 import cli
+from dsv4 import cli, compiled
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.model.kernels import cpu
 from dsv4.model.kernels.reference import KEYS_PER_BLOCK
-from dsv4.quant import compiled, fp4_to_fp8_compiled
+from dsv4.quant import fp4_to_fp8_compiled
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -60,9 +60,8 @@ def test_a_constant_is_read_from_the_c_files() -> None:
 
 
 def test_the_fingerprint_covers_every_c_file() -> None:
-    package = Path(compiled.__file__).resolve().parents[1]
-    found = {path.name for path in compiled.sources(package)}
-    tops = (package / "quant", package / "model")
+    found = {path.name for path in compiled.sources(compiled.PACKAGE)}
+    tops = (compiled.PACKAGE / room for room in ("quant", "model", "convert"))
     assert found == {path.name for top in tops for path in top.rglob("*.[ch]")}
 
 

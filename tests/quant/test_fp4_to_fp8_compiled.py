@@ -13,8 +13,9 @@ from checkpoint_variants import VARIANTS
 from exact_values import tree
 from oracle import E2M1_MAGNITUDES, E4M3_MAGNITUDES, nearest_code, power
 
+from dsv4 import compiled
 from dsv4.convert import convert
-from dsv4.quant import compiled, e2m1, fp4_to_fp8, fp4_to_fp8_compiled
+from dsv4.quant import e2m1, fp4_to_fp8, fp4_to_fp8_compiled
 from dsv4.quant.block_scales import FP4_BLOCK, Block, scale_shape
 from dsv4.quant.fp4_to_fp8 import TABLE_K_MAX, TABLE_K_MIN
 

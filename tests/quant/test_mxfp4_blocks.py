@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4.quant import compiled
+from dsv4 import compiled
 from dsv4.quant.gguf import mxfp4_blocks
 from dsv4.quant.gguf.mxfp4_blocks import codes_of_blocks, to_blocks
 

@@ -5,7 +5,8 @@ Both sides are codes with block scales; the question is where `code * scale` dif
 - The lookup. When all scales are powers of two, a narrow byte and the difference of the two block exponents decide
   which wide codes have the same values (`formats.conversion_table`). Comparing bytes with the table's answer then
   compares values, at the speed of reading. Where bytes disagree, a second table that ignores the sign of zero
-  separates values that differ from zeros that only changed sign.
+  separates values that differ from zeros that only changed sign. FP4 in FP8 is looked up by compiled code first
+  (`compiled.py`); where that finds a difference, this form says which.
 - The integers. Everything else (float32 scales that are not powers of two, scales that are not numbers, block sizes
   that do not divide each other) is decoded to `(negative, mantissa, exponent)` and multiplied in 64-bit integers:
   24 bits of scale times at most 24 bits of code.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import compiled
 from .formats import (
     BF16,
     E2M1,
@@ -49,6 +51,7 @@ class Scales:
     mantissa: Array | None = None  # int64, odd
     bad: Array | None = None
     raw: Array | None = None  # the stored codes, for messages
+    is_e8m0: bool = False  # raw: uint8, exponent + 127
 
 
 @dataclass
@@ -92,7 +95,7 @@ def e8m0_scales(codes: Array) -> Scales:
     """E8M0 bytes `[block rows, block columns]`: code k is 2^(k - 127), 255 is NaN."""
     exponent = codes.astype(np.int32) - 127
     bad = codes == 255
-    return Scales(exponent, None, bad if bad.any() else None, codes)
+    return Scales(exponent, None, bad if bad.any() else None, codes, is_e8m0=True)
 
 
 def float_scales(codes: Array) -> Scales:
@@ -215,7 +218,7 @@ def _lookup(table: torch.Tensor, index: torch.Tensor, rows: int) -> Array:
     return found
 
 
-def _same(a: Array, b: Array) -> bool:
+def same_bytes(a: Array, b: Array) -> bool:
     """Whether two byte arrays are equal; in the widest integers, which is several times faster than in bytes."""
     if a.flags.c_contiguous and b.flags.c_contiguous and a.nbytes % 8 == 0:
         a, b = a.reshape(-1).view(np.uint64), b.reshape(-1).view(np.uint64)
@@ -227,8 +230,12 @@ def has_special(band: RowBand) -> bool:
     number_format = band.number_format
     if number_format.specials == "none":
         return False
-    codes = unpack(number_format, band.data)
-    return bool((codes & (number_format.sign - 1)).max(initial=0) >= number_format.first_special)
+    mask, found = number_format.sign - 1, None
+    if number_format.bits == 8:
+        found = compiled.largest(band.data, mask)
+    if found is None:
+        found = int((unpack(number_format, band.data) & mask).max(initial=0))
+    return found >= number_format.first_special
 
 
 def _no_gaps(table: ConversionTable, difference: Array) -> bool:
@@ -253,11 +260,16 @@ def _explain(
 
 
 def _compare_lookup(narrow: RowBand, wide: RowBand, unit: int) -> Comparison:
+    if narrow.number_format is E2M1 and wide.number_format is E4M3:
+        scales = (narrow.scales.exponent, narrow.block), (wide.scales.exponent, wide.block)
+        signs = compiled.fp4_in_fp8(narrow.data, wide.data, *scales)
+        if signs is not None:
+            return Comparison(None, *signs)
     table = conversion_table(narrow.number_format, wide.number_format)
     difference = exponent_differences(narrow, wide, unit)
     index = _row_index(narrow, difference, table, unit)
     expected = _lookup(_torch_table(narrow.number_format, wide.number_format, table, True), index, narrow.rows)
-    if _same(expected, wide.data) and (_no_gaps(table, difference) or not has_special(wide)):
+    if same_bytes(expected, wide.data) and (_no_gaps(table, difference) or not has_special(wide)):
         return Comparison()
     return _explain(narrow, wide, expected, index, table)
 

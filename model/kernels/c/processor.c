@@ -28,5 +28,5 @@ int32_t dsv4_has_avx512bf16(void) {
 int32_t dsv4_has_neon(void) { return 1; }
 #endif
 
-/* What the library was built from: quant/compiled.py compares it with the files that are installed. */
+/* What the library was built from: compiled.py compares it with the files that are installed. */
 const char *dsv4_fingerprint(void) { return DSV4_FINGERPRINT; }

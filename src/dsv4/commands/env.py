@@ -72,7 +72,7 @@ def _folders() -> dict[str, Path]:
     from huggingface_hub import constants
     from modelscope_hub import get_default_config
 
-    from dsv4.quant import compiled
+    from dsv4 import compiled
 
     return {
         "working folder": Path.cwd(),
@@ -96,8 +96,9 @@ def facts() -> dict[str, Any]:
     """All facts, as the JSON object that the command prints."""
     import torch
 
+    from dsv4 import compiled
     from dsv4.model.kernels import cpu
-    from dsv4.quant import compiled, fp4_to_fp8_compiled
+    from dsv4.quant import fp4_to_fp8_compiled
 
     return {
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},

@@ -33,10 +33,10 @@ from dsv4.options import (
 from dsv4.progress import Reached
 
 if TYPE_CHECKING:
+    from dsv4.commands.distributed import Ranks
     from dsv4.convert.proof.files import Files
     from dsv4.convert.proof.result import Verification
     from dsv4.convert.proof.work.settings import Settings
-    from dsv4.distributed import Ranks
 
 EPILOG = example(
     "dsv4 verify ./DeepSeek-V4-Flash ./Flash-FP8",
@@ -227,7 +227,7 @@ def verify(options: VerifyOptions) -> None:
     only, it checks structure, config, codes and hashes. What is on a hub is streamed, with --scratch shards of each
     side on disk at once; with --sample only parts of shards are fetched.
     """
-    from dsv4.distributed import process_group, torchrun_rank
+    from dsv4.commands.distributed import process_group, torchrun_rank
 
     ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)

@@ -17,11 +17,11 @@ from jobs import job_of
 from ranks import run_ranks, torchrun
 from raw_safetensors import Raw
 
+from dsv4.commands.distributed import Ranks, torchrun_rank
 from dsv4.convert.plan.partition import Part, Publish, assign_shards, parse_part
 from dsv4.convert.plan.settings import resolve
 from dsv4.convert.write import output_folder
 from dsv4.convert.write.run import check_part, run_conversion
-from dsv4.distributed import Ranks, torchrun_rank
 from dsv4.errors import InputError, UsageError
 
 SHARDS = ("--max-shard-size", "300kB")

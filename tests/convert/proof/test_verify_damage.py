@@ -452,9 +452,9 @@ def test_float_scales_that_are_no_scales(fp8_output: Output, bad: float) -> None
 
 
 CONFIG_EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
-    ("a key of the model", lambda c: c.update(hidden_size=129), "hidden_size is 129"),
-    ("a key that is gone", lambda c: c.pop("rms_norm_eps"), "rms_norm_eps is absent"),
-    ("a key that is new", lambda c: c.update(extra=1), "extra is 1"),
+    ("a key of the model", lambda c: c.update(hidden_size=129), "hidden_size = 129 ("),
+    ("a key that is gone", lambda c: c.pop("rms_norm_eps"), "rms_norm_eps = absent ("),
+    ("a key that is new", lambda c: c.update(extra=1), "extra = 1 ("),
     ("the other expert dtype", lambda c: c.update(expert_dtype="fp4"), "expert_dtype says 'fp4'"),
     ("an unknown expert dtype", lambda c: c.update(expert_dtype="fp6"), "expert_dtype says 'fp6'"),
     ("no quantization", lambda c: c.pop("quantization_config"), "has no quantization_config"),

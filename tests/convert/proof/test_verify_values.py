@@ -3,6 +3,8 @@
 from fractions import Fraction
 from functools import cache
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4.convert.proof.tally import COUNTED_IN_PAIRS, byte_uses
-from dsv4.convert.proof.values.compare import RowBand, Scales, compare, e8m0_scales, float_scales, no_scales
+from dsv4.convert.proof.values import compiled
+from dsv4.convert.proof.values.compare import (
+    RowBand,
+    Scales,
+    compare,
+    e8m0_scales,
+    float_scales,
+    has_special,
+    no_scales,
+)
 from dsv4.convert.proof.values.formats import (
     BF16,
     E2M1,
@@ -185,8 +196,24 @@ def nearest_code(kind: Format, value: Fraction, negative: bool) -> int:
     return code | (kind.sign if negative else 0)
 
 
+def plain() -> Any:
+    """A context in which nothing compiled is used."""
+    return mock.patch.object(compiled, "_library", lambda: None)
+
+
+def check_plain(first: RowBand, second: RowBand) -> None:
+    """That `compare` gives the same without compiled code."""
+    result = compare(first, second)
+    with plain():
+        wanted = compare(first, second)
+    assert (result.lost_sign, result.gained_sign) == (wanted.lost_sign, wanted.gained_sign)
+    assert (result.different is None) == (wanted.different is None)
+    assert result.different is None or np.array_equal(result.different, wanted.different)
+
+
 def check(first: RowBand, second: RowBand) -> None:
     """`compare` against fractions, element by element, signs of zero apart."""
+    check_plain(first, second)
     result = compare(first, second)
     a, b = rational(first), rational(second)
     signs = [(element_codes(band) & band.number_format.sign) != 0 for band in (first, second)]
@@ -249,6 +276,92 @@ def test_all_codes_at_the_ends_of_e8m0(exponent: int, wide: Format) -> None:
         check(first, second)
         if wide is not E4M3:
             break
+
+
+def in_fp8(codes: Array, data: Array, difference: int) -> tuple[int, int] | None:
+    """The compiled comparison of one group: 32 FP4 codes and 32 FP8 bytes."""
+    packed = (codes[0::2] | codes[1::2] << 4).astype(np.uint8)[None]
+    scales = [(np.array([[exponent]], np.int32), (1, 32)) for exponent in (difference, 0)]
+    return compiled.fp4_in_fp8(packed, data[None], *scales)
+
+
+@pytest.mark.skipif(compiled._library() is None, reason="no compiled library")
+@pytest.mark.parametrize("difference", [-14, -10, -9, -6, -1, 0, 1, 6, 8, 9, 13])
+def test_every_code_beside_every_byte_compiled(difference: int) -> None:
+    """Against fractions: one byte of a group is exchanged, and the group is equal exactly where the values are."""
+    wide = {code: oracle(E4M3, code) for code in range(256)}
+    codes, scale = np.arange(16, dtype=np.uint8), Fraction(2) ** difference
+    for code, place in zip(codes, np.random.default_rng(3).integers(0, 32, 16), strict=True):
+        value = oracle(E2M1, int(code))
+        assert value is not None
+        group, data = np.zeros(32, np.uint8), np.zeros(32, np.uint8)
+        group[place] = code
+        for byte, other in wide.items():
+            data[place] = byte
+            negative = bool(code & 8), bool(byte & 128)
+            signs = (int(negative == (True, False)), int(negative == (False, True))) if value == 0 else (0, 0)
+            assert in_fp8(group, data, difference) == (signs if other == value * scale else None)
+
+
+@pytest.mark.parametrize("columns", [32, 4064, 4096, 8256])
+def test_long_rows(columns: int) -> None:
+    """Signs are counted in eight bits for a while, and a row is looked at in parts: no sum and no place is lost."""
+    random = np.random.default_rng(columns)
+    data = np.full((3, columns // 2), 0x88, np.uint8)  # -0
+    first = RowBand(E2M1, data, columns, e8m0_scales(np.full((3, columns // 32), 120, np.uint8)), (1, 32))
+    second = RowBand(E4M3, np.zeros((3, columns), np.uint8), columns, no_scales(), LARGE)
+    assert compare(first, second).lost_sign == 3 * columns
+    second.data[:, ::3] = 0x80
+    result = compare(first, second)
+    assert (result.different, result.lost_sign, result.gained_sign) == (None, int((second.data == 0).sum()), 0)
+    data[:] = 0
+    result = compare(first, second)
+    assert (result.different, result.lost_sign, result.gained_sign) == (None, 0, int((second.data != 0).sum()))
+    for row, column in [(0, 0), (2, columns - 1), *random.integers((0, 0), (3, columns), (8, 2)).tolist()]:
+        for wrong in (0x01, 0x81, 0x7F, 0xFF):
+            damaged = RowBand(E4M3, second.data.copy(), columns, second.scales, second.block)
+            damaged.data[row, column] = wrong
+            different = compare(first, damaged).different
+            assert different is not None and np.argwhere(different).tolist() == [[row, column]]
+            check_plain(first, damaged)
+
+
+def test_each_block_has_its_own_scale() -> None:
+    """Several blocks both ways, the last ones cut: one scale that is changed shows in its block, and nowhere else."""
+    random, (rows, columns) = np.random.default_rng(5), (70, 160)
+    narrow = random.integers(116, 119, (rows, columns // 32), dtype=np.uint8)
+    wide = random.integers(113, 116, (3, 2), dtype=np.uint8)
+    data = random.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+    first = RowBand(E2M1, data, columns, e8m0_scales(narrow), (1, 32))
+    table = conversion_table(E2M1, E4M3)
+    of_rows = wide[np.arange(rows) // 32][:, np.arange(columns // 2) // 64].astype(int)
+    codes = table.signed[np.repeat(narrow, 16, axis=1) - of_rows - table.first, data]
+    second = RowBand(E4M3, codes.view(np.uint8), columns, e8m0_scales(wide), (32, 128))
+    assert compare(first, second).different is None
+    scales = [(band.scales.exponent, band.block) for band in (first, second)]
+    if compiled._library() is not None:  # it has not left it to the form in numpy
+        assert compiled.fp4_in_fp8(first.data, second.data, *scales) == (0, 0)
+    for row, column in np.ndindex(wide.shape):
+        damaged = wide.copy()
+        damaged[row, column] += 1
+        different = compare(first, RowBand(E4M3, second.data, columns, e8m0_scales(damaged), (32, 128))).different
+        inside = np.zeros((rows, columns), bool)
+        inside[row * 32 : row * 32 + 32, column * 128 : column * 128 + 128] = True
+        assert different is not None and np.array_equal(different, inside & ((second.data & 127) != 0))
+    check_plain(first, second)
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 4097])
+def test_one_nan_anywhere_is_found(size: int) -> None:
+    data = np.full((1, size), 0x7E, np.uint8)
+    band = RowBand(E4M3, data, size, no_scales(), LARGE)
+    assert not has_special(band)
+    for place in {0, size // 2, size - 1}:
+        data[:] = 0x7E
+        data[0, place] = 0xFF
+        assert has_special(band)
+        with plain():
+            assert has_special(band)
 
 
 @pytest.mark.parametrize("beyond", range(4))
@@ -338,3 +451,5 @@ def test_every_byte_is_counted_once(size: int) -> None:
     data = np.random.default_rng(2).permutation(np.repeat(np.arange(256, dtype=np.uint8), counts))
     wide = np.stack((data, ~data), axis=1)
     assert byte_uses(data).tolist() == byte_uses(wide[:, 0]).tolist() == counts.tolist()
+    with plain():
+        assert byte_uses(data).tolist() == byte_uses(wide[:, 0]).tolist() == counts.tolist()

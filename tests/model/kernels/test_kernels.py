@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from dsv4 import compiled
 from dsv4.errors import UsageError
 from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
 from dsv4.model.kernels.reference import Product
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
 from dsv4.model.weights import Matrix
-from dsv4.quant import compiled
 from dsv4.quant.block_scales import Block
 
 GENERATOR = torch.Generator().manual_seed(8)

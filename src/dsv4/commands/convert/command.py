@@ -15,9 +15,9 @@ from .options import ConvertOptions
 from .words import engine_caveats, print_part, print_plan, print_result
 
 if TYPE_CHECKING:
+    from dsv4.commands.distributed import Ranks
     from dsv4.convert.plan.partition import Part, Work
     from dsv4.convert.write.run import Job, Result
-    from dsv4.distributed import Ranks
 
 EPILOG = example(
     "dsv4 convert ./DeepSeek-V4-Flash ./Flash-FP8",
@@ -76,9 +76,9 @@ class _Conversion:
 
         The neighbour's and not its own: another machine reads the shared disk and not the writer's cache.
         """
+        from dsv4.commands.distributed import process_group
         from dsv4.convert.plan.partition import Part, Publish
         from dsv4.convert.write.run import clear_output
-        from dsv4.distributed import process_group
 
         with process_group(ranks):
             if overwrite:
@@ -136,6 +136,7 @@ def convert(options: ConvertOptions) -> None:
     Interrupted, the same command continues and ends in the same bytes. A source on a hub is streamed: the plan comes
     from its headers, and only --scratch of its shards are on disk at once.
     """
+    from dsv4.commands.distributed import torchrun_rank
     from dsv4.convert.hub.source import existing_source
 
     existing_source(options.source, options.revision)
@@ -143,7 +144,6 @@ def convert(options: ConvertOptions) -> None:
     from dsv4.convert.write.estimate import measure
     from dsv4.convert.write.run import check_job
     from dsv4.convert.write.shards.resources import keep_freed_memory
-    from dsv4.distributed import torchrun_rank
 
     ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)

@@ -30,7 +30,7 @@ from .prompts import Dialogue, Prompt, check_tokens_argument, gather, suite_prom
 from .source import Source, open_source
 
 if TYPE_CHECKING:
-    from dsv4.distributed import Ranks
+    from dsv4.commands.distributed import Ranks
     from dsv4.model.chat.tokenizer import TextTokenizer
     from dsv4.model.evaluate.trace import TraceWriter
     from dsv4.referee.servers import Identity
@@ -260,7 +260,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", stack: ExitStack, out: 
 def run(options: RunOptions) -> None:
     """Answer prompts, write logits, or compare two checkpoints, with dsv4's own engine."""
     machine.use_large_pages()  # before the next line imports torch
-    from dsv4.distributed import process_group, torchrun_rank
+    from dsv4.commands.distributed import process_group, torchrun_rank
 
     ranks = torchrun_rank()
     out = output.configure(options.json, options.quiet, options.verbose, ranks)

@@ -20,7 +20,7 @@ from dsv4.text import human_bytes
 from .source import Source
 
 if TYPE_CHECKING:
-    from dsv4.distributed import Ranks
+    from dsv4.commands.distributed import Ranks
     from dsv4.model.config import Config
     from dsv4.model.parallel import TensorParallelGroup
     from dsv4.model.transformer import Transformer
@@ -96,7 +96,7 @@ def device_of(device: str, ranks: "Ranks | None") -> str:
 
 def group_of(device: str, ranks: "Ranks | None") -> "TensorParallelGroup":
     """The ranks for the engine: this one's number, and whether tensors are exchanged through the CPU."""
-    from dsv4.distributed import BACKENDS
+    from dsv4.commands.distributed import BACKENDS
     from dsv4.model.parallel import SINGLE, TensorParallelGroup
 
     if ranks is None:
@@ -137,8 +137,8 @@ def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks |
 
 def _say_kernels(out: Output) -> None:
     """Print the form of the kernels with -v, and a warning if it is a slow one."""
+    from dsv4 import compiled
     from dsv4.model.kernels import cpu
-    from dsv4.quant import compiled
 
     out.detail(f"kernels: {cpu.form_name()}")
     if cpu.is_slow():

@@ -1,8 +1,8 @@
-"""The one loader of compiled code: the cast of `quant/` and the kernels of `model/` are one library.
+"""The one loader of compiled code: the casts of `quant/`, the kernels of `model/`, and the comparison of the proof.
 
-`setup.py` builds it when dsv4 is installed, if there is a C compiler, and it lies beside this file. It is C without
-Python's headers, so one library serves every Python version, ctypes loads it, and it runs without the interpreter's
-lock. Where it is missing or does not load, `library` is None, `problem` says why, and the forms in torch do the work.
+`setup.py` builds one library of them when dsv4 is installed, if there is a C compiler. It is C without Python's
+headers, so one library serves every Python version, ctypes loads it, and it runs without the interpreter's lock. Where
+it is missing or does not load, `library` is None, `problem` says why, and the forms in torch and numpy do the work.
 
 This file imports nothing but the standard library: `setup.py` runs it before anything is installed.
 """
@@ -13,8 +13,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-FILE = Path(__file__).with_name("_compiled.so")
-FOLDERS = ("quant/c", "model/kernels/c", "model/kernels/c/decode")  # of C, in the package
+PACKAGE = Path(__file__).resolve().parent
+FILE = PACKAGE / "quant" / "_compiled.so"
+FOLDERS = ("quant/c", "model/kernels/c", "model/kernels/c/decode", "convert/proof/c")  # of C, in the package
 NOT_BUILT = "dsv4 was installed without a C compiler"
 ELF_HEADER = 64  # bytes, of the 64-bit form
 SECTIONS = slice(0x28, 0x30), slice(0x3A, 0x3C), slice(0x3C, 0x3E)  # of the header: offset, entry size, entries
@@ -37,7 +38,7 @@ def constant(name: str) -> int:
     """The number that a C file defines under a name. From the source, because the forms in torch need it, too, where
     no library was built. Raises KeyError.
     """
-    for path in sources(Path(__file__).resolve().parents[1]):
+    for path in sources(PACKAGE):
         if found := re.search(rf"^#define {name} (\d+)\b", path.read_text(encoding="utf-8"), re.MULTILINE):
             return int(found[1])
     raise KeyError(name)
@@ -64,7 +65,7 @@ def _load(file: Path) -> tuple[ctypes.CDLL | None, str | None]:
         built_from = loaded.dsv4_fingerprint().decode()
     except (OSError, AttributeError) as error:
         return None, f"{file.name} does not load: {error}"
-    if built_from != fingerprint(Path(__file__).resolve().parents[1]):
+    if built_from != fingerprint(PACKAGE):
         return None, f"{file.name} was built from other C files than those that are installed"
     return loaded, None
 
