@@ -187,6 +187,16 @@ def test_an_interpreter_that_fails(
     assert words in err and ("what it said" in err) == ("what it said" in body)
 
 
+def test_an_interpreter_is_named_from_the_folder_of_the_user(
+    program: Callable[[str], Path], release: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    """It is started in another one."""
+    python = program("exit 3")
+    monkeypatch.chdir(python.parent)
+    assert cli.run(["doctor", str(release), "--for", "vllm", "--python", f"./{python.name}"]) == 4
+    assert "ended with code 3" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (("--for", "vllm", "--python", "no/such/python"), 4, "--python no/such/python does not exist"),
     (("--for", "vllm", "--python", "{}/config.json"), 4, "is no program that can be run"),

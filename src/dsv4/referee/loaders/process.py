@@ -65,12 +65,12 @@ class Answer:
 
 
 def interpreter(python: str) -> str:
-    """The path of an interpreter that was named by path or by name. Raises MachineError if there is none."""
+    """The absolute path of an interpreter that was named by path or by name. Raises MachineError if there is none."""
     found = shutil.which(python)
     if found is None:
         kind = "is no program that can be run" if Path(python).exists() else "does not exist"
         raise MachineError(f"--python {python} {kind}", "Name the Python that has the engine, such as venv/bin/python.")
-    return found
+    return os.path.abspath(found)  # not resolved: a link in venv/bin tells Python its packages
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
