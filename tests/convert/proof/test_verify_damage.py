@@ -467,7 +467,7 @@ CONFIG_EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "another key of the quantization",
         lambda c: c["quantization_config"].update(activation_scheme="static"),
-        "quantization_config.activation_scheme is 'static'",
+        "quantization_config.activation_scheme = 'static'",
     ),
     ("scale format", lambda c: c["quantization_config"].update(scale_fmt="ue9m0"), "scale_fmt says 'ue9m0'"),
 ]
