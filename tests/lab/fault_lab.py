@@ -68,6 +68,9 @@ class SlowSha256:
         time.sleep(0.001)
         self._real.update(data)
 
+    def copy(self) -> Any:
+        return self._real.copy()
+
     def hexdigest(self) -> str:
         return self._real.hexdigest()
 
