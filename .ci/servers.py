@@ -88,11 +88,15 @@ def running(command: list[str], address: str, log: Path, environment: dict[str, 
             process.wait()
 
 
-def llama_server(server: Path, gguf: Path, port: int) -> list[str]:
-    """The command that serves the first file of a folder."""
+@contextmanager
+def llama_server(server: Path, gguf: Path) -> Iterator[str]:
+    """llama.cpp's server with the first file of a folder; its address."""
     (model, *_) = sorted(gguf.glob("model-*.gguf"))
+    port = free_port()
     options = f"-m {model} --host 127.0.0.1 --port {port} -c 512 -np 1 -t 1 --no-warmup -fit off".split()
-    return [str(server / "llama-server"), *options]
+    command, libraries = [str(server / "llama-server"), *options], {"LD_LIBRARY_PATH": str(server)}
+    with running(command, f"http://127.0.0.1:{port}", gguf / "log", libraries) as address:
+        yield address
 
 
 def with_damaged_scales(source: Path, folder: Path) -> Path:
@@ -149,7 +153,7 @@ def templates_agree(server: Path, folder: Path, edition: str, encoder: str) -> N
             conversations, (True, False), (None, [complete(tool) for tool in TOOLS]), (None, "high", "max")
         )
     )
-    with running(server, folder / f"{edition}-gguf") as address:
+    with llama_server(server, folder / f"{edition}-gguf") as address:
         for messages, thinking, tools, effort in cases:
             mode = "thinking" if thinking else "chat"
             expected = encode_messages(with_additions(messages, tools), mode, reasoning_effort=effort, edition=edition)
@@ -172,10 +176,9 @@ def main(folder: Path) -> None:
         ("honest", source, True),
         ("damaged scales", with_damaged_scales(source, folder / "damaged"), False),
     ):
-        gguf, port = folder / f"{name} gguf".replace(" ", "-"), free_port()
+        gguf = folder / f"{name} gguf".replace(" ", "-")
         convert(made_from, gguf, to="gguf")
-        command, libraries = llama_server(server, gguf, port), {"LD_LIBRARY_PATH": str(server)}
-        with running(command, f"http://127.0.0.1:{port}", gguf / "log", libraries) as address:
+        with llama_server(server, gguf) as address:
             found = compared(source, address, ids)
         identity = found["server"]
         print(
