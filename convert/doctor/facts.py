@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.editions.spellings import release_view
+from dsv4.convert.checkpoint.editions.table import ENGRAM_TABLE
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
@@ -41,9 +42,9 @@ class Facts:
     """One folder as the rules use it.
 
     checkpoint: the opened folder, for planning a conversion; None for rank files. files: names of all files.
-    experts, wo_a: formats (fp4, fp8, bf16, or another dtype) of the routed experts and of attn.wo_a. draft_experts:
-    the format of the draft stages' experts if it differs from that of all others, else ""; if it differs, the other
-    fields leave them out. expert_scales: dtypes of the experts' block scales.
+    experts, wo_a, tables: formats (fp4, fp8, bf16, or another dtype) of the routed experts, of attn.wo_a and of n-gram
+    tables. draft_experts: the format of the draft stages' experts if it differs from that of all others, else ""; if it
+    differs, the other fields leave them out. expert_scales: dtypes of the experts' block scales.
     quantized: whether any weight is FP4 or FP8.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
     ranks: number of rank files. problems: faults in names, shapes and scales.
@@ -62,6 +63,7 @@ class Facts:
     draft_experts: str = ""
     expert_scales: set[str] = field(default_factory=set)
     wo_a: set[str] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     quantized: bool = False
     partial_blocks: list[str] = field(default_factory=list)
     mtp: bool = False
@@ -99,6 +101,8 @@ def _add_weights(facts: Facts, weights: dict[str, Weight]) -> None:
             facts.expert_scales.add(weight.scale.dtype)
         if weight.is_wo_a:
             facts.wo_a.add(weight.stored)
+        if ENGRAM_TABLE.fullmatch(name):
+            facts.tables.add(weight.stored)
         facts.quantized |= weight.format is not Format.PLAIN
         if weight.format is Format.FP8 and len(weight.info.shape) == 2:
             rows, columns = facts.block

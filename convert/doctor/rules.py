@@ -136,7 +136,8 @@ def _architecture(p: RuleContext) -> Iterator[Check]:
         known = ", ".join(p.engine.model_types)
         yield Check("architecture", "refuses", f"{shown}; of this family {p.name} knows model_type {known}")
     elif architecture not in p.engine.architectures:
-        yield Check("architecture", "unknown", f"{shown}: what {p.name} does with it is not known to dsv4")
+        why = p.engine.not_run.get(architecture or "", f"what {p.name} does with it is not known to dsv4")
+        yield Check("architecture", "unknown", f"{shown}: {why}")
     else:
         yield Check("architecture", "ok", shown)
     ratios, known_ratios = compress_ratios(p.facts.config) or (), p.engine.compress_ratios
@@ -235,6 +236,17 @@ def _wo_a(p: RuleContext) -> Iterator[Check]:
     else:
         status, text = p.engine.other_wo_a
         yield Check("wo_a", status, text.format(found=found), *p.convert)
+
+
+def _tables(p: RuleContext) -> Iterator[Check]:
+    if not p.facts.tables or not p.engine.tables:
+        return
+    found = ", ".join(sorted(p.facts.tables))
+    if p.facts.tables <= set(p.engine.tables):
+        yield Check("n-gram tables", "ok", found)
+    else:
+        text = f"{found}: {p.name} casts them into FP8 rows whose scales it never sets, without an error"
+        yield Check("n-gram tables", "wrong", text, *p.convert)
 
 
 def _quantization_config(p: RuleContext) -> Iterator[Check]:
@@ -348,8 +360,8 @@ def _form(p: RuleContext) -> Iterator[Check]:
 Rule = Callable[[RuleContext], Iterator[Check]]
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _quantization_config, _partial_blocks,
-    _ignored, _side_files, _tensor_parallel, _caveats,
+    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _tables, _quantization_config,
+    _partial_blocks, _ignored, _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
 RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files, _caveats)

@@ -16,6 +16,7 @@ from dsv4.convert.checkpoint.config import (
     expert_dtype,
     weight_block,
 )
+from dsv4.convert.checkpoint.editions.kv_cache import CacheLayout, Keeping
 from dsv4.convert.checkpoint.editions.table import edition_of
 from dsv4.convert.checkpoint.names import block_of, draft_stages, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint
@@ -25,7 +26,7 @@ from dsv4.errors import InputError
 from dsv4.machine import collection_paused
 
 from .findings import Finding, check_checkpoint
-from .kv_cache import CacheLayout, Widths, cache_sizes, shares_of_v3_2, v4_cache, v41_cache
+from .kv_cache import cache_sizes, shares_of_v3_2
 from .parameters import FAMILIES, Parameters, count_parameters, family, parameters_of
 
 Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
@@ -114,22 +115,6 @@ def _layers(tensors: Iterable[Alike], config: dict[str, Any]) -> tuple[list[Laye
     return layers, len(draft_stages(alike.name for alike in tensors))
 
 
-def _cache_layout(layers: list[Layer], config: dict[str, Any]) -> CacheLayout | None:
-    """None where the architecture is not known or a width is missing."""
-    keys = ("sliding_window", "head_dim", "qk_rope_head_dim", "index_head_dim")
-    window, head, rope, index = (config_count(config, key) for key in keys)
-    if window is None or head is None or rope is None or index is None or rope > head:
-        return None
-    widths, ratios = Widths(window, head, rope, index), [layer.ratio or 0 for layer in layers]
-    architecture = edition_of(config).architecture
-    if architecture == "v41":
-        sources = config.get("kv_source_layer_ids")
-        if not isinstance(sources, list) or any(source not in range(len(layers)) for source in sources):
-            return None
-        return v41_cache(widths, ratios, sources)
-    return v4_cache(widths, ratios, [layer.indexed for layer in layers]) if architecture == "v4" else None
-
-
 def _amount(alike: Alike) -> Amount:
     parameters = 0 if alike.weight is None else parameters_of(alike.weight)
     return Amount(alike.count, alike.count * parameters, alike.count * alike.info.nbytes)
@@ -162,6 +147,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     chosen = config_count(config, "num_experts_per_tok")
     drafting = config_count(config, "dspark_num_experts_per_tok")
     dtypes, families = _amounts(tensors)
+    keeping = [Keeping(layer.ratio or 0, layer.indexed) for layer in layers]
     experts = expert_formats(alike.weight for alike in tensors if alike.weight is not None)
     return Inspection(
         label=_label(checkpoint),
@@ -175,7 +161,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
         layers=layers,
         mtp_blocks=mtp_blocks,
         expert_formats=sorted(experts.every),
-        cache=_cache_layout(layers, config),
+        cache=edition_of(config).kv_cache(config, keeping),
         sizes=_sizes(checkpoint, tensors) if config else None,
         findings=check_checkpoint(checkpoint, weights, experts) if config else [],
     )

@@ -16,6 +16,7 @@ FolderLayout = Literal["hf", "mp", "gguf"]  # what an engine reads
 ScaleDtype = Literal["e8m0", "f32"]
 WoA = Literal["fp8", "bf16"]
 
+V4, V41 = "DeepseekV4ForCausalLM", "DeepseekV41ForCausalLM"
 ABSENT = None  # of a key of config.json
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -125,6 +126,8 @@ class Engine:
     a format that is not a key: it looks at the tensors. undeclared: what it takes experts for if the key is absent.
     wo_a: dtypes of attn.wo_a that it reads right. plain_wo_a: whether it also reads BF16 right where config.json says
     that the layer is not quantized. other_wo_a: status and text of `doctor` for anything else, {found}.
+    tables: formats of n-gram tables that it reads right, () if none was tried. not_run: architectures that it knows and
+    that were not tried with it, and why.
     scale_fmts: values of scale_fmt that it accepts, the one it assumes first; () if it does not look.
     partial_blocks: whether it reads FP8 weights right whose sides are no multiples of the block.
     needs: side files without which it stops. wants: side files that a user would miss.
@@ -139,7 +142,7 @@ class Engine:
     forms: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ("DeepseekV4ForCausalLM",)
+    architectures: tuple[str, ...] = (V4,)
     model_types: tuple[str, ...] = ()
     compress_ratios: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
@@ -149,6 +152,8 @@ class Engine:
     wo_a: tuple[str, ...]
     plain_wo_a: bool = False
     other_wo_a: tuple[Literal["wrong", "unknown"], str] = ("unknown", "{found}: not known to load")
+    tables: tuple[str, ...] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict)
     scale_fmts: tuple[str, ...] = ()
     partial_blocks: bool = True
     needs: tuple[str, ...]
@@ -172,6 +177,7 @@ ENGINES: dict[str, Engine] = {
         target=Target("f32", "fp8", "fp8"),
         layout="hf",
         head_dims=(128, 512),
+        not_run={V41: "not run: its loader wants memory for n-gram tables that a GPU can address (UVA)"},
         # It copies the E8M0 bytes of expert scales into float32 as they are; other E8M0 scales it converts by value.
         expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F32",), "bf16": ()},
         declared={"fp4": ("fp4", ABSENT), "fp8": ("fp8",)},
@@ -192,6 +198,8 @@ ENGINES: dict[str, Engine] = {
         evidence=Evidence("SGLang 0.5.23", "2026-11", _LOADER),
         target=Target("e8m0", "fp8", ABSENT),
         layout="hf",
+        architectures=(V4, V41),
+        tables=("fp8",),
         expert_scales={"fp4": ("F8_E8M0",), "fp8": ("F8_E8M0", "F32"), "bf16": ()},
         declared={},  # it looks into the header of one routed expert
         undeclared="",
@@ -291,7 +299,7 @@ ENGINES: dict[str, Engine] = {
         layout="hf",
         forms={"MLX": "mlx"},
         refused=("engram_layer_ids",),
-        architectures=("DeepseekV41ForCausalLM",),
+        architectures=(V41,),
         model_types=("deepseek_v41",),
         expert_scales={},
         declared={},

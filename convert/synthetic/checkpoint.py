@@ -82,7 +82,7 @@ RELEASES: dict[type, Release] = {
         v41.config,
         v41.inference_config,
         lambda g: (v41.ENCODER_FILE, v41.ENCODER),
-        lambda g: v41.SPECIAL_TOKENS,
+        v41.special_tokens,
     ),
 }
 

@@ -14,6 +14,7 @@ import torch
 
 from .geometry import VISION_DOWNSAMPLE, VISION_PATCH, VISION_WIDTH
 from .tensors import Block, ModuleSource
+from .tokenizer import small_tokenizer
 
 ENGRAM_BLOCK = Block(1, 32)
 STAGES = 3
@@ -74,7 +75,7 @@ class V41Geometry:
     engram_head_dim: int = 64
     engram_vocab_size: int = 211
     engram_pad_token_id: int = 2
-    engram_compressed_vocab_size: int = 267
+    engram_compressed_vocab_size: int = 472
     dspark_block_size: int = 5
     dspark_noise_token_id: int = 509
     dspark_target_layer_ids: tuple[int, ...] = (5, 6, 7)
@@ -104,6 +105,15 @@ _ENGINE_NAMES = {
     "engram_pad_token_id": "engram_pad_id",
     "dspark_num_experts_per_tok": "dspark_n_activated_experts",
 }
+
+
+def special_tokens(g: V41Geometry) -> tuple[str, ...]:
+    """Of the tokenizer, which has a token for each id, as the release's: place holders fill the vocabulary.
+
+    The classes of n-grams are counted over all ids; one without a token would be of a class of its own.
+    """
+    empty = range(g.vocab_size - small_tokenizer(SPECIAL_TOKENS).get_vocab_size())
+    return (*SPECIAL_TOKENS, *(f"<｜place▁holder▁no▁{number}｜>" for number in empty))
 
 
 def _fields(g: V41Geometry) -> dict[str, Any]:

@@ -60,11 +60,14 @@ def inspected(folder: Path) -> str:
 
 
 def judged(folder: Path) -> str:
-    """By vLLM's rules: what they say of the architecture."""
-    code, out, _ = dsv4("doctor", folder, "--for", "vllm", "--json")
-    (status, *_) = [check["status"] for check in json.loads(out)["checks"] if check["rule"] == "architecture"]
-    assert (code == 1) >= (status == "unknown")
-    return "checked" if status == "ok" else str(status)
+    """By the rules of two engines: what they say of the architecture."""
+    found = {}
+    for engine in ("vllm", "sglang"):
+        code, out, _ = dsv4("doctor", folder, "--for", engine, "--json")
+        (status, *_) = [check["status"] for check in json.loads(out)["checks"] if check["rule"] == "architecture"]
+        assert (code == 1) >= (status == "unknown")
+        found[engine] = "checked" if status == "ok" else str(status)
+    return found["vllm"] if len(set(found.values())) == 1 else f"{found['vllm']}; sglang {found['sglang']}"
 
 
 def runs(folder: Path) -> str:

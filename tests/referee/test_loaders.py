@@ -23,7 +23,12 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import find_weights
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError, Interrupted
+from dsv4.quant.block_scales import dequantize_fp8
+from dsv4.quant.blocks import Block
 from dsv4.referee.loaders import loader
+from dsv4.referee.loaders.probes.modules import held as held_by
+from dsv4.referee.loaders.probes.record import Record
+from dsv4.referee.loaders.probes.sglang_probe import SPELLING
 from dsv4.referee.loaders.process import Held, run
 from dsv4.referee.loaders.sample import cut_of, sample_bytes, write_sample
 from dsv4.referee.loaders.values import compare
@@ -316,6 +321,28 @@ def held(values: torch.Tensor, loaded: bool = True) -> Held:
 def test_outcomes(theirs: Callable[[torch.Tensor], torch.Tensor], outcome: str) -> None:
     values = torch.tensor([1 / 3, 0.0, -2.5, 7.0])
     assert compare("x", values, held(theirs(values))).outcome == outcome
+
+
+def test_tables_and_vision_as_sglang_keeps_them() -> None:
+    """A table's scales are a parameter of their own, one per 32 elements; below `vision.` other names are changed."""
+    codes = torch.arange(256, dtype=torch.uint8).where(torch.arange(256) % 128 != 127, 0).view(torch.float8_e4m3fn)
+    table = {"weight": codes.view(4, 64), "scale": torch.tensor([[120, 127], [1, 2], [3, 254], [9, 99]]).byte()}
+    parameters = {"model.layers.1.engram.embed": table | {"scale": table["scale"].view(torch.float8_e8m0fnu)}}
+    parameters |= {f"vision.blocks.0.{n}": {"bias": torch.ones(3)} for n in ("attn.qkv_proj", "attn.proj", "mlp.w1")}
+    model = torch.nn.Module()
+    for path, owned in parameters.items():
+        owner = model
+        for part in path.split("."):
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        for name, values in owned.items():
+            owner.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    found = dict(held_by(model, SPELLING, Record({"shapes": {}, "block": (32, 32)})))
+    names = {f"vision.blocks.0.{n}.bias" for n in ("attn.wqkv", "attn.wo", "mlp.w1")}
+    assert set(found) == {"layers.1.engram.embed.weight"} | names
+    exact = dequantize_fp8(table["weight"], table["scale"].view(torch.float8_e8m0fnu), Block(1, 32))
+    assert torch.equal(found["layers.1.engram.embed.weight"], exact)
 
 
 def test_what_was_never_written() -> None:

@@ -4,7 +4,7 @@ A new edition is a new row of EDITIONS and, where its blocks are new, a file of 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,8 +13,9 @@ from dsv4.convert.checkpoint.config import Config, config_count, config_string
 from dsv4.errors import InputError
 
 from . import v4, v41
+from .kv_cache import CacheLayout, Keeping
 from .spellings import contradictions
-from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_tensors
+from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_cache, v4_tensors
 
 FAMILY = "deepseek_v4"  # the beginning of every release's model type
 V4_TYPES = ("deepseek_v4", "deepseek_ref")  # the second: third-party conversions of the same architecture
@@ -35,8 +36,9 @@ class Edition:
     draft stages, every required weight with its shape in elements; raises InputError if the config lacks a key; None if
     they are not known. optional: names of further weights that a checkpoint may have. missing_keys: required keys that
     a config lacks. signs: names of tensors that tell the architecture: another one that has them, too, lists them among
-    its own. architecture: the file of the forward pass in `model/architectures/`; "" if there is none. encoder: the
-    file of the prompt encoder.
+    its own. kv_cache: from the config and what each layer keeps, the terms of the KV cache's size; None if a width is
+    missing, or they are not known. architecture: the file of the forward pass in `model/architectures/`; "" if there is
+    none. encoder: the file of the prompt encoder.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Edition:
     optional: re.Pattern[str] = re.compile("")
     missing_keys: Callable[[Config], list[str]] = lambda config: []
     signs: re.Pattern[str] = re.compile("")
+    kv_cache: Callable[[Config, Sequence[Keeping]], CacheLayout | None] = lambda config, layers: None
     architecture: str = ""
     encoder: str = ENCODER
 
@@ -58,7 +61,8 @@ class Edition:
 
 
 # The n-gram tables have one scale per 32 elements of a row although they are FP8.
-ENGRAM_BLOCKS = ((re.compile(r"(?:.*\.)?engram\.embed\.weight"), (1, 32)),)
+ENGRAM_TABLE = re.compile(r"(?:.*\.)?engram\.embed\.weight")
+ENGRAM_BLOCKS = ((ENGRAM_TABLE, (1, 32)),)
 
 # The first row that describes a config counts.
 EDITIONS = (
@@ -71,6 +75,7 @@ EDITIONS = (
         optional=OPTIONAL,
         missing_keys=v41.missing_keys,
         signs=V41_SIGNS,
+        kv_cache=v41.v41_cache,
         architecture="v41",
         encoder="encoding/encoding.py",
     ),
@@ -83,6 +88,7 @@ EDITIONS = (
         optional=OPTIONAL,
         missing_keys=missing_keys,
         signs=V4_SIGNS,
+        kv_cache=v4_cache,
         architecture="v4",
     ),
     Edition(
@@ -93,6 +99,7 @@ EDITIONS = (
         optional=OPTIONAL,
         missing_keys=missing_keys,
         signs=V4_SIGNS,
+        kv_cache=v4_cache,
         architecture="v4",
     ),
 )

@@ -3,12 +3,13 @@
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4.convert.checkpoint.config import Config, compress_ratios, config_count, config_value
 from dsv4.errors import InputError
 
+from .kv_cache import CacheLayout, Compressed, Keeping, Widths
 from .spellings import YARN_KEYS
 
 MAX_EXPERTS = 1_000_000  # V4-Pro has 23808 in all; a hostile config must not make us list billions of names
@@ -214,3 +215,21 @@ def v4_tensors(config: Config, stages: int, stage_tensors: Stage) -> dict[str, S
         for part in (_block(ratio, False, d), stage_tensors(config, d, stage, stages)):
             found |= {f"mtp.{stage}.{name}": shape for name, shape in part}
     return found
+
+
+def v4_cache(config: Config, layers: Sequence[Keeping]) -> CacheLayout | None:
+    """The KV cache as the release counts it: entries in FP8 with their rotary dims in bfloat16, index keys in FP4.
+
+        entry      448 dims in float8_e4m3fn, 64 rotary dims in bfloat16                448 + 2 * 64 = 576 bytes
+        index key  float4_e2m1fn and one float8_e8m0fnu scale per 32 dims               128 / 2 + 4  =  68 bytes
+
+    A layer with an indexer keeps an index key for each compressed entry. Scales of the FP8 part (one per 64 dims, 1%)
+    and the state of each compressor's unfinished block are not counted, as in the release's figures, nor is the window
+    of a draft block. None where the config lacks a width.
+    """
+    if (widths := Widths.read(config)) is None:
+        return None
+    entry, index_key = widths.head_dim - widths.rope_dim + 2 * widths.rope_dim, widths.index_key_bytes
+    grows = tuple(Compressed(layer.ratio, entry + index_key * layer.indexed) for layer in layers if layer.ratio)
+    formats = "FP8 keys with BF16 rotary part, FP4 index keys"
+    return CacheLayout(len(layers), widths.sliding_window, entry, entry, index_key, grows, formats)

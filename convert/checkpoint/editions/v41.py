@@ -5,12 +5,13 @@ lists of the indexer; two layers are preceded by n-gram tables (engram); no stac
 One line per tensor. Shapes are in elements; scales are not listed, they follow from how a weight is stored.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv4.convert.checkpoint.config import Config, config_count, config_value
 from dsv4.errors import InputError
 
+from .kv_cache import CacheLayout, Compressed, Keeping, Widths
 from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, counts_of, experts, hyper_connection, ratios_of, require_believable
 
 # Keys without which no engine can compute the model.
@@ -167,3 +168,23 @@ def v41_tensors(config: Config, stages: int) -> dict[str, Shape]:
     for stage in range(stages):
         found |= {f"mtp.{stage}.{name}": shape for name, shape in _stage(config, stage, stages, d)}
     return found
+
+
+def v41_cache(config: Config, layers: Sequence[Keeping]) -> CacheLayout | None:
+    """The KV cache as the release counts it: compressed entries and index keys are in the KV source layers only.
+
+        window     float8_e4m3fn, one float8_e8m0fnu scale per 32 dims                  512 + 16     = 528 bytes
+        entry      float4_e2m1fn, one float8_e4m3fn scale per 16 dims                   512 / 2 + 32 = 288 bytes
+        index key  as V4's                                                                              68 bytes
+
+    None where the config lacks a width, or its sources are no list of layers.
+    """
+    widths, sources = Widths.read(config), config.get("kv_source_layer_ids")
+    if widths is None or not isinstance(sources, list) or any(source not in range(len(layers)) for source in sources):
+        return None
+    width, index_key = widths.head_dim, widths.index_key_bytes
+    window, entry = width + -(-width // 32), width // 2 + -(-width // 16)
+    kept = (layers[source] for source in sources)
+    grows = tuple(Compressed(layer.ratio, entry + index_key) for layer in kept if layer.ratio)
+    formats = "FP8 window keys, FP4 compressed and index keys"
+    return CacheLayout(len(layers), widths.sliding_window, window, entry, index_key, grows, formats)

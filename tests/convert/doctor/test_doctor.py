@@ -461,6 +461,16 @@ def test_transformers_misplaces_the_scales_of_partial_blocks(tmp_path: Path, loa
     assert diagnose(decoded, "transformers").loads
 
 
+@pytest.mark.parametrize(("options", "wrong"), [((), set()), (("--to", "bf16"), {"n-gram tables"})])
+def test_sglang_reads_v41_but_for_tables_in_bf16(options: tuple[str, ...], wrong: set[str], tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "v41", geometry=V41Geometry())
+    if options:
+        assert cli.run(["convert", str(folder), str(tmp_path / "out"), *options, "-q"]) == 0
+        folder = tmp_path / "out"
+    assert failures(diagnose(folder, "sglang")) == wrong
+    assert diagnose(folder, "sglang").loads is not bool(wrong)
+
+
 def test_an_edition_with_another_encoder_and_a_layout_that_is_not_written(tmp_path: Path) -> None:
     """V4.1 has encoding/encoding.py, and n-gram tables: why there are no rank files is said in sentences."""
     made = make_checkpoint(tmp_path / "v41", geometry=V41Geometry())
@@ -469,5 +479,7 @@ def test_an_edition_with_another_encoder_and_a_layout_that_is_not_written(tmp_pa
     (made / "encoding" / "encoding.py").unlink()
     found = {check.rule: check for check in diagnose(made, "vllm").checks}
     assert "missing: encoding/encoding.py" in found["side files"].text
+    model = next(check for check in diagnose(made, "vllm").checks if check.rule == "architecture")
+    assert model.status == "unknown" and "not run: its loader wants memory" in model.text
     fix = next(check.fix for check in diagnose(made, "reference").checks if check.rule == "layout")
     assert fix.endswith("dsv4 does not write the reference engine's layout of V4.1. Use --layout hf.")

@@ -52,7 +52,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"engram_num_embeddings": [1362]}, "engram_num_embeddings must have a count for each of engram_layer_ids"),
     ({"engram_layer_ids": [1, 80]}, "name a layer that does not exist"),
     ({"engram_n_heads": 1_000_000}, "the engram tables are larger than any model's"),
-    ({"engram_compressed_vocab_size": 99}, "its tokens make 267 classes, config.json: engram_compressed_vocab_size is"),
+    ({"engram_compressed_vocab_size": 99}, "its tokens make 472 classes, config.json: engram_compressed_vocab_size is"),
     ({"engram_vocab_size": 100}, r"engram_num_embeddings says 1362 rows for layer 1, its primes .* make"),
     ({"n_routed_experts": 7}, "'layers.0.ffn.experts.6.w1.weight' is missing"),
     ({"engram_head_dim": 32}, "'layers.1.engram.embed.weight' is F8_E4M3"),

@@ -30,8 +30,8 @@ WHOLE_BYTES = 2 * 10**9  # a checkpoint up to this size is loaded whole
 SECONDS = 3600.0
 GOOD = ("equal", "rounded")
 EXECUTED = (
-    "architecture", "experts", "expert_dtype", "expert scales", "wo_a", "quantization_config", "block edges", "form",
-    "quantization",
+    "architecture", "experts", "expert_dtype", "expert scales", "wo_a", "n-gram tables", "quantization_config",
+    "block edges", "form", "quantization",
 )  # fmt: skip
 
 

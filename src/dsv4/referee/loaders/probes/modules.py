@@ -11,19 +11,23 @@ import torch
 
 from .record import Record, decode, parts
 
+TABLE_BLOCK = (1, 32)  # of n-gram tables, which have their scales in a parameter `scale`
 NO_WEIGHTS = ("weight_scale", "w13_weight_", "w2_weight", "k_scale", "v_scale")  # beginnings of parameters' names
 
 
 class Spelling(NamedTuple):
-    """names: replaced in turn, they make the release's name of an engine's. fused: parameter -> the matrices in it."""
+    """names: replaced in turn, they make the release's name of an engine's. fused: parameter -> the matrices in it.
+    vision: the same as names, for what is below `vision.`.
+    """
 
     names: tuple[tuple[str, str], ...]
     fused: dict[str, tuple[str, str]]
+    vision: tuple[tuple[str, str], ...] = ()
 
     def released(self, name: str) -> str:
         """The release's name of a parameter, but for fused ones."""
         name = name.removeprefix("model.")
-        for old, new in self.names:
+        for old, new in self.vision if name.startswith("vision.") else self.names:
             name = name.replace(old, new)
         return name
 
@@ -31,6 +35,12 @@ class Spelling(NamedTuple):
 def _scale(module: Any, name: str) -> Any:
     found = (getattr(module, name + suffix, None) for suffix in ("_scale_inv", "_scale"))
     return next((scale for scale in found if scale is not None), None)
+
+
+def _is_table(module: Any) -> bool:
+    """Whether a module is an n-gram table: FP8 rows, and scales that are no `weight_scale`."""
+    weight, scale = getattr(module, "weight", None), getattr(module, "scale", None)
+    return all(isinstance(t, torch.Tensor) for t in (weight, scale)) and weight.dtype == torch.float8_e4m3fn
 
 
 def _experts(stem: str, module: Any, block: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -70,7 +80,10 @@ def held(model: Any, spelling: Spelling, record: Record) -> Iterator[tuple[str, 
     for name, parameter in (*model.named_parameters(), *tables):
         owner, _, leaf = name.rpartition(".")
         source = spelling.released(name)
-        if leaf == "w13_weight":
+        if _is_table(modules[owner]):
+            if leaf == "weight":
+                yield source, decode(parameter.data, modules[owner].scale, TABLE_BLOCK)
+        elif leaf == "w13_weight":
             yield from _experts(source.split(".experts.")[0], modules[owner], record.block)
         elif not leaf.startswith(NO_WEIGHTS):
             yield from _dense(source, modules[owner], parameter, spelling, record)

@@ -31,6 +31,7 @@ SPELLING = Spelling(
         (".input_layernorm.", ".attn_norm."), (".post_attention_layernorm.", ".ffn_norm."),
         (".shared_experts.down_proj.", ".shared_experts.w2."),
     ),
+    vision=((".attn.qkv_proj.", ".attn.wqkv."), (".attn.proj.", ".attn.wo.")),
     fused={"wqkv_a": ("wq_a", "wkv"), "wkv_gate": ("wkv", "wgate"), "gate_up_proj": ("w1", "w3")},
 )  # fmt: skip
 
