@@ -40,7 +40,9 @@ def _scale(module: Any, name: str) -> Any:
 def _is_table(module: Any) -> bool:
     """Whether a module is an n-gram table: FP8 rows, and scales that are no `weight_scale`."""
     weight, scale = getattr(module, "weight", None), getattr(module, "scale", None)
-    return all(isinstance(t, torch.Tensor) for t in (weight, scale)) and weight.dtype == torch.float8_e4m3fn
+    if not isinstance(weight, torch.Tensor) or not isinstance(scale, torch.Tensor):
+        return False
+    return weight.dtype == torch.float8_e4m3fn
 
 
 def _experts(stem: str, module: Any, block: Any) -> Iterator[tuple[str, torch.Tensor]]:
