@@ -7,6 +7,7 @@ Its tests go to the processes by file, so that no fixture is made twice.
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -36,3 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.fsync = lambda descriptor: None
         if config.getoption("dist", None) == "load":
             config.option.dist = "loadfile"
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What the command line sets for its own process, such as large pages, does not reach the next test's programs."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]

@@ -263,7 +263,7 @@ WRONG_USAGE = [
     (["nonsense", "--json"], "nonsense"),
     (["convert", "--json"], "Missing argument 'SOURCE'"),
     (["convert", "a", "b", "--to", "fp7", "--json"], "fp7"),
-    (["convert", "--json", "a", "b", "--part", "1/2", "--finish"], "--finish"),
+    (["convert", "--json", ".", "b", "--part", "1/2", "--finish"], "--finish"),
     (["doctor", "a", "--json"], "--for"),
     (["verify", "a", "b", "--shard", "0", "--json"], "--shard"),
     (["run", "--json", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
