@@ -10,7 +10,7 @@ from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
 from dsv4.convert.hub.storage import HubStorage, open_storage
 from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
 from dsv4.convert.plan.input_scale import read_input_scale
-from dsv4.convert.plan.partition import Part, Work, parse_work
+from dsv4.convert.plan.partition import Part, Work, parse_work, share_of
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Dense, OnInexact, Settings, To, check_count, resolve
 from dsv4.convert.write.atomic_file import SCRATCH_NAME
@@ -111,5 +111,6 @@ def convert(
     with closing(job.checkpoint):
         if dry_run:
             check_job(job)
-            return Result(job.output, job.plan, output_bytes=job.plan.output_bytes, dry_run=True)
+            plan = share_of(job.plan, work)
+            return Result(job.output, plan, output_bytes=plan.output_bytes, dry_run=True)
         return run_conversion(job, work, progress)

@@ -157,10 +157,6 @@ class HubStorage:
         """Estimated seconds to fetch `count` bytes, from the rate at which the headers arrived."""
         return self._ranges.seconds_for(count)
 
-    def seconds_to_fetch(self) -> float:
-        """Estimated seconds to fetch all shards."""
-        return self.seconds_for(sum(self._shard_sizes))
-
     def close(self) -> None:
         """Stop transfers and close files. Shards in the scratch area stay for the next run."""
         self._ranges.close()

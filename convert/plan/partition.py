@@ -9,7 +9,7 @@ the journals list. One process publishes (manifest, index, config) after it has 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4.errors import UsageError
 
@@ -84,3 +84,12 @@ def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
 def shards_of(plan: Plan, work: Work) -> Sequence[OutputShard]:
     """The shards that a run must write or find written."""
     return assign_shards(plan, work.count)[work.index] if isinstance(work, Part) else plan.shards
+
+
+def share_of(plan: Plan, work: Work) -> Plan:
+    """The plan of a part alone: its shards, and the bytes of the source that they read. Of other work, all of it."""
+    if not isinstance(work, Part):
+        return plan
+    shards = tuple(shards_of(plan, work))
+    read = {info.name: info.nbytes for shard in shards for tensor in shard.tensors for info in tensor.reads}
+    return replace(plan, shards=shards, source_bytes=sum(read.values()))

@@ -218,7 +218,7 @@ def test_no_proof_is_offered_where_it_must_fail(choice: str, tmp_path: Path, cap
     mix_scales(source)
     assert cli.run(["convert", str(source), str(tmp_path / "o"), "--on-inexact", choice]) == 0
     error = capfd.readouterr().err
-    assert "prove it" not in error and "list what is not exact (ends with 1): dsv4 verify" in error
+    assert "next: dsv4" not in error and "list what is not exact (ends with 1): dsv4 verify" in error
     assert cli.run(["verify", str(source), str(tmp_path / "o")]) == 1
 
 

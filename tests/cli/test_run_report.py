@@ -1,13 +1,17 @@
 """The page of `run --compare`: its numbers are the comparison's, its charts have scales."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from dsv4.commands.run.compare import verdict
-from dsv4.commands.run.report import agreement, curve, render
+from dsv4 import output
+from dsv4.commands.run.compare import _conclude, verdict
+from dsv4.commands.run.options import RunOptions
+from dsv4.commands.run.report import agreement, curve, next_steps, render
 from dsv4.convert.proof.report.charts import Chart
 from dsv4.model.evaluate.compare import Comparison
 
@@ -51,6 +55,39 @@ def test_red_or_green_and_the_first_module() -> None:
     assert '<div class="verdict"><p><b>within tolerance</b>' in page and "0 (up to 1 accepted)" in page
     equal = replace(FOUND, bit_equal=True, first_module=None, first_position=None)
     assert '<div class="verdict"><p><b>BIT-EQUAL</b>' in page_of(equal) and "First module" not in page_of(equal)
+
+
+@pytest.mark.parametrize(("tolerance", "mode"), [(0.0, "text"), (1.0, "text"), (0.0, "json")])
+def test_a_difference_that_the_logits_lost_is_in_the_one_verdict(
+    tolerance: float, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 0, because the logits have the same bits; but nothing says that all is equal."""
+    lost = replace(FOUND, bit_equal=True, max_difference=0.0, mtp_max_difference=None)
+    page = tmp_path / "page.html"
+    options = RunOptions(checkpoint="a", compare="b", tokens="5,6,7", tolerance=tolerance, report=str(page))
+    out = output.configure(mode == "json", False, False)
+    assert _conclude(lost, ("a", "b"), [5, 6, 7], options, out) == 0
+    said = capsys.readouterr().out
+    sentence = json.loads(said)["verdict"] if mode == "json" else said.strip()
+    assert sentence.startswith("BIT-EQUAL LOGITS, OTHER MODULES: ") and "first layers.1.ffn, position 2" in sentence
+    word, rest = sentence.split(":", 1)
+    assert f"<p><b>{word}</b>:{rest}</p>" in page.read_text()
+
+
+def test_the_page_says_what_to_do_next(tmp_path: Path) -> None:
+    options = RunOptions(checkpoint="a b", compare="c", tokens="5,6,7", report="page.html")
+    sides, equal = ("a b", "c"), replace(FOUND, bit_equal=True, first_module=None, first_position=None)
+    commands = [command for _, command in next_steps(sides, equal, options)]
+    assert commands == ["dsv4 verify 'a b' c", "dsv4 doctor c --for vllm"]
+    repeated = "dsv4 run 'a b' --tokens 5,6,7 --no-simulation --compare c"
+    steps = next_steps(sides, FOUND, options)
+    assert steps[0][1] == "dsv4 verify 'a b' c" and sorted(steps[1][1].split()) == sorted(repeated.split())
+    assert [step[1] for step in next_steps(sides, FOUND, replace(options, no_simulation=True))] == [steps[0][1]]
+    (tmp_path / "logits").touch()
+    of_a_file = next_steps((str(tmp_path / "logits"), "c"), FOUND, options)
+    assert [step[1] for step in of_a_file] == ["dsv4 verify SOURCE c"]
+    page = render(sides, [5], FOUND, verdict(FOUND, 0.0), 0.0, "dsv4 run", steps)
+    assert "<h2>What to do next</h2>" in page and "--no-simulation" in page
 
 
 def test_self_contained_and_safe() -> None:

@@ -336,14 +336,14 @@ def _plain_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> 
         if said is None and key == "vocab_size":  # llama.cpp's own files lack it: it counts the tokens
             continue
         if expected is not None and not _same(said, expected):
-            yield f"{prefix}{key} is {said}, in the source's config {path} is {expected}"
+            yield f"{prefix}{key} is {said}, expected {expected} (the source's {path})"
     ratios, expected = keys.get(f"{prefix}attention.compress_ratios"), config.get("compress_ratios")
     layers = config.get("num_hidden_layers")
     if isinstance(ratios, list) and isinstance(expected, list) and ratios[:layers] != expected[:layers]:
-        yield f"{prefix}attention.compress_ratios are {ratios}, in the source's config {expected}"
+        yield f"{prefix}attention.compress_ratios are {ratios}, expected {expected} (the source's compress_ratios)"
     limits = keys.get(f"{prefix}swiglu_clamp_exp")
     if isinstance(limits, list) and not all(_same(limit, config.get("swiglu_limit")) for limit in limits):
-        yield f"{prefix}swiglu_clamp_exp is {limits}, in the source's config it is {config.get('swiglu_limit')}"
+        yield f"{prefix}swiglu_clamp_exp is {limits}, expected {config.get('swiglu_limit')} (the source's swiglu_limit)"
 
 
 def _stage_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> Iterator[str]:
@@ -356,7 +356,7 @@ def _stage_faults(keys: dict[str, Any], prefix: str, config: dict[str, Any]) -> 
         ("drafts tokenizer.ggml.mask_token_id", "dspark_noise_token_id", config.get("dspark_noise_token_id")),
     ):
         if keys.get(key) != wanted:
-            yield f"{key} is {keys.get(key)}, in the source's config {path} is {config.get(path)}"
+            yield f"{key} is {keys.get(key)}, expected {wanted} (the source's {path})"
 
 
 def key_faults(keys: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:

@@ -195,14 +195,14 @@ def _preview(options: VerifyOptions, out: output.Output) -> int:
 def _suggest(out: output.Output, result: "Verification", options: VerifyOptions) -> None:
     """The command to try after a good verdict; none for a model that `dsv4 run` does not know."""
     if options.sample is not None:
-        return out.hint(f"prove it: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
+        return out.hint(f"next: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
     if not _runs(Path(options.source)) or result.is_foreign:
         return
     words = ["dsv4", "run", options.source, "-p", "Hello"]
     if options.converted is None:
-        out.hint(f"run it: {shlex.join(words)}")
+        out.hint(f"next: {shlex.join(words)}")
     elif _runs(Path(options.converted)):
-        out.hint(f"run both: {shlex.join([*words, '--compare', options.converted])}")
+        out.hint(f"next: {shlex.join([*words, '--compare', options.converted])}")
 
 
 def _print_and_report(out: output.Output, result: "Verification", options: VerifyOptions) -> None:

@@ -151,7 +151,7 @@ def test_a_small_sample_reads_a_small_share(source: Path, monkeypatch: pytest.Mo
 
 def test_the_verdict_and_its_code(source: Path, tmp_path: Path) -> None:
     code, out, err = dsv4("verify", source, source, "--sample", "8%", "--seed", "7")
-    assert code == 5 and "IDENTICAL" not in out and f"prove it: dsv4 verify {source} {source}" in err
+    assert code == 5 and "IDENTICAL" not in out and f"next: dsv4 verify {source} {source}" in err
     chance = missed(41, detectable(41))
     words = f"a converter that breaks 1 block in {detectable(41)} is missed with probability {chance:.2g}"
     assert out.splitlines()[-1] == f"NO DIFFERENCE in 41 blocks of 501 (8.18 % of all; {words})"

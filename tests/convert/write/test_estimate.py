@@ -11,6 +11,7 @@ from exact_values import dsv4, tree
 from fault_lab import GEOMETRY
 from jobs import job_of
 
+from dsv4.convert.api import convert
 from dsv4.convert.plan.settings import resolve
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import estimate
@@ -64,6 +65,28 @@ def test_a_dry_run_prints_it(tmp_path: Path) -> None:
     assert code == 0 and "/s read, " in line and "/s written, " in line and "/s hashed" in line
     code, out, _ = dsv4("convert", source, tmp_path / "out", "--dry-run", "--json")
     assert code == 0 and json.loads(out)["estimated_seconds"] >= 0
+
+
+def test_a_dry_run_of_a_part_prints_that_part(tmp_path: Path) -> None:
+    """All parts together write what the whole writes, and read what it reads; no shard is in two parts."""
+    source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
+
+    def planned(*more: str) -> dict[str, Any]:
+        code, out, _ = dsv4(
+            "convert", source, tmp_path / "out", "--max-shard-size", "60KB", "--dry-run", "--json", *more
+        )
+        assert code == 0
+        return dict(json.loads(out))
+
+    whole, parts = planned(), [planned("--part", f"{i}/3") for i in (1, 2, 3)]
+    for key in ("output_bytes", "shards", "tensors"):
+        assert sum(part[key] for part in parts) == whole[key] and min(part[key] for part in parts) > 0
+    assert sorted(file for part in parts for file in part["files"]) == sorted(whole["files"])
+    data = sum(info.nbytes for info in job_of(source, resolve(), tmp_path / "out").checkpoint.tensors.values())
+    assert sum(part["source_bytes"] for part in parts) == data
+    assert [(part["part"], part["parts"]) for part in parts] == [(1, 3), (2, 3), (3, 3)] and "part" not in whole
+    dry = convert(source, tmp_path / "out", max_shard_size="60KB", part="2/3", dry_run=True)
+    assert dry.output_bytes == parts[1]["output_bytes"]
 
 
 @pytest.mark.parametrize("is_direct", [True, False])

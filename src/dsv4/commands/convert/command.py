@@ -1,7 +1,7 @@
 """`dsv4 convert SOURCE OUTPUT`: in one process, as one part of several, or as the ranks of a launcher."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -36,10 +36,12 @@ def _remote(job: "Job") -> dict[str, Any]:
     if not isinstance(storage, HubStorage):
         return {}
     source = storage.identity()
+    names = {name for shard in job.plan.shards for name in shard.source_shards}
+    fetched = sum(job.checkpoint.shards[name].size for name in names)
     return {
         "source": f"{source['hub']}:{source['repository']}@{source['commit']}",
         "scratch_bytes": storage.disk_bytes(),
-        "seconds_to_fetch": round(storage.seconds_to_fetch(), 1),
+        "seconds_to_fetch": round(storage.seconds_for(fetched), 1),
     }
 
 
@@ -140,7 +142,7 @@ def convert(options: ConvertOptions) -> None:
     from dsv4.convert.hub.source import existing_source
 
     existing_source(options.source, options.revision)
-    from dsv4.convert.plan.partition import Part  # imports NumPy: after what can be wrong
+    from dsv4.convert.plan.partition import Part, share_of  # imports NumPy: after what can be wrong
     from dsv4.convert.write.estimate import measure
     from dsv4.convert.write.run import check_job
     from dsv4.convert.write.shards.resources import keep_freed_memory
@@ -150,11 +152,12 @@ def convert(options: ConvertOptions) -> None:
     work = _work(options, ranks)
     job = _open(options, work, ranks.workers if ranks else usable_cores(), out)
     with closing(job.checkpoint):
-        remote = _remote(job)
+        share = replace(job, plan=share_of(job.plan, work))
+        remote = _remote(share)
         if options.dry_run:
             check_job(job)
-            rates = measure(job.checkpoint, job.plan, options.output_folder)
-            if not print_plan(out, job, free_bytes(options.output_folder), remote, rates):
+            rates = measure(job.checkpoint, share.plan, options.output_folder)
+            if not print_plan(out, share, work, free_bytes(options.output_folder), remote, rates):
                 raise typer.Exit(EXIT_MACHINE)
             return
         signals.begin_work()

@@ -12,7 +12,7 @@ from dsv4.text import aligned, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
-    from dsv4.convert.plan.partition import Part
+    from dsv4.convert.plan.partition import Part, Work
     from dsv4.convert.write.estimate import Rates
     from dsv4.convert.write.run import Job, Result
 
@@ -34,17 +34,21 @@ def _time_row(seconds: float, rates: "Rates") -> tuple[str, str, str]:
     return "time", human_seconds(seconds), "at " + ", ".join([*measured, f"{human_bytes(rates.sha256)}/s hashed"])
 
 
-def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any], rates: "Rates") -> bool:
+def print_plan(out: output.Output, job: "Job", work: "Work", free: int, remote: dict[str, Any], rates: "Rates") -> bool:
     """Print the plan; returns whether the disk has room for it.
 
-    free: bytes on the disk of the output. remote: see `command._remote`. rates: as measured.
+    job: with the plan of `work`, which is one part or all. free: bytes on the disk of the output. remote: see
+    `command._remote`. rates: as measured.
     """
+    from dsv4.convert.plan.partition import Part
     from dsv4.convert.write.estimate import estimated_seconds
 
+    part = {"part": work.index + 1, "parts": work.count} if isinstance(work, Part) else {}
     plan, resources = job.plan, job.resources
     seconds = estimated_seconds(plan, rates, resources.workers)
     needed = plan.output_bytes + remote.get("scratch_bytes", 0)
     rows = [
+        *([("part", str(part["part"]), f"of {part['parts']}: the rows below are of this part alone")] if part else []),
         ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
         ("output", human_bytes(plan.output_bytes), f"{plan.output_bytes:,} bytes"),
         ("shards", str(len(plan.shards)), f"{plan.tensors:,} tensors"),
@@ -73,6 +77,7 @@ def print_plan(out: output.Output, job: "Job", free: int, remote: dict[str, Any]
             "options": plan.settings.to_json(),
             "files": {shard.file: shard.size for shard in plan.shards},
             "notes": list(plan.notes),
+            **part,
             **remote,
         }
     )
@@ -124,7 +129,7 @@ def _next_step(result: "Result", source: str) -> str:
     """The command that proves the output; of one that is not exact, the command that lists what differs."""
     summary = result.summary
     is_proof = not result.kept_tensors and not summary.get("inexact_blocks") and not summary.get("changed_elements")
-    words = "prove it" if is_proof else "list what is not exact (ends with 1)"
+    words = "next" if is_proof else "list what is not exact (ends with 1)"
     return f"{words}: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
 
 

@@ -66,7 +66,13 @@ def _check_same_vocabulary(one: Source, other: Source) -> None:
 
 
 def verdict(comparison: "Comparison", tolerance: float) -> str:
-    """The verdict of the comparison, one sentence."""
+    """The verdict of the comparison, one sentence: of the logits, and of modules whose difference the logits lost."""
+    if comparison.bit_equal and comparison.first_module is not None:
+        where = f"{comparison.first_module}, position {comparison.first_position}"
+        return (
+            f"BIT-EQUAL LOGITS, OTHER MODULES: every logit has the same bits in both checkpoints, but the modules "
+            f"differ, first {where}: other tokens may give other logits"
+        )
     if comparison.bit_equal:
         return "BIT-EQUAL: every logit of every position has the same bits in both checkpoints"
     if comparison.within(tolerance):
@@ -105,18 +111,20 @@ def _conclude(
     out: Output,
 ) -> int:
     """Print the comparison, and write the page; the exit code."""
-    same = comparison.within(options.tolerance)
+    same, words = comparison.within(options.tolerance), verdict(comparison, options.tolerance)
     _print_comparison(comparison, options.tolerance, out)
     out.result(
         {"checkpoints": list(sides), "token_ids": tokens, "tolerance": options.tolerance, "same": same}
+        | {"verdict": words}
         | {"peak_memory_bytes": peak_memory()}
         | comparison.as_json()
     )
     if options.report is not None and out.mode != "silent":
-        from .report import render, write_report
+        from .report import next_steps, render, write_report
 
-        words, command = verdict(comparison, options.tolerance), as_typed("dsv4 run", options)
-        write_report(options.report, render(sides, tokens, comparison, words, options.tolerance, command))
+        steps = next_steps(sides, comparison, options)
+        command = as_typed("dsv4 run", options)
+        write_report(options.report, render(sides, tokens, comparison, words, options.tolerance, command, steps))
         out.say(f"wrote {options.report}")
     return EXIT_DONE if same else EXIT_DIFFERENCE
 

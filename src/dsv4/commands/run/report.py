@@ -1,15 +1,20 @@
 """The HTML page of a comparison of two checkpoints, in the style of `verify`'s page: one file without scripts."""
 
 import math
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4 import output
 from dsv4.convert.proof.report.charts import LABEL, WIDTH, Chart
-from dsv4.convert.proof.report.page import made_by
+from dsv4.convert.proof.report.page import Step, made_by
 from dsv4.convert.proof.report.template import render_page
 from dsv4.files import result_file
+from dsv4.options import as_typed
+
+from .options import RunOptions
 
 if TYPE_CHECKING:
     from dsv4.model.evaluate.compare import Comparison
@@ -114,6 +119,23 @@ def _rows(comparison: "Comparison", tolerance: float) -> list[tuple[str, str, st
     ]
 
 
+def next_steps(sides: tuple[str, str], comparison: "Comparison", options: RunOptions) -> list[Step]:
+    """What to do after this verdict. sides: two checkpoints, or a file of logits and a checkpoint."""
+    source = "SOURCE" if Path(sides[0]).is_file() else sides[0]
+    verify = shlex.join(["dsv4", "verify", source, sides[1]])
+    if comparison.bit_equal and comparison.first_module is None:
+        doctor = shlex.join(["dsv4", "doctor", sides[1], "--for", "vllm"])
+        return [
+            ("These tokens use only a part of the weights. Compare all values:", verify),
+            ("See how an engine loads the second checkpoint:", doctor),
+        ]
+    steps = [("Find the tensors that differ:", verify)]
+    if not options.no_simulation and source == sides[0]:
+        words = "See how large the cause is: without the simulated quantizations a small one has a small effect:"
+        steps.append((words, as_typed("dsv4 run", replace(options, no_simulation=True, report=None))))
+    return steps
+
+
 def _tokens(tokens: Sequence[int]) -> str:
     more = f" and {len(tokens) - TOKENS_SHOWN:,} more" if len(tokens) > TOKENS_SHOWN else ""
     return ", ".join(map(str, tokens[:TOKENS_SHOWN])) + more
@@ -126,8 +148,9 @@ def render(
     verdict: str,
     tolerance: float,
     command: str,
+    steps: Sequence[Step] = (),
 ) -> str:
-    """The page. `verdict` is the comparison's sentence, `command` the line that was typed."""
+    """The page. `verdict` is the comparison's sentence, `command` the line that was typed, `steps` what to do next."""
     made = made_by(command)
     word, _, rest = verdict.partition(":")
     first = comparison.first_module
@@ -146,6 +169,7 @@ def render(
             ("Made by", f"dsv4 {made['version']}, {made['date']}"),
             ("Command", made["command"]),
         ],
+        steps=steps,
         rows=_rows(comparison, tolerance),
         noise=NOISE,
         charts=[
