@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsv4 import cli
+from dsv4.convert.checkpoint.editions import table
+from dsv4.convert.checkpoint.editions.kv_cache import CacheLayout, Compressed, Keeping
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import expert_formats, find_alike, find_weights
 from dsv4.convert.inspect.findings import Finding, check_checkpoint
@@ -117,6 +119,18 @@ def test_kv_cache_of_v41_by_the_definition(tmp_path: Path) -> None:
     for tokens in (8192, 1048576):
         assert facts["kv_cache_bytes"][str(tokens)] == tokens * 890 + 5 * 16 * 528
     assert facts["findings"] == []
+
+
+def test_kv_cache_of_a_later_edition_is_what_its_row_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cache(config: dict[str, int], layers: Sequence[Keeping]) -> CacheLayout:
+        return CacheLayout(len(layers), config["sliding_window"], 3, 5, 7, (Compressed(2, 11),), "three")
+
+    monkeypatch.setattr(table, "EDITIONS", (table.Edition("V4.2", ("deepseek_v42",), kv_cache=cache), *table.EDITIONS))
+    folder = make_checkpoint(tmp_path / "c", geometry=Geometry(compress_ratios=(0, 0, 0), sliding_window=16))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v42"}))
+    facts = as_json(inspect_checkpoint(Checkpoint.open(folder)))
+    assert facts["kv_cache_bytes"]["8192"] == 2 * 16 * 3 + 4096 * 11 and facts["kv_cache"]["index_key_bytes"] == 7
 
 
 def test_parameters_of_v41_leave_the_tables_out(tmp_path: Path) -> None:
