@@ -191,6 +191,18 @@ def test_another_model_is_converted_when_asked(root: Path, tmp_path: Path, capfd
     assert "only the layout changes" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "refused"), [("llama", True), ("v3", True), ("good", False)])
+def test_sizes_of_another_model_say_what_convert_asks_for(
+    name: str, refused: bool, root: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    """`inspect` lists conversions; it names the option without which `convert` refuses them."""
+    assert cli.run(["convert", str(root / name), str(tmp_path / "o"), "--dry-run"]) == (3 if refused else 0)
+    capfd.readouterr()
+    assert cli.run(["inspect", str(root / name)]) == 0
+    said = capfd.readouterr().out
+    assert "What dsv4 convert would make of it" in said and ("only with --any-model" in said) == refused
+
+
 def test_a_config_without_a_model_type_is_v4s(root: Path, tmp_path: Path, capfd: Capture) -> None:
     folder = make_checkpoint(tmp_path / "c", geometry=TINY, tokenizer=False)
     config = json.loads((folder / "config.json").read_text())

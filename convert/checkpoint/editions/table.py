@@ -135,16 +135,21 @@ def check_signs(config: Config, names: Iterable[str]) -> None:
                 )
 
 
-def require_known_edition(config: Config) -> None:
-    """Raises InputError for the config of another model.
+def is_another_model(config: Config) -> bool:
+    """Whether the config is that of another model, which `convert` takes with --any-model only.
 
     One that names no model type is taken for V4's. A model type of the family that has no row yet is a later edition:
     what dtypes and names say holds for it, too.
     """
     kind = config_string(config, "model_type")
-    if kind is not None and not kind.startswith(FAMILY) and edition_of(config) is UNKNOWN:
+    return kind is not None and not kind.startswith(FAMILY) and edition_of(config) is UNKNOWN
+
+
+def require_known_edition(config: Config) -> None:
+    """Raises InputError for the config of another model."""
+    if is_another_model(config):
         raise InputError(
-            f"config.json: model_type is '{kind}': this is no DeepSeek-V4 checkpoint",
+            f"config.json: model_type is '{config_string(config, 'model_type')}': this is no DeepSeek-V4 checkpoint",
             "--any-model converts it anyway: FP4 and FP8 with block scales by dtype and name, the rest copied.",
         )
 

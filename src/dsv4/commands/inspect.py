@@ -103,9 +103,13 @@ def _cache(out: output.Output, inspection: "Inspection") -> None:
 def _sizes(out: output.Output, inspection: "Inspection") -> None:
     if inspection.sizes is None:
         return
-    now = inspection.total.bytes
+    from dsv4.convert.checkpoint.editions.table import is_another_model
+
+    title, now = "What dsv4 convert would make of it", inspection.total.bytes
+    if is_another_model(inspection.config):
+        title += ", only with --any-model"
     rows = [[how, human_bytes(size), f"{size / now:.2f} x"] for how, size in inspection.sizes.items()]
-    _section(out, "What dsv4 convert would make of it", rows, (1, 2))
+    _section(out, title, rows, (1, 2))
 
 
 def _headline(findings: "Sequence[Finding]") -> str:
