@@ -33,6 +33,10 @@ class Manifest:
     format: int = 1
     understood: bool = True
 
+    def sha256(self, name: str) -> Any:
+        """What a hashed file's SHA-256 should be, in hex; None, or anything, if the manifest is wrong."""
+        return (self.files if name in self.files else self.shards)[name].get("sha256")
+
 
 def read_manifest(checkpoint: Checkpoint, share: Share = UNSHARED) -> Manifest | None:
     """The manifest of a checkpoint, None if it has none. Files whose size differs from the manifest are not hashed."""

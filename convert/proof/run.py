@@ -57,37 +57,43 @@ def _compare_pieces(work: Work, runs: list[Run[Piece]], journal: Journal | None)
             findings.add(piece, tally)
 
 
-def _look_at_files(work: Work) -> None:
-    """Hash files of one checkpoint and look at the tensors in them."""
+def _look_at_files(work: Work, runs: list[Run[WholeFile]], journal: Journal | None) -> None:
+    """Hash the files of one checkpoint and look at the tensors in them."""
     findings, stopped, counter, files = work.findings, threading.Event(), Counter(), work.output.files
 
-    def look(file: WholeFile) -> FileFindings:
-        return look_at(file, files, lambda piece: findings.compared[piece.tensor], work.band, counter.add, stopped)
+    def look(file: WholeFile) -> tuple[FileFindings, int]:
+        began_ns, tensors = time.time_ns(), findings.compared
+        return look_at(file, files, lambda piece: tensors[piece.tensor], work.band, counter.add, stopped), began_ns
 
     def report(_: int = 0) -> None:
         findings.advance(counter.taken())
 
-    looked = in_order(work.runs_of_files(), look, work.workers, stopped, report, list(work.streamed.values()))
+    looked = in_order(runs, look, work.workers, stopped, report, list(work.streamed.values()))
     with closing(looked) as results:
-        for file, found in results:
+        for file, (found, began_ns) in results:
+            if journal is not None and found.sha256 == work.sha256_said(file):
+                tallies = [tally for _, tally in found.tallies]
+                journal.add_file(file, found.sha256, findings.compared, tallies, began_ns)
+                findings.is_kept = journal.holds
             findings.hashes[file.name] = found.sha256
-            for piece, tally in found.tallies:
-                findings.add(piece, tally, read=0)
+            findings.add_all(found.tallies)
     report()
 
 
-def _compare(work: Work, planned: Callable[[list[Fetch]], None]) -> None:
+def _compare(work: Work, planned: Callable[[list[Fetch]], None], continues: Reached) -> None:
     """Do this process's share: read the files that the manifest lists, then all other pieces."""
     work.findings.advance()
     journal = work.journal()
     work.findings.is_kept = journal is not None and journal.holds
     with journal or nullcontext():
-        pieces = work.left(journal)
-        runs = work.runs(pieces)
+        files, pieces = work.files_left(journal), work.left(journal)
+        if len(files) < len(work.whole):
+            continues(len(work.whole) - len(files), len(work.whole))
+        of_files, runs = work.runs_of_files(files), work.runs(pieces)
         if work.is_remote:
-            planned(fetches(work, runs, pieces))
-        if work.whole:
-            _look_at_files(work)
+            planned(fetches(work, of_files, runs, pieces))
+        if files:
+            _look_at_files(work, of_files, journal)
         _compare_pieces(work, runs, journal)
 
 
@@ -112,10 +118,12 @@ def verify_files(
     headers: Reached = ignore,
     progress: Reached = ignore,
     planned: Callable[[list[Fetch]], None] = lambda fetched: None,
+    continues: Reached = ignore,
 ) -> Verification:
     """`verify` on files that may be remote, by one of several processes.
 
-    `headers` is called with (headers read, all headers); then `planned` with what each remote side fetches, if there is
+    `headers` is called with (headers read, all headers); then `continues` with (files that an interrupted run found
+    whole, files to read whole), if there are such; then `planned` with what each remote side fetches, if there is
     one; then `progress` with the number of bytes, and with 0 while a step takes long. All are called in the calling
     thread, and their exceptions end the work. With a `share` this process compares its part of the tensors, exchanges
     findings with the others, and returns the result of all.
@@ -123,7 +131,7 @@ def verify_files(
     started, findings = time.monotonic(), Findings(progress)
     with _explained(findings), one_torch_thread():
         work = prepare(source, output, settings, share, headers, findings)
-        _compare(work, planned)
+        _compare(work, planned, continues)
         for files in work.files.values():
             if isinstance(files, RemoteFiles):
                 files.check_unchanged()

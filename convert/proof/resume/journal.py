@@ -1,14 +1,17 @@
-"""Records the pieces that an interrupted `verify A B` has compared, so that the same command skips them.
+"""Records what an interrupted `verify` has compared or found whole, so that the same command skips it.
 
-One file for each pair, in a cache folder of the user and never in a checkpoint. Its name is a hash of all that decides
-what a comparison finds: the code of `proof/`, both paths, both sides' headers, and the settings. Each line is one
-piece of a tensor with its tally, and each run first adds a line with the stamp of every shard: device, inode, size,
-time of modification and time of change, which no program can set. A piece is skipped only if the stamps of all its
-shards are the same: shards that were changed, replaced or restored since are compared again.
+One file for each pair, or checkpoint that is verified alone, in a cache folder of the user and never in a checkpoint.
+Its name is a hash of all that decides what a comparison finds: the code of `proof/`, the paths, the headers, and the
+settings. Each line is one piece of a tensor with its tally, and each run first adds a line with the stamp of every
+file: device, inode, size, time of modification and time of change, which no program can set. A piece is skipped only if
+the stamps of all its shards are the same: shards that were changed, replaced or restored since are compared again.
+
+A file that is read whole, for the hash in the manifest, is one line with the tallies of all its pieces. It is recorded
+only if it has that hash, and skipped only while the manifest says the same: a damaged file is read again.
 
 A stamp cannot show a change within the clock's tick of an earlier one, so pieces of shards that were changed less than
 two seconds before they were read are not recorded. Each line carries its own hash; one that is torn or damaged is
-ignored. The file is removed when the verification ends, with any verdict, and after a month without use.
+ignored. The journal is removed when the verification ends, with any verdict, and after a month without use.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +35,7 @@ from dsv4.convert.proof.layout import Checkpoint
 from dsv4.convert.proof.plan import ComparedTensor
 from dsv4.convert.proof.tally import Tally
 from dsv4.convert.proof.values.formats import Array
+from dsv4.convert.proof.whole_files import WholeFile
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
@@ -115,6 +119,10 @@ def _parsed(line: bytes) -> Any:
     return json.loads(text) if hashlib.sha256(text).hexdigest()[:16].encode() == digest else None
 
 
+def _hash(place: tuple[Any, ...]) -> str:
+    return hashlib.sha256(repr(place).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
 def _key(compared: ComparedTensor, piece: Piece) -> str:
     """Hash of a piece: which rows of which tensors, where they lie, and as what they are compared."""
     weights = [
@@ -131,13 +139,22 @@ def _key(compared: ComparedTensor, piece: Piece) -> str:
         piece.start,
         piece.stop,
     )
-    return hashlib.sha256(repr(place).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return _hash(place)
+
+
+def _file_key(file: WholeFile, sha256: str, compared: Sequence[ComparedTensor]) -> str:
+    """Hash of a file: its name, size, SHA-256 in the manifest, and the pieces that are checked in it."""
+    return _hash((file.name, file.size, sha256, [_key(compared[piece.tensor], piece) for piece in file.pieces]))
+
+
+def _shards_of(compared: Iterable[ComparedTensor]) -> set[tuple[str, str]]:
+    return {(side, name) for one in compared for side, tensor in one.tensors() for name in tensor.shards}
 
 
 class Journal:
-    """The journal of one pair, open for reading and adding. `open_journal` makes one.
+    """The journal of one pair or checkpoint, open for reading and adding. `open_journal` makes one.
 
-    Use as a context manager: left without an error, the file is removed. holds: whether it has any piece that counts.
+    Use as a context manager: left without an error, the file is removed. holds: whether it has any line that counts.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Files], shards: Mapping[str, list[str]]) -> None:
@@ -155,7 +172,7 @@ class Journal:
             raise
 
     def _read(self) -> dict[str, tuple[int, int]]:
-        """Where the lines are (offset, length) of pieces whose shards have the stamps that they had then."""
+        """Where the lines are (offset, length) of pieces and files whose shards have the stamps that they had then."""
         proved: dict[str, tuple[int, int]] = {}
         then: Stamps = {}
         offset = 0
@@ -166,7 +183,7 @@ class Journal:
                 if entry is not None and "stamps" in entry:
                     then = entry["stamps"]
                 elif entry is not None and self._are_unchanged(entry["shards"], then):
-                    proved[entry["piece"]] = offset, len(line)
+                    proved[entry["item"]] = offset, len(line)
                 offset += len(line)
         return proved
 
@@ -180,11 +197,22 @@ class Journal:
 
     def proved(self, compared: ComparedTensor, piece: Piece) -> Tally | None:
         """The tally of an earlier run for a piece that cannot have changed since; None if it must be compared."""
-        place = self._proved.get(_key(compared, piece))
+        tallies = self._tallies(_key(compared, piece))
+        return None if tallies is None else tallies[0]
+
+    def proved_file(self, file: WholeFile, sha256: str, compared: Sequence[ComparedTensor]) -> list[Tally] | None:
+        """The tallies of the pieces of a file that an earlier run found whole; None if it must be read.
+
+        sha256: what the manifest says now, in hex. compared: all tensors.
+        """
+        return self._tallies(_file_key(file, sha256, compared))
+
+    def _tallies(self, key: str) -> list[Tally] | None:
+        place = self._proved.get(key)
         if place is None:
             return None
         entry = _parsed(os.pread(self._descriptor, place[1], place[0]).rstrip(b"\n"))
-        return None if entry is None else tally_from_json(entry["tally"])
+        return None if entry is None else [tally_from_json(tally) for tally in entry["tallies"]]
 
     def _is_settled(self, side: str, shard: str, began_ns: int) -> bool:
         """Whether a shard is what it was when the run began, and no change can have escaped its stamp."""
@@ -198,9 +226,19 @@ class Journal:
 
     def add(self, compared: ComparedTensor, piece: Piece, tally: Tally, began_ns: int) -> None:
         """Record a piece that was compared. began_ns: when it began to be read, in ns since 1970."""
-        shards = sorted({(side, name) for side, tensor in compared.tensors() for name in tensor.shards})
+        self._add(_key(compared, piece), _shards_of([compared]), [tally], began_ns)
+
+    def add_file(
+        self, file: WholeFile, sha256: str, compared: Sequence[ComparedTensor], tallies: list[Tally], began_ns: int
+    ) -> None:
+        """Record a file that has the SHA-256 of the manifest, and the tallies of its pieces in their order."""
+        shards = {("output", file.name)} | _shards_of(compared[piece.tensor] for piece in file.pieces)
+        self._add(_file_key(file, sha256, compared), shards, tallies, began_ns)
+
+    def _add(self, key: str, shards: set[tuple[str, str]], tallies: list[Tally], began_ns: int) -> None:
         if all(self._is_settled(side, name, began_ns) for side, name in shards):
-            self._write({"piece": _key(compared, piece), "shards": shards, "tally": tally_to_json(tally)})
+            plain = [tally_to_json(tally) for tally in tallies]
+            self._write({"item": key, "shards": sorted(shards), "tallies": plain})
             self.holds = True
 
     def __enter__(self) -> Self:
@@ -225,10 +263,14 @@ def _remove_unused(folder: Path) -> None:
                 path.unlink()
 
 
-def open_journal(folder: Path, sides: Sequence[Checkpoint], how: dict[str, Any]) -> Journal | None:
-    """The journal of a pair. None if the folder cannot be used, or another run has the journal: then nothing is kept.
+def open_journal(
+    folder: Path, sides: Sequence[Checkpoint], whole: Iterable[WholeFile], how: dict[str, Any]
+) -> Journal | None:
+    """The journal of a pair, or of one checkpoint.
 
-    how: all beside the code and the checkpoints that decides what a piece's tally is, as plain data.
+    None if the folder cannot be used, or another run has the journal: then nothing is kept.
+    whole: the files that are read whole. how: all beside the code and the checkpoints that decides what a piece's tally
+    is, as plain data.
     """
     identity = {
         "code": code_hash(),
@@ -240,7 +282,8 @@ def open_journal(folder: Path, sides: Sequence[Checkpoint], how: dict[str, Any])
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_unused(folder)
-        files, shards = {side.where: side.files for side in sides}, {side.where: side.shards for side in sides}
+        files, shards = {side.where: side.files for side in sides}, {side.where: list(side.shards) for side in sides}
+        shards["output"] = sorted({*shards["output"], *(file.name for file in whole)})
         return Journal(folder / f"{name}{_ENDING}", files, shards)
     except OSError:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsv4.convert.proof.compare_tensor import Piece, rows_per_piece
 from dsv4.convert.proof.files import RemoteFiles
+from dsv4.convert.proof.whole_files import WholeFile
 
 from .order import Run
 from .prepare import Work
@@ -54,12 +55,14 @@ def _whole(side: str, files: RemoteFiles, names: Sequence[str]) -> Fetch:
     )  # fmt: skip
 
 
-def fetches(work: Work, runs: Sequence[Run[Piece]], pieces: Sequence[Piece]) -> list[Fetch]:
-    """What each remote side fetches to compare the `pieces`, which are those of the `runs`."""
+def fetches(
+    work: Work, of_files: Sequence[Run[WholeFile]], runs: Sequence[Run[Piece]], pieces: Sequence[Piece]
+) -> list[Fetch]:
+    """What each remote side fetches for files that are read whole and for the `pieces`, which are those of `runs`."""
     if work.settings.sample is not None:
         remote = {side: files for side, files in work.files.items() if isinstance(files, RemoteFiles)}
         return [_by_ranges(work, side, files, pieces) for side, files in remote.items()]
-    fetched = [*(run.fetched for run in work.runs_of_files()), *(run.fetched for run in runs)]
+    fetched = [*(run.fetched for run in of_files), *(run.fetched for run in runs)]
     return [
         _whole(side, files, [name for shards in fetched for name in sorted(shards[number])])
         for number, (side, files) in enumerate(work.streamed.items())

@@ -1,5 +1,6 @@
 """What one process of a verification has found so far, and the findings of all processes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dsv4.convert.proof.audit.odds import Audit
@@ -37,6 +38,11 @@ class Findings:
         self.statistics.take_histograms(self.compared[piece.tensor].name, tally)
         self.tallies[piece.tensor].add(tally)
         self.advance(piece.size if read is None else read)
+
+    def add_all(self, tallies: Iterable[tuple[Piece, Tally]]) -> None:
+        """Count the finished pieces of a file, whose bytes are counted by itself."""
+        for piece, tally in tallies:
+            self.add(piece, tally, read=0)
 
     def so_far(self, error: Interrupted) -> Interrupted:
         """The interruption, with a message about the share of the work that was done and the differences found."""

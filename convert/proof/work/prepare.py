@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from dsv4.convert.proof.audit.draw import draw
 from dsv4.convert.proof.audit.sample import Sample
@@ -83,8 +84,8 @@ class Work:
 
         return plan_runs(pieces, shards_of, list(streamed.values()))
 
-    def runs_of_files(self) -> list[Run[WholeFile]]:
-        """The files that are read whole, in the order in which they are read."""
+    def runs_of_files(self, files: Sequence[WholeFile]) -> list[Run[WholeFile]]:
+        """The files, which are read whole, in the order in which they are read."""
         streamed = self.streamed
 
         def shards_of(file: WholeFile) -> Shards:
@@ -93,11 +94,11 @@ class Work:
             tensors = [t for piece in file.pieces for _, t in self.findings.compared[piece.tensor].tensors()]
             return (frozenset({file.name} & set(self.output.shards)).union(*(t.shards for t in tensors)),)
 
-        return plan_runs(self.whole, shards_of, list(streamed.values()))
+        return plan_runs(files, shards_of, list(streamed.values()))
 
     def journal(self) -> Journal | None:
-        """The journal of this pair, if any is kept."""
-        if self.source is None or self.settings.journals is None:
+        """The journal of this pair or checkpoint, if any is kept."""
+        if self.settings.journals is None:
             return None
         sample = self.settings.sample
         how = {
@@ -106,7 +107,7 @@ class Work:
             "share": [self.share.index, self.share.count],
             "sample": sample and [sample.share, sample.seed],
         }
-        return open_journal(self.settings.journals, [self.source, self.output], how)
+        return open_journal(self.settings.journals, self.sides, self.whole, how)
 
     def left(self, journal: Journal | None) -> list[Piece]:
         """The pieces that no interrupted run has compared; what it found of the others is added to the findings."""
@@ -119,6 +120,27 @@ class Work:
                 self.findings.continued += piece.size
                 self.findings.add(piece, tally)
         return left
+
+    def files_left(self, journal: Journal | None) -> list[WholeFile]:
+        """The files that no interrupted run has found whole; what it found of the others is added to the findings."""
+        left = []
+        for file in self.whole:
+            said = self.sha256_said(file)
+            tallies = None if journal is None else journal.proved_file(file, said, self.findings.compared)
+            if tallies is None:
+                left.append(file)
+            else:
+                size = bytes_to_read(file, self.findings.compared)
+                self.findings.continued += size
+                self.findings.hashes[file.name] = said
+                self.findings.add_all(zip(file.pieces, tallies, strict=True))
+                self.findings.advance(size)
+        return left
+
+    def sha256_said(self, file: WholeFile) -> Any:
+        """The SHA-256 of one of the `whole` files in the manifest."""
+        assert self.manifest is not None
+        return self.manifest.sha256(file.name)
 
 
 def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> tuple[Checkpoint | None, Checkpoint]:

@@ -118,15 +118,15 @@ def preview_files(source: Files | None, output: Files, settings: Settings, heade
     findings, journal = work.findings, work.journal()
     total = findings.total
     try:
-        pieces = work.left(journal)
+        files, pieces = work.files_left(journal), work.left(journal)
     finally:
         if journal is not None:
             journal.close(finished=False)
-    fetched = fetches(work, work.runs(pieces), pieces) if work.is_remote else []
+    fetched = fetches(work, work.runs_of_files(files), work.runs(pieces), pieces) if work.is_remote else []
     left = total - findings.continued
     seconds = sum(fetch.seconds for fetch in fetched) if work.is_remote else _seconds(work, left)
-    if work.manifest is not None:
-        findings.hashes |= listed_hashes(work.output, work.manifest)
-    known = conclude(work if findings.hashes else replace(work, manifest=None), findings, locate=False)
+    listed = {} if work.manifest is None else listed_hashes(work.output, work.manifest)
+    findings.hashes |= listed
+    known = conclude(work if listed else replace(work, manifest=None), findings, locate=False)
     compared = [one for one in findings.compared if one.size and one.kind in ("bytes", "values", "scan")]
     return Preview(_sides(work), len(compared), total, findings.continued, fetched, seconds, known)

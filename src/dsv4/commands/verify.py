@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4 import output, signals
-from dsv4.commands.verify_words import print_fetches, print_findings, print_preview
+from dsv4.commands.verify_words import print_fetches, print_findings, print_kept, print_preview
 from dsv4.errors import EXIT_DONE, EXIT_SAMPLE, Interrupted
 from dsv4.files import check_writable, result_file
 from dsv4.machine import parse_size
@@ -138,7 +138,7 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
         inverse=options.inverse,
         max_workers=options.max_workers or (ranks.workers if ranks else None),
         max_memory=None if options.max_memory is None else parse_size(options.max_memory),
-        journals=default_folder() if options.converted is not None else None,
+        journals=default_folder(),
     )
 
 
@@ -175,8 +175,8 @@ def _compare(options: VerifyOptions, out: output.Output, ranks: "Ranks | None") 
             bars[0].reach(done, total)
 
         *source, last = stack.enter_context(_opened(options, out, on_header))
-        one, planned = source[0] if source else None, partial(print_fetches, out)
-        return verify_files(one, last, settings, share, on_header, progress, planned)
+        one, planned, continues = source[0] if source else None, partial(print_fetches, out), partial(print_kept, out)
+        return verify_files(one, last, settings, share, on_header, progress, planned, continues)
 
 
 def _preview(options: VerifyOptions, out: output.Output) -> int:

@@ -133,6 +133,11 @@ def _fetch_words(fetch: "Fetch") -> str:
     return f"{size} in {fetch.shards} shards{again}, at most {human_bytes(fetch.disk_bytes)} on disk"
 
 
+def print_kept(out: output.Output, proved: int, files: int) -> None:
+    """How many files an interrupted run has found whole, on stderr, before the others are read."""
+    out.say(f"continues: {proved} of {files} files were proved before")
+
+
 def print_fetches(out: output.Output, fetched: "list[Fetch]") -> None:
     """What crosses the network, on stderr, before it does."""
     for fetch in fetched:

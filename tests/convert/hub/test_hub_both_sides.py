@@ -1,6 +1,7 @@
-"""`dsv4 verify A B` with both sides on hubs: each shard fetched once, few on disk, continued after any fault."""
+"""`dsv4 verify` with all sides on hubs: each shard fetched once, few on disk, continued after any fault."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_what_was_proved_is_kept(server: HubServer, folders: tuple[Path, Path], 
     for timed in (found, fresh):
         del timed["seconds"], timed["continued_bytes"], timed["made_by"]
     assert found == fresh  # the same result as without a fault
+
+
+@pytest.mark.slow
+def test_alone_what_was_proved_is_kept(server: HubServer, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Against its own dsv4.json: files that were found whole are not fetched again."""
+    words = ("verify", f"hf:{OUTPUT}", "--scratch", "1")
+    cut = sorted(path.name for path in folders[1].glob("*.safetensors"))
+    server.strike("500", cut[-1], times=99, whole_only=True)
+    failed = run_dsv4(server, tmp_path, *words)
+    assert failed.returncode == 4 and "What was compared is kept" in failed.stderr, failed.stderr
+    server.heal()
+    server.requests.clear()
+    plan = json.loads(run_dsv4(server, tmp_path, *words, "--dry-run", "--json").stdout)
+    assert 0 < plan["continued_bytes"] < plan["read_bytes"] and not server.whole_shards()
+    done = run_dsv4(server, tmp_path, *words)
+    assert done.returncode == 0 and "SOUND: structure, config, codes and hashes agree" in done.stdout, done.stderr
+    assert re.search(r"continues: \d+ of \d+ files were proved before", done.stderr)
+    again, (fetch,) = server.whole_shards(), plan["fetch"]
+    assert cut[-1] in again and len(again) == len(set(again)) == fetch["shards"] < len(cut)
+    assert sum((folders[1] / name).stat().st_size for name in again) == fetch["size"]
 
 
 @pytest.mark.slow

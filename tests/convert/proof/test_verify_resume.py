@@ -1,10 +1,11 @@
-"""`verify A B` continues after an interrupt: the same result, nothing compared twice, nothing trusted that changed."""
+"""`verify` continues after an interrupt: the same result, nothing compared twice, nothing trusted that changed."""
 
 import copy
 import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from dsv4.convert.proof.result import Verification
 from dsv4.convert.proof.resume import journal
 from dsv4.convert.proof.run import Settings, verify_files
 from dsv4.convert.proof.tally import Tally
+from dsv4.convert.proof.work.findings import Findings
+from dsv4.convert.proof.work.preview import preview_files
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import Interrupted
 
@@ -104,7 +107,7 @@ def test_the_same_result_and_nothing_compared_twice(
     error = interrupted(pair, tmp_path / "journals", share, inverse=inverse)
     assert error.hint == "Nothing was changed. The same command continues with what is left."
     (file,) = (tmp_path / "journals").iterdir()
-    recorded = file.read_bytes().count(b'"tally"')
+    recorded = file.read_bytes().count(b'"tallies"')
     assert recorded > 0
     compared.clear()
     continued = verify(pair, tmp_path / "journals", inverse=inverse)
@@ -269,3 +272,106 @@ def test_from_the_command_line(pair: tuple[Path, Path], tmp_path: Path, monkeypa
     code, _, err = dsv4("verify", *pair)
     assert code == 0 and "was compared by a run that was interrupted" in err
     assert not list((tmp_path / "cache" / "dsv4" / "verify").iterdir())
+
+
+class CountedFiles(LocalFiles):
+    """A folder that counts the bytes that are read of each file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.counts: Counter[str] = Counter()
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        super().read_into(name, offset, buffer)
+        self.counts[name] += len(buffer)
+
+
+def alone(folder: Path, journals: Path | None) -> tuple[Verification, Counter[str], list[tuple[int, int]]]:
+    """A verification against the manifest, the bytes read of each file, and what it says that it continues."""
+    files, said = CountedFiles(folder), list[tuple[int, int]]()
+    try:
+        settings = Settings(journals=journals, max_workers=1)
+        result = verify_files(None, files, settings, continues=lambda *numbers: said.append(numbers))
+    finally:
+        files.close()
+    return result, files.counts, said
+
+
+def interrupted_alone(folder: Path, journals: Path, files: int) -> list[str]:
+    """Interrupt a verification after so many files. Returns the lines of its journal for files that it found whole."""
+    real, looked = Findings.add_all, list[None]()
+
+    def counted(self: Findings, tallies: Any) -> None:
+        real(self, tallies)
+        looked.append(None)
+        if len(looked) == files:
+            raise Interrupted("interrupted")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as raised:
+        patch.setattr(Findings, "add_all", counted)
+        alone(folder, journals)
+    assert raised.value.hint == "Nothing was changed. The same command continues with what is left."
+    (file,) = journals.iterdir()
+    return [line for line in file.read_text().splitlines() if '"tallies"' in line]
+
+
+def hashed_files(folder: Path) -> list[str]:
+    manifest = json.loads((folder / "dsv4.json").read_text())
+    return [*manifest["shards"], *manifest["files"]]
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_alone_no_file_is_read_twice(files: int, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, every, _ = alone(pair[1], None)
+    assert whole.verdict.startswith("SOUND: structure, config, codes and hashes")
+    assert len(interrupted_alone(pair[1], tmp_path / "journals", files)) == files
+    plan = preview_files(None, LocalFiles(pair[1]), Settings(journals=tmp_path / "journals", max_workers=1))
+    continued, read, said = alone(pair[1], tmp_path / "journals")
+    assert said == [(files, len(hashed_files(pair[1])))]
+    saved = every - read
+    assert len(saved) == files and all(count >= (pair[1] / name).stat().st_size for name, count in saved.items())
+    assert saved.total() == continued.continued_bytes == plan.continued_bytes > 0 == plan.exit_code
+    assert continued.read_bytes == plan.read_bytes and result_of(continued) == result_of(whole)
+    assert not list((tmp_path / "journals").iterdir())
+
+
+@pytest.mark.parametrize("change", ["bytes", "time of a side file", "manifest"])
+def test_alone_a_changed_file_is_read_again(change: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    output, every = pair[1], len(hashed_files(pair[1])) - 1
+    victim = output / "generation_config.json" if "side file" in change else min(output.glob("*.safetensors"))
+    lines = interrupted_alone(output, tmp_path / "journals", every)
+    assert len(lines) == every and any(victim.name in line for line in lines)
+    if change == "bytes":
+        flip(victim)
+    elif "side file" in change:
+        os.utime(victim)
+    else:
+        manifest = json.loads((output / "dsv4.json").read_text())
+        manifest["shards"][victim.name]["sha256"] = "0" * 64
+        (output / "dsv4.json").write_text(json.dumps(manifest))
+    continued, read, said = alone(output, tmp_path / "journals")
+    assert said == [(every - 1, every + 1)] and read[victim.name] >= victim.stat().st_size
+    assert continued.exit_code == (0 if "side file" in change else 1)
+    assert result_of(continued) == result_of(alone(output, None)[0])
+
+
+def test_alone_a_damaged_file_is_read_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    output, every = pair[1], len(hashed_files(pair[1]))
+    victim = min(output.glob("*.safetensors"))
+    flip(victim)
+    assert len(interrupted_alone(output, tmp_path / "journals", every)) == every - 1
+    continued, read, said = alone(output, tmp_path / "journals")
+    assert said == [(every - 1, every)] and read[victim.name] > victim.stat().st_size
+    assert continued.exit_code == 1 and result_of(continued) == result_of(alone(output, None)[0])
+
+
+@pytest.mark.parametrize("damage", [cut, garbled, lambda data: b""])
+def test_alone_a_damaged_journal_costs_work_only(
+    damage: Callable[[bytes], bytes], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recorded = len(interrupted_alone(pair[1], tmp_path / "journals", 4))
+    (file,) = (tmp_path / "journals").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    continued, _, said = alone(pair[1], tmp_path / "journals")
+    assert not said or said[0][0] < recorded
+    assert result_of(continued) == result_of(alone(pair[1], None)[0])
