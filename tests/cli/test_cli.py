@@ -218,6 +218,36 @@ def test_standard_streams_may_be_closed(line: str, code: int, tmp_path: Path) ->
     assert bool(done.stderr) == (code == 3 and "2>&-" not in line)
 
 
+# A command line of every command, without a network, and its exit code with all streams open.
+EVERY_COMMAND = {
+    "convert {folder} {out}": 0,
+    "demo {out}": 0,
+    "doctor {folder} --for vllm": 1,  # it cannot load this one
+    "download {out}": 2,
+    "encode -": 3,
+    "env": 0,
+    "inspect {folder}": 0,
+    "run {folder} --tokens 1,2 --max-new-tokens 1": 0,
+    "verify {folder} {folder}": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", EVERY_COMMAND)
+def test_one_closed_stream_does_not_change_how_a_command_ends(line: str, tmp_path: Path) -> None:
+    """Never 70, a bug; and 1 only where it is the answer."""
+    assert {one.split()[0] for one in EVERY_COMMAND} == set(typer.main.get_command(cli.app).commands)
+    folder = good_checkpoint(tmp_path / "good")
+    started = [
+        subprocess.Popen(
+            f"{sys.executable} -m dsv4 {line.format(folder=folder, out=tmp_path / str(number))} {closing}",
+            shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for number, closing in enumerate(("<&-", ">&-", "2>&-"))
+    ]  # fmt: skip
+    assert [process.wait() for process in started] == [EVERY_COMMAND[line]] * 3
+
+
 @pytest.mark.slow
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """Messages would be written into it."""
