@@ -286,7 +286,7 @@ def test_one_checkpoint_alone(
     write_manifest(tmp_path / "alone", manifest_format)
     code, out, err = command(capsys, tmp_path / "alone")
     assert (code, out.splitlines()[-1]) == (0, "SOUND: structure, config, codes and hashes agree")
-    assert err.splitlines()[-1] == f"run it: dsv4 run {tmp_path / 'alone'} -p Hello"
+    assert err.splitlines()[-1] == f"next: dsv4 run {tmp_path / 'alone'} -p Hello"
     for name in ("embed.weight", "norm.weight"):
         shards = read_folder(tmp_path / "alone")
         shard = next(s for s, tensors in shards.items() if name in tensors)
