@@ -525,7 +525,6 @@ def test_what_an_interrupted_run_left_makes_room(source: Path, tmp_path: Path, m
     with pytest.raises(Interrupted):
         api.convert(source, output, progress=interrupt)
     left = list(output.iterdir())
-    assert left
     needed = api.convert(source, tmp_path / "whole").output_bytes
     monkeypatch.setattr(conversion, "SPARE_DISK_BYTES", 0)
     monkeypatch.setattr(
