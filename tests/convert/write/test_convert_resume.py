@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import pytest
@@ -517,14 +518,22 @@ def test_what_an_interrupted_run_left_makes_room(source: Path, tmp_path: Path, m
     """Shards that were too large to delete at once, one or more of those in flight, and no room for them twice."""
     output = tmp_path / "out"
     monkeypatch.setattr(files, "SLOW_TO_DELETE_BYTES", 1)
+    write, written = AtomicFile.write, Event()
+
+    def record(file: AtomicFile, data: memoryview) -> None:
+        write(file, data)
+        if file.path.suffix == ".safetensors":
+            written.set()
 
     def interrupt(count: int) -> None:
-        if any("model" in path.name for path in output.iterdir()):
+        if written.is_set():
             raise Interrupted("interrupted")
 
+    monkeypatch.setattr(AtomicFile, "write", record)
     with pytest.raises(Interrupted):
         api.convert(source, output, progress=interrupt)
     left = list(output.iterdir())
+    assert left
     needed = api.convert(source, tmp_path / "whole").output_bytes
     monkeypatch.setattr(conversion, "SPARE_DISK_BYTES", 0)
     monkeypatch.setattr(
