@@ -28,6 +28,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from program import Ended, run_warm
 
+from dsv4.errors import Dsv4Error
+
 
 def git_sha1(data: bytes) -> str:
     """git's name for a blob."""
@@ -449,6 +451,16 @@ class HubServer:
             r.method == "GET" and fnmatch.fnmatch(unquote(r.path), f"*{pattern}") and "/tree/" not in r.path
             for r in self.requests
         )
+
+
+def outcome(action: Callable[[], object]) -> object:
+    """What an action returns, or the exit code and the words of its error; 70 for one that is no error of dsv4."""
+    try:
+        return action()
+    except Dsv4Error as error:
+        return f"{error.exit_code} {error} {error.hint}"
+    except Exception as error:
+        return f"70 {error!r}"
 
 
 def hub_environment(server: HubServer, home: Path, modelscope: HubServer | None = None, **more: str) -> dict[str, str]:

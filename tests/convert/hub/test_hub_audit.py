@@ -47,7 +47,7 @@ FAULTS = """
 import json, os, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from hub_servers import HubServer, hub_environment
+from hub_servers import HubServer, hub_environment, outcome
 home, source, output = map(Path, sys.argv[2:5])
 hub_name, faults, settings = sys.argv[5], json.loads(sys.argv[6]), json.loads(sys.argv[7])
 slept = []
@@ -62,7 +62,6 @@ with HubServer() as server:
     from dsv4.convert.proof.audit.sample import Sample
     from dsv4.convert.proof.run import verify_files
     from dsv4.convert.proof.work.settings import Settings
-    from dsv4.errors import Dsv4Error
     time.sleep = slept.append  # retries at once
 
     def audit():
@@ -76,28 +75,20 @@ with HubServer() as server:
             how = Settings(sample=sample, journals=home / "journals", max_workers=2)
             return verify_files(*sides, how).exit_code
 
-    def outcome():
-        try:
-            return audit()
-        except Dsv4Error as error:
-            return f"{error.exit_code} {error} {error.hint}"
-        except Exception as error:
-            return f"70 {error!r}"
-
-    found = {"clean": outcome()}
+    found = {"clean": outcome(audit)}
     requests = len(server.requests)
     for fault in faults:
         for number in range(requests):
             counted = iter(range(10**6))
             server.sabotage = lambda request: fault if next(counted) == number else ""
-            found[f"{fault} {number}"] = outcome()
+            found[f"{fault} {number}"] = outcome(audit)
             server.sabotage = lambda request: ""
             server.heal()
             if isinstance(found[f"{fault} {number}"], str):
-                found[f"{fault} {number}, again"] = outcome()
+                found[f"{fault} {number}, again"] = outcome(audit)
     server.retry_after = 7
     server.sabotage = lambda request: "429" if request.host == "storage" else ""
-    found["too many"] = outcome()
+    found["too many"] = outcome(audit)
     print(json.dumps([found, slept]))
 """
 

@@ -193,7 +193,7 @@ FAULTS = """
 import json, os, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from hub_servers import HubServer, hub_environment
+from hub_servers import HubServer, hub_environment, outcome
 home, folder, hub_name, faults = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
 slept = []
 with HubServer() as server:
@@ -204,7 +204,6 @@ with HubServer() as server:
     from dsv4.convert.hub.open import HubOptions
     from dsv4.convert.hub.parts import storage as parts
     from dsv4.convert.hub.source import HubSource
-    from dsv4.errors import Dsv4Error
     parts.HEAD_BYTES = 1 << 14
     time.sleep = slept.append  # retries at once
     local = Checkpoint.open(folder)
@@ -218,36 +217,28 @@ with HubServer() as server:
             same = all(bytes(checkpoint.read_bytes(name)) == expected[name] for name in names)
             return storage.fetched_bytes if same else "wrong bytes"
 
-    def outcome():
-        try:
-            return read()
-        except Dsv4Error as error:
-            return f"{error.exit_code} {error} {error.hint}"
-        except Exception as error:
-            return f"70 {error!r}"
-
     def anew():
         for cache in ("hf", "ms"):
             shutil.rmtree(home / cache, ignore_errors=True)
 
-    found = {"clean": outcome(), "second": outcome()}
+    found = {"clean": outcome(read), "second": outcome(read)}
     anew()
     server.requests.clear()
-    outcome()
+    outcome(read)
     requests = len(server.requests)
     for number in range(requests):
         anew()
         fault, counted = faults[number % len(faults)], iter(range(10**6))
         server.sabotage = lambda request: fault if next(counted) == number else ""
-        found[f"{fault} {number}"] = outcome()
+        found[f"{fault} {number}"] = outcome(read)
         server.sabotage = lambda request: ""
         server.heal()
         if isinstance(found[f"{fault} {number}"], str):
-            found[f"{fault} {number}, again"] = outcome()
+            found[f"{fault} {number}, again"] = outcome(read)
     anew()
     server.retry_after = 7
     server.sabotage = lambda request: "429" if request.host == "storage" else ""
-    found["too many"] = outcome()
+    found["too many"] = outcome(read)
     print(json.dumps([found, slept]))
 """
 
