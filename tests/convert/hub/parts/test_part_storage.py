@@ -5,6 +5,7 @@ The hub is an object here; test_hub_run.py has the real libraries and servers.
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -166,13 +167,19 @@ def test_bytes_are_durable_before_the_record_names_them(
     hub: FolderHub, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
-    record = hub.listing()[SHARD].sha256
+    record, first_sync = hub.listing()[SHARD].sha256, threading.Event()
 
     def fsync(descriptor: int) -> None:
         path = hub.cache / FOLDER / f"{record}.parts"
         synced.append(path.stat().st_size if path.exists() else 0)
+        first_sync.set()
+
+    def the_last_pieces_come_after_a_record(number: int) -> None:
+        if hub.read_ranges[number - 1][1] >= 16 * PIECE:
+            assert first_sync.wait(60)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    hub.before = the_last_pieces_come_after_a_record
     storage = opened()
     storage.expect([Extent(SHARD, 0, 20 * PIECE)])
     assert synced[0] == 0 < len(synced) - 1  # between pieces too
