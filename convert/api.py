@@ -8,11 +8,11 @@ from dsv4.convert.checkpoint.rank_files import open_checkpoint
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
 from dsv4.convert.hub.storage import HubStorage, open_storage
-from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, To, WoA
 from dsv4.convert.plan.input_scale import read_input_scale
 from dsv4.convert.plan.partition import Part, Work, parse_work, share_of
 from dsv4.convert.plan.plan import make_plan
-from dsv4.convert.plan.settings import Dense, OnInexact, Settings, To, check_count, resolve
+from dsv4.convert.plan.settings import Dense, OnInexact, Settings, check_count, resolve
 from dsv4.convert.write.atomic_file import SCRATCH_NAME
 from dsv4.convert.write.run import Job, Result, check_job, run_conversion
 from dsv4.convert.write.shards.resources import decide_resources

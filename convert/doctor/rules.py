@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from dsv4.convert.checkpoint.config import (
     architecture_name,
@@ -25,7 +25,7 @@ from dsv4.convert.checkpoint.config import (
 from dsv4.convert.checkpoint.editions.table import ENCODER, edition_of
 from dsv4.convert.checkpoint.foreign import HINT
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, caveats_of
+from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, TargetName, caveats_of
 from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.plan.side_files import check_configs
@@ -84,7 +84,7 @@ class RuleContext:
             return self._rank_files(self.tensor_parallel)
         for to in self.engine.forms.values() if self.engine.target is None else ():
             return self._advice(f"--to {to}", resolve(to))
-        return self._advice(f"--target {self.name}", resolve(target=self.name))
+        return self._advice(f"--target {self.name}", resolve(target=cast(TargetName, self.name)))
 
     @cached_property
     def decode(self) -> Advice:

@@ -7,7 +7,7 @@ gives the evidence for each rule.
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, cast
 
 from dsv4.convert.checkpoint.editions.table import ENCODER
 
@@ -15,6 +15,11 @@ Layout = Literal["hf", "mp"]  # what `--layout` writes
 FolderLayout = Literal["hf", "mp", "gguf"]  # what an engine reads
 ScaleDtype = Literal["e8m0", "f32"]
 WoA = Literal["fp8", "bf16"]
+
+# The keys of CONVERSIONS, ENGINES and TARGETS once more: type checkers take no computed Literal. A test compares them.
+To = Literal["fp8", "bf16", "fp4", "same", "mxfp8", "mxfp4", "mlx", "nvfp4", "gguf"]
+EngineName = Literal["vllm", "sglang", "transformers", "reference", "llama.cpp", "mlx-lm"]
+TargetName = Literal["base", "vllm", "sglang", "transformers", "reference"]
 
 V4, V41 = "DeepseekV4ForCausalLM", "DeepseekV41ForCausalLM"
 ABSENT = None  # of a key of config.json
@@ -139,7 +144,7 @@ class Engine:
     evidence: Evidence | None
     target: Target | None
     layout: FolderLayout
-    forms: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, To] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     architectures: tuple[str, ...] = (V4,)
@@ -314,21 +319,13 @@ ENGINES: dict[str, Engine] = {
 }
 
 # `base`: the layout of the official FP8 Base releases, which is no engine's.
-TARGETS: dict[str, Target] = {
+TARGETS: dict[TargetName, Target] = {
     "base": Target("f32", "fp8", "fp8"),
-    **{name: engine.target for name, engine in ENGINES.items() if engine.target is not None},
+    **{cast(TargetName, name): engine.target for name, engine in ENGINES.items() if engine.target is not None},
 }
 
-# Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.
-if TYPE_CHECKING:
-    EngineName = str
-    TargetName = str
-else:
-    EngineName = Literal[tuple(ENGINES)]
-    TargetName = Literal[tuple(TARGETS)]
 
-
-def caveats_of(target: TargetName, stored: Stored) -> tuple[Caveat, ...]:
+def caveats_of(target: TargetName | EngineName, stored: Stored) -> tuple[Caveat, ...]:
     """What to know before starting a target's engine on a checkpoint that is stored so."""
     engine = ENGINES.get(target)
     return tuple(caveat for caveat in engine.caveats if caveat.concerns(stored)) if engine else ()

@@ -5,11 +5,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dsv4.errors import UsageError
 
-from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, WoA
+from .engines import ENGINES, TARGETS, Layout, ScaleDtype, TargetName, To, WoA
 from .input_scale import InputScale
 
 OnInexact = Literal["error", "keep", "round"]
@@ -54,7 +54,7 @@ class Conversion:
         return self.quantized and not (self.keeps_codes or self.way_back or self.has_own_form)
 
 
-CONVERSIONS: dict[str, Conversion] = {
+CONVERSIONS: dict[To, Conversion] = {
     "fp8": Conversion(
         help="routed experts to FP8",
         recipe="fp4_to_fp8",
@@ -83,12 +83,6 @@ CONVERSIONS: dict[str, Conversion] = {
     ),
     "gguf": Conversion(help="for llama.cpp", recipe="gguf.recipe", has_own_form=True, joins=True),
 }
-
-# Type checkers take no computed Literal; at run time the command line lists these names and refuses any other.
-if TYPE_CHECKING:
-    To = str
-else:
-    To = Literal[tuple(CONVERSIONS)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,15 @@ from dsv4.convert.checkpoint.weights import Alike, Weight
 from dsv4.convert.plan.recipes.registry import outputs_of, recipe_of
 
 from .classify import check_weights
-from .engines import ENGINES, TargetName
-from .settings import CONVERSIONS, Settings, To, resolve
+from .engines import ENGINES, TARGETS, TargetName, To
+from .settings import CONVERSIONS, Settings, resolve
 
 # Options of `dsv4 convert` -> the arguments of `resolve` that they stand for.
 OPTIONS: dict[str, tuple[To, TargetName | None]] = {
     f"--to {name}" + (f" --target {target}" if target else ""): (name, target)
     for name, conversion in CONVERSIONS.items()
     if not (conversion.keeps_codes or conversion.joins)
-    for target in (None, *(engine for engine, row in ENGINES.items() if row.layout == "hf" and row.target))
+    for target in (None, *(name for name in TARGETS if name in ENGINES and ENGINES[name].layout == "hf"))
     if target is None or conversion.has_targets
 }
 

@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Mode = Literal["human", "json", "quiet", "silent"]
 
 SECONDS_UNTIL_A_PASSING_BAR = 0.5
+SECONDS_OF_A_LONG_STEP = 0.5  # after this time without an advance, a bar draws itself anew
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to show that it goes on, rare enough to read
 
 
@@ -47,7 +49,8 @@ class ProgressBar:
 
     Use as a context manager and call `advance(n)`, from one thread at a time. `advance` raises Interrupted once a
     signal has arrived, in every mode. A `passing` bar appears only if the work takes a while, and is wiped out at the
-    end: what follows on the terminal is what counts.
+    end: what follows on the terminal is what counts. During a step that takes long, such as an fsync or a layer over a
+    whole prompt, a thread of the bar shows the time that passes.
     """
 
     def __init__(
@@ -77,11 +80,15 @@ class ProgressBar:
                 leave=not passing, delay=delay, miniters=0,
             )  # fmt: skip
             self._describe(self._started)
+        self._drawing = threading.Lock()
+        self._advances = self._ticked = 0
+        self._makes_room, self._ended = False, threading.Event()
+        self._ticker = threading.Thread(target=self._tick_until_the_end, name="dsv4-bar", daemon=True)
+        if enabled:
+            self._ticker.start()
 
-    def advance(self, count: int) -> None:
-        """`count` more are done. Raises Interrupted if a signal has arrived."""
-        signals.token.check()
-        self.done += count
+    def _draw(self, count: int = 0) -> None:
+        """Show what is done now, unless that was shown just before."""
         now = time.monotonic()
         self._pace.note(now, self.done)
         if self._bar is not None:
@@ -90,6 +97,28 @@ class ProgressBar:
             self._bar.update(count)  # with 0, too: the time that has passed is drawn anew
         elif self._lines and now - self._printed >= SECONDS_BETWEEN_LINES:
             self._print_line(now)
+
+    def tick(self) -> None:
+        """Draw, if nothing was done since the last tick. Called every now and then by the bar's thread."""
+        with self._drawing:
+            if self._advances == self._ticked and not self._makes_room:
+                self._draw()
+            self._ticked = self._advances
+
+    def _tick_until_the_end(self) -> None:
+        """The thread. What the stream refuses, the next `advance` raises."""
+        with contextlib.suppress(OSError, ValueError):
+            while not self._ended.wait(SECONDS_OF_A_LONG_STEP):
+                self.tick()
+
+    def advance(self, count: int) -> None:
+        """`count` more are done. Raises Interrupted if a signal has arrived."""
+        signals.token.check()
+        with self._drawing:
+            self.done += count
+            self._advances += 1
+            self._makes_room = False
+            self._draw(count)
 
     def reach(self, done: int, total: int) -> None:
         """Set how much is done and how much there is in all: for work that learns the total on the way."""
@@ -102,8 +131,10 @@ class ProgressBar:
 
     def clear(self) -> None:
         """Make room for words: wipe the bar out until the next advance."""
-        if self._bar is not None:
-            self._bar.clear()
+        with self._drawing:
+            self._makes_room = True
+            if self._bar is not None:
+                self._bar.clear()
 
     def vanish(self) -> None:
         """Wipe the bar out at the end, because there was nothing to do."""
@@ -140,6 +171,9 @@ class ProgressBar:
     ) -> None:
         if self in self._shown:
             self._shown.remove(self)
+        self._ended.set()
+        if self._ticker.is_alive():
+            self._ticker.join()
         if self._bar is not None:
             self._bar.close()
 

@@ -1,7 +1,8 @@
 """How long-running work reports progress and is stopped: by a callback in the caller's own thread.
 
-Work calls its progress with the number of units done since the last call, and with 0 while it waits, at least ten times
-a second. An exception from the callback ends the work.
+Work calls its progress with the number of units done since the last call, and with 0 while it waits for its threads, at
+least ten times a second. Between two calls may lie one system call, such as an fsync. An exception from the callback
+ends the work.
 """
 
 from collections import deque

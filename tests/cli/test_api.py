@@ -13,6 +13,7 @@ import torch
 import dsv4.convert
 import dsv4.model
 import dsv4.quant
+from dsv4.convert.plan.settings import CONVERSIONS
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.quant import Block, dequantize_fp4, dequantize_fp8, fp4_to_fp8, quantize_fp4
 
@@ -81,3 +82,26 @@ def test_the_words_of_the_commands(tmp_path: Path) -> None:
         logits.append(model.forward(tokens, model.new_cache(batch_size=1)).logits)
     assert logits[0].shape[:2] == (1, 3)
     assert torch.equal(logits[0].view(torch.int32), logits[1].view(torch.int32))
+
+
+OPTIONS = ("to", "layout", "target", "scale_dtype", "wo_a", "on_inexact", "dense")
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_a_typo(tmp_path: Path) -> None:
+    """mypy, with dsv4 as installed, refuses a value that an option does not have, and takes those that it has."""
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\nfollow_imports = skip\n[mypy-dsv4.*]\nfollow_imports = silent\n"
+    )
+    right = 'layout="mp", target="vllm", scale_dtype="e8m0", wo_a="bf16", on_inexact="keep", dense="q8_0"'
+    calls = [f"convert('a', 'b', {option}='typo')" for option in OPTIONS]
+    calls += [f"convert('a', 'b', to='{to}')" for to in CONVERSIONS]
+    calls += [f"convert('a', 'b', {right}).is_exact", "int(verify('a').exit_code)"]
+    (tmp_path / "calls.py").write_text("\n".join(["from dsv4.convert import convert, verify", *calls, ""]))
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path / "cache")]
+    words, problems, _ = mypy.run([*options, str(tmp_path / "calls.py")])
+    assert problems == ""
+    for number, option in enumerate(OPTIONS, start=2):
+        assert f'calls.py:{number}: error: Argument "{option}" to "convert" has incompatible type' in words
+    assert words.count("error:") == len(OPTIONS), words

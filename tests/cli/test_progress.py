@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import pytest
 
@@ -16,6 +17,22 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+class Awaited(io.StringIO):
+    """A stream, of a terminal or not, that sets `came` when something with `words` is written to it."""
+
+    def __init__(self, is_terminal: bool, words: str) -> None:
+        super().__init__()
+        self.is_terminal, self.words, self.came = is_terminal, words, threading.Event()
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def write(self, text: str) -> int:
+        if self.words in text:
+            self.came.set()
+        return super().write(text)
 
 
 def test_no_estimate_from_nothing() -> None:
@@ -47,6 +64,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[float, int]]) -> li
     """What a terminal shows of a bar over 1000 bytes that is advanced at these times, one item for each drawing."""
     clock, stream = [0.0], Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 3600)
     monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     with Output().progress(1000, "convert") as progress:
@@ -58,6 +76,54 @@ def shown(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[float, int]]) -> li
 def test_the_time_ticks_while_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = shown(monkeypatch, [(1, 100), *((float(second), 0) for second in range(2, 9))])
     assert [f"00:0{second}" in drawn[second] for second in range(2, 9)] == [True] * 7
+
+
+@pytest.mark.parametrize(("is_terminal", "words"), [(True, "00:20"), (False, "convert: 5 B of 10 B (50%)")])
+@pytest.mark.parametrize("passing", [False, True])
+def test_a_bar_ticks_during_a_long_step(
+    is_terminal: bool, words: str, passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An fsync, or a layer over a whole prompt: nobody calls `advance`, and the bar shows that time passes."""
+    clock, stream = [0.0], Awaited(is_terminal, words)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 0.01)
+    monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with Output().progress(10, "convert", passing=passing) as progress:
+        progress.advance(5)
+        clock[0] = 20
+        assert stream.came.wait(60)
+
+
+def test_words_have_room_until_the_next_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = [0.0], Awaited(True, "00:20")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 3600)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with Output().progress(10, "convert") as progress:
+        progress.advance(5)
+        progress.clear()
+        clock[0] = 20
+        before = stream.getvalue()
+        for _ in range(3):
+            progress.tick()
+        assert stream.getvalue() == before
+        progress.advance(0)
+        progress.tick()
+        assert stream.came.is_set()
+
+
+def test_a_bar_that_cannot_be_drawn_ends_with_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread leaves it to the next `advance` to say that the stream is closed."""
+    stream = Awaited(False, "")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 0.001)
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0)
+    with Output().progress(10, "convert") as progress:
+        assert stream.came.wait(60)
+        stream.close()
+        with pytest.raises(ValueError, match="closed"):
+            progress.advance(1)
 
 
 def test_a_bar_estimates_once_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

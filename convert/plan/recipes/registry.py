@@ -7,7 +7,8 @@ from typing import Any
 from dsv4.convert.checkpoint.config import quantization
 from dsv4.convert.checkpoint.names import is_released_in_fp8
 from dsv4.convert.checkpoint.weights import Format, Weight
-from dsv4.convert.plan.settings import CONVERSIONS, Settings, To
+from dsv4.convert.plan.engines import To
+from dsv4.convert.plan.settings import CONVERSIONS, Settings
 
 from . import bf16, copy, from_bf16, scales
 from .recipe import OutputTensor, Recipe

@@ -4,9 +4,9 @@ from typing import Any, get_args
 
 import pytest
 
-from dsv4.convert.plan.engines import TARGETS, TargetName
+from dsv4.convert.plan.engines import ENGINES, TARGETS, EngineName, TargetName, To
 from dsv4.convert.plan.recipes.registry import recipe_of
-from dsv4.convert.plan.settings import CONVERSIONS, To, resolve
+from dsv4.convert.plan.settings import CONVERSIONS, resolve
 from dsv4.errors import UsageError
 
 
@@ -93,5 +93,6 @@ def test_a_value_that_an_option_does_not_have(option: str, value: str | None) ->
 
 def test_the_command_line_offers_what_resolve_takes() -> None:
     assert get_args(To) == tuple(CONVERSIONS) and get_args(TargetName) == tuple(TARGETS)
+    assert get_args(EngineName) == tuple(ENGINES)
     for to in get_args(To):
         assert recipe_of(to) is not None

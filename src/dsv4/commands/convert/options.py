@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, WoA
+from dsv4.convert.plan.engines import Layout, ScaleDtype, TargetName, To, WoA
 from dsv4.convert.plan.input_scale import read_input_scale
-from dsv4.convert.plan.settings import CONVERSIONS, Dense, OnInexact, Settings, To, resolve
+from dsv4.convert.plan.settings import CONVERSIONS, Dense, OnInexact, Settings, resolve
 from dsv4.errors import UsageError
 from dsv4.machine import parse_size
 from dsv4.options import (
