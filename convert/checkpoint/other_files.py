@@ -1,10 +1,12 @@
-"""Finds files of other kinds in a checkpoint's storage: weights that are no safetensors, and git-LFS pointers."""
+"""Files of other kinds in a checkpoint's storage: weights that are no safetensors, git-LFS pointers, web pages."""
 
 from collections.abc import Mapping
 
-from dsv4.files import MAX_POINTER_BYTES, OTHER_WEIGHTS, POINTER, PREFIX_BYTES, refuse_other_kinds
+from dsv4.files import MAX_POINTER_BYTES, OTHER_WEIGHTS, POINTER, PREFIX_BYTES, Kind, kind_of, refuse_other_kinds
 
 from .storage import Storage
+
+TEXTS = (".json", ".jinja", ".py")  # which no web page can be
 
 
 def refuse_other_weights(storage: Storage, files: Mapping[str, int]) -> None:
@@ -16,9 +18,17 @@ def refuse_other_weights(storage: Storage, files: Mapping[str, int]) -> None:
             refuse_other_kinds(storage.read(name, 0, min(PREFIX_BYTES, files[name])), f"{storage.label}/{name}")
 
 
-def lfs_pointers(storage: Storage, files: Mapping[str, int]) -> list[str]:
-    """Which files are git-LFS pointers. Files on a hub are not looked at: a hub resolves pointers itself."""
+def misnamed(storage: Storage, files: Mapping[str, int]) -> dict[str, Kind]:
+    """The files that are not what their names say, and what they are: git-LFS pointers, and web pages in place of JSON.
+
+    Files on a hub are not looked at: a hub resolves pointers itself, and dsv4 checks the hash of what it sends.
+    """
     if storage.identity():
-        return []
-    small = (name for name, size in files.items() if len(POINTER) <= size <= MAX_POINTER_BYTES)
-    return [name for name in small if storage.read(name, 0, len(POINTER)) == POINTER]
+        return {}
+    looked_at = {
+        name: storage.read(name, 0, min(PREFIX_BYTES, size))
+        for name, size in files.items()
+        if name.endswith(TEXTS) or len(POINTER) <= size <= MAX_POINTER_BYTES
+    }
+    found = {name: kind_of(start) for name, start in looked_at.items()}
+    return {name: kind for name, kind in found.items() if kind and (kind.prefix == POINTER or name.endswith(TEXTS))}

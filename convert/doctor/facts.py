@@ -18,7 +18,7 @@ from dsv4.convert.checkpoint.names import (
     is_routed_expert,
     rank_file,
 )
-from dsv4.convert.checkpoint.other_files import lfs_pointers, refuse_other_weights
+from dsv4.convert.checkpoint.other_files import misnamed, refuse_other_weights
 from dsv4.convert.checkpoint.rank_files import check_engine_config, rank_file_names
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
@@ -34,6 +34,7 @@ from dsv4.convert.checkpoint.weights import Format, Weight, expert_formats, find
 from dsv4.convert.inspect.findings import Finding, scale_findings, structure_findings
 from dsv4.convert.plan.engines import FolderLayout, Stored
 from dsv4.errors import InputError
+from dsv4.files import Kind
 from dsv4.progress import Reached, ignore
 
 
@@ -48,7 +49,8 @@ class Facts:
     quantized: whether any weight is FP4 or FP8.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
     ranks: number of rank files. problems: faults in names, shapes and scales.
-    notes: lines about ignored files and tensors. pointers: files that are git-LFS pointers.
+    notes: lines about ignored files and tensors. misnamed: files that are something else, such
+    as git-LFS pointers.
     foreign: the quantization of another tool, if it has one; names, shapes and scales are not checked then.
     form: the form of another tool that it is stored in and dsv4 reads, "" for the release's.
     unreadable: why the folder cannot be read, and all the rest is empty; None if it can.
@@ -70,7 +72,7 @@ class Facts:
     ranks: int = 0
     problems: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    pointers: list[str] = field(default_factory=list)
+    misnamed: dict[str, Kind] = field(default_factory=dict)
     foreign: ForeignQuantization | None = None
     form: str = ""
     unreadable: InputError | None = None
@@ -121,7 +123,7 @@ def _facts_of_folder(storage: Folder, headers: Reached) -> Facts:
     facts.checkpoint, facts.config, facts.files = checkpoint, checkpoint.config, set(checkpoint.files)
     facts.form = checkpoint.form.name
     facts.layout = "gguf" if is_gguf(checkpoint.files) else facts.layout
-    facts.notes, facts.pointers = checkpoint.notes, lfs_pointers(storage, checkpoint.files)
+    facts.notes, facts.misnamed = checkpoint.notes, misnamed(storage, checkpoint.files)
     facts.foreign = foreign_quantization(facts.config, checkpoint.tensors)
     if facts.foreign is not None:
         return facts
@@ -155,7 +157,7 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
 
 
 def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reached) -> Facts:
-    facts = Facts(storage.label, "mp", files=set(sizes), pointers=lfs_pointers(storage, sizes))
+    facts = Facts(storage.label, "mp", files=set(sizes), misnamed=misnamed(storage, sizes))
     try:
         names = rank_file_names(sizes, storage.label)
         if CONFIG_NAME in sizes:

@@ -30,7 +30,6 @@ from dsv4.convert.plan.plan import make_plan
 from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.plan.side_files import check_configs
 from dsv4.errors import InputError, UsageError
-from dsv4.files import PULL
 from dsv4.progress import Reached, ignore
 
 from .facts import Facts, gather
@@ -286,8 +285,8 @@ def _ignored(p: RuleContext) -> Iterator[Check]:
 
 
 def _side_files(p: RuleContext) -> Iterator[Check]:
-    for name in p.facts.pointers:
-        yield Check("side files", "refuses", f"{name} is a git-LFS pointer, not the file", PULL)
+    for name, kind in p.facts.misnamed.items():
+        yield Check("side files", "refuses", f"{name}: {kind.words}", kind.hint)
     absent = [name for name in p.engine.needs if name not in p.facts.files]
     encoder = edition_of(p.facts.config).encoder
     wanted = [encoder if name == ENCODER else name for name in p.engine.wants]
@@ -296,7 +295,7 @@ def _side_files(p: RuleContext) -> Iterator[Check]:
         yield Check("side files", "refuses", f"missing: {', '.join(absent)}", "Copy them from the release.")
     if missed:
         yield Check("side files", "note", f"missing: {', '.join(missed)}", "Copy them from the release.")
-    if not (absent or missed or p.facts.pointers):
+    if not (absent or missed or p.facts.misnamed):
         yield Check("side files", "ok", "all there")
 
 

@@ -17,11 +17,10 @@ from dsv4.convert.checkpoint.editions.table import Edition, check_signs, describ
 from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
-from dsv4.convert.checkpoint.other_files import lfs_pointers
+from dsv4.convert.checkpoint.other_files import misnamed
 from dsv4.convert.checkpoint.reader import Checkpoint, layout_bytes
 from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight
 from dsv4.errors import InputError
-from dsv4.files import PULL
 
 Level = Literal["problem", "note"]
 
@@ -153,8 +152,8 @@ def _spelling(config_json: dict[str, Any]) -> Iterator[Finding]:
 def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
     for note in checkpoint.notes:
         yield Finding("note", note)
-    for name in lfs_pointers(checkpoint.storage, checkpoint.files):
-        yield Finding("problem", f"{name} is a git-LFS pointer, not the file", PULL)
+    for name, kind in misnamed(checkpoint.storage, checkpoint.files).items():
+        yield Finding("problem", f"{name}: {kind.words}", kind.hint)
     absent = [name for name in SIDE_FILES if name not in checkpoint.files]
     if absent:
         hint = "Copy them from the release: engines need them for text."

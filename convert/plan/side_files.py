@@ -8,12 +8,11 @@ import re
 from typing import Any
 
 from dsv4.convert.checkpoint.names import count_draft_stages
-from dsv4.convert.checkpoint.other_files import lfs_pointers
+from dsv4.convert.checkpoint.other_files import misnamed
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, MAX_CONFIG_BYTES, Checkpoint, read_json
 from dsv4.convert.checkpoint.weights import Format
 from dsv4.convert.plan.recipes.registry import recipe_of
 from dsv4.errors import InputError
-from dsv4.files import PULL
 
 from .config_edit import dump, make_inference_config, with_quantized_wo_a
 from .plan import Plan
@@ -82,11 +81,11 @@ def config_file(checkpoint: Checkpoint, plan: Plan, some_kept: bool = False) -> 
 def check_configs(checkpoint: Checkpoint, plan: Plan) -> None:
     """Make the config files before the work starts, so that a fault shows at once.
 
-    Raises InputError for a missing key, and for a file to copy that is a git-LFS pointer.
+    Raises InputError for a missing key, and for a file to copy that is a git-LFS pointer or a web page.
     """
     copied = {name: checkpoint.files[name] for name in copied_files(checkpoint, plan)}
-    for name in lfs_pointers(checkpoint.storage, copied):
-        raise InputError(f"{checkpoint.storage.label}/{name} is a git-LFS pointer, not the file", PULL)
+    for name, kind in misnamed(checkpoint.storage, copied).items():
+        raise InputError(f"{checkpoint.storage.label}/{name}: {kind.words}", kind.hint)
     config_file(checkpoint, plan)
     if INFERENCE_CONFIG in checkpoint.files:
         read_side_file(checkpoint, INFERENCE_CONFIG, plan)

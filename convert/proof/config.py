@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx, nvfp4
-from dsv4.files import MAX_POINTER_BYTES, POINTER, kind_of
+from dsv4.files import MAX_POINTER_BYTES, POINTER, PREFIX_BYTES, kind_of
 from dsv4.text import some_of
 
 from .files import INDEX_NAME, Files, Severity, parse_json, read_bytes
@@ -59,12 +59,16 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
     return {"headers": checkpoint.headers_sha256} | dict(sorted(found.items()))
 
 
-def check_pointers(checkpoint: Checkpoint) -> None:
-    """Record side files that are Git LFS pointers: loaders need the files themselves."""
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """Record side files that are git-LFS pointers, and those that loaders need and that are web pages."""
     for name, size in _side_files(checkpoint.files).items():
-        kind = kind_of(read_bytes(checkpoint.files, name, 0, size)) if size <= MAX_POINTER_BYTES else None
-        if kind is not None and kind.prefix == POINTER:
-            severity: Severity = "unreadable" if _NEEDED.fullmatch(name) else "note"
+        is_needed = _NEEDED.fullmatch(name) is not None
+        is_json = is_needed and name.endswith(".json")
+        if not is_json and size > MAX_POINTER_BYTES:
+            continue
+        kind = kind_of(read_bytes(checkpoint.files, name, 0, min(size, PREFIX_BYTES)))
+        if kind is not None and (is_json or kind.prefix == POINTER):
+            severity: Severity = "unreadable" if is_needed else "note"
             checkpoint.problem("side file", f"{name} is {kind}", severity)
 
 

@@ -92,10 +92,11 @@ MISTAKES = [
     # other kinds of files
     ("convert {lfs-shard} {out}", 3, ["00001-of-00005.safetensors: a git-LFS pointer", "git lfs pull"]),
     ("convert {lfs-config} {out}", 3, ["config.json: a git-LFS pointer", "git lfs pull"]),
-    ("convert {lfs-tokenizer} {out}", 3, ["tokenizer.json is a git-LFS pointer", "git lfs pull"]),
+    ("convert {lfs-tokenizer} {out}", 3, ["tokenizer.json: a git-LFS pointer", "git lfs pull"]),
     ("run {lfs-shard} --tokens 1", 3, ["00001-of-00005.safetensors: a git-LFS pointer", "git lfs pull"]),
     ("convert {web-shard} {out}", 3, ["00001-of-00005.safetensors: a web page", "Download the file again"]),
     ("convert {web-config} {out}", 3, ["config.json: a web page", "Download the file again"]),
+    ("convert {web-tokenizer} {out}", 3, ["tokenizer.json: a web page", "Download the file again"]),
     ("convert {web-index} {out}", 3, ["index.json: a web page", "Download the file again"]),
     ("inspect {web-config}", 3, ["config.json: a web page", "Download the file again"]),
     ("run {web-tokenizer} -p hi", 3, ["tokenizer.json: a web page", "Download the file again"]),
@@ -253,6 +254,7 @@ def test_a_dry_run_says_how_much_disk_is_missing(
         ("web-shard", "00001-of-00005.safetensors cannot be read: it is a web page"),
         ("web-config", "config.json cannot be used: it is a web page"),
         ("web-index", "index.json cannot be used: it is a web page"),
+        ("web-tokenizer", "tokenizer.json is a web page"),
         ("half-config", "config.json cannot be used: not JSON"),
     ],
 )

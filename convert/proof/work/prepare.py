@@ -11,7 +11,7 @@ from dsv4.convert.proof.compare_tensor import Piece, plan_pieces, threads_and_ba
 from dsv4.convert.proof.config import (
     check_config,
     check_needed_keys,
-    check_pointers,
+    check_side_files,
     compare_configs,
     compare_side_files,
 )
@@ -168,7 +168,7 @@ def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
     for side in (source, output):
         if side is not None:
             check_config(side)
-            check_pointers(side)
+            check_side_files(side)
             if absent := absent_and_needed(side, alone=source is None):
                 names = some_of(absent, NAMES_SHOWN)
                 side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")

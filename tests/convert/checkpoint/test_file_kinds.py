@@ -48,26 +48,33 @@ def test_a_tokenizer(kind: str, folder: Path, tmp_path: Path) -> None:
     assert code == 3 and "tokenizer.json" in err and words in err and hint in err
 
 
-COPIED = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "inference/config.json", "README.md"]
+NEEDED = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "inference/config.json"]
+MISNAMED = [
+    *((name, kind) for name in NEEDED for kind in ("pointer", "web page")),
+    ("README.md", "pointer"),
+    ("tokenizer.json", "bare web page"),
+]
 
 
 @pytest.mark.parametrize("how", [(), ("--dry-run",)], ids=["work", "dry run"])
-@pytest.mark.parametrize("name", COPIED)
-def test_a_pointer_is_not_copied(name: str, how: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), MISNAMED)
+def test_it_is_not_copied(name: str, kind: str, how: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     """Found before the work begins, not when the weights are written."""
-    (folder / name).write_bytes(POINTER)
+    data, words, hint = KINDS[kind]
+    (folder / name).write_bytes(data)
     code, _, err = dsv4("convert", folder, tmp_path / "out", *how)
-    assert code == 3 and name in err and "git lfs pull" in err
+    assert code == 3 and name in err and words in err and hint in err
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", COPIED)
-def test_inspect_and_doctor_name_it(name: str, folder: Path) -> None:
-    (folder / name).write_bytes(POINTER)
-    found = [f for f in inspect_checkpoint(Checkpoint.open(folder)).findings if "git-LFS" in f.text]
-    assert [f.level for f in found] == ["problem"] and name in found[0].text and "git lfs pull" in found[0].hint
-    checks = [check for check in diagnose(folder, "sglang").checks if "git-LFS" in check.text]
-    assert [check.status for check in checks] == ["refuses"] and name in checks[0].text
+@pytest.mark.parametrize(("name", "kind"), MISNAMED)
+def test_inspect_and_doctor_name_it(name: str, kind: str, folder: Path) -> None:
+    data, words, hint = KINDS[kind]
+    (folder / name).write_bytes(data)
+    found = [f for f in inspect_checkpoint(Checkpoint.open(folder)).findings if words in f.text]
+    assert [f.level for f in found] == ["problem"] and name in found[0].text and hint in found[0].hint
+    checks = [check for check in diagnose(folder, "sglang").checks if words in check.text]
+    assert [check.status for check in checks] == ["refuses"] and name in checks[0].text and hint in checks[0].fix
 
 
 def test_no_command_that_a_pointer_makes_fail(folder: Path) -> None:

@@ -206,6 +206,18 @@ def test_pointers_of_git_lfs(folders: dict[str, Path], name: str, how: str, caps
     assert code == 3 and len(said) == 1 and "git lfs pull" in said[0]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_web_page_in_place_of_a_file_that_loaders_need(
+    name: str, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On both sides, where their bytes are equal."""
+    for folder in folders.values():
+        (folder / name).write_text("<html><title>Log in</title>" + " " * 5000)
+    assert run(["verify", *map(str, folders.values())]) == 3
+    said = capsys.readouterr().out
+    assert f"{name} is a web page" in said and "Download the file again" in said
+
+
 def test_a_pointer_that_no_loader_needs(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         (folder / "picture.png").write_text(POINTER)
