@@ -8,33 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dsv4.convert.hub.open import DEFAULT_SCRATCH, HubOptions
-from dsv4.convert.hub.source import HubSource, folder_or_repository, missing_folder, parse_source
+from dsv4.convert.hub.source import HubSource, named_sides
 from dsv4.convert.hub.storage import HubFiles, open_hub_storage
 from dsv4.convert.plan.settings import check_count
 from dsv4.convert.proof.files import Files, LocalFiles
-from dsv4.errors import UsageError
 
 if TYPE_CHECKING:
     from dsv4.convert.proof.result import Verification
-
-
-def named_sides(source: str, output: str | None, revision: str | None) -> list[Path | HubSource]:
-    """What SOURCE and OUTPUT name, looked up nowhere. revision: of the only repository.
-
-    Raises UsageError for text that names neither a folder nor a repository, InputError for a folder that is missing.
-    """
-    texts, last = [source], list[Path | HubSource]()
-    if output is not None:
-        texts, last = [source, output], [folder_or_repository(output)]
-    if revision is not None and last and isinstance(last[0], HubSource):
-        if isinstance(parse_source(source), HubSource):
-            raise UsageError("--revision is of one repository, there are two", "Write @revision behind each of them.")
-        last, revision = [parse_source(texts[1], revision)], None
-    sides = [parse_source(source, revision), *last]
-    for text, side in zip(texts, sides, strict=True):
-        if isinstance(side, Path) and not side.is_dir():
-            raise missing_folder(text)
-    return sides
 
 
 @contextmanager

@@ -162,6 +162,25 @@ def missing_folder(text: str) -> InputError:
     return InputError(f"{text}: {kind}", hint)
 
 
+def named_sides(source: str, output: str | None, revision: str | None) -> list[Path | HubSource]:
+    """What SOURCE and OUTPUT name, looked up nowhere. revision: of the only repository.
+
+    Raises UsageError for text that names neither a folder nor a repository, InputError for a folder that is missing.
+    """
+    texts, last = [source], list[Path | HubSource]()
+    if output is not None:
+        texts, last = [source, output], [folder_or_repository(output)]
+    if revision is not None and last and isinstance(last[0], HubSource):
+        if isinstance(parse_source(source), HubSource):
+            raise UsageError("--revision is of one repository, there are two", "Write @revision behind each of them.")
+        last, revision = [parse_source(texts[1], revision)], None
+    sides = [parse_source(source, revision), *last]
+    for text, side in zip(texts, sides, strict=True):
+        if isinstance(side, Path) and not side.is_dir():
+            raise missing_folder(text)
+    return sides
+
+
 def require_folder(text: str) -> Path:
     """A folder, for commands that take no repository. Raises InputError; the hint says how to fetch one."""
     path = Path(text)

@@ -10,11 +10,13 @@ the journals list. One process publishes (manifest, index, config) after it has 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dsv4.errors import UsageError
 
-from .plan import Plan
-from .shards import OutputShard
+if TYPE_CHECKING:  # they import NumPy, which a mistyped option need not wait for
+    from .plan import Plan
+    from .shards import OutputShard
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def parse_work(part: str | None, finish: bool, overwrite: bool) -> Work:
     return Publish() if finish else All(overwrite)
 
 
-def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
+def assign_shards(plan: "Plan", count: int) -> "list[list[OutputShard]]":
     """The shards of each part, in the plan's order: balanced by size, and equal in every process."""
     owners: dict[str, int] = {}
     filled = [0] * count
@@ -81,12 +83,12 @@ def assign_shards(plan: Plan, count: int) -> list[list[OutputShard]]:
     return [[shard for shard in plan.shards if owners[shard.file] == i] for i in range(count)]
 
 
-def shards_of(plan: Plan, work: Work) -> Sequence[OutputShard]:
+def shards_of(plan: "Plan", work: Work) -> "Sequence[OutputShard]":
     """The shards that a run must write or find written."""
     return assign_shards(plan, work.count)[work.index] if isinstance(work, Part) else plan.shards
 
 
-def share_of(plan: Plan, work: Work) -> Plan:
+def share_of(plan: "Plan", work: Work) -> "Plan":
     """The plan of a part alone: its shards, and the bytes of the source that they read. Of other work, all of it."""
     if not isinstance(work, Part):
         return plan

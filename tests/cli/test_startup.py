@@ -82,7 +82,27 @@ def test_mistakes_need_no_torch(tmp_path: Path) -> None:
     check(commands, fails=True)
 
 
-def test_a_mistyped_folder_needs_no_numpy_either(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    commands = [["inspect", "demo/sorce"], ["convert", "demo/sorce", out], ["verify", "demo/sorce", out]]
-    check([*commands, ["doctor", "nowhere", "--for", "vllm"]], fails=True, modules=(*SLOW, "numpy"))
+def test_what_the_command_line_alone_shows_needs_no_numpy_either(tmp_path: Path) -> None:
+    source, out = str(make_checkpoint(tmp_path / "source", geometry=TINY)), str(tmp_path / "out")
+    commands = [
+        ["inspect", "demo/sorce"],
+        ["convert", "demo/sorce", out],
+        ["convert", source, out, "--max-shard-size", "abc"],
+        ["convert", source, out, "--max-memory", "lots"],
+        ["convert", source, out, "--layout", "mp"],
+        ["convert", source, out, "--to", "nvfp4"],
+        ["convert", source, out, "--part", "5/4"],
+        ["verify", "demo/sorce", out],
+        ["verify", source, "nowhere"],
+        ["verify", source, "--sample", "200%"],
+        ["verify", source, "--max-memory", "lots"],
+        ["run", "nowhere", "-p", "hi"],
+        ["run", source, "-p", "hi", "--compare", "nowhere"],
+        ["run", source, "-p", "hi", "--max-memory", "lots"],
+        ["run", source, "-p", "hi", "--tools", "/nowhere"],
+        ["run", source, "--file", "/nowhere"],
+        ["run", source, "--messages", "/nowhere"],
+        ["run", source, "--tokens", "1,x"],
+        ["doctor", "nowhere", "--for", "vllm"],
+    ]
+    check(commands, fails=True, modules=(*SLOW, "numpy"))

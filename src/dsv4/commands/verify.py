@@ -112,12 +112,8 @@ class VerifyOptions:
 
 def _check_arguments(options: VerifyOptions) -> None:
     """Raise for a folder that is missing, and for text that names nothing, before torch is imported."""
-    from dsv4.convert.hub.source import existing_source
-
-    if options.revision is None:  # else it may be the source's: `named_sides` decides
-        existing_source(options.source)
+    from dsv4.convert.hub.source import named_sides
     from dsv4.convert.proof.audit.sample import parse_sample
-    from dsv4.convert.sides import named_sides
 
     named_sides(options.source, options.converted, options.revision)
     parse_sample(options.sample, options.seed)
@@ -146,7 +142,8 @@ def _settings(options: VerifyOptions, ranks: "Ranks | None") -> "Settings":
 def _opened(options: VerifyOptions, out: output.Output, on_header: Reached) -> "Iterator[list[Files]]":
     """Both sides: folders, or repositories whose shards are fetched into temporary folders. Commits are pinned here."""
     from dsv4.convert.hub.open import HubOptions
-    from dsv4.convert.sides import named_sides, open_sides
+    from dsv4.convert.hub.source import named_sides
+    from dsv4.convert.sides import open_sides
 
     hub = HubOptions(
         options.token, options.cache_dir, options.scratch, warn=out.warn, detail=out.detail, headers=on_header,

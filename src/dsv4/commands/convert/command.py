@@ -17,6 +17,7 @@ from .words import engine_caveats, print_part, print_plan, print_result
 if TYPE_CHECKING:
     from dsv4.commands.distributed import Ranks
     from dsv4.convert.plan.partition import Part, Work
+    from dsv4.convert.plan.settings import Settings
     from dsv4.convert.write.run import Job, Result
 
 EPILOG = example(
@@ -113,12 +114,11 @@ def _work(options: ConvertOptions, ranks: "Ranks | None") -> "Work":
     return Part(ranks.index, ranks.count)
 
 
-def _open(options: ConvertOptions, work: "Work", cores: int, out: output.Output) -> "Job":
+def _open(options: ConvertOptions, settings: "Settings", work: "Work", cores: int, out: output.Output) -> "Job":
     """The source and the plan, with a bar over the headers."""
     from dsv4.convert.api import open_job
     from dsv4.convert.hub.open import HubOptions
 
-    settings, memory = options.settings(), options.memory()
     with out.opening() as headers:
         hub = HubOptions(
             options.token, options.cache_dir, options.scratch, options.keep_source, out.warn, out.detail, headers,
@@ -127,7 +127,7 @@ def _open(options: ConvertOptions, work: "Work", cores: int, out: output.Output)
         return open_job(
             options.source, options.output_folder, settings, work, hub,
             revision=options.revision, any_model=options.any_model,
-            cores=cores, max_workers=options.max_workers, max_memory=memory,
+            cores=cores, max_workers=options.max_workers, max_memory=options.memory(),
         )  # fmt: skip
 
 
@@ -141,16 +141,17 @@ def convert(options: ConvertOptions) -> None:
     from dsv4.commands.distributed import torchrun_rank
     from dsv4.convert.hub.source import existing_source
 
+    ranks = torchrun_rank()
+    out = output.configure(options.json, options.quiet, options.verbose, ranks)
     existing_source(options.source, options.revision)
-    from dsv4.convert.plan.partition import Part, share_of  # imports NumPy: after what can be wrong
-    from dsv4.convert.write.estimate import measure
+    settings, work = options.settings(), _work(options, ranks)
+    options.memory()
+    from dsv4.convert.plan.partition import Part, share_of
+    from dsv4.convert.write.estimate import measure  # imports NumPy: after what can be wrong
     from dsv4.convert.write.run import check_job
     from dsv4.convert.write.shards.resources import keep_freed_memory
 
-    ranks = torchrun_rank()
-    out = output.configure(options.json, options.quiet, options.verbose, ranks)
-    work = _work(options, ranks)
-    job = _open(options, work, ranks.workers if ranks else usable_cores(), out)
+    job = _open(options, settings, work, ranks.workers if ranks else usable_cores(), out)
     with closing(job.checkpoint):
         share = replace(job, plan=share_of(job.plan, work))
         remote = _remote(share)

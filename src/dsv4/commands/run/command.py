@@ -229,14 +229,29 @@ def _single(prompts: list[Prompt]) -> list[int]:
     return prompts[0].tokens
 
 
+def _check_inputs(options: RunOptions) -> None:
+    """Raise, before torch is imported, for what does not exist and for a size that is none."""
+    from dsv4.convert.hub.source import folder_or_repository
+
+    folder_or_repository(options.checkpoint, options.revision)
+    if options.compares_checkpoints and options.compare is not None:
+        folder_or_repository(options.compare)
+    for path in (options.file, options.messages, options.tools):
+        if path not in (None, "-"):
+            os.stat(path)
+    if options.tokens is not None:
+        check_tokens_argument(options.tokens)
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+
+
 def _execute(options: RunOptions, ranks: "Ranks | None", stack: ExitStack, out: output.Output) -> int:
     """Run the command; returns the exit code. What is opened is closed by `stack`."""
     from dsv4.model.chat.tokenizer import load_tokenizer
 
     if out.mode != "silent":
         _check_outputs(options)
-    if options.tokens is not None:
-        check_tokens_argument(options.tokens)
+    _check_inputs(options)
     source = open_source(options.checkpoint, options, stack, out)
     without_text = options.tokens is not None or (options.compares_with_a_file and options.is_chat)
     tokenizer = None if without_text else load_tokenizer(source.files)
@@ -249,7 +264,7 @@ def _execute(options: RunOptions, ranks: "Ranks | None", stack: ExitStack, out: 
         return work.chat(tokenizer)
     prompts = [] if is_chat or (options.compares_with_a_file and options.is_chat) else work.prompts()
     other = None
-    if options.compare is not None and not (options.asks_a_server or options.compares_with_a_file):
+    if options.compares_checkpoints and options.compare is not None:
         other = open_source(options.compare, options, stack, out)
     if options.dry_run:
         return work.costs([source] if other is None else [source, other], prompts)

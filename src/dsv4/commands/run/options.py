@@ -208,6 +208,11 @@ class RunOptions:
         return self.compare is not None and not self.asks_a_server and Path(self.compare).is_file()
 
     @property
+    def compares_checkpoints(self) -> bool:
+        """Whether --compare names another checkpoint."""
+        return self.compare is not None and not (self.asks_a_server or self.compares_with_a_file)
+
+    @property
     def has_own_prompt(self) -> bool:
         """Whether there is something to compute although no prompt is given."""
         return self.suite or self.compares_with_a_file
