@@ -27,7 +27,7 @@ from dsv4.quant.activation import FP4_GROUP
 from . import reference
 from . import reference_small as small
 from .deterministic import ELEMENTS_PER_STEP
-from .reference import Product
+from .reference import Experts, Product
 
 VARIABLE = "DSV4_KERNELS"
 BEST = "native"  # value of the variable: the best form that this processor has
@@ -52,6 +52,7 @@ class _Matrix(ctypes.Structure):
         ("scale_columns", ctypes.c_int64),
         ("format", ctypes.c_int32),
         ("scale_is_float32", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
     ]
 
 
@@ -87,6 +88,9 @@ _OPERATIONS = {
     "dsv4_choose_experts": "pppplll",
     "dsv4_expert_weights": "pppplllff",
     "dsv4_add_experts": "ppppplllii",
+    "dsv4_gate": "ppipppllffpi",
+    "dsv4_hc_mixes": "ppippppplllffpi",
+    "dsv4_token_experts": "ppppplllfipi",
 }
 # The same of those that return an int64: what C alone knows about scratch (bytes), limits and codes of formats.
 _SIZES = {
@@ -95,6 +99,9 @@ _SIZES = {
     "dsv4_index_scores_scratch": "lll",
     "dsv4_row_scratch": "ll",
     "dsv4_pool_scratch": "ll",
+    "dsv4_gate_scratch": "pilli",
+    "dsv4_hc_mixes_scratch": "pili",
+    "dsv4_token_experts_scratch": "plii",
     "dsv4_most_streams": "",
     **{f"dsv4_{name}": "" for name in FORMATS},
 }
@@ -183,6 +190,7 @@ def _describe(matrix: Matrix) -> _Described:
     if found is None:
         (rows, columns), quantized = matrix.shape, matrix.scale is not None
         block_columns = matrix.block.columns if quantized else columns
+        exact = matrix.format != FLOAT32 and matrix.exact_products
         described = _Matrix(
             values=matrix.values.data_ptr(),
             scale=matrix.scale.data_ptr() if matrix.scale is not None else None,
@@ -193,9 +201,9 @@ def _describe(matrix: Matrix) -> _Described:
             scale_columns=matrix.scale.shape[1] if matrix.scale is not None else 1,
             format=getattr(_loaded(), f"dsv4_{matrix.format}")(),
             scale_is_float32=int(matrix.scale is not None and matrix.scale.dtype == torch.float32),
+            exact=int(exact),
         )
         whole = columns > 0 and columns % ELEMENTS_PER_STEP == 0 and block_columns % ELEMENTS_PER_STEP == 0
-        exact = matrix.format != FLOAT32 and matrix.exact_products
         found = matrix.kept["c"] = _Described(described, ctypes.addressof(described), exact, whole)
     return found
 
@@ -479,5 +487,92 @@ def add_experts(outputs: torch.Tensor, experts: torch.Tensor, shared: torch.Tens
     _loaded().dsv4_add_experts(
         outputs.data_ptr(), shared.data_ptr(), experts.data_ptr(), result.data_ptr(), _row_scratch(columns, threads),
         rows, count, columns, _is_bfloat16(outputs), threads,
+    )  # fmt: skip
+    return result
+
+
+def gate(
+    x: torch.Tensor,
+    matrix: Matrix,
+    bias: torch.Tensor | None,
+    experts: torch.Tensor | None,
+    count: int,
+    eps: float,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """See KernelTable.gate; None for a matrix whose rows are no whole steps."""
+    one, loaded = _describe(matrix), _loaded()
+    if not one.whole_steps:
+        return None
+    x, rows, is_bf16 = x.contiguous(), len(x), _is_bfloat16(x)
+    threads = _threads(rows * matrix.shape[0] * matrix.shape[1])
+    experts = torch.empty(rows, count, dtype=torch.int64) if experts is None else experts.contiguous()
+    weights = torch.empty(rows, count, dtype=torch.float32)
+    loaded.dsv4_gate(
+        one.address, x.data_ptr(), is_bf16, None if bias is None else bias.data_ptr(), experts.data_ptr(),
+        weights.data_ptr(), rows, count, eps, factor,
+        _scratch(loaded.dsv4_gate_scratch(one.address, is_bf16, rows, count, threads)), threads,
+    )  # fmt: skip
+    return experts, weights
+
+
+def hc_mixes(
+    h: torch.Tensor,
+    fn: Matrix,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    iterations: int,
+    rms_eps: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """See KernelTable.hc_mixes; None where C has no form for it."""
+    one, loaded, h, (rows, n, _) = _describe(fn), _loaded(), h.contiguous(), h.shape
+    if not one.whole_steps or n > loaded.dsv4_most_streams():
+        return None
+    is_bf16, threads = _is_bfloat16(h), _threads(rows * fn.shape[0] * fn.shape[1])
+    pre, post = torch.empty(2, rows, n, dtype=torch.float32)
+    comb = torch.empty(rows, n, n, dtype=torch.float32)
+    loaded.dsv4_hc_mixes(
+        one.address, h.data_ptr(), is_bf16, scale.data_ptr(), base.data_ptr(), pre.data_ptr(), post.data_ptr(),
+        comb.data_ptr(), rows, n, iterations, rms_eps, eps,
+        _scratch(loaded.dsv4_hc_mixes_scratch(one.address, is_bf16, rows, threads)), threads,
+    )  # fmt: skip
+    return pre, post, comb
+
+
+class _DescribedExperts(NamedTuple):
+    """All experts of a layer as C sees them, made once."""
+
+    addresses: ctypes.Array[ctypes.c_void_p]  # of the matrices, three for each expert
+    work: int  # products of one expert
+    whole_steps: bool
+
+
+def _describe_experts(experts: Experts) -> _DescribedExperts:
+    found: _DescribedExperts | None = experts.kept.get("c")
+    if found is None:
+        described = [_describe(matrix) for expert in experts.matrices for matrix in expert]
+        addresses = (ctypes.c_void_p * len(described))(*(one.address for one in described))
+        width, inner = experts.matrices[0].w2.shape
+        found = _DescribedExperts(addresses, 3 * width * inner, all(one.whole_steps for one in described))
+        experts.kept["c"] = found
+    return found
+
+
+def token_experts(
+    x: torch.Tensor, experts: Experts, chosen: torch.Tensor, shares: torch.Tensor, limit: float, group: int
+) -> torch.Tensor | None:
+    """See KernelTable.token_experts; None for matrices whose rows are no whole steps."""
+    described, loaded = _describe_experts(experts), _loaded()
+    if not described.whole_steps:
+        return None
+    x, chosen, shares, count, is_bf16 = (
+        x.contiguous(), chosen.contiguous(), shares.contiguous(), chosen.shape[1], _is_bfloat16(x),
+    )  # fmt: skip
+    result, threads, addresses = torch.empty_like(x), _threads((count + 1) * described.work), described.addresses
+    loaded.dsv4_token_experts(
+        x.data_ptr(), addresses, chosen.data_ptr(), shares.data_ptr(), result.data_ptr(), count,
+        len(experts.matrices) - 1, group, limit, is_bf16,
+        _scratch(loaded.dsv4_token_experts_scratch(addresses, count, is_bf16, threads)), threads,
     )  # fmt: skip
     return result

@@ -8,7 +8,9 @@ The reference forms, here and in reference_small.py, define the result to the bi
 of sums); `cpu.py` has the same bits, faster.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +48,22 @@ class Product(NamedTuple):
     matrix: Matrix
     start: int = 0
     stop: int | None = None
+
+
+class Expert(NamedTuple):
+    """The three matrices of an expert, in the order of use: w1 and w3 [inner, D], w2 [D, inner]."""
+
+    w1: Matrix
+    w3: Matrix
+    w2: Matrix
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Every routed expert of a layer, then the shared one, all in memory. `kept` is for kernels, as in `Matrix`."""
+
+    matrices: Sequence[Expert]
+    kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 def _attend(

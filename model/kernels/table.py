@@ -15,11 +15,12 @@ from importlib.util import find_spec
 
 import torch
 
+from dsv4.model.weights import Matrix
 from dsv4.quant.activation import simulate_fp8
 
 from . import cpu, reference, torch_device
 from . import reference_small as small
-from .reference import Product
+from .reference import Experts, Product
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -29,7 +30,11 @@ class KernelTable:
     """One row of the table. Signatures, shapes and dtypes are those of the reference forms, which are the defaults."""
 
     linear: Callable[..., torch.Tensor] = reference.linear
+    # The methods below in one call each, where a row has it; None is returned where it has no form.
     at_once: Callable[[Sequence[Product], Sequence[torch.Tensor]], None] | None = None  # `linears_into`
+    gate_at_once: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
+    mixes_at_once: Callable[..., Tensors | None] | None = None
+    experts_at_once: Callable[..., torch.Tensor | None] | None = None
     sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
     simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
@@ -63,12 +68,83 @@ class KernelTable:
         for product, result in zip(products, results, strict=True):
             result.copy_(self.linear(*product, result.dtype))
 
+    def gate(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        bias: torch.Tensor | None,
+        experts: torch.Tensor | None,
+        count: int,
+        eps: float,
+        factor: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D] -> `count` experts of each token, int64 [T, count], and their weights float32 [T, count].
+
+        The scores are sqrt(softplus) of the product with the matrix [E, D]. Either `bias` float32 [E] is given, which
+        is added to them for the choice only, or `experts`.
+        """
+        if self.gate_at_once is not None and (found := self.gate_at_once(x, matrix, bias, experts, count, eps, factor)):
+            return found
+        scores = self.sqrtsoftplus(self.linear(x, matrix))
+        if experts is None:
+            assert bias is not None, "one of them is given"
+            experts = self.choose_experts(scores, bias, count)
+        return experts, self.expert_weights(scores, experts, eps, factor)
+
+    def hc_mixes(
+        self,
+        h: torch.Tensor,
+        fn: Matrix,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        iterations: int,
+        rms_eps: float,
+        eps: float,
+    ) -> Tensors:
+        """Streams h [T, n, D] -> pre [T, n], post [T, n], comb [T, n, n], float32: `hc_split_sinkhorn` of `mixes`."""
+        if self.mixes_at_once is not None and (
+            found := self.mixes_at_once(h, fn, scale, base, iterations, rms_eps, eps)
+        ):
+            return found
+        return self.hc_split_sinkhorn(self.mixes(h, fn, rms_eps), scale, base, h.shape[1], iterations, eps)
+
+    def mixes(self, h: torch.Tensor, fn: Matrix, eps: float) -> torch.Tensor:
+        """Streams h [T, n, D] -> float32 [T, out]: the projection of all streams, over their root mean square."""
+        x = h.flatten(1)
+        return self.linear(x, fn) * self.inverse_rms(x, eps).unsqueeze(-1)
+
+    def token_experts(
+        self, x: torch.Tensor, experts: Experts, chosen: torch.Tensor, shares: torch.Tensor, limit: float, group: int
+    ) -> torch.Tensor:
+        """The mixture of experts of one token: x [1, D], chosen int64 [1, k], shares float32 [1, k] -> [1, D].
+
+        x and the activations in front of w2 are quantized to FP8 in groups of `group`, or not if it is 0.
+        """
+        if self.experts_at_once is not None:
+            found = self.experts_at_once(x, experts, chosen, shares, limit, group)
+            if found is not None:
+                return found
+        used = [*(experts.matrices[i] for i in chosen[0].tolist()), experts.matrices[-1]]
+        x = self.simulate_fp8(x, group) if group else x
+        gate, up = x.new_empty(2, len(used), used[0].w1.shape[0])
+        products = [*(Product(x, expert.w1) for expert in used), *(Product(x, expert.w3) for expert in used)]
+        self.linears_into(products, [*torch.split(gate, 1), *torch.split(up, 1)])
+        activation = self.swiglu(gate, up, limit, torch.cat((shares[0], shares.new_ones(1))))
+        activation = self.simulate_fp8(activation, group) if group else activation
+        outputs = x.new_empty(len(used), x.shape[1])
+        products = [Product(row, expert.w2) for row, expert in zip(torch.split(activation, 1), used, strict=True)]
+        self.linears_into(products, torch.split(outputs, 1))
+        return self.add_experts(outputs[:-1].unsqueeze(0), chosen, outputs[-1:])
+
 
 REFERENCE = KernelTable()
 
 CPU = KernelTable(
     linear=cpu.linear,
     at_once=cpu.linears_into,
+    gate_at_once=cpu.gate,
+    mixes_at_once=cpu.hc_mixes,
+    experts_at_once=cpu.token_experts,
     simulate_index=cpu.simulate_index,
     sqrtsoftplus=cpu.sqrtsoftplus,
     pool=cpu.pool,

@@ -5,7 +5,6 @@ import torch
 from dsv4.model.config import Config
 from dsv4.model.weight_store import WeightView
 
-from .hyper_connection import stream_mixes
 from .numerics import Numerics
 
 
@@ -31,6 +30,6 @@ class Head(OutputHead):
     def vector(self, h: torch.Tensor) -> torch.Tensor:
         """The streams [T, n, D] as one vector [T, D], before the norm."""
         config, kernels = self._config, self._numerics.kernels
-        mixes = stream_mixes(h, self._weights.matrix("hc_head_fn"), self._numerics, config.rms_norm_eps)
+        mixes = kernels.mixes(h, self._weights.matrix("hc_head_fn"), config.rms_norm_eps)
         scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
         return kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)

@@ -8,15 +8,8 @@ import torch
 
 from dsv4.model.config import Config
 from dsv4.model.weight_store import WeightView
-from dsv4.model.weights import Matrix
 
 from .numerics import Numerics
-
-
-def stream_mixes(h: torch.Tensor, fn: Matrix, numerics: Numerics, eps: float) -> torch.Tensor:
-    """h [T, n, D] -> float32 [T, out]: the projection of all streams, over their root mean square."""
-    x = h.flatten(1)
-    return numerics.linear(x, fn) * numerics.kernels.inverse_rms(x, eps).unsqueeze(-1)
 
 
 def mean_of_streams(h: torch.Tensor, numerics: Numerics) -> torch.Tensor:
@@ -34,11 +27,11 @@ class HyperConnection:
 
     def mixes(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """h [T, n, D] -> pre [T, n], post [T, n], comb [T, n, n]: the weights for `hc_pre` and `hc_post`, float32."""
-        config, prefix = self._config, self._prefix
-        mixes = stream_mixes(h, self._weights.matrix(prefix + "fn"), self._numerics, config.rms_norm_eps)
-        scale, base = self._weights.vector(prefix + "scale"), self._weights.vector(prefix + "base")
-        split, iterations = self._numerics.kernels.hc_split_sinkhorn, config.hc_sinkhorn_iters
-        return split(mixes, scale, base, config.hc_mult, iterations, config.hc_eps)
+        config, weights, prefix = self._config, self._weights, self._prefix
+        scale, base = weights.vector(prefix + "scale"), weights.vector(prefix + "base")
+        iterations, mixes = config.hc_sinkhorn_iters, self._numerics.kernels.hc_mixes
+        fn, eps = weights.matrix(prefix + "fn"), config.hc_eps
+        return mixes(h, fn, scale, base, iterations, config.rms_norm_eps, eps)
 
     def post(self, output: torch.Tensor, h: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
         """output [T, D], old h [T, n, D] -> new h: post_k * output + sum_j comb[j, k] h_j."""

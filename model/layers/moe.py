@@ -10,19 +10,20 @@ Experts that are not in memory are read from the files while the shared expert a
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from dsv4.model.config import Config
-from dsv4.model.kernels.reference import Product
+from dsv4.model.kernels.reference import Expert, Experts, Product
 from dsv4.model.parallel import SINGLE
 from dsv4.model.weight_store import WeightView
 
 from .numerics import Numerics
 
-EXPERT_MATRICES = ("w1.weight", "w3.weight", "w2.weight")  # in the order of use
+EXPERT_MATRICES = ("w1.weight", "w3.weight", "w2.weight")  # in the order of use, as in `Expert`
 ROWS_TOGETHER = 64  # of tokens times experts; with more, a matrix is enough work for one call
 
 
@@ -35,13 +36,13 @@ class Gate:
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> experts int64 [T, k], weights float32 [T, k]."""
-        config, kernels = self._config, self._numerics.kernels
-        scores = kernels.sqrtsoftplus(self._numerics.linear(x, self._weights.matrix("weight")))
-        if self._hash:
-            experts = self._weights.vector("tid2eid")[token_ids]
-        else:
-            experts = kernels.choose_experts(scores, self._weights.vector("bias"), config.num_experts_per_tok)
-        return experts, kernels.expert_weights(scores, experts, config.gate_epsilon, config.routed_scaling_factor)
+        config, weights = self._config, self._weights
+        experts = weights.vector("tid2eid")[token_ids] if self._hash else None
+        bias = None if self._hash else weights.vector("bias")
+        return self._numerics.kernels.gate(
+            x, weights.matrix("weight"), bias, experts, config.num_experts_per_tok, config.gate_epsilon,
+            config.routed_scaling_factor,
+        )  # fmt: skip
 
 
 class Chosen(NamedTuple):
@@ -123,23 +124,18 @@ class MixtureOfExperts:
                 outputs[places] = self._expert(some, self._weights.view(f"experts.{expert}."), share)
         return self._numerics.group.all_reduce_disjoint(outputs.view(*shares.shape, -1))
 
-    def _of_one_token(
-        self, x: torch.Tensor, experts: torch.Tensor, shares: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs for quantized x [1, D]: of the experts [1, k, D], and of the shared one [1, D], with a share of 1."""
-        folders = [*(f"experts.{expert}." for expert in experts[0].tolist()), "shared_experts."]
-        result = x.new_empty(len(folders), x.shape[1])
-        self._together(folders, [x] * len(folders), torch.cat((shares[0], shares.new_ones(1))), torch.split(result, 1))
-        return result[:-1].unsqueeze(0), result[-1:]
+    @cached_property
+    def _all(self) -> Experts:
+        """Every expert, where all stay in memory."""
+        folders = [*(f"experts.{expert}." for expert in range(self._config.n_routed_experts)), "shared_experts."]
+        return Experts([Expert(*(self._weights.matrix(f + name) for name in EXPERT_MATRICES)) for f in folders])
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
-        experts, shares = self.gate(x, token_ids)
-        quantized = self._numerics.quantize(x)
-        if len(x) == 1 and self._numerics.group.count == 1 and self._weights.keep_everything:
-            outputs, shared = self._of_one_token(quantized, experts, shares)
-        else:
-            chosen = self._mine(experts)
-            shared = self._expert(quantized, self._weights.view("shared_experts."), None)
-            outputs = self._routed(quantized, chosen, shares)
-        return self._numerics.kernels.add_experts(outputs, experts, shared), experts
+        numerics, (experts, shares) = self._numerics, self.gate(x, token_ids)
+        if len(x) == 1 and numerics.group.count == 1 and self._weights.keep_everything:
+            group, limit = numerics.fp8_group if numerics.simulation else 0, self._config.swiglu_limit
+            return numerics.kernels.token_experts(x, self._all, experts, shares, limit, group), experts
+        quantized, chosen = numerics.quantize(x), self._mine(experts)
+        shared = self._expert(quantized, self._weights.view("shared_experts."), None)
+        return numerics.kernels.add_experts(self._routed(quantized, chosen, shares), experts, shared), experts

@@ -52,6 +52,7 @@ struct matrix {
     int64_t rows, columns;
     int64_t block_rows, block_columns, scale_columns;
     int32_t format, scale_is_float32;
+    int32_t exact; /* whether its products with bfloat16 are exact in float32 */
 };
 
 INLINE float widen_bf16(uint16_t bits) {

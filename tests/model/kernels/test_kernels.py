@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from dsv4 import compiled
 from dsv4.errors import UsageError
 from dsv4.model.kernels import cpu, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
-from dsv4.model.kernels.reference import Product
+from dsv4.model.kernels.reference import Expert, Experts, Product
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
 from dsv4.model.weights import Matrix
 from dsv4.quant.block_scales import Block
@@ -374,10 +375,53 @@ def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: 
             assert torch.equal(bits(found), bits(expected)), threads
 
 
+def known(rows: int, columns: int) -> list[Matrix]:
+    """One of each stored format that may have so many columns."""
+    return matrices(rows, columns)[: None if columns % 32 == 0 else 2]
+
+
+def mixed_experts(count: int, width: int, inner: int) -> Experts:
+    """Experts of every stored format, each of their matrices in another."""
+    inward, other, outward = known(inner, width), known(inner, width)[::-1], known(width, inner)
+    n = len(inward)
+    return Experts([Expert(inward[i % n], other[i % n], outward[(i + 3) % n]) for i in range(count)])
+
+
+def same_together(dtype: torch.dtype, columns: int = 64) -> None:
+    """The methods of KernelTable that are one call of C, on the row that has these and on the one that has not."""
+    x, h = (torch.randn(shape, generator=GENERATOR).to(dtype) for shape in ((5, columns), (5, 4, columns // 4)))
+    chosen = torch.stack([torch.randperm(9, generator=GENERATOR)[:3] for _ in x])
+    shares, bias = torch.rand(1, 3, generator=GENERATOR), torch.randn(9, generator=GENERATOR)
+    arguments: list[tuple[Any, ...]] = []
+    for matrix in known(9, columns):
+        arguments += [("gate", x, matrix, None, chosen, 3, 1e-20, 1.5), ("gate", x, matrix, bias, None, 3, 0.0, 2.0)]
+    for fn in known(24, columns):
+        small = torch.randn(24, generator=GENERATOR)
+        arguments.append(("hc_mixes", h, fn, torch.tensor([0.5, 2.0, 1.0]), small, 5, 1e-6, 1e-5))
+    experts = mixed_experts(10, columns, 2 * columns)
+    for token in range(len(x)):
+        for group in (0, 32, 128):
+            arguments.append(("token_experts", x[token : token + 1], experts, chosen[token, None], shares, 7.0, group))
+    for name, *given in arguments:
+        expected, found = getattr(REFERENCE, name)(*given), getattr(CPU, name)(*given)
+        pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+        for a, b in pairs:
+            assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operations_together_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
+    for threads in (1, 3):
+        with mock.patch.object(cpu, "_threads", lambda work, threads=threads: threads):
+            same_together(dtype)
+    same_together(dtype, 48)  # no whole steps
+
+
 def test_every_compiled_operation_is_tested() -> None:
     names = set(table.KernelTable.__dataclass_fields__)
     compiled = {name for name in names if getattr(table.CPU, name) is not getattr(REFERENCE, name)}
-    assert compiled == {"linear", "at_once", "sparse_attention", "index_scores", *SMALL}
+    together = {name for name in names if name.endswith("at_once")}
+    assert compiled == {"linear", "sparse_attention", "index_scores", *together, *SMALL}
     assert names - compiled == {"hc_head_weights", "engram_gate"}
 
 
@@ -426,6 +470,7 @@ def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
         test_index_scores_of_many_queries_and_keys(9)
         for name in SMALL:
             test_small_operations(name, dtype)
+        same_together(dtype)
     for count in (1, 2):
         test_every_code_by_every_way_of_decoding(count)
 

@@ -1,0 +1,111 @@
+/* Operations that follow each other, in one call.
+ *
+ * All weights of a token pass through the processor's caches, and nothing else stays there: after a product, what the
+ * interpreter and torch do is read from memory again, and a call takes two to three times as long as it does alone. So
+ * a step of decoding has few calls. KernelTable has the same in single operations. */
+#include "small.h"
+
+/* A product of `rows` rows of x, one after the other, with all rows of w. */
+static struct product whole(const struct matrix *w, const void *x, int x_is_bf16, void *y, int y_is_bf16, int64_t rows) {
+    return (struct product){w, x, y, rows, w->columns, w->rows, 0, w->rows, x_is_bf16, y_is_bf16, x_is_bf16 && w->exact};
+}
+
+/* Takes memory of whole lines of the cache from scratch. */
+static void *take(void **scratch, int64_t bytes) {
+    uint8_t *taken = *scratch;
+    *scratch = taken + (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static int64_t linear_scratch(const struct matrix *w, int x_is_bf16, int64_t rows, int32_t threads) {
+    struct product p = whole(w, 0, x_is_bf16, 0, 0, rows);
+    return OF_FORM(dsv4_linears_scratch)(&p, 1, threads);
+}
+
+int64_t OF_FORM(dsv4_gate_scratch)(const struct matrix *w, int32_t x_is_bf16, int64_t rows, int64_t count,
+                                   int32_t threads) {
+    return (rows * w->rows + w->rows + count) * (int64_t)sizeof(float) + 3 * 64 +
+           linear_scratch(w, x_is_bf16, rows, threads);
+}
+
+/* The gate: x [rows, w->columns], scores sqrt(softplus(x @ w.T)) -> experts int64 [rows, count], those with the largest
+ * sums of score and bias, or given where bias is null, and their weights float32 [rows, count]. */
+void OF_FORM(dsv4_gate)(const struct matrix *w, const void *x, int32_t x_is_bf16, const float *bias, int64_t *experts,
+                        float *weights, int64_t rows, int64_t count, float eps, float factor, void *scratch,
+                        int32_t threads) {
+    float *scores = take(&scratch, rows * w->rows * (int64_t)sizeof(float));
+    float *biased = take(&scratch, w->rows * (int64_t)sizeof(float));
+    float *terms = take(&scratch, count * (int64_t)sizeof(float));
+    struct product p = whole(w, x, x_is_bf16, scores, 0, rows);
+    OF_FORM(dsv4_linears)(&p, 1, scratch, threads);
+    OF_FORM(dsv4_sqrtsoftplus)(scores, scores, rows * w->rows, threads);
+    if (bias) OF_FORM(dsv4_choose_experts)(scores, bias, experts, biased, rows, w->rows, count);
+    OF_FORM(dsv4_expert_weights)(scores, experts, weights, terms, rows, w->rows, count, eps, factor);
+}
+
+int64_t OF_FORM(dsv4_hc_mixes_scratch)(const struct matrix *fn, int32_t is_bf16, int64_t rows, int32_t threads) {
+    return (rows * fn->rows + rows + threads * fn->columns) * (int64_t)sizeof(float) + 3 * 64 +
+           linear_scratch(fn, is_bf16, rows, threads);
+}
+
+/* The weights of a hyper-connection: streams h [rows, fn->columns] through fn, over their root mean square, then as
+ * `dsv4_hc_split_sinkhorn`. */
+void OF_FORM(dsv4_hc_mixes)(const struct matrix *fn, const void *h, int32_t is_bf16, const float *scale,
+                            const float *base, float *pre, float *post, float *comb, int64_t rows, int64_t n,
+                            int64_t iterations, float rms_eps, float eps, void *scratch, int32_t threads) {
+    float *mixes = take(&scratch, rows * fn->rows * (int64_t)sizeof(float));
+    float *factors = take(&scratch, rows * (int64_t)sizeof(float));
+    void *squares = take(&scratch, threads * fn->columns * (int64_t)sizeof(float));
+    struct product p = whole(fn, h, is_bf16, mixes, 0, rows);
+    OF_FORM(dsv4_linears)(&p, 1, scratch, threads);
+    OF_FORM(dsv4_inverse_rms)(h, rms_eps, factors, squares, rows, fn->columns, is_bf16, threads);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t o = 0; o < fn->rows; o++) mixes[row * fn->rows + o] = mixes[row * fn->rows + o] * factors[row];
+    OF_FORM(dsv4_hc_split_sinkhorn)(mixes, scale, base, pre, post, comb, rows, n, iterations, eps);
+}
+
+/* w1, w3 and w2 of an expert. */
+struct expert {
+    const struct matrix *gate, *up, *down;
+};
+
+/* At most: as if no two products shared their x. */
+int64_t OF_FORM(dsv4_token_experts_scratch)(const struct expert *expert, int64_t count, int32_t is_bf16,
+                                            int32_t threads) {
+    int64_t width = expert->gate->columns, inner = expert->gate->rows, size = is_bf16 ? 2 : 4;
+    int64_t inward = 2 * linear_scratch(expert->gate, is_bf16, 1, threads);
+    int64_t outward = linear_scratch(expert->down, is_bf16, 1, threads);
+    int64_t each = 2 * inner * size + width * size + (int64_t)sizeof(float) + 2 * (int64_t)sizeof(struct product) +
+                   (inward > outward ? inward : outward);
+    return (count + 1) * each + width * size + width * (int64_t)sizeof(float) + 8 * 64;
+}
+
+/* The experts of one token: x and out [1, width]; `all` experts, of which number `shared` is the shared one; `experts`
+ * are the chosen `count`, `shares` float32 their weights. x and the activations are quantized in groups of `group`, or
+ * not if it is 0. The outputs are added as `dsv4_add_experts` does. */
+void OF_FORM(dsv4_token_experts)(const void *x, const struct expert *all, const int64_t *experts, const float *shares,
+                                 void *out, int64_t count, int64_t shared, int64_t group, float limit, int32_t is_bf16,
+                                 void *scratch, int32_t threads) {
+    int64_t width = all->gate->columns, inner = all->gate->rows, size = is_bf16 ? 2 : 4, total = count + 1;
+    uint8_t *gate = take(&scratch, total * inner * size), *up = take(&scratch, total * inner * size);
+    uint8_t *outputs = take(&scratch, total * width * size), *quantized = take(&scratch, width * size);
+    float *weights = take(&scratch, total * (int64_t)sizeof(float));
+    float *sums = take(&scratch, width * (int64_t)sizeof(float));
+    struct product *list = take(&scratch, 2 * total * (int64_t)sizeof(struct product));
+    if (group) OF_FORM(dsv4_simulate_fp8)(x, quantized, 1, width, width, group, is_bf16, 1), x = quantized;
+    for (int64_t i = 0; i < total; i++) {
+        const struct expert *expert = all + (i < count ? experts[i] : shared);
+        list[i] = whole(expert->gate, x, is_bf16, gate + i * inner * size, is_bf16, 1);
+        list[total + i] = whole(expert->up, x, is_bf16, up + i * inner * size, is_bf16, 1);
+        weights[i] = i < count ? shares[i] : 1.f;
+    }
+    OF_FORM(dsv4_linears)(list, 2 * total, scratch, threads);
+    OF_FORM(dsv4_swiglu)(gate, up, weights, gate, total, inner, limit, is_bf16, threads);
+    if (group) OF_FORM(dsv4_simulate_fp8)(gate, gate, total, inner, inner, group, is_bf16, threads);
+    for (int64_t i = 0; i < total; i++) {
+        const struct expert *expert = all + (i < count ? experts[i] : shared);
+        list[i] = whole(expert->down, gate + i * inner * size, is_bf16, outputs + i * width * size, is_bf16, 1);
+    }
+    OF_FORM(dsv4_linears)(list, total, scratch, threads);
+    OF_FORM(dsv4_add_experts)(outputs, outputs + count * width * size, experts, out, sums, 1, count, width, is_bf16, 1);
+}
