@@ -500,7 +500,7 @@ def gate(
     eps: float,
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """See KernelTable.gate; None for a matrix whose rows are no whole steps."""
+    """`KernelTable.gate` in one call; None for a matrix whose rows are no whole steps."""
     one, loaded = _describe(matrix), _loaded()
     if not one.whole_steps:
         return None
@@ -525,7 +525,7 @@ def hc_mixes(
     rms_eps: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """See KernelTable.hc_mixes; None where C has no form for it."""
+    """`KernelTable.hc_mixes` in one call; None where C has no form for it."""
     one, loaded, h, (rows, n, _) = _describe(fn), _loaded(), h.contiguous(), h.shape
     if not one.whole_steps or n > loaded.dsv4_most_streams():
         return None
@@ -562,7 +562,7 @@ def _describe_experts(experts: Experts) -> _DescribedExperts:
 def token_experts(
     x: torch.Tensor, experts: Experts, chosen: torch.Tensor, shares: torch.Tensor, limit: float, group: int
 ) -> torch.Tensor | None:
-    """See KernelTable.token_experts; None for matrices whose rows are no whole steps."""
+    """`KernelTable.token_experts` in one call; None for matrices whose rows are no whole steps."""
     described, loaded = _describe_experts(experts), _loaded()
     if not described.whole_steps:
         return None
