@@ -4,8 +4,6 @@ A config has the release's keys (editions/spellings.py) and is untrusted input. 
 
     describing   `config_count`, `config_string`, `weight_block`, … give None for a key that is absent or mistyped
     computing    `required_number`, `required_weight_block`, … raise InputError, which names the key
-
-The reference engine has a config of its own, with the release's keys under other names (`INFERENCE_KEYS`).
 """
 
 from collections.abc import Mapping
@@ -19,48 +17,6 @@ LARGEST_COUNT = 2**40
 LARGEST_BLOCK = 2**20
 EXPERT_DTYPES = ("fp4", "fp8")
 MAY_BE_ZERO = ("num_hash_layers",)
-
-# Key of the reference engine's config: key of config.json, in the order of the released inference configs.
-INFERENCE_KEYS = (
-    ("vocab_size", "vocab_size"),
-    ("dim", "hidden_size"),
-    ("moe_inter_dim", "moe_intermediate_size"),
-    ("n_layers", "num_hidden_layers"),
-    ("n_hash_layers", "num_hash_layers"),
-    ("dspark_block_size", "dspark_block_size"),
-    ("dspark_noise_token_id", "dspark_noise_token_id"),
-    ("dspark_target_layer_ids", "dspark_target_layer_ids"),
-    ("dspark_markov_rank", "dspark_markov_rank"),
-    ("n_heads", "num_attention_heads"),
-    ("n_routed_experts", "n_routed_experts"),
-    ("n_shared_experts", "n_shared_experts"),
-    ("n_activated_experts", "num_experts_per_tok"),
-    ("score_func", "scoring_func"),
-    ("route_scale", "routed_scaling_factor"),
-    ("swiglu_limit", "swiglu_limit"),
-    ("q_lora_rank", "q_lora_rank"),
-    ("head_dim", "head_dim"),
-    ("rope_head_dim", "qk_rope_head_dim"),
-    ("o_groups", "o_groups"),
-    ("o_lora_rank", "o_lora_rank"),
-    ("window_size", "sliding_window"),
-    ("original_seq_len", "rope_scaling.original_max_position_embeddings"),
-    ("rope_theta", "rope_theta"),
-    ("rope_factor", "rope_scaling.factor"),
-    ("beta_fast", "rope_scaling.beta_fast"),
-    ("beta_slow", "rope_scaling.beta_slow"),
-    ("index_n_heads", "index_n_heads"),
-    ("index_head_dim", "index_head_dim"),
-    ("index_topk", "index_topk"),
-    ("hc_mult", "hc_mult"),
-    ("hc_sinkhorn_iters", "hc_sinkhorn_iters"),
-    ("scale_fmt", "quantization_config.scale_fmt"),
-    ("compress_rope_theta", "compress_rope_theta"),
-    ("compress_ratios", "compress_ratios"),
-)
-OPTIONAL_KEYS = {
-    "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank",
-}  # fmt: skip
 
 
 def config_value(config: Config, path: str) -> Any:

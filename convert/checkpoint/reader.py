@@ -19,7 +19,7 @@ from dsv4.files import PREFIX_BYTES, refuse_other_kinds
 from dsv4.machine import collection_paused
 from dsv4.progress import Reached, ignore
 
-from .editions.spellings import release_view
+from .editions.view import release_view
 from .forms.form import RELEASED, Form
 from .forms.gguf.files import GGUF, gguf_files, is_gguf, read_gguf
 from .forms.table import form_of

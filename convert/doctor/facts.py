@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.checkpoint.config import weight_block
-from dsv4.convert.checkpoint.editions.spellings import release_view
 from dsv4.convert.checkpoint.editions.table import ENGRAM_TABLE
+from dsv4.convert.checkpoint.editions.view import release_view
 from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantization
 from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
@@ -19,7 +19,7 @@ from dsv4.convert.checkpoint.names import (
     rank_file,
 )
 from dsv4.convert.checkpoint.other_files import misnamed, refuse_other_weights
-from dsv4.convert.checkpoint.rank_files import check_engine_config, rank_file_names
+from dsv4.convert.checkpoint.rank_files import assemble, check_engine_config, rank_file_names
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -149,11 +149,15 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
             facts.problems.append(Finding("problem", f"{odd} is not in every rank (rank {rank})"))
     experts = [_expert_numbers(tensors) for tensors in per_rank]
     together = set().union(*experts)
-    blocks = {module for module, _ in together}
-    wanted = facts.dimension("n_routed_experts")
-    if sum(map(len, experts)) != len(together) or (wanted and len(together) != wanted * len(blocks)):
-        text = f"the ranks hold {len(together)} routed experts in {len(blocks)} blocks; {wanted} in each expected"
-        facts.problems.append(Finding("problem", text))
+    twice = sum(map(len, experts)) != len(together)
+    for drafts, key in ((False, "n_routed_experts"), (True, "dspark_n_routed_experts")):
+        wanted = facts.dimension(key) or facts.dimension("n_routed_experts")
+        held = {expert for expert in together if expert[0].startswith("mtp.") == drafts}
+        blocks = {module for module, _ in held}
+        if twice or (wanted and len(held) != wanted * len(blocks)):
+            text = f"the ranks hold {len(held)} routed experts in {len(blocks)} blocks; {wanted} in each expected"
+            facts.problems.append(Finding("problem", text))
+            return
 
 
 def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reached) -> Facts:
@@ -175,6 +179,11 @@ def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reache
         _add_weights(facts, weights)
         facts.problems += scale_findings(weights)
     _check_ranks(facts, per_rank)
+    if not facts.problems:
+        try:
+            assemble(per_rank, facts.config, storage.label)
+        except InputError as error:
+            facts.problems.append(Finding("problem", error.message))
     return facts
 
 

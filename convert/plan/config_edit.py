@@ -1,16 +1,15 @@
 """Edits of a config for the recipes: the format of the experts changes, every other key and the order stay.
 
-Also makes the reference engine's config, which has the release's values under other keys.
+Also makes the reference engine's config, which has the release's values under other keys
+(checkpoint/editions/engine_config.py).
 """
 
 import json
 from typing import Any
 
-from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, config_value
-from dsv4.convert.checkpoint.editions.spellings import release_view
-from dsv4.convert.checkpoint.editions.table import edition_of
+from dsv4.convert.checkpoint.editions.table import edition_of, engine_of
+from dsv4.convert.checkpoint.editions.view import release_view
 from dsv4.convert.checkpoint.names import is_wo_a
-from dsv4.errors import InputError
 
 
 def without_expert_dtype(config: dict[str, Any]) -> dict[str, Any]:
@@ -52,21 +51,11 @@ def with_quantized_wo_a(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_inference_config(config: dict[str, Any], experts_are_fp4: bool, mtp_stages: int) -> dict[str, Any]:
-    """The reference engine's config from config.json. Raises InputError naming a key that is missing."""
-    made: dict[str, Any] = {}
-    for key, path in INFERENCE_KEYS:
-        value = config_value(config, path)
-        if value is None and key not in OPTIONAL_KEYS:
-            raise InputError(f"config.json: {path} is missing; the reference engine's config needs it")
-        if value is not None:
-            made[key] = value
-        if key == "hc_sinkhorn_iters":
-            made["dtype"] = "fp8"
-        if key == "n_hash_layers" and mtp_stages > 1:
-            made["n_mtp_layers"] = mtp_stages
-        if key == "scale_fmt" and experts_are_fp4:
-            made["expert_dtype"] = "fp4"
-    return made
+    """The reference engine's config from a `release_view`. Raises InputError naming a key that is missing."""
+    engine = engine_of(config)
+    stages = mtp_stages if mtp_stages > 1 or "n_mtp_layers" not in engine.optional else None
+    told = {"dtype": "fp8", "n_mtp_layers": stages, "expert_dtype": "fp4" if experts_are_fp4 else None}
+    return engine.made(config, told)
 
 
 def dump(config: dict[str, Any]) -> bytes:

@@ -7,12 +7,14 @@ that each thread reuses, so memory does not grow with the checkpoint.
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
 
+from dsv4.convert.proof.forms import tables
 from dsv4.convert.proof.forms.packing import Packing
 from dsv4.convert.proof.values.compare import (
     RowBand,
@@ -209,6 +211,15 @@ class Reader:
                 found.add(copy.shard)
         return found
 
+    def wrong_filling(self, side: str, tensor: Tensor) -> Counter[tuple[str, str, str]]:
+        """Bytes that fill the ranks' slices of a tensor up, and are not as they should be, see `Tally.bad_filling`."""
+        found = Counter[tuple[str, str, str]]()
+        for entry in tensor.filling:
+            buffer = self._buffer("filling", entry.size)
+            self._into(side, entry, 0, buffer)
+            found[side, tensor.name, entry.shard] = tables.wrong_bytes(tensor.name, entry.dtype, buffer)
+        return +found
+
 
 def _scale_bytes_differ(source: RowBand, output: RowBand) -> bool:
     a, b = source.scales.raw, output.scales.raw
@@ -247,7 +258,10 @@ class PieceComparison:
     tally: Tally = field(default_factory=Tally)
 
     def run(self) -> Tally:
-        """Compare band by band."""
+        """Compare band by band. The first piece also checks what belongs to no piece."""
+        if not self.piece.start:
+            for side, tensor in self.compared.tensors():
+                self.tally.bad_filling.update(self.reader.wrong_filling(side, tensor))
         if self.compared.kind == "bytes":
             step = self.band_bytes // 8 * 8 if self.piece.row_bytes == 1 else self.band_bytes // self.piece.row_bytes
             work = self._compare_bytes

@@ -38,7 +38,8 @@ _SLICED_ROWS = re.compile(
     r"|.*\.(attn|indexer)\.wq_b\.(weight|scale)"
     r"|.*\.attn\.(wo_a\.(weight|scale)|attn_sink)"
     r"|.*\.indexer\.weights_proj\.(weight|scale)"
-    r"|.*\.markov_head\.markov_w[12]\.weight"
+    r"|.*\.markov_head\.(markov_w[12]|embed|head)\.weight"
+    r"|.*\.engram\.embed\.(weight|scale)"
 )
 _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 
@@ -47,7 +48,8 @@ _SLICED_COLUMNS = re.compile(r".*\.attn\.wo_b\.(weight|scale)")
 class Tensor:
     """A whole tensor: `slices` follow each other along `axis`; `copies` are further copies of the whole tensor.
 
-    factor: of a scale, one more float32 for all of the matrix, which is multiplied, or `divides`.
+    factor: of a scale, one more float32 for all of the matrix, which is multiplied, or `divides`. filling: bytes of the
+    files that belong to the ranks' slices and not to the tensor.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Tensor:
     copies: tuple[Entry, ...] = ()
     factor: Entry | None = None
     divides: bool = False
+    filling: tuple[Entry, ...] = ()
 
     @property
     def size(self) -> int:
@@ -67,7 +70,7 @@ class Tensor:
     @property
     def shards(self) -> set[str]:
         """Every file that holds bytes of it."""
-        return {entry.shard for entry in (*self.slices, *self.copies, *filter(None, (self.factor,)))}
+        return {entry.shard for entry in (*self.slices, *self.copies, *self.filling, *filter(None, (self.factor,)))}
 
 
 @dataclass

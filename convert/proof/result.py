@@ -155,10 +155,17 @@ def tensor_results(compared: ComparedTensor, tally: Tally) -> Iterator[TensorRes
 
 
 def code_problems(results: list[TensorResult]) -> list[Problem]:
-    """NaN codes, and scales that are not positive and finite: no correct conversion holds them."""
+    """NaN codes, scales that are not positive and finite, slices that are filled up with something else.
+
+    No correct conversion holds them.
+    """
     found = []
     for result in results:
         name = result.name
+        for (side, tensor, file), count in result.tally.bad_filling.items():
+            value = 1 if tensor.endswith(".scale") else 0
+            text = f"{tensor}: {count} bytes of {file} after its last row are not those of {value}, which fills it up"
+            found.append(Problem("layout", side, text))
         for side in ("source", "output"):
             if count := result.tally.special[side]:
                 found.append(Problem("codes", side, f"{name} holds {count} codes that are not finite numbers"))

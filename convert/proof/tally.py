@@ -40,6 +40,8 @@ class Tally:
     special: Counter[str] = field(default_factory=Counter)  # side -> NaN or infinite codes
     bad_scales: Counter[str] = field(default_factory=Counter)
     odd_scales: Counter[str] = field(default_factory=Counter)  # float32 scales that are not powers of two
+    # (side, tensor, file) -> wrong bytes of what fills a rank's slice up
+    bad_filling: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)  # FP8 block -> elements that differ
     first: list[dict[str, Any]] = field(default_factory=list)
     spans: Counter[int] = field(default_factory=Counter)
@@ -56,7 +58,7 @@ class Tally:
         self.bytes_differ |= other.bytes_differ
         self.scale_bytes_differ |= other.scale_bytes_differ
         self.copies_differ |= other.copies_differ
-        for name in ("special", "bad_scales", "odd_scales", "blocks", "spans", "rebuilt"):
+        for name in ("special", "bad_scales", "odd_scales", "bad_filling", "blocks", "spans", "rebuilt"):
             getattr(self, name).update(getattr(other, name))
         self.first = sorted(self.first + other.first, key=lambda d: d["at"])[:FIRST_DIFFERENCES]
 

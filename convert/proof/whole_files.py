@@ -101,7 +101,13 @@ class HashedFile:
 def file_of(compared: ComparedTensor) -> str | None:
     """The file in whose order a tensor can be looked at; None if it lies in several, or in none."""
     weight = compared.output_weight
-    if compared.kind != "scan" or weight is None or len(weight.tensor.slices) != 1 or weight.tensor.copies:
+    if (
+        compared.kind != "scan"
+        or weight is None
+        or len(weight.tensor.slices) != 1
+        or weight.tensor.copies
+        or weight.tensor.filling
+    ):
         return None
     return weight.tensor.slices[0].shard
 

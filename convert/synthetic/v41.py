@@ -205,6 +205,7 @@ def config(g: V41Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
 def inference_config(g: V41Geometry, expert_dtype: str = "fp4") -> dict[str, Any]:
     """inference/config.json, which the release's own engine reads."""
     own = {_ENGINE_NAMES.get(name, name): value for name, value in _fields(g).items()}
+    experts = {"expert_dtype": "fp4"} if expert_dtype == "fp4" else {}
     return own | {
         "vocab_size": g.vocab_size,
         "dim": g.hidden_size,
@@ -232,10 +233,20 @@ def inference_config(g: V41Geometry, expert_dtype: str = "fp4") -> dict[str, Any
         "beta_slow": 1,
         "hc_eps": 1e-06,
         "dtype": "fp8",
-        "expert_dtype": expert_dtype,
+        **experts,
         "compress_rope_theta": 160000,
         "compress_ratios": list(g.compress_ratios),
+        "vision_n_layers": 1,
+        "vision_dim": VISION_WIDTH,
+        "vision_n_heads": 1,
+        "vision_inter_dim": 2 * VISION_WIDTH,
+        "vision_patch_size": VISION_PATCH,
+        "vision_downsample_ratio": VISION_DOWNSAMPLE,
+        "vision_max_n_token": 1024,
+        "vision_min_pixels": 295936,
+        "vision_max_wh_ratio": None,
         "image_token_id": g.image_token_id,
+        "vision_rope_theta": 10000,
     }
 
 

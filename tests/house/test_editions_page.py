@@ -50,6 +50,13 @@ def converts(folder: Path) -> str:
     return "equal"
 
 
+def ranked(folder: Path) -> str:
+    out = folder.parent / "mp"
+    assert dsv4("convert", folder, out, "--to", "same", "--layout", "mp", "--model-parallel", 2)[0] == 0
+    assert dsv4("verify", folder, out)[0] == 0
+    return "equal"
+
+
 def inspected(folder: Path) -> str:
     code, out, _ = dsv4("inspect", folder, "--json")
     facts = json.loads(out)
@@ -104,6 +111,7 @@ def images(folder: Path) -> str:
 
 MEASURES: dict[str, Callable[[Path], str]] = {
     "convert, verify": converts,
+    "rank files": ranked,
     "inspect": inspected,
     "doctor": judged,
     "prompts": prompts,

@@ -1,12 +1,11 @@
 """Translates config.json of other programs into the release's keys, once for all readers.
 
-Three programs write the same values under other keys:
+Two programs write the same values under other keys; a third is the reference engine, see engine_config.py:
 
     V4.1                  nests the language model's keys in `text_config`
     transformers 5        `rope_parameters`, `layer_types` with `compress_rates`, `mlp_layer_types`, `dtype`,
                           `partial_rotary_factor` where releases say `rope_scaling`, `compress_ratios`,
                           `num_hash_layers`, `torch_dtype`, `qk_rope_head_dim`
-    the reference engine  its own keys, beside its rank files: INFERENCE_KEYS
 
 A key that the file has is never replaced. If it has both spellings with different values, `contradictions` names them.
 """
@@ -14,17 +13,10 @@ A key that the file has is never replaced. If it has both spellings with differe
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dsv4.convert.checkpoint.config import INFERENCE_KEYS, OPTIONAL_KEYS, Config
+from dsv4.convert.checkpoint.config import Config
 
-# What the reference engine does not read from its config, because it is the same in every release.
-ENGINE_CONSTANTS: dict[str, Any] = {
-    "model_type": "deepseek_v4",
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "eos_token_id": 1,
-    "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-}
+from .engine_config import TEXT, is_engine_config
+
 ALIASES = (("dtype", "torch_dtype"), ("num_local_experts", "n_routed_experts"))
 YARN_KEYS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
 # Layer types of transformers, and the key that older versions have for the compress rate of each.
@@ -118,39 +110,9 @@ def _derived(config: Config) -> Iterator[Derived]:
     yield from _from_mlp_layer_types(config)
 
 
-def is_engine_config(config: Config) -> bool:
-    """Whether it is the reference engine's own config."""
-    return "hidden_size" not in config and "dim" in config
-
-
-def missing_engine_keys(config: Config) -> list[str]:
-    """Keys of the reference engine's config that it needs and a config lacks."""
-    return [key for key, _ in INFERENCE_KEYS if key not in config and key not in OPTIONAL_KEYS]
-
-
-def _from_engine_config(config: Config) -> dict[str, Any]:
-    view: dict[str, Any] = {**ENGINE_CONSTANTS, "rope_scaling": {"type": "yarn"}, "quantization_config": {}}
-    view |= {key: value for key, value in config.items() if key == "expert_dtype" or key.startswith("vision_")}
-    if "norm_eps" in config:  # of the vision edition
-        view["rms_norm_eps"] = config["norm_eps"]
-    for key, path in INFERENCE_KEYS:
-        if key in config:
-            outer, _, inner = path.rpartition(".")
-            (view[outer] if outer else view)[inner] = config[key]
-    length, factor = config.get("original_seq_len"), config.get("rope_factor")
-    if isinstance(length, int | float) and isinstance(factor, int | float):
-        view["max_position_embeddings"] = int(length * factor)
-    return view
-
-
-def release_view(config: Config) -> dict[str, Any]:
-    """The config with every key of the releases that the file has in any spelling.
-
-    Never raises: a key that cannot be derived stays as it is.
-    """
-    if is_engine_config(config):
-        return _from_engine_config(config)
-    nested = config.get("text_config")
+def respelled_view(config: Config) -> dict[str, Any]:
+    """The config with every key of the releases that it has in a spelling of these programs."""
+    nested = config.get(TEXT)
     view = {**(nested if isinstance(nested, dict) else {}), **config}
     for _, key, value in _derived(view):
         if view.get(key) is None:

@@ -13,6 +13,7 @@ from dsv4.convert.checkpoint.config import Config, config_count, config_string
 from dsv4.errors import InputError
 
 from . import v4, v41
+from .engine_config import EngineConfig
 from .kv_cache import CacheLayout, Keeping
 from .spellings import contradictions
 from .v4 import COPY_CONFIG, Shape, dspark_stage, missing_keys, mtp_stage, v4_cache, v4_tensors
@@ -38,7 +39,8 @@ class Edition:
     a config lacks. signs: names of tensors that tell the architecture: another one that has them, too, lists them among
     its own. kv_cache: from the config and what each layer keeps, the terms of the KV cache's size; None if a width is
     missing, or they are not known. architecture: the file of the forward pass in `model/architectures/`; "" if there is
-    none. encoder: the file of the prompt encoder.
+    none. encoder: the file of the prompt encoder. engines: the reference engine's config, one for each kind of it; one
+    without a sign comes last.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Edition:
     kv_cache: Callable[[Config, Sequence[Keeping]], CacheLayout | None] = lambda config, layers: None
     architecture: str = ""
     encoder: str = ENCODER
+    engines: tuple[EngineConfig, ...] = ()
 
     def describes(self, config: Config) -> bool:
         """Whether a config is of this edition."""
@@ -78,6 +81,7 @@ EDITIONS = (
         kv_cache=v41.v41_cache,
         architecture="v41",
         encoder="encoding/encoding.py",
+        engines=(v41.ENGINE,),
     ),
     Edition(
         "V4 with DSpark",
@@ -90,6 +94,7 @@ EDITIONS = (
         signs=V4_SIGNS,
         kv_cache=v4_cache,
         architecture="v4",
+        engines=(v4.ENGINE_WITH_VISION, v4.ENGINE),
     ),
     Edition(
         "V4",
@@ -101,6 +106,7 @@ EDITIONS = (
         signs=V4_SIGNS,
         kv_cache=v4_cache,
         architecture="v4",
+        engines=(v4.ENGINE_WITH_VISION, v4.ENGINE),
     ),
 )
 # For a config of no known edition, known tensor names keep their meaning.
@@ -110,6 +116,11 @@ UNKNOWN = Edition("unknown", blocks=tuple(row for edition in EDITIONS for row in
 def edition_of(config: Config) -> Edition:
     """The edition that a config describes; UNKNOWN if there is none."""
     return next((edition for edition in EDITIONS if edition.describes(config)), UNKNOWN)
+
+
+def engine_of(config: Config) -> EngineConfig:
+    """The reference engine's config for the edition of a config, which may be that itself; of one not known, V4's."""
+    return next(engine for edition in EDITIONS for engine in edition.engines if engine.describes(config))
 
 
 def tensors_of(config: Config, stages: int) -> dict[str, Shape]:

@@ -4,11 +4,12 @@ One line per tensor. Shapes are in elements; scales are not listed, they follow 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4.convert.checkpoint.config import Config, compress_ratios, config_count, config_value
 from dsv4.errors import InputError
 
+from .engine_config import EngineConfig
 from .kv_cache import CacheLayout, Compressed, Keeping, Widths
 from .spellings import YARN_KEYS
 
@@ -30,6 +31,88 @@ QUANTIZATION = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
+_ENGINE_KEYS = (
+    ("vocab_size", "vocab_size"),
+    ("dim", "hidden_size"),
+    ("moe_inter_dim", "moe_intermediate_size"),
+    ("n_layers", "num_hidden_layers"),
+    ("n_hash_layers", "num_hash_layers"),
+    ("n_mtp_layers", ""),  # config.json says 1 also where there are three stages
+    ("dspark_block_size", "dspark_block_size"),
+    ("dspark_noise_token_id", "dspark_noise_token_id"),
+    ("dspark_target_layer_ids", "dspark_target_layer_ids"),
+    ("dspark_markov_rank", "dspark_markov_rank"),
+    ("n_heads", "num_attention_heads"),
+    ("n_routed_experts", "n_routed_experts"),
+    ("n_shared_experts", "n_shared_experts"),
+    ("n_activated_experts", "num_experts_per_tok"),
+    ("score_func", "scoring_func"),
+    ("route_scale", "routed_scaling_factor"),
+    ("swiglu_limit", "swiglu_limit"),
+    ("q_lora_rank", "q_lora_rank"),
+    ("head_dim", "head_dim"),
+    ("rope_head_dim", "qk_rope_head_dim"),
+    ("o_groups", "o_groups"),
+    ("o_lora_rank", "o_lora_rank"),
+    ("window_size", "sliding_window"),
+    ("original_seq_len", "rope_scaling.original_max_position_embeddings"),
+    ("rope_theta", "rope_theta"),
+    ("rope_factor", "rope_scaling.factor"),
+    ("beta_fast", "rope_scaling.beta_fast"),
+    ("beta_slow", "rope_scaling.beta_slow"),
+    ("index_n_heads", "index_n_heads"),
+    ("index_head_dim", "index_head_dim"),
+    ("index_topk", "index_topk"),
+    ("hc_mult", "hc_mult"),
+    ("hc_sinkhorn_iters", "hc_sinkhorn_iters"),
+    ("dtype", ""),
+    ("scale_fmt", "quantization_config.scale_fmt"),
+    ("expert_dtype", "expert_dtype"),
+    ("compress_rope_theta", "compress_rope_theta"),
+    ("compress_ratios", "compress_ratios"),
+)
+_VISION_KEYS = tuple(
+    (f"vision_{name}", f"vision_{name}")
+    for name in (
+        "n_layers", "dim", "n_heads", "inter_dim", "patch_size", "rope_theta", "downsample_ratio", "max_n_token",
+        "min_pixels", "max_wh_ratio",
+    )
+)  # fmt: skip
+ENGINE = EngineConfig(
+    keys=_ENGINE_KEYS,
+    optional=frozenset(
+        key for key, _ in _ENGINE_KEYS if key.startswith("dspark_") or key in ("n_mtp_layers", "dtype", "expert_dtype")
+    ),
+    release={
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "hc_eps": 1e-6,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": "deepseek_v4",
+        "norm_topk_prob": True,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 1,
+        "quantization_config": QUANTIZATION,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"type": "yarn"},
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    },
+)
+# Of the edition with vision, whose config.json says how many stages there are.
+_SAID = tuple((key, "num_nextn_predict_layers" if key == "n_mtp_layers" else path) for key, path in _ENGINE_KEYS)
+ENGINE_WITH_VISION = replace(
+    ENGINE,
+    sign="vision_n_layers",
+    keys=(*_SAID, ("norm_eps", "rms_norm_eps"), *_VISION_KEYS),
+    optional=ENGINE.optional | {"norm_eps", *(key for key, _ in _VISION_KEYS)},
+)
 SCALING_KEYS = tuple(f"rope_scaling.{key}" for key in YARN_KEYS)
 
 Shape = tuple[int, ...]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dsv4.convert.checkpoint.config import Config, config_count, config_value
 from dsv4.errors import InputError
 
+from .engine_config import EngineConfig
 from .kv_cache import CacheLayout, Compressed, Keeping, Widths
 from .v4 import COPY_CONFIG, SCALING_KEYS, Shape, counts_of, experts, hyper_connection, ratios_of, require_believable
 
@@ -33,6 +34,106 @@ QUANTIZATION = {
     "scale_fmt": "ue8m0",
     "expert_dtype": "fp4",
 }
+_ENGINE_KEYS = (
+    ("vocab_size", "vocab_size"),
+    ("dim", "hidden_size"),
+    ("moe_inter_dim", "moe_intermediate_size"),
+    ("n_layers", "num_hidden_layers"),
+    ("n_mtp_layers", "num_nextn_predict_layers"),
+    ("dspark_block_size", "dspark_block_size"),
+    ("dspark_noise_token_id", "dspark_noise_token_id"),
+    ("dspark_target_layer_ids", "dspark_target_layer_ids"),
+    ("dspark_markov_rank", "dspark_markov_rank"),
+    ("dspark_n_routed_experts", "dspark_n_routed_experts"),
+    ("dspark_n_activated_experts", "dspark_num_experts_per_tok"),
+    ("n_heads", "num_attention_heads"),
+    ("n_routed_experts", "n_routed_experts"),
+    ("n_shared_experts", "n_shared_experts"),
+    ("n_activated_experts", "num_experts_per_tok"),
+    ("score_func", "scoring_func"),
+    ("route_scale", "routed_scaling_factor"),
+    ("swiglu_limit", "swiglu_limit"),
+    ("q_lora_rank", "q_lora_rank"),
+    ("head_dim", "head_dim"),
+    ("rope_head_dim", "qk_rope_head_dim"),
+    ("norm_eps", "rms_norm_eps"),
+    ("o_groups", "o_groups"),
+    ("o_lora_rank", "o_lora_rank"),
+    ("window_size", "sliding_window"),
+    ("kv_source_layers", "kv_source_layer_ids"),
+    ("index_source_layers", "index_source_layer_ids"),
+    ("original_seq_len", "rope_scaling.original_max_position_embeddings"),
+    ("rope_theta", "rope_theta"),
+    ("rope_factor", "rope_scaling.factor"),
+    ("beta_fast", "rope_scaling.beta_fast"),
+    ("beta_slow", "rope_scaling.beta_slow"),
+    ("index_n_heads", "index_n_heads"),
+    ("index_head_dim", "index_head_dim"),
+    ("index_topk", "index_topk"),
+    ("candidate_source_layer", "candidate_source_layer_id"),
+    ("candidate_topk_blocks", "candidate_topk_blocks"),
+    ("candidate_block_size", "candidate_block_size"),
+    ("hc_mult", "hc_mult"),
+    ("hc_sinkhorn_iters", "hc_sinkhorn_iters"),
+    ("hc_eps", "hc_eps"),
+    ("engram_layer_ids", "engram_layer_ids"),
+    ("engram_vocab_size", "engram_vocab_size"),
+    ("engram_num_embeddings", "engram_num_embeddings"),
+    ("engram_max_ngram_size", "engram_max_ngram_size"),
+    ("engram_pad_id", "engram_pad_token_id"),
+    ("engram_compressed_vocab_size", "engram_compressed_vocab_size"),
+    ("dtype", ""),
+    ("expert_dtype", "quantization_config.expert_dtype"),
+    ("compress_rope_theta", "compress_rope_theta"),
+    ("compress_ratios", "compress_ratios"),
+    ("vision_n_layers", "vision_config.num_hidden_layers"),
+    ("vision_dim", "vision_config.hidden_size"),
+    ("vision_n_heads", "vision_config.num_attention_heads"),
+    ("vision_inter_dim", "vision_config.intermediate_size"),
+    ("vision_patch_size", "vision_config.patch_size"),
+    ("vision_downsample_ratio", "vision_config.downsample_ratio"),
+    ("vision_max_n_token", "vision_config.max_image_tokens"),
+    ("vision_min_pixels", "vision_config.min_pixels"),
+    ("vision_max_wh_ratio", "vision_config.max_wh_ratio"),
+    ("image_token_id", "image_token_id"),
+    ("engram_n_heads", "engram_n_heads"),
+    ("engram_head_dim", "engram_head_dim"),
+    ("vision_rope_theta", "vision_config.rope_theta"),
+)
+ENGINE = EngineConfig(
+    sign="engram_layer_ids",
+    keys=_ENGINE_KEYS,
+    optional=frozenset(
+        key
+        for key, _ in _ENGINE_KEYS
+        if key.startswith(("dspark_", "vision_")) or key in ("dtype", "expert_dtype", "image_token_id")
+    ),
+    nullable=frozenset({"vision_max_wh_ratio"}),
+    release={
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "model_type": "deepseek_v41",
+        "dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "image_token_id": 129264,
+        "quantization_config": {key: value for key, value in QUANTIZATION.items() if key != "expert_dtype"},
+        "text_config": {
+            "model_type": "deepseek_v41_text",
+            "num_key_value_heads": 1,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "tie_word_embeddings": False,
+            "rope_scaling": {"rope_type": "yarn"},
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+        },
+        "vision_config": {"model_type": "deepseek_v41_vision"},
+    },
+)
 
 
 def missing_keys(config: Config) -> list[str]:
@@ -121,14 +222,18 @@ def _block(experts_count: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
     yield from experts(experts_count, d.hidden_size, d.moe_intermediate_size)
 
 
+def rows_of_tables(config: Config) -> dict[int, int]:
+    """Rows of the n-gram table of each layer that has one. Raises InputError."""
+    return dict(zip(_layer_ids(config, "engram_layer_ids"), _layer_ids(config, "engram_num_embeddings"), strict=False))
+
+
 def _layer(config: Config, layer: int, ratio: int, d: Dimensions) -> Iterator[tuple[str, Shape]]:
     yield from _block(d.n_routed_experts, d)
     if layer in _layer_ids(config, "kv_source_layer_ids"):
         yield from _kv_source(ratio, d)
     if layer in _layer_ids(config, "index_source_layer_ids"):
         yield from _index_source(d)
-    tables = zip(_layer_ids(config, "engram_layer_ids"), _layer_ids(config, "engram_num_embeddings"), strict=False)
-    if layer in (rows_of := dict(tables)):
+    if layer in (rows_of := rows_of_tables(config)):
         yield from _engram(rows_of[layer], d)
 
 

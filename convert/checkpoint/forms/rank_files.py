@@ -1,33 +1,17 @@
 """The reference engine's rank files: the release's names and numbers, FP4 tagged F4, and a config of the engine's own.
 
-The engine's config has what its forward pass reads. The rest of config.json is the same in every release of V4, so that
-the file can be made again: only `transformers_version`, which says who wrote it, is not.
+config.json of the release is made again from the engine's, see editions/engine_config.py.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsv4.convert.checkpoint.config import Config
-from dsv4.convert.checkpoint.editions.spellings import is_engine_config, release_view
-from dsv4.convert.checkpoint.editions.v4 import QUANTIZATION
+from dsv4.convert.checkpoint.editions.engine_config import is_engine_config
+from dsv4.convert.checkpoint.editions.table import engine_of
 
 from .form import Released
 from .tensor import TensorInfo
-
-# What config.json of every release of V4 says, and the engine's config does not.
-CONSTANTS: dict[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "num_key_value_heads": 1,
-    "num_nextn_predict_layers": 1,  # also where there are three draft stages
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-}
 
 
 def _packed(info: TensorInfo) -> TensorInfo:
@@ -50,12 +34,7 @@ class RankFiles(Released):
 
     def released_config(self, config: Config) -> dict[str, Any]:
         """config.json of the release; a config that is not the engine's is taken as it is."""
-        if not is_engine_config(config):
-            return dict(config)
-        view = release_view(config)
-        if "n_mtp_layers" in config and "norm_eps" in config:  # of the editions with three, the one with vision says it
-            view["num_nextn_predict_layers"] = config["n_mtp_layers"]
-        return {**CONSTANTS, **view, "quantization_config": {**QUANTIZATION, **view["quantization_config"]}}
+        return engine_of(config).released(config) if is_engine_config(config) else dict(config)
 
 
 RANK_FILES = RankFiles()

@@ -106,7 +106,7 @@ class FromBf16(Recipe):
         """Its blocks, and how each would change. They are read again: the scan keeps their number only."""
         lines = list[str]()
         for piece in split(tensor):
-            if len(lines) < MAX_NAMED:
+            if len(lines) < MAX_NAMED and not piece.is_filling:
                 lines += list(self._changes(checkpoint, piece))[: MAX_NAMED - len(lines)]
         if scan.counts.inexact_blocks > len(lines):
             lines.append(f"and {scan.counts.inexact_blocks - len(lines)} more blocks")

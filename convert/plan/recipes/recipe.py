@@ -14,6 +14,7 @@ A new kind of conversion is a new file with a subclass of `Recipe`, and a row of
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -79,6 +80,11 @@ class OutputTensor(NamedTuple):
         return -(-self.nbytes // WORD) if self.in_words else row_count(self.shape, self.nbytes)
 
     @property
+    def own_rows(self) -> int:
+        """Rows that are made from the source; those behind them fill a rank's slice up."""
+        return self.rows - (self.rank_slice.filled if self.rank_slice else 0)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that are read, or written if these are more, for a row of the output."""
         if self.in_words:
@@ -105,9 +111,16 @@ class Piece(NamedTuple):
     is_last: bool = False
     place: int = 0
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether it fills a rank's slice up. No piece does so in part."""
+        return self.start >= self.tensor.own_rows
+
 
 def split(tensor: OutputTensor, place: int = 0) -> Iterator[Piece]:
     """The pieces of an output tensor, in order, of about PIECE_BYTES and cut at its row unit. None if it is empty.
+
+    They are also cut where the rows end that are made from the source.
 
     place: where its data begins in the output file.
     """
@@ -116,8 +129,9 @@ def split(tensor: OutputTensor, place: int = 0) -> Iterator[Piece]:
     rows, unit = tensor.rows, tensor.row_unit
     width = WORD if tensor.in_words else tensor.nbytes // rows
     step = max(unit, PIECE_BYTES // max(tensor.row_bytes, 1) // unit * unit)
-    for start in range(0, rows, step):
-        yield Piece(tensor, start, min(start + step, rows), start + step >= rows, place + start * width)
+    cuts = [*range(0, tensor.own_rows, step), *range(tensor.own_rows, rows, step), rows]
+    for start, stop in pairwise(cuts):
+        yield Piece(tensor, start, stop, stop == rows, place + start * width)
 
 
 def tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -173,6 +187,16 @@ class PieceResult:
     counts: Counts = field(default_factory=Counts)
 
 
+ONE_SCALE = {"F8_E8M0": b"\x7f", "F32": b"\x00\x00\x80\x3f"}
+
+
+def filling(piece: Piece) -> PieceResult:
+    """What fills a slice up: codes of 0, and scales of 1."""
+    tensor, size = piece.tensor, (piece.stop - piece.start) * (piece.tensor.nbytes // piece.tensor.rows)
+    element = ONE_SCALE[tensor.dtype] if tensor.is_scale else b"\0"
+    return PieceResult(np.frombuffer(element * (size // len(element)), np.uint8))
+
+
 @dataclass(frozen=True)
 class Scan:
     """The result of scanning some rows of a weight.
@@ -203,9 +227,9 @@ def _joined(parts: Sequence[dict[str, "torch.Tensor"]]) -> dict[str, "torch.Tens
 
 
 def join_scans(scans: Sequence[Scan]) -> Scan:
-    """The scan of a whole tensor from those of its pieces, in order."""
-    if len(scans) == 1:
-        return scans[0]
+    """The scan of a whole tensor from those of its pieces, in order. Without any: of a slice that is only filled."""
+    if len(scans) < 2:
+        return scans[0] if scans else Scan()
     counts = Counts()
     for scan in scans:
         counts.add(scan.counts)

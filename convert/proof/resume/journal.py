@@ -84,7 +84,7 @@ def _histogram(counts: list[Any]) -> Array:
 def tally_to_json(tally: Tally) -> dict[str, Any]:
     """A tally as plain data; what is empty is left out."""
     found = {name: value for name, value in vars(tally).items() if value}
-    for name in ("blocks", "spans"):
+    for name in ("blocks", "spans", "bad_filling"):
         if name in found:
             found[name] = [[key, count] for key, count in found[name].items()]
     if "copies_differ" in found:
@@ -102,6 +102,7 @@ def tally_from_json(found: dict[str, Any]) -> Tally:
     for name in ("special", "bad_scales", "odd_scales", "rebuilt"):
         values[name] = Counter(found.get(name, {}))
     values["blocks"] = Counter({(row, column): count for (row, column), count in found.get("blocks", [])})
+    values["bad_filling"] = Counter({tuple(key): count for key, count in found.get("bad_filling", [])})
     values["spans"] = Counter(dict(found.get("spans", [])))
     values["codes"] = {(side, kind): _histogram(uses) for (side, kind), uses in found.get("codes", [])}
     values["scale_codes"] = {side: _histogram(uses) for side, uses in found.get("scale_codes", [])}

@@ -18,6 +18,7 @@ from dsv4.convert.proof.config import (
 from dsv4.convert.proof.files import Files, RemoteFiles, shard_names
 from dsv4.convert.proof.forms.gguf import gguf_names, open_gguf
 from dsv4.convert.proof.forms.nvfp4 import join_scales
+from dsv4.convert.proof.forms.tables import take_filling_apart
 from dsv4.convert.proof.layout import Checkpoint, open_checkpoint
 from dsv4.convert.proof.manifest import Manifest, listed_hashes, read_manifest
 from dsv4.convert.proof.plan import absent_and_needed, plan_pair, plan_scan, select
@@ -157,7 +158,11 @@ def _open_checkpoints(source: Files | None, output: Files, headers: Reached) -> 
         join_scales(checkpoint)
         return checkpoint
 
-    return None if source is None else open_side(source, "source"), open_side(output, "output")
+    one, other = None if source is None else open_side(source, "source"), open_side(output, "output")
+    if one is not None:
+        take_filling_apart(one, other)
+    take_filling_apart(other, one)
+    return one, other
 
 
 def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:

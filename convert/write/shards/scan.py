@@ -77,12 +77,13 @@ def _scan_tensors(
     pieces = (piece for tensor in tensors for piece in split(tensor))
     whole = _TensorScan(workers)
 
-    def scan(piece: Piece) -> Scan:
-        return piece.tensor.recipe.scan(checkpoint, piece)
+    def scan(piece: Piece) -> Scan | None:
+        return None if piece.is_filling else piece.tensor.recipe.scan(checkpoint, piece)
 
     for piece, found in workers.map(scan, pieces, progress, all_submitted):
         progress(_bytes_of(piece))
-        whole.add(found)
+        if found is not None:
+            whole.add(found)
         if piece.is_last:
             yield piece.tensor, whole.joined()
             whole = _TensorScan(workers)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, split, tasks
+from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, filling, split, tasks
 from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.convert.write.atomic_file import AtomicFile
@@ -90,8 +90,13 @@ def _write_pieces(
 ) -> FinishedShard:
     """Compute, hash and write all pieces of a shard; returns when they are written."""
 
+    def computed_of(piece: Piece) -> PieceResult:
+        if piece.is_filling:
+            return filling(piece)
+        return piece.tensor.recipe.compute(checkpoint, piece, scanned.scan_of(piece.tensor))
+
     def compute(task: list[Piece]) -> list[PieceResult]:
-        return [piece.tensor.recipe.compute(checkpoint, piece, scanned.scan_of(piece.tensor)) for piece in task]
+        return [computed_of(piece) for piece in task]
 
     shard, manifest, header = scanned.shard, ManifestBuilder(scanned), scanned.shard.header
     pipeline.begin(header)

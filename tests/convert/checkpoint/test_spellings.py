@@ -9,8 +9,9 @@ import pytest
 import torch
 from exact_values import convert, edit_config, read_json
 
-from dsv4.convert.checkpoint.editions.spellings import contradictions, release_view
+from dsv4.convert.checkpoint.editions.spellings import contradictions
 from dsv4.convert.checkpoint.editions.table import check_config, edition_of
+from dsv4.convert.checkpoint.editions.view import release_view
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.doctor.rules import diagnose
 from dsv4.convert.inspect.inspection import inspect_checkpoint

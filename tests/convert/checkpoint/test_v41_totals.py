@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from dsv4.convert.checkpoint.editions.spellings import release_view
 from dsv4.convert.checkpoint.editions.table import edition_of
+from dsv4.convert.checkpoint.editions.view import release_view
 from dsv4.convert.synthetic.checkpoint import V41Geometry
 from dsv4.convert.synthetic.v41 import config
 

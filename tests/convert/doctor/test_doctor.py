@@ -471,8 +471,8 @@ def test_sglang_reads_v41_but_for_tables_in_bf16(options: tuple[str, ...], wrong
     assert diagnose(folder, "sglang").loads is not bool(wrong)
 
 
-def test_an_edition_with_another_encoder_and_a_layout_that_is_not_written(tmp_path: Path) -> None:
-    """V4.1 has encoding/encoding.py, and n-gram tables: why there are no rank files is said in sentences."""
+def test_an_edition_with_another_encoder_and_its_rank_files(tmp_path: Path) -> None:
+    """V4.1 has encoding/encoding.py; why some number of ranks is not possible is said in sentences."""
     made = make_checkpoint(tmp_path / "v41", geometry=V41Geometry())
     found = {check.rule: check for check in diagnose(made, "vllm").checks}
     assert found["side files"].status == "ok"
@@ -481,5 +481,9 @@ def test_an_edition_with_another_encoder_and_a_layout_that_is_not_written(tmp_pa
     assert "missing: encoding/encoding.py" in found["side files"].text
     model = next(check for check in diagnose(made, "vllm").checks if check.rule == "architecture")
     assert model.status == "unknown" and "not run: its loader wants memory" in model.text
-    fix = next(check.fix for check in diagnose(made, "reference").checks if check.rule == "layout")
-    assert fix.endswith("dsv4 does not write the reference engine's layout of V4.1. Use --layout hf.")
+    (layout,) = diagnose(made, "reference", 2).checks
+    assert layout.command == f"dsv4 convert {made} NEW --to same --layout mp --model-parallel 2" and not layout.fix
+    (layout,) = diagnose(made, "reference", 4).checks
+    assert (
+        layout.fix == "layers.0.ffn has 6 experts: 4 ranks cannot share them equally. Choose another --model-parallel."
+    )

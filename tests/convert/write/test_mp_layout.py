@@ -219,10 +219,6 @@ class TestRefused:
         old, new = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "out")
         assert all(same_bits(values(name, old), values(name, new)) for name in experts(new))
 
-    def test_layouts_that_are_not_established(self, tmp_path: Path) -> None:
-        source = VARIANTS["v41"](tmp_path / "source")
-        self.refused(source, tmp_path / "out", 2, "engram", "--layout hf")
-
     def test_names_that_become_one(self, source: Path, tmp_path: Path) -> None:
         folder = VARIANTS["release"](tmp_path / "source")
         edit_tensors(folder, {"model.norm.weight": tensors_of(folder)["norm.weight"]})
