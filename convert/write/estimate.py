@@ -6,7 +6,6 @@ much where torch computes. What the system has in memory is read faster than fro
 """
 
 import contextlib
-import hashlib
 import mmap
 import os
 import tempfile
@@ -19,6 +18,7 @@ from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.storage import Folder
 from dsv4.convert.plan.plan import Plan
 from dsv4.convert.write.atomic_file import set_direct
+from dsv4.convert.write.shards import sha256
 
 BLOCK_BYTES = 8 * 2**20
 SECONDS = 0.3  # of reading, and of writing; a third of it for the hash
@@ -82,12 +82,18 @@ def _write_rate(folder: Path, most_bytes: int) -> float | None:
     return None
 
 
-def _hash_rate(update: Callable[[memoryview], object], most_bytes: int) -> float:
-    block = memoryview(bytes(min(BLOCK_BYTES, max(most_bytes, 1))))
+def _hash_rate(plan: Plan) -> float:
+    """Of one core: of two files at a time where it can and there are several."""
+    algorithm, most_bytes = sha256.algorithm(), plan.output_bytes
+    first, second, block = algorithm.new(), algorithm.new(), memoryview(bytes(min(BLOCK_BYTES, max(most_bytes, 1))))
+    update_two = algorithm.update_two if len(plan.shards) > 1 else None
 
     def step(done: int) -> int:
-        update(block)
-        return len(block)
+        if update_two is None:
+            first.update(block)
+            return len(block)
+        update_two(first, block, second, block)
+        return 2 * len(block)
 
     return _rate(step, most_bytes, SECONDS / 3) or float("inf")
 
@@ -99,7 +105,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, output: Path) -> Rates:
     return Rates(
         _read_rate(checkpoint) if local is not None else None,
         _write_rate(there, plan.output_bytes),
-        _hash_rate(hashlib.sha256().update, plan.output_bytes),
+        _hash_rate(plan),
         same_disk=local is not None and os.stat(local).st_dev == os.stat(there).st_dev,
     )
 

@@ -1,4 +1,5 @@
-"""The one loader of compiled code: the casts of `quant/`, the kernels of `model/`, and the comparison of the proof.
+"""The one loader of compiled code: the casts of `quant/`, the kernels of `model/`, the hash of shards that
+are written, and the comparison of the proof.
 
 `setup.py` builds one library of them when dsv4 is installed, if there is a C compiler. It is C without Python's
 headers, so one library serves every Python version, ctypes loads it, and it runs without the interpreter's lock. Where
@@ -15,7 +16,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 FILE = PACKAGE / "quant" / "_compiled.so"
-FOLDERS = ("quant/c", "model/kernels/c", "model/kernels/c/decode", "convert/proof/c")  # of C, in the package
+# Of C, in the package.
+FOLDERS = ("quant/c", "model/kernels/c", "model/kernels/c/decode", "convert/write/c", "convert/proof/c")
 NOT_BUILT = "dsv4 was installed without a C compiler"
 ELF_HEADER = 64  # bytes, of the 64-bit form
 SECTIONS = slice(0x28, 0x30), slice(0x3A, 0x3C), slice(0x3C, 0x3E)  # of the header: offset, entry size, entries

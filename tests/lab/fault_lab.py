@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from dsv4 import cli, signals
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import PREFIX
-from dsv4.convert.write.shards import pipeline
+from dsv4.convert.write.shards import pipeline, sha256
 
 KILLED = 137
 GEOMETRY = replace(TWO_LAYERS, compress_ratios=(0,), num_nextn_predict_layers=0)  # one layer, no MTP: 40 tensors
@@ -67,9 +66,6 @@ class SlowSha256:
         self.reached.wait(1)
         time.sleep(0.001)
         self._real.update(data)
-
-    def copy(self) -> Any:
-        return self._real.copy()
 
     def hexdigest(self) -> str:
         return self._real.hexdigest()
@@ -313,7 +309,7 @@ def main() -> None:
     if options[-1:] == ["--direct"]:
         files.WRITE_BYTES = files.DIRECT_BYTES = 2**13
     if options[-1:] == ["--slow-hash"]:
-        pipeline.hashlib = SimpleNamespace(sha256=SlowSha256)  # type: ignore[assignment]
+        sha256.algorithm = lambda: sha256.Algorithm(SlowSha256)
         SlowSha256.wanted = int(options[options.index("--max-workers") + 1])
     options = [option for option in options if option not in ("--shared", "--direct", "--slow-hash")]
     if "--before" in options:

@@ -1,17 +1,16 @@
-"""From pieces to a file and its hash: in order, hashed in one thread and written in another.
+"""From pieces to a file and its hash: in order, hashed in some threads and written in another.
 
 O_DIRECT writes whole pages of a file from whole pages of memory (atomic_file.py). A long piece that lies in pages of
 memory as it does in those of the file (`placed` in plan/recipes/rows.py) is hashed and written where it is, but for a
 part of a page at either end. Everything else is copied into a few blocks of whole pages. A full block, or a piece with
 the block before it, is hashed and written while the next ones fill; a block is used again when both are done. So memory
-is bounded, and neither disk nor hash waits for the other. Every file has its own two threads: with several files in
-flight, several cores hash.
+is bounded, and neither disk nor hash waits for the other. Every file has its own thread that writes, and all of them
+share those that hash (hashing.py).
 """
 
-import hashlib
 import mmap
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ import numpy as np
 
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.progress import Progress, result_of
+
+from .hashing import FileHash, Part
 
 BLOCK_BYTES = 2 * 2**20
 BLOCKS = 4  # one that fills, and three that wait, each perhaps with a piece
@@ -42,6 +43,14 @@ class _Block:
     @property
     def content(self) -> memoryview:
         return self._pages[: self.used]
+
+    def parts(self) -> Iterator[Part]:
+        """The content, cut where tensors end."""
+        done = 0
+        for end, tensor in self.marks:
+            yield self.content[done:end], tensor
+            done = end
+        yield self.content[done:], None
 
     def clear(self) -> None:
         """Nobody needs the content any longer."""
@@ -94,31 +103,28 @@ class Blocks:
 
 
 class ShardPipeline:
-    """Hash and write a file in two background threads. `finish` waits for them, `stop` discards the rest.
+    """Hash and write a file in background threads. `finish` waits for them, `stop` discards the rest.
 
     progress: called with the number of bytes written, in the caller's thread; the header does not count.
     hash_is_late: called in the caller's thread when a block is written and must still wait for its hash.
     """
 
-    def __init__(self, file: AtomicFile, blocks: Blocks, progress: Progress, hash_is_late: Callable[[], None]) -> None:
-        self._file, self._blocks, self._progress, self._hash_is_late = file, blocks, progress, hash_is_late
-        self._hasher, self._writer = ThreadPoolExecutor(1, "dsv4-hash"), ThreadPoolExecutor(1, "dsv4-write")
-        self._sha256 = hashlib.sha256()
+    def __init__(
+        self,
+        file: AtomicFile,
+        file_hash: FileHash,
+        blocks: Blocks,
+        progress: Progress,
+        hash_is_late: Callable[[], None],
+    ) -> None:
+        self._file, self._hash, self._blocks = file, file_hash, blocks
+        self._progress, self._hash_is_late = progress, hash_is_late
+        self._writer = ThreadPoolExecutor(1, "dsv4-write")
         self._filling, self._used = blocks.take(), 1
         self._submitted: deque[_Part] = deque()
         self._submitted_bytes = 0  # since the file began
-        self.prefix_sha256: dict[str, str] = {}  # by tensor, of the file up to its last byte; complete after `finish`
         self._header_left = 0
         self._stopped = False
-
-    def _hash(self, block: _Block, piece: memoryview) -> None:
-        done = 0
-        for end, tensor in block.marks:
-            self._sha256.update(block.content[done:end])
-            self.prefix_sha256[tensor] = self._sha256.copy().hexdigest()
-            done = end
-        self._sha256.update(block.content[done:])
-        self._sha256.update(piece)
 
     def _write(self, *parts: memoryview) -> None:
         try:
@@ -145,7 +151,7 @@ class ShardPipeline:
     def _submit(self, piece: memoryview = NOTHING) -> None:
         """Submit the block to be hashed and written, a piece after it, and take another block."""
         block = self._filling
-        hashing = self._hasher.submit(self._hash, block, piece)
+        hashing = self._hash.submit([*block.parts(), (piece, None)])
         part = _Part(block, piece, hashing, self._writer.submit(self._write, block.content, piece))
         self._submitted.append(part)
         self._submitted_bytes += part.size
@@ -194,17 +200,19 @@ class ShardPipeline:
         while self._submitted:
             self._blocks.give_back(self._wait_oldest())
         self._blocks.give_back(self._filling)
-        self._end_threads()
-        return self._sha256.hexdigest()
+        self._writer.shutdown()
+        return self._hash.hexdigest()
 
-    def _end_threads(self) -> None:
-        for thread in (self._hasher, self._writer):
-            thread.shutdown(wait=True, cancel_futures=True)
+    @property
+    def prefix_sha256(self) -> dict[str, str]:
+        """By tensor, SHA-256 of the file up to its last byte; complete after `finish`."""
+        return self._hash.prefixes
 
     def stop(self) -> None:
-        """Write no more; when this returns, the writing thread no longer uses the file."""
+        """Write no more; when this returns, no thread uses the file or its bytes any longer."""
         self._stopped = True
-        self._end_threads()
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._hash.stop()
         for block in (*(part.block for part in self._submitted), self._filling):
             self._blocks.give_back(block)
         self._submitted.clear()

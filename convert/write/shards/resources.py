@@ -74,7 +74,8 @@ def decide_resources(
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed buffers instead of returning them. For the command line only: it cannot be undone.
+    """Ask glibc to keep freed buffers instead of returning them, where every thread finds them. For the command line
+    only: it cannot be undone.
 
     Pieces of a few MB come and go all the time, and fresh pages for each cost as much as converting them. Other C
     libraries are left as they are.
@@ -83,3 +84,4 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 64 * 2**20)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap, of which no thread has a part to itself

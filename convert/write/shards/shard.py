@@ -1,7 +1,7 @@
 """One output shard: scan, then read, compute, hash and write its pieces, overlapped.
 
 Workers compute pieces; the calling thread, one for each shard in flight, takes them in file order and puts them into
-blocks, which two more threads hash and write (see pipeline.py). The number of pieces in
+blocks, which more threads hash and write (see pipeline.py). The number of pieces in
 memory is bounded, for shards of any size.
 """
 
@@ -21,6 +21,7 @@ from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.journal import FinishedShard
 from dsv4.progress import Progress, Scaled
 
+from .hashing import FileHash
 from .in_flight import Flight, Written
 from .pipeline import ShardPipeline
 from .scan import ScannedShard, bytes_to_scan, scan_shard
@@ -123,7 +124,7 @@ def _write_file(
             flight.let_next_begin()
 
     flight.file = file = AtomicFile(folder / scanned.shard.file, scanned.shard.size)
-    pipeline = ShardPipeline(file, workers.blocks, progress, hash_is_late)
+    pipeline = ShardPipeline(file, FileHash(workers.hashing), workers.blocks, progress, hash_is_late)
     try:
         return file, _write_pieces(checkpoint, scanned, pipeline, workers, flight)
     except BaseException as error:

@@ -1,6 +1,6 @@
 """The threads that compute pieces, for all shards in flight, and how many pieces may be alive at a time.
 
-hashlib, preadv, write, torch and the compiled cast all release the interpreter's lock, so threads suffice.
+The hash, preadv, write, torch and the compiled cast all release the interpreter's lock, so threads suffice.
 """
 
 from collections import deque
@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from dsv4.progress import SECONDS_BETWEEN_CALLS, Progress, result_of
 
+from .hashing import Hashing
 from .pipeline import Blocks
 from .resources import Resources
 
@@ -32,7 +33,7 @@ def _compute_alone() -> None:
 
 
 class Workers:
-    """A pool of threads, blocks for the files, and two accounts: pieces alive, and results of scans that are kept.
+    """A pool of threads, what the files share, and two accounts: pieces alive, and results of scans that are kept.
 
     Use as a context manager: all threads have ended when it is left. Safe to use from several threads.
     """
@@ -40,7 +41,7 @@ class Workers:
     def __init__(self, resources: Resources) -> None:
         self.pool = ThreadPoolExecutor(resources.workers, "dsv4", initializer=_compute_alone)
         self._count, self._window, self._spared_bytes = resources.workers, resources.window, resources.spared_bytes
-        self.blocks = Blocks()
+        self.blocks, self.hashing = Blocks(), Hashing(resources.shards)
         self._changed = Condition()
         self._maps = 0  # running calls of `map`; each has an equal share of the window
         self._alive = 0  # pieces that are submitted and not yet taken
@@ -153,3 +154,4 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self.hashing.shutdown()

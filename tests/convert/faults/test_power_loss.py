@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from dsv4 import cli
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import PREFIX
-from dsv4.convert.write.shards import pipeline
+from dsv4.convert.write.shards import pipeline, sha256
 
 OPTIONS = ("--max-shard-size", "150KB", "--max-workers", "2")
 FOUR = ("--max-shard-size", "50KB", "--max-workers", "4")
@@ -194,7 +193,7 @@ def test_promises_hold_after_power_loss_at_any_moment(
         monkeypatch.setattr(files, "WRITE_BYTES", 2**13)
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)
     if options == FOUR:
-        monkeypatch.setattr(pipeline, "hashlib", SimpleNamespace(sha256=SlowSha256))
+        monkeypatch.setattr(sha256, "algorithm", lambda: sha256.Algorithm(SlowSha256))
     source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
     output = tmp_path / "output"
     record.clear()

@@ -22,7 +22,7 @@ from dsv4.convert.plan.settings import resolve
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.run import run_conversion
-from dsv4.convert.write.shards import in_flight, pipeline
+from dsv4.convert.write.shards import in_flight, pipeline, sha256
 from dsv4.convert.write.shards.resources import Resources
 from dsv4.convert.write.shards.scan import bytes_to_scan, scan_shard
 from dsv4.convert.write.shards.workers import Workers
@@ -68,9 +68,6 @@ class Watched:
         with self.changed:
             Watched.now -= 1
 
-    def copy(self) -> Any:
-        return self._real.copy()
-
     def hexdigest(self) -> str:
         return self._real.hexdigest()
 
@@ -78,7 +75,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(pipeline, "hashlib", SimpleNamespace(sha256=Watched))
+    monkeypatch.setattr(sha256, "algorithm", lambda: sha256.Algorithm(Watched))
     Watched.now = Watched.most = Watched.wanted = 0
     Watched.seconds = 0.0
     yield Watched

@@ -22,6 +22,7 @@ from dsv4.convert.synthetic.checkpoint import make_checkpoint
 from dsv4.convert.write import atomic_file as files
 from dsv4.convert.write.atomic_file import AtomicFile
 from dsv4.convert.write.shards import pipeline as pipeline_module
+from dsv4.convert.write.shards.hashing import FileHash, Hashing
 from dsv4.convert.write.shards.pipeline import Blocks, ShardPipeline
 from dsv4.errors import InputError
 
@@ -39,7 +40,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def pipeline_of(
     file: Any, progress: Callable[[int], object] = lambda count: None, blocks: Blocks | None = None
 ) -> ShardPipeline:
-    return ShardPipeline(file, blocks or Blocks(), progress, lambda: None)
+    return ShardPipeline(file, FileHash(Hashing(1)), blocks or Blocks(), progress, lambda: None)
 
 
 class Recorder:
