@@ -1,8 +1,8 @@
 """One process for each core runs the tests (`pytest -n auto`): more threads in each would only wait for each other.
 
-Hypothesis draws the same examples on every run; `--hypothesis-profile fresh` draws new ones. The fast loop does not
-wait for the disk: an fsync of this process does nothing there. What must be durable is tested by the calls themselves.
-Its tests go to the processes by file, so that no fixture is made twice.
+Hypothesis draws the same examples on every run; `--hypothesis-profile fresh` draws new ones. Tests do not wait for the
+disk: an fsync of this process does nothing. What must be durable is tested by the calls themselves, and `python -m
+dsv4` makes them. In the fast loop tests go to the processes by file, so that no fixture is made twice.
 """
 
 import os
@@ -33,10 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("markexpr") == "not slow":
-        os.fsync = lambda descriptor: None
-        if config.getoption("dist", None) == "load":
-            config.option.dist = "loadfile"
+    os.fsync = lambda descriptor: None
+    if config.getoption("markexpr") == "not slow" and config.getoption("dist", None) == "load":
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(autouse=True)

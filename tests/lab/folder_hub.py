@@ -40,7 +40,8 @@ class FolderHub:
         with (self.folder / file.name).open("rb") as stream:
             stream.seek(offset)
             data = stream.read(length)
-        self.given += length
+        with self._lock:
+            self.given += length
         return data if not self.damage else bytes([data[0] ^ 1]) + data[1:]
 
     def fetch_to_cache(

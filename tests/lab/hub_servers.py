@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from patience import LONG
 from program import Ended, run_warm
 
 from dsv4.errors import Dsv4Error
@@ -164,6 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(status)
                 return True
         if self._struck("stall", name):
+            self.hub.stalled.set()
             self.hub.healed.wait()  # longer than any test waits
         return False
 
@@ -324,13 +326,14 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.xet = False  # announce large files as kept in Xet storage, which answers 404 to everything
-        self.healed = threading.Event()
+        self.healed, self.stalled = threading.Event(), threading.Event()
         self.watch: Callable[[Request], None] = lambda request: None
         self.portal: Callable[[Request], bytes | None] = lambda request: None  # what somebody else answers instead
         self.sabotage: Callable[[Request], str] = lambda request: ""  # "close", "cut" or a status instead of an answer
         self.renamed: dict[str, str] = {}  # old name -> new name: the hub redirects
         self.retry_after = 0  # seconds, said with each 429
         self.expire_after = 0  # answers that an address of the storage gives; 0: any number
+        self._lock = threading.Lock()  # several requests are answered at once
         self._addresses: list[str] = []
         self._strikes: list[list[Any]] = []
         self._moves: list[tuple[str, str, str]] = []
@@ -380,16 +383,20 @@ class HubServer:
 
     def struck(self, fault: str, name: str, whole: bool) -> bool:
         """Whether this request is to fail, counted down."""
-        for strike in self._strikes:
-            if strike[0] == fault and strike[2] > 0 and fnmatch.fnmatch(name, strike[1]) and (whole or not strike[3]):
-                strike[2] -= 1
-                return True
+        with self._lock:
+            for strike in self._strikes:
+                meant = strike[0] == fault and fnmatch.fnmatch(name, strike[1]) and (whole or not strike[3])
+                if meant and strike[2] > 0:
+                    strike[2] -= 1
+                    return True
         return False
 
     def signed(self, path: str) -> str:
         """A new address of a file in the storage."""
-        self._addresses.append("")
-        return f"{self.storage_url}{quote(path)}" + (f"?signature={len(self._addresses)}" if self.expire_after else "")
+        with self._lock:
+            self._addresses.append("")
+            number = len(self._addresses)
+        return f"{self.storage_url}{quote(path)}" + (f"?signature={number}" if self.expire_after else "")
 
     def has_expired(self, address: str) -> bool:
         """Whether an address of the storage has given all its answers."""
@@ -472,6 +479,8 @@ def hub_environment(server: HubServer, home: Path, modelscope: HubServer | None 
         "XDG_CACHE_HOME": str(home / "cache"),
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home / "hf"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": f"{LONG:.0f}",
+        "HF_HUB_ETAG_TIMEOUT": f"{LONG:.0f}",
         "MODELSCOPE_ENDPOINT": (modelscope or server).url,
         "MODELSCOPE_CACHE": str(home / "ms"),
         "MODELSCOPE_HOME": str(home / "ms-home"),

@@ -188,7 +188,7 @@ def test_an_interpreter_that_fails(
 ) -> None:
     command = ["doctor", str(release), "--for", "vllm", "--python", str(program(body)), "--timeout", "1"]
     if not body.startswith("sleep"):
-        command[-1] = "100"
+        command[-1] = f"{LONG:.0f}"
     assert cli.run(command) == 4
     err = capfd.readouterr().err
     assert words in err and ("what it said" in err) == ("what it said" in body)
@@ -244,7 +244,7 @@ def test_a_signal_ends_the_interpreter(program: Callable[[str], Path], tmp_path:
         signals.look()
 
     with as_program(), pytest.raises(Interrupted):
-        run(str(python), {}, tmp_path, 100.0, interrupt)
+        run(str(python), {}, tmp_path, LONG, interrupt)
     child = int((tmp_path / "child").read_text())
     assert gone(Path(f"/proc/{child}/stat"))
 

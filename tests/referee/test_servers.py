@@ -28,8 +28,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def asked(server: LogProbabilityServer, tokens: Sequence[int] = TOKENS, **options: Any) -> Asked:
-    client = Client(server.address, None, **options)
+def asked(server: LogProbabilityServer, tokens: Sequence[int] = TOKENS) -> Asked:
+    client = Client(server.address, None)
     return ask(client, recognise(client, None), [tokens], QUIET)
 
 
@@ -170,8 +170,9 @@ def test_a_field_that_is_missing_is_no_nan(kind: str, field: str) -> None:
 
 def test_a_slow_server_is_not_asked_again() -> None:
     with LogProbabilityServer("vllm", made_up, "slow") as server:
+        recognised = recognise(Client(server.address, None), None)  # its other answers are waited for
         with pytest.raises(MachineError, match=r"did not answer within 0\.2 s") as caught:
-            asked(server, seconds=0.2)
+            ask(Client(server.address, None, seconds=0.2), recognised, [TOKENS], QUIET)
     assert len(server.requests) == 1 and "--timeout" in caught.value.hint
 
 

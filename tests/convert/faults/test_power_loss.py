@@ -7,6 +7,7 @@ moved or removed since its folder was last fsynced. What such a disk may hold af
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -137,6 +138,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         paths[descriptor], ends[descriptor] = str(path), 0
         if flags & os.O_CREAT:
             operations.append(("create", str(path)))
+            if most_open(operations) >= 4:
+                SlowSha256.reached.set()
 
     def wrote(count: int, descriptor: int, data: Any) -> None:
         operations.append(("write", paths[descriptor], ends[descriptor], bytes(data[:count])))
@@ -161,7 +164,7 @@ def most_open(operations: list[tuple[Any, ...]]) -> int:
     """How many shards were begun and not published, at most."""
     change = {"create": 1, "replace": -1}
     steps = [change.get(kind, 0) for kind, path, *_ in operations if ".safetensors." in path]
-    return max(accumulate(steps))
+    return max(accumulate(steps), default=0)
 
 
 def check_promises(output: Path, whole: dict[str, str]) -> None:
@@ -194,6 +197,7 @@ def test_promises_hold_after_power_loss_at_any_moment(
         monkeypatch.setattr(files, "DIRECT_BYTES", 2**13)
     if options == FOUR:
         monkeypatch.setattr(sha256, "algorithm", lambda: sha256.Algorithm(SlowSha256))
+        monkeypatch.setattr(SlowSha256, "reached", threading.Event())
     source = make_checkpoint(tmp_path / "source", geometry=GEOMETRY)
     output = tmp_path / "output"
     record.clear()

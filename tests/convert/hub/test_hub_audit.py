@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_servers import HubServer, Request, run_dsv4
+from patience import LONG
 from raw_safetensors import Tensors, write_folder
 from tall import SIDE, tall, write_tall
 
@@ -98,7 +99,9 @@ def under_faults(
 ) -> tuple[dict[str, int | str], list[float]]:
     lab = Path(__file__).parents[2] / "lab"
     words = [lab, home, source, output, hub, json.dumps(faults), json.dumps(settings)]
-    done = subprocess.run([sys.executable, "-c", FAULTS, *map(str, words)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, *map(str, words)], capture_output=True, text=True, timeout=LONG
+    )
     assert done.returncode == 0, done.stderr
     found, slept = json.loads(done.stdout)
     return found, slept

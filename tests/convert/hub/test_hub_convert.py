@@ -5,6 +5,7 @@ disk than were allowed.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dsv4.convert.hub.open import HubOptions
 from dsv4.convert.hub.source import HubSource
 from dsv4.convert.hub.storage import HubStorage
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.convert.write.atomic_file import SCRATCH_NAME
 
 REPOSITORY = "acme/Tiny-V4"
 SHARDS = [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
@@ -64,10 +66,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def shards_on_disk(output: Path) -> set[str]:
     """Source shards in the scratch area, those that are just arriving included."""
-    found = [
-        p for p in output.rglob(".dsv4-*/**/model-*-of-00007.safetensors*") if p.suffix not in (".metadata", ".lock")
-    ]
-    return {p.name.split(".safetensors")[0] for p in found}
+    found = [name for folder, _, names in os.walk(output) if "/.dsv4-" in folder for name in names]
+    shards = {name.split(".safetensors")[0] for name in found if not name.endswith((".metadata", ".lock"))}
+    return {name for name in shards if f"{name}.safetensors" in SHARDS}
 
 
 @pytest.mark.slow
@@ -251,11 +252,11 @@ def test_a_damaged_shard_in_the_cache_is_fetched_again(
     assert not options or cached.read_bytes() == (source / SHARDS[2]).read_bytes()
 
 
-def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.CompletedProcess[str]:
-    """Convert, and press Ctrl-C as soon as a file exists."""
+def interrupt_when(server: HubServer, home: Path, *ready: Path) -> subprocess.CompletedProcess[str]:
+    """Convert, and press Ctrl-C as soon as these files exist and the server says nothing."""
     command = [sys.executable, "-m", "dsv4", "convert", f"hf:{REPOSITORY}", "out"]
     running = subprocess.Popen(command, env=hub_environment(server, home), cwd=home, stderr=subprocess.PIPE, text=True)
-    while not ready.exists() and running.poll() is None:
+    while not (server.stalled.is_set() and all(path.exists() for path in ready)) and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     _, words = running.communicate(timeout=LONG)  # the server says nothing all the while
@@ -266,20 +267,18 @@ def interrupt_when(server: HubServer, home: Path, ready: Path) -> subprocess.Com
 @pytest.mark.slow
 def test_interrupted(server: HubServer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     server.strike("stall", SHARDS[4], times=99, whole_only=True)
-    first = tmp_path / "out" / "model-00001-of-00004.safetensors"
-    stopped = interrupt_when(server, tmp_path, first)
+    output, written = tmp_path / "out", [f"model-0000{number}-of-00004.safetensors" for number in (1, 2)]
+    stopped = interrupt_when(server, tmp_path, output / written[1], output / SCRATCH_NAME / SHARDS[5])
     assert stopped.returncode == 130
     assert "same command again" in stopped.stderr
-    assert first.read_bytes() == expected[first.name]
-    assert not (tmp_path / "out" / "config.json").exists()
-    on_disk = shards_on_disk(tmp_path / "out")
+    assert all((output / name).read_bytes() == expected[name] for name in written)
+    assert not (output / "config.json").exists()
     server.heal()
     server.requests.clear()
     done = run_dsv4(server, tmp_path, "convert", f"hf:{REPOSITORY}", "out")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
-    assert not {SHARDS[0], SHARDS[1]} & set(server.whole_shards())
-    assert not {f"{name}.safetensors" for name in on_disk} & set(server.whole_shards()) - {SHARDS[4]}
+    assert sorted(server.whole_shards()) == [SHARDS[4], SHARDS[6]]  # neither what was converted nor what had arrived
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 class Watched:
     """SHA-256 of shards that counts how many of them are hashed at a time, and takes its time.
 
-    Until `wanted` of them were hashed at a time, each block waits a while for the others.
+    Until `wanted` of them were hashed at a time, each block waits for the others.
     """
 
     seconds = 0.0
@@ -62,7 +62,7 @@ class Watched:
             Watched.now += 1
             Watched.most = max(Watched.most, Watched.now)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: Watched.most >= Watched.wanted, timeout=0.3)
+            self.changed.wait_for(lambda: Watched.most >= Watched.wanted, LONG)
         time.sleep(self.seconds)  # one too many has time to begin
         self._real.update(data)
         with self.changed:
@@ -86,7 +86,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
 def test_a_slow_hash_has_as_many_shards_in_flight_as_there_are_workers(
     workers: int, source: Path, whole: dict[str, str], watched: type[Watched], tmp_path: Path
 ) -> None:
-    watched.seconds, watched.wanted = 0.02, workers
+    watched.seconds, watched.wanted = 0.002, workers
     convert(source, tmp_path / "out", *OPTIONS, workers)
     assert watched.most == workers
     assert tree(tmp_path / "out") == whole
@@ -102,7 +102,7 @@ def test_shards_are_begun_while_the_file_system_allocates_another(
     def allocate(file: AtomicFile) -> None:
         begun.add(file.path.name)
         if "model-00001" <= file.path.name < "model-00004":
-            together.wait(60)  # raises if the others do not come
+            together.wait(LONG)  # raises if the others do not come
         real(file)
 
     monkeypatch.setattr(AtomicFile, "_allocate", allocate)

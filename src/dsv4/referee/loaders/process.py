@@ -93,7 +93,7 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float, progress: Progress
                 return process.wait(SECONDS_BETWEEN_CALLS)
             except subprocess.TimeoutExpired:
                 progress(0)
-        return None
+        return process.poll()  # it may have ended while this process was stopped
     finally:
         _end(process)
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from folder_hub import COMMIT, FolderHub, part_storage
 from full_disk import files_of_at_most
+from patience import LONG
 from tiny import TINY
 
 from dsv4.convert.checkpoint.forms.tensor import Extent
 from dsv4.convert.checkpoint.reader import Checkpoint
+from dsv4.convert.hub import transfers
 from dsv4.convert.hub.client import BadFile, NetworkError
 from dsv4.convert.hub.parts import storage as module
 from dsv4.convert.hub.parts.storage import FOLDER, KEPT, PartStorage
@@ -29,7 +31,8 @@ PIECE, HEAD = 4096, 1 << 14
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough that a small checkpoint has many pieces, and records between them."""
+    """Small enough that a small checkpoint has many pieces, and records between them; `close` waits for all of them."""
+    monkeypatch.setattr(transfers, "SECONDS_TO_STOP", LONG)
     monkeypatch.setattr(module, "PART_BYTES", PIECE)
     monkeypatch.setattr(module, "HEAD_BYTES", HEAD)
     monkeypatch.setattr(module, "RECORD_BYTES", 8 * PIECE)
@@ -105,12 +108,14 @@ def test_each_byte_is_fetched_once(hub: FolderHub, opened: Open, folder: Path) -
 
 @pytest.mark.parametrize("number", [1, 2, 9, 30])
 def test_a_fault_in_the_middle_keeps_what_has_arrived(hub: FolderHub, opened: Open, folder: Path, number: int) -> None:
+    storage = opened()
+    pieces = [(name, begin) for name, _, size in everything(storage) for begin in range(0, size, PIECE)]
+
     def fail(now: int) -> None:
-        if now >= number:
+        if pieces.index(hub.read_ranges[now - 1][:2]) >= number - 1:  # whichever thread asks first
             raise NetworkError("the hub does not answer", "")
 
     hub.before = fail
-    storage = opened()
     with pytest.raises(NetworkError) as caught:
         storage.expect(everything(storage))
     assert caught.value.hint == KEPT
@@ -118,7 +123,8 @@ def test_a_fault_in_the_middle_keeps_what_has_arrived(hub: FolderHub, opened: Op
     hub.before = lambda now: None
     again = opened()
     missing, total = again.missing_bytes(everything(again)), sum(extent.nbytes for extent in everything(again))
-    assert total - hub.given <= missing <= total - storage.fetched_bytes < total or number == 1
+    assert total - hub.given <= missing <= total - storage.fetched_bytes
+    assert (storage.fetched_bytes > 0) == (number > 1)
     hub.read_ranges.clear()
     again.expect(everything(again))
     assert again.fetched_bytes == missing == asked_once(hub)
@@ -176,7 +182,7 @@ def test_bytes_are_durable_before_the_record_names_them(
 
     def the_last_pieces_come_after_a_record(number: int) -> None:
         if hub.read_ranges[number - 1][1] >= 16 * PIECE:
-            assert first_sync.wait(60)
+            assert first_sync.wait(LONG)
 
     monkeypatch.setattr(os, "fsync", fsync)
     hub.before = the_last_pieces_come_after_a_record
@@ -248,7 +254,12 @@ def test_a_branch_that_moved_leaves_nothing(hub: FolderHub, opened: Open, folder
     """ModelScope has branches without a commit: their bytes count only if the listing is the same afterwards."""
     newer = make_checkpoint(tmp_path / "newer", geometry=TINY, seed=1)
     storage = opened(commit="master")
-    hub.before = lambda number: setattr(hub, "folder", newer)
+
+    def move(number: int) -> None:
+        if number == 1:  # once: a request may still be on its way when the hub has moved back
+            hub.folder = newer
+
+    hub.before = move
     with pytest.raises(InputError, match="the branch moved while it was read"):
         storage.expect(everything(storage))
     hub.before, hub.folder = lambda number: None, folder
