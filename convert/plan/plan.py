@@ -15,7 +15,7 @@ from dsv4.convert.plan.recipes.recipe import piece_memory
 from dsv4.convert.plan.recipes.registry import from_bf16_of, recipe_of
 from dsv4.errors import InputError
 from dsv4.machine import collection_paused
-from dsv4.text import natural_order
+from dsv4.text import counted, natural_order
 
 from .classify import classify
 from .container import SAFETENSORS, Container
@@ -99,7 +99,7 @@ def _notes(weights: list[Weight], settings: Settings, config: dict[str, Any]) ->
     if wanted is not None and drafts:
         notes.append(f"{drafts} expert matrices of draft stages are neither FP4 nor FP8 and stay as they are")
     if returning:
-        notes.append(f"{len(returning)} BF16 weights are quantized as the release has them, if their values allow it")
+        notes.append(f"{counted(len(returning), 'BF16 weight')} to be quantized as in the release, where that is exact")
     if CONVERSIONS[settings.to].way_back:
         rounded = sum(w.info.released_dtype == "F8_E4M3" and w.info.dtype == "F32" for w in weights)
         if rounded:

@@ -3,7 +3,7 @@
 `config.json` may differ between the two sides only in keys that describe how weights are stored (`expert_dtype`,
 `quantization_config`, `torch_dtype`); every other key describes the model. The keys about storage are compared with
 the headers, not with a converter's choice. In the reference engine's layout `config.json` is the
-engine's own, and is compared with the source's `inference/config.json`.
+engine's own, and is compared with the source's `inference/config.json`, or key by key with config.json.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.convert.proof.forms import compressed_tensors, gguf, mlx, nvfp4
+from dsv4.convert.proof.forms import compressed_tensors, engine, gguf, mlx, nvfp4
 from dsv4.files import MAX_POINTER_BYTES, POINTER, PREFIX_BYTES, kind_of
 from dsv4.text import some_of
 
@@ -141,6 +141,12 @@ def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str,
     inner = [side.get("quantization_config") for side in (expected, found)]
     unquantized = None in inner or any(map(compressed_tensors.is_described, inner))
     expected, found = _flat(as_released(expected, found)), _flat(as_released(found, expected))
+    _compare_flat(output, expected, found, name, unquantized)
+
+
+def _compare_flat(
+    output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str, unquantized: bool
+) -> None:
     for key in sorted(expected.keys() | found.keys()):
         if key in _STORAGE_KEYS or (key in expected and key in found and expected[key] == found[key]):
             continue
@@ -153,16 +159,31 @@ def _compare_keys(output: Checkpoint, expected: dict[str, Any], found: dict[str,
         output.problem("config", f"{key} = {now} (source's {name}: {was})", severity)
 
 
+def _compare_with_engine(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
+    """Compare two configs of which one is the reference engine's, by the keys that both can say."""
+    if output.layout == "mp":
+        found = engine.as_released(found)
+        expected = _flat(as_released(expected, found))
+    else:
+        expected = engine.as_released(expected)
+        found = _flat(as_released(found, expected))
+    expected, found = ({key: side[key] for key in engine.KEYS.values() if key in side} for side in (expected, found))
+    _compare_flat(output, expected, found, name, unquantized=False)
+
+
 def _has_config(checkpoint: Checkpoint) -> bool:
     return "config.json" in checkpoint.files.sizes()
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint) -> None:
     """Every key that describes the model must be equal on both sides."""
-    name = "inference/config.json" if output.layout == "mp" and source.layout != "mp" else "config.json"
+    of_engine = "inference/config.json"
+    has_its_own = output.layout == "mp" and source.layout != "mp" and of_engine in source.files.sizes()
+    name = of_engine if has_its_own else "config.json"
     expected, found = read_config(source, name), read_config(output)
     if expected is not None and found is not None:
-        _compare_keys(output, expected, found, name)
+        is_translated = (source.layout == "mp") != (output.layout == "mp") and not has_its_own
+        (_compare_with_engine if is_translated else _compare_keys)(output, expected, found, name)
     elif expected is not None and output.layout not in ("mp", gguf.LAYOUT) and not _has_config(output):
         output.problem("config", "config.json is missing")
     for side in (source, output):

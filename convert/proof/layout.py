@@ -23,7 +23,7 @@ from typing import Any
 
 from dsv4.convert.proof.forms import mlx
 from dsv4.errors import InputError
-from dsv4.text import some_of
+from dsv4.text import counted, some_of
 
 from .files import INDEX_NAME, Entry, Files, Problem, Severity, Shard, read_shard, refuse_other_weights, shard_names
 from .index import Ignored, Index, follow, read_index
@@ -160,7 +160,9 @@ def _follow_index(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]
             reason = "is not there" if shard is None else "cannot be read"
             checkpoint.unreadable[canonical(tensor)] = f"{shard_name} {reason}"
     if moved := [name for name in moved if canonical(name) not in checkpoint.unreadable]:
-        checkpoint.problem("index", f"places {len(moved)} tensors in another shard than holds them: {_some(moved)}")
+        checkpoint.problem(
+            "index", f"places {counted(len(moved), 'tensor')} in another shard than holds them: {_some(moved)}"
+        )
 
 
 def _note_metadata(checkpoint: Checkpoint, index: Index, shards: dict[str, Shard]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv4.convert.proof.audit.odds import Audit
 from dsv4.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_INPUT, EXIT_SAMPLE
+from dsv4.text import counted
 
 from .files import Problem
 from .plan import ComparedTensor, coarse_block
@@ -276,12 +277,16 @@ class Verification:
         return "SOUND", f"{checked} agree" + ("; no DeepSeek-V4: shapes were not checked" if self.is_foreign else "")
 
     def _what_differs(self) -> Iterator[str]:
-        for status, words in (("*", "differ"), ("-", "are missing"), ("+", "are extra")):
+        for status, words, alone in (
+            ("*", "differ", "differs"),
+            ("-", "are missing", "is missing"),
+            ("+", "are extra", "is extra"),
+        ):
             found = [result for result in self.results if result.status == status]
             scales = sum(result.compared is None for result in found)
             of_scales = f" ({scales} of them scales)" if scales else ""
             if found or status == "*":
-                yield f"{len(found)} tensors {words}{of_scales}"
+                yield f"{counted(len(found), 'tensor')} {words if len(found) != 1 else alone}{of_scales}"
         if self._wrong:
             yield f"{_problems(self._wrong)} beside the values"
 

@@ -23,6 +23,11 @@ def human_count(number: int) -> str:
     return str(number)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `2,345 tensors`: a number and what is counted, in the singular or plural."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def human_seconds(seconds: float) -> str:
     """`75` -> `1:15`, `5025` -> `1:23:45`; under ten seconds one decimal: `3.2 s`."""
     if seconds < 10:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from damaged_folders import make_folders
-from mixed_scales import mix_scales
 from tiny import RAGGED, TINY, flipped
 
 from dsv4 import cli
@@ -224,15 +223,51 @@ def test_an_occupied_output_says_what_made_it(root: Path, tmp_path: Path, capfd:
     assert "made from another checkpoint, whose config.json is not this one's" in error and "sha256" not in error
 
 
-@pytest.mark.parametrize("choice", ["keep", "round"])
+RANKS = ("--layout", "mp", "--model-parallel", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "code"),
+    [
+        (("--on-inexact", "keep"), "config.json is at fault (ends with 1)", 1),
+        (("--on-inexact", "round"), "list what is not exact (ends with 1)", 1),
+        (("--on-inexact", "keep", *RANKS), "next", 0),  # the reference engine's config names no format
+    ],
+)
 @pytest.mark.fast_cases(1)
-def test_no_proof_is_offered_where_it_must_fail(choice: str, tmp_path: Path, capfd: Capture) -> None:
-    source = make_checkpoint(tmp_path / "c", geometry=TINY, tokenizer=False)
-    mix_scales(source)
-    assert cli.run(["convert", str(source), str(tmp_path / "o"), "--on-inexact", choice]) == 0
-    error = capfd.readouterr().err
-    assert "next: dsv4" not in error and "list what is not exact (ends with 1): dsv4 verify" in error
-    assert cli.run(["verify", str(source), str(tmp_path / "o")]) == 1
+def test_no_proof_is_offered_where_it_must_fail(
+    options: tuple[str, ...], words: str, code: int, root: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    assert cli.run(["convert", str(root / "mixed"), str(tmp_path / "o"), *options]) == 0
+    step = capfd.readouterr().err.splitlines()[-1]
+    assert step.startswith(words) or f", {words}: dsv4" in step
+    assert ("next: dsv4" in step) == (code == 0)
+    assert cli.run(shlex.split(step.partition("dsv4 ")[2])) == code
+
+
+def test_a_choice_is_offered_only_where_it_exists(root: Path, tmp_path: Path, capfd: Capture) -> None:
+    """A form of another tool has no place for a tensor in another format."""
+    assert cli.run(["convert", str(root / "mixed"), str(tmp_path / "o")]) == 3
+    assert "--on-inexact keep" in capfd.readouterr().err
+    arguments = ["convert", str(root / "mixed"), str(tmp_path / "o"), "--to", "nvfp4", "--input-scale", "1.0"]
+    assert cli.run(arguments) == 3
+    said = capfd.readouterr().err
+    assert "--on-inexact round" in said and "keep" not in said
+    assert cli.run([*arguments, "--on-inexact", "keep"]) == 2
+
+
+def test_steps_from_rank_files_and_without_a_tokenizer(root: Path, tmp_path: Path, capfd: Capture) -> None:
+    """To rank files and back, and each printed step as it stands."""
+    ranks, back = str(tmp_path / "ranks"), str(tmp_path / "back")
+    assert cli.run(["convert", str(root / "no-tokenizer"), ranks, *RANKS]) == 0
+    assert cli.run(["convert", ranks, back]) == 0
+    said = capfd.readouterr().err
+    assert "note: no routed expert is FP4" in said and "warning" not in said
+    for _ in range(2):  # the proof, and after it a run
+        step = said.splitlines()[-1]
+        assert step.startswith("next: dsv4 "), said
+        assert cli.run(shlex.split(step.partition("dsv4 ")[2])) == 0
+        said = capfd.readouterr().err
 
 
 def test_a_dry_run_says_how_much_disk_is_missing(

@@ -37,6 +37,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.convert.plan.shards import OutputShard, fill_shards
 from dsv4.errors import InputError
 from dsv4.quant.blocks import GROUP_SIZE
+from dsv4.text import counted
 
 from .copy import kept
 from .recipe import Array, Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, with_error
@@ -101,10 +102,9 @@ class _Codes(_OfMatrix):
         """The span of the exponents, and the number of elements that change."""
         some = [_exponents(checkpoint, w)[~_is_zero(checkpoint, w)] for w in self.members]
         span = max(int(e.max()) for e in some if e.size) - min(int(e.min()) for e in some if e.size)
-        names = " and ".join(weight.name for weight in self.members)
-        return (
-            f"scale exponents of {names} span {span}, NVFP4 has room for {SPAN}: {scan.counts.changed} elements change"
-        )
+        others = [weight.name for weight in self.members if weight.name != tensor.weight.name]
+        shared = f"scale exponents, with those of {others[0]}," if others else "scale exponents"
+        return f"{shared} span {span}, NVFP4 has room for {SPAN}: {counted(scan.counts.changed, 'element')} changed"
 
     def _rounded(self, checkpoint: Checkpoint, piece: Piece) -> PieceResult:
         """Groups below the smallest scale get that, and the nearest codes."""

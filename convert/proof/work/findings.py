@@ -10,7 +10,7 @@ from dsv4.convert.proof.schedule import Share
 from dsv4.convert.proof.tally import Statistics, Tally
 from dsv4.errors import Interrupted
 from dsv4.progress import Reached
-from dsv4.text import human_bytes
+from dsv4.text import counted, human_bytes
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Findings:
     def so_far(self, error: Interrupted) -> Interrupted:
         """The interruption, with a message about the share of the work that was done and the differences found."""
         differing = sum(bool(tally.different or tally.copies_differ) for tally in self.tallies)
-        found = f"{differing} tensors differ so far" if differing else "no difference so far"
+        found = f"differences in {counted(differing, 'tensor')} so far" if differing else "no difference so far"
         percent = 100 * self.read // max(self.total, 1)
         when = f"after {percent}% of {human_bytes(self.total)}: {found}" if self.total else "before any tensor was read"
         again = "continues with what is left" if self.is_kept else "starts from the beginning"

@@ -28,7 +28,7 @@ from dsv4.convert.proof.tally import Tally
 from dsv4.convert.proof.whole_files import WholeFile, bytes_to_read, file_of, plan_files
 from dsv4.machine import usable_cores
 from dsv4.progress import Reached
-from dsv4.text import some_of
+from dsv4.text import counted, some_of
 
 from .findings import Findings
 from .order import Run, Shards, plan_runs
@@ -176,12 +176,12 @@ def _check_files(source: Checkpoint | None, output: Checkpoint) -> None:
             check_side_files(side)
             if absent := absent_and_needed(side, alone=source is None):
                 names = some_of(absent, NAMES_SHOWN)
-                side.problem("index", f"lists {len(absent)} tensors that no shard holds: {names}")
+                side.problem("index", f"lists {counted(len(absent), 'tensor')} that no shard holds: {names}")
     if source is None:
         check_needed_keys(output)
     if source is None and (unlisted := output.ignored.not_listed):  # no other side says that it is not needed
         names = some_of(unlisted, NAMES_SHOWN)
-        output.problem("index", f"does not list {len(unlisted)} tensors that its shards hold: {names}")
+        output.problem("index", f"does not list {counted(len(unlisted), 'tensor')} that its shards hold: {names}")
 
 
 def _plan(findings: Findings, sample: Sample | None) -> list[Piece]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import OutputTensor, Piece, Scan, join_scans, split
-from dsv4.convert.plan.settings import Settings
+from dsv4.convert.plan.settings import CONVERSIONS, Settings
 from dsv4.convert.plan.shards import OutputShard
 from dsv4.errors import InputError
 from dsv4.progress import Progress
+from dsv4.text import counted
 
 from .workers import Workers
 
@@ -90,15 +91,21 @@ def _scan_tensors(
 
 
 def _refuse(
-    checkpoint: Checkpoint, shard: OutputShard, inexact: list[Scanned], workers: Workers, progress: Progress
+    checkpoint: Checkpoint,
+    shard: OutputShard,
+    settings: Settings,
+    inexact: list[Scanned],
+    workers: Workers,
+    progress: Progress,
 ) -> None:
     def describe(scanned: Scanned) -> str:
         tensor, scan = scanned
         return f"{tensor.name}: {tensor.recipe.describe_inexact(checkpoint, tensor, scan)}"
 
+    or_keep = "" if CONVERSIONS[settings.to].has_own_form else " --on-inexact keep leaves them as they are."
     raise InputError(
-        f"{len(inexact)} tensors of {shard.file} have no exact form:",
-        "--on-inexact keep leaves these tensors as they are; --on-inexact round rounds them and says so.",
+        f"{shard.file}: no exact form for {counted(len(inexact), 'tensor')}:",
+        "--on-inexact round rounds these tensors and reports how many elements changed." + or_keep,
         [words for _, words in workers.map(describe, inexact, progress)],
     )
 
@@ -130,7 +137,7 @@ def scan_shard(
         if not scan.is_exact:
             inexact.append((tensor, scan))
     if inexact and settings.on_inexact == "error":
-        _refuse(checkpoint, shard, inexact, workers, progress)
+        _refuse(checkpoint, shard, settings, inexact, workers, progress)
     if inexact and settings.on_inexact == "keep":
         shard = shard.keeping({tensor.weight.name for tensor, _ in inexact}, settings.layout)
     return ScannedShard(shard, scans)

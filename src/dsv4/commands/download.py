@@ -12,7 +12,7 @@ import typer
 from dsv4 import output, signals
 from dsv4.errors import Interrupted, UsageError
 from dsv4.options import CacheDir, Json, Quiet, Revision, Token, Verbose, as_folder, command, example, named
-from dsv4.text import human_bytes
+from dsv4.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from dsv4.convert.hub.download import DownloadPlan, DownloadResult, Fallback
@@ -85,7 +85,7 @@ def _show_plan(out: output.Output, plan: "DownloadPlan", dry_run: bool) -> None:
     present = len(plan.files) - len(plan.missing)
     say = out.text if dry_run else out.say
     say(f"{plan.snapshot.source} at commit {plan.snapshot.commit}")
-    say(f"  {len(plan.files)} files, {human_bytes(plan.bytes)}, into {plan.root}")
+    say(f"  {counted(len(plan.files), 'file')}, {human_bytes(plan.bytes)}, into {plan.root}")
     say(f"  {present} already there, {human_bytes(plan.missing_bytes)} to fetch")
     say(f"  {human_bytes(plan.free)} free on that disk")
 
@@ -116,7 +116,8 @@ def _fetch(
 
 
 def _show_result(out: output.Output, plan: "DownloadPlan", result: "DownloadResult", other: "Fallback | None") -> None:
-    out.say(f"{len(result.fetched)} files fetched, {len(result.kept)} kept; every size and hash is as the hub lists.")
+    fetched = counted(len(result.fetched), "file")
+    out.say(f"{fetched} fetched, {len(result.kept)} kept; every size and hash is as the hub lists.")
     if result.from_fallback and other is not None:
         out.say(f"{len(result.from_fallback)} of them came from {other.source}.")
     out.text(str(plan.root))

@@ -57,10 +57,12 @@ def _write_report(report: Path, found: dict[str, Any], out: output.Output) -> No
     out.say(f"wrote {report}")
 
 
+RUNNABLE = ("model.safetensors.index.json", "model.safetensors", "model0-mp*.safetensors", "model*.gguf")
+
+
 def _runs(folder: Path) -> bool:
-    """Is this a folder that `dsv4 run` takes, rather than rank files or a repository?"""
-    names = ("model.safetensors.index.json", "model.safetensors")
-    return any((folder / name).is_file() for name in names) or any(folder.glob("model*.gguf"))
+    """Is this a folder that `dsv4 run` takes, rather than a repository?"""
+    return any(any(folder.glob(name)) for name in RUNNABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,8 @@ def _suggest(out: output.Output, result: "Verification", options: VerifyOptions)
         return out.hint(f"next: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
     if not _runs(Path(options.source)) or result.is_foreign:
         return
-    words = ["dsv4", "run", options.source, "-p", "Hello"]
+    prompt = ["-p", "Hello"] if (Path(options.source) / "tokenizer.json").is_file() else ["--tokens", "0,17,4"]
+    words = ["dsv4", "run", options.source, *prompt]
     if options.converted is None:
         out.hint(f"next: {shlex.join(words)}")
     elif _runs(Path(options.converted)):

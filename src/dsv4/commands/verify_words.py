@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import output
-from dsv4.text import aligned, human_bytes, human_seconds, some_of
+from dsv4.text import aligned, counted, human_bytes, human_seconds, some_of
 
 if TYPE_CHECKING:
     from dsv4.convert.proof.result import Verification
@@ -130,7 +130,7 @@ def _fetch_words(fetch: "Fetch") -> str:
     if fetch.ranges:
         return f"{size} in {fetch.ranges:,} range requests"
     again = f", {fetch.again} of them a second time" if fetch.again else ""
-    return f"{size} in {fetch.shards} shards{again}, at most {human_bytes(fetch.disk_bytes)} on disk"
+    return f"{size} in {counted(fetch.shards, 'shard')}{again}, at most {human_bytes(fetch.disk_bytes)} on disk"
 
 
 def print_kept(out: output.Output, proved: int, files: int) -> None:
@@ -145,7 +145,10 @@ def print_fetches(out: output.Output, fetched: "list[Fetch]") -> None:
 
 
 def _preview_rows(preview: "Preview") -> list[list[str]]:
-    rows = [[side, one.label, f"{human_bytes(one.size)} in {one.shards} shards"] for side, one in preview.sides.items()]
+    rows = [
+        [side, one.label, f"{human_bytes(one.size)} in {counted(one.shards, 'shard')}"]
+        for side, one in preview.sides.items()
+    ]
     audit = preview.known.audit
     what = audit.described if audit else f"{preview.tensors:,} tensors"
     rows.append(["compare", what, human_bytes(preview.read_bytes)])

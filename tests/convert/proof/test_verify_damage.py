@@ -241,7 +241,7 @@ def test_a_dropped_tensor_that_the_index_lists(output: Output) -> None:
     assert (result.exit_code, named(result, "-")) == (1, {"embed.weight"})
     assert result.ignored == {"output": {"absent": ["embed.weight"]}} and texts(result) == ""
     alone = verify(folder)
-    assert alone.exit_code == 1 and "index: lists 1 tensors that no shard holds: embed.weight" in texts(alone)
+    assert alone.exit_code == 1 and "index: lists 1 tensor that no shard holds: embed.weight" in texts(alone)
 
 
 def test_an_extra_tensor(output: Output) -> None:
@@ -512,7 +512,7 @@ def test_side_files(output: Output, name: str, gone: bool) -> None:
 @pytest.mark.parametrize(
     ("edit", "complaint"),
     [
-        (lambda i: i["weight_map"].update({"embed.weight": SHARDS[1]}), "places 1 tensors in another shard"),
+        (lambda i: i["weight_map"].update({"embed.weight": SHARDS[1]}), "places 1 tensor in another shard"),
         (lambda i: i["weight_map"].update({"x": "../x.safetensors"}), "names the shard ../x.safetensors"),
     ],
 )

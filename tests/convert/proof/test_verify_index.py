@@ -154,7 +154,7 @@ def test_a_scale_that_a_quantized_weight_needs(folders: dict[str, Path]) -> None
         del tensors["layers.1.attn.wq_a.scale"]
         write_file(folder / SHARDS[1], tensors)
     result = compare(folders)
-    text = "lists 1 tensors that no shard holds: layers.1.attn.wq_a.scale"
+    text = "lists 1 tensor that no shard holds: layers.1.attn.wq_a.scale"
     assert result.exit_code == 1 and faults(result) == [text, text]
 
 

@@ -4,11 +4,11 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import output
-from dsv4.convert.checkpoint.names import draft_stages
+from dsv4.convert.checkpoint.names import draft_stages, is_routed_expert
 from dsv4.convert.plan.engines import Stored, caveats_of
 from dsv4.convert.plan.settings import CONVERSIONS, Settings
 from dsv4.machine import peak_memory
-from dsv4.text import aligned, human_bytes, human_seconds
+from dsv4.text import aligned, counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint
@@ -51,9 +51,9 @@ def print_plan(out: output.Output, job: "Job", work: "Work", free: int, remote: 
         *([("part", str(part["part"]), f"of {part['parts']}: the rows below are of this part alone")] if part else []),
         ("source", human_bytes(plan.source_bytes), f"{plan.source_bytes:,} bytes"),
         ("output", human_bytes(plan.output_bytes), f"{plan.output_bytes:,} bytes"),
-        ("shards", str(len(plan.shards)), f"{plan.tensors:,} tensors"),
+        ("shards", str(len(plan.shards)), counted(plan.tensors, "tensor")),
         ("free disk", human_bytes(free), "enough" if free > needed else f"{human_bytes(needed - free)} short"),
-        ("peak memory", human_bytes(resources.peak_memory_bytes), f"{resources.workers} workers"),
+        ("peak memory", human_bytes(resources.peak_memory_bytes), counted(resources.workers, "worker")),
         _time_row(seconds, rates),
         *_remote_rows(remote),
     ]
@@ -62,7 +62,7 @@ def print_plan(out: output.Output, job: "Job", work: "Work", free: int, remote: 
     for shard in plan.shards:
         out.detail(f"{shard.file}  {human_bytes(shard.size)}  {len(shard.tensors)} tensors")
     for note in plan.notes:
-        out.warn(note)
+        out.say(f"note: {note}")
     out.result(
         {
             "dry_run": True,
@@ -86,14 +86,14 @@ def print_plan(out: output.Output, job: "Job", work: "Work", free: int, remote: 
 
 def _verdict(summary: dict[str, int], kept: list[str], settings: Settings) -> str:
     if kept:
-        return f"{len(kept)} tensors have no exact form and were kept as they are"
+        return f"no exact form for {counted(len(kept), 'tensor')}: kept as in the source (--on-inexact keep)"
     if summary["inexact_blocks"] or summary["changed_elements"]:
         asked = "--on-inexact round" if settings.dense == "bf16" else f"--dense {settings.dense}"
         return f"NOT exact: {summary['changed_elements']:,} elements were rounded ({asked})"
     if summary["blocks"] and settings.to == "fp8":
-        return f"every block exact: {summary['blocks']:,} blocks, scales span at most 2^{summary['max_span']}"
+        return f"every block exact: {counted(summary['blocks'], 'block')}, scales span at most 2^{summary['max_span']}"
     if summary["blocks"]:
-        return f"every block exact: {summary['blocks']:,} blocks"
+        return f"every block exact: {counted(summary['blocks'], 'block')}"
     return "every value exact"
 
 
@@ -102,16 +102,16 @@ def _warn_of_mixture(out: output.Output, result: "Result") -> None:
     settings, count = result.plan.settings, len(result.kept_tensors)
     if not count or CONVERSIONS[settings.to].keeps_codes:
         return
-    out.warn(f"{count} tensors kept their format among {settings.to.upper()} ones: no config.json can describe that")
-    out.warn("engines decide once for all experts: they will refuse this output or compute something else with it")
-    out.warn("dsv4 verify will find all values equal, and the config at fault where it names a format (exit code 1)")
-    out.say(f"dsv4 run reads it as it is; for an engine convert again, with {CONVERSIONS[settings.to].instead}")
+    kept = counted(count, "tensor")
+    out.warn(f"{kept} kept the source's format among {settings.to.upper()} ones: no config.json can describe that")
+    out.warn("engines expect one format: they will refuse this output or compute something else with it")
+    out.say(f"dsv4 run reads this mix; for an engine convert again with {CONVERSIONS[settings.to].instead}")
 
 
 def _warn(out: output.Output, result: "Result", caveats: tuple[str, ...]) -> None:
     summary = result.summary
     if summary["moved_blocks"]:
-        out.say(f"{summary['moved_blocks']:,} blocks needed another scale than the reference converter's")
+        out.say(f"{counted(summary['moved_blocks'], 'block')} needed another scale than the reference converter's")
     if summary["nan_codes"]:
         out.warn(f"{summary['nan_codes']:,} E4M3 NaN codes were copied: the source holds them")
     for name in result.kept_tensors[:10]:
@@ -119,17 +119,23 @@ def _warn(out: output.Output, result: "Result", caveats: tuple[str, ...]) -> Non
     if len(result.kept_tensors) > 10:
         out.warn(f"kept: and {len(result.kept_tensors) - 10} more, which --json and dsv4.json name")
     _warn_of_mixture(out, result)
-    for note in (*result.plan.notes, *result.notes):
-        out.warn(note)
-    for caveat in caveats:
-        out.say(f"note: {caveat}")
+    for warning in result.notes:
+        out.warn(warning)
+    for note in (*result.plan.notes, *caveats):
+        out.say(f"note: {note}")
 
 
 def _next_step(result: "Result", source: str) -> str:
-    """The command that proves the output; of one that is not exact, the command that lists what differs."""
-    summary = result.summary
-    is_proof = not result.kept_tensors and not summary.get("inexact_blocks") and not summary.get("changed_elements")
-    words = "next" if is_proof else "list what is not exact (ends with 1)"
+    """The command that proves the output; of one that is not exact, the command that lists what differs.
+
+    Of experts in two formats all values are equal, and the proof finds fault with `expert_dtype` in config.json, which
+    the reference engine's config does not have.
+    """
+    mixes_experts = result.plan.settings.layout == "hf" and any(map(is_routed_expert, result.kept_tensors))
+    if not result.is_exact:
+        words = "list what is not exact (ends with 1)"
+    else:
+        words = "values are equal, config.json is at fault (ends with 1)" if mixes_experts else "next"
     return f"{words}: {shlex.join(['dsv4', 'verify', source, str(result.output)])}"
 
 
@@ -140,11 +146,11 @@ def print_result(out: output.Output, result: "Result", source: str, caveats: tup
         out.say(f"nothing to do: {result.output} is complete and from this source")
         out.hint(next_step)
         return
-    seconds = max(result.seconds, 1e-9)
+    seconds, shards = max(result.seconds, 1e-9), counted(len(result.plan.shards), "shard")
     rate = human_bytes(result.output_bytes / seconds)
     out.say(
-        f"{human_bytes(result.plan.source_bytes)} -> {human_bytes(result.output_bytes)} in {len(result.plan.shards)} "
-        f"shards, {human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak_memory())}"
+        f"{human_bytes(result.plan.source_bytes)} -> {human_bytes(result.output_bytes)} in {shards}, "
+        f"{human_seconds(seconds)}, {rate}/s, peak memory {human_bytes(peak_memory())}"
     )
     if result.shards_reused:
         out.say(f"{result.shards_reused} shards were there already and are whole")
@@ -157,7 +163,7 @@ def print_part(out: output.Output, result: "Result", part: "Part") -> None:
     """The closing lines of one part of a conversion."""
     out.say(
         f"part {part.index + 1} of {part.count}: {result.shards_written} shards written, {result.shards_reused} were "
-        f"there, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
+        f"there already, {human_bytes(result.output_bytes)} in {human_seconds(result.seconds)}"
     )
     out.hint("when every part is done: the same command with --finish instead of --part")
     out.result({**result.to_json(), "peak_memory_bytes": peak_memory(), "part": part.index + 1, "parts": part.count})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dsv4.errors import EXIT_DONE
 from dsv4.machine import peak_memory
 from dsv4.output import Output
-from dsv4.text import human_bytes, human_seconds
+from dsv4.text import counted, human_bytes, human_seconds
 
 from .options import RunOptions
 from .prompts import Dialogue, Prompt
@@ -110,8 +110,8 @@ def say_statistics(out: Output, statistics: "Statistics", draft: bool) -> None:
     prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
     decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
     out.say(
-        f"prefill {statistics.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
-        f"decode {statistics.decoded_tokens} tokens, {decode:.1f} tokens/s"
+        f"prefill {counted(statistics.prompt_tokens, 'token')}, {prefill:.1f} tokens/s; "
+        f"decode {counted(statistics.decoded_tokens, 'token')}, {decode:.1f} tokens/s"
     )
     first = seconds_text(statistics.first_token_seconds)
     out.say(f"first token after {first}, peak memory {human_bytes(peak_memory())}")
