@@ -20,12 +20,11 @@ class StageAttention:
 
     def keys(self, main_x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """main_x [T, D] of positions int64 [T] -> [T, c], what drafts see of these positions."""
-        return self._parts.keys(self._parts.quantize(main_x), positions)
+        return self._parts.keys(main_x, positions)
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, before: Sequence[torch.Tensor]) -> torch.Tensor:
         """x [k * B, D], the blocks of k drafts, and the earlier keys [n, c] of each -> [k * B, D]."""
-        quantized = self._parts.quantize(x)
-        _, q, own = self._parts.queries_and_keys(quantized, positions)
+        _, q, own = self._parts.queries_and_keys(x, positions)
         blocks = zip(before, q.chunk(len(before)), own.chunk(len(before)), strict=True)
         return self._parts.project(torch.cat([self._block(*each) for each in blocks]), positions)
 

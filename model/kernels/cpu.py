@@ -27,7 +27,7 @@ from dsv4.quant.activation import FP4_GROUP
 from . import reference
 from . import reference_small as small
 from .deterministic import ELEMENTS_PER_STEP
-from .reference import Experts, Product
+from .reference import Experts, Product, QueryWeights
 
 VARIABLE = "DSV4_KERNELS"
 BEST = "native"  # value of the variable: the best form that this processor has
@@ -91,6 +91,8 @@ _OPERATIONS = {
     "dsv4_gate": "ppipppllffpi",
     "dsv4_hc_mixes": "ppippppplllffpi",
     "dsv4_token_experts": "ppppplllfipi",
+    "dsv4_queries": "ppppppppppplllllfiipi",
+    "dsv4_project": "ppppppllllllipi",
 }
 # The same of those that return an int64: what C alone knows about scratch (bytes), limits and codes of formats.
 _SIZES = {
@@ -102,6 +104,8 @@ _SIZES = {
     "dsv4_gate_scratch": "pilli",
     "dsv4_hc_mixes_scratch": "pili",
     "dsv4_token_experts_scratch": "plii",
+    "dsv4_queries_scratch": "pppili",
+    "dsv4_project_scratch": "pplili",
     "dsv4_most_streams": "",
     **{f"dsv4_{name}": "" for name in FORMATS},
 }
@@ -574,5 +578,50 @@ def token_experts(
         x.data_ptr(), addresses, chosen.data_ptr(), shares.data_ptr(), result.data_ptr(), count,
         len(experts.matrices) - 1, group, limit, is_bf16,
         _scratch(loaded.dsv4_token_experts_scratch(addresses, count, is_bf16, threads)), threads,
+    )  # fmt: skip
+    return result
+
+
+def queries_and_keys(
+    x: torch.Tensor, weights: QueryWeights, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """`WindowAttention.queries_and_keys` in one call; None for matrices whose rows are no whole steps.
+
+    x [T, D]; cos, sin float32 [T, r / 2] -> [T, q_lora_rank], [T, H, c], [T, c].
+    """
+    matrices, loaded = [_describe(matrix) for matrix in (weights.wq_a, weights.wkv, weights.wq_b)], _loaded()
+    if not all(one.whole_steps for one in matrices):
+        return None
+    x, cos, sin, is_bf16, rows = x.contiguous(), cos.contiguous(), sin.contiguous(), _is_bfloat16(x), len(x)
+    (rank, _), (c, _), (wide, _) = (matrix.shape for matrix in (weights.wq_a, weights.wkv, weights.wq_b))
+    qr, q, kv = x.new_empty(rows, rank), x.new_empty(rows, wide // c, c), x.new_empty(rows, c)
+    threads, addresses = _threads(rows * wide * rank), [one.address for one in matrices]
+    loaded.dsv4_queries(
+        x.data_ptr(), *addresses, weights.q_norm.data_ptr(), weights.kv_norm.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        qr.data_ptr(), q.data_ptr(), kv.data_ptr(), rows, cos.shape[1], weights.group, weights.quantized,
+        weights.key_group, weights.eps, weights.norm_heads, is_bf16,
+        _scratch(loaded.dsv4_queries_scratch(*addresses, is_bf16, rows, threads)), threads,
+    )  # fmt: skip
+    return qr, q, kv
+
+
+def project(
+    output: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wo_a: Matrix, wo_b: Matrix, groups: int, group: int
+) -> torch.Tensor | None:
+    """`WindowAttention.project` in one call; None for matrices whose rows are no whole steps.
+
+    output [T, H, c], overwritten; cos, sin float32 [T, r / 2] of the rotation back -> [T, D].
+    """
+    first, last, loaded = _describe(wo_a), _describe(wo_b), _loaded()
+    if not (first.whole_steps and last.whole_steps):
+        return None
+    output, cos, sin, is_bf16, (rows, heads, c) = (
+        output.contiguous(), cos.contiguous(), sin.contiguous(), _is_bfloat16(output), output.shape,
+    )  # fmt: skip
+    result, threads = output.new_empty(rows, wo_b.shape[0]), _threads(rows * wo_b.shape[0] * wo_b.shape[1])
+    loaded.dsv4_project(
+        output.data_ptr(), cos.data_ptr(), sin.data_ptr(), first.address, last.address, result.data_ptr(), rows, heads,
+        c, cos.shape[1], groups, group, is_bf16,
+        _scratch(loaded.dsv4_project_scratch(first.address, last.address, groups, is_bf16, rows, threads)), threads,
     )  # fmt: skip
     return result

@@ -66,6 +66,21 @@ class Experts:
     kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
+class QueryWeights(NamedTuple):
+    """What queries and keys are made with, see layers/attention.py; norms float32."""
+
+    wq_a: Matrix
+    wkv: Matrix
+    wq_b: Matrix
+    q_norm: torch.Tensor
+    kv_norm: torch.Tensor
+    eps: float
+    norm_heads: bool
+    group: int  # of FP8 inputs, 0 without simulated quantization
+    quantized: int  # the first numbers of a key, which are simulated as FP8
+    key_group: int  # of these
+
+
 def _attend(
     q: torch.Tensor, keys: torch.Tensor, masked: torch.Tensor, sink: torch.Tensor, scale: float, rounded: bool
 ) -> torch.Tensor:

@@ -35,6 +35,9 @@ class KernelTable:
     gate_at_once: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
     mixes_at_once: Callable[..., Tensors | None] | None = None
     experts_at_once: Callable[..., torch.Tensor | None] | None = None
+    # The same for what layers/attention.py does in single operations where a matrix may be read from the files.
+    queries_at_once: Callable[..., Tensors | None] | None = None
+    project_at_once: Callable[..., torch.Tensor | None] | None = None
     sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
     simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
@@ -145,6 +148,8 @@ CPU = KernelTable(
     gate_at_once=cpu.gate,
     mixes_at_once=cpu.hc_mixes,
     experts_at_once=cpu.token_experts,
+    queries_at_once=cpu.queries_and_keys,
+    project_at_once=cpu.project,
     simulate_index=cpu.simulate_index,
     sqrtsoftplus=cpu.sqrtsoftplus,
     pool=cpu.pool,

@@ -8,16 +8,17 @@ Tensor parallelism splits o_groups with their heads (wq_b, sink, wo_a), indexer 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 
 from dsv4.model.cache import LayerCache
 from dsv4.model.config import OVERLAP_RATIO, Config
-from dsv4.model.kernels.reference import Product
+from dsv4.model.kernels.reference import Product, QueryWeights
 from dsv4.model.weight_store import WeightView
 
-from .compressor import Compressor, simulate_key
+from .compressor import KEY_GROUP, Compressor
 from .indexer import Indexer
 from .numerics import Numerics
 from .rotary import Rotary
@@ -66,42 +67,74 @@ def joined(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 class WindowAttention:
-    """The parts of an attention sublayer that all architectures have. Their own are the two forms at the end."""
+    """The parts of an attention sublayer that all architectures have.
+
+    Their own are whether each head of a query is normed, and how many numbers of a key, the first ones, are quantized,
+    in groups of how many.
+    """
+
+    norm_heads: ClassVar[bool]
+    key_group: ClassVar[int]
 
     def __init__(self, config: Config, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
         self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
 
-    def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """The input [T, D] as `queries_and_keys` and `keys` take it."""
-        return self._numerics.quantize(x)
+    def _quantized_dims(self) -> int:
+        """Numbers of a key, the first ones, that the cache holds quantized."""
+        raise NotImplementedError
+
+    def _quantized_key(self) -> tuple[int, int]:
+        """The same where quantization is simulated, else 0, and the FP8 group of these numbers."""
+        return self._quantized_dims() if self._numerics.simulation else 0, self.key_group
 
     def queries_and_keys(
         self, x: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantized x [T, D] -> low-rank query [T, q_lora_rank], rotated queries [T, H, c], rotated keys [T, c].
+        """x [T, D] -> low-rank query [T, q_lora_rank], rotated queries [T, H, c], rotated keys [T, c].
 
         Keys are as the cache holds them.
         """
+        at_once = self._numerics.kernels.queries_at_once
+        if at_once is not None and self._weights.keep_everything:
+            cos, sin, _ = self._rotary.both_ways(positions)
+            found = at_once(x, self._query_weights, cos, sin)
+            if found is not None:
+                return found
+        x = self._numerics.quantize(x)
         products = [Product(x, self._weights.matrix(name)) for name in ("wq_a.weight", "wkv.weight")]
         low, kv = (x.new_empty(len(x), product.matrix.shape[0]) for product in products)
         self._numerics.kernels.linears_into(products, [low, kv])
         return *self._queries(low, positions), self._keys(kv, positions)
 
+    @cached_property
+    def _query_weights(self) -> QueryWeights:
+        """Where all of them stay in memory."""
+        matrix, vector, (quantized, key_group) = self._weights.matrix, self._weights.vector, self._quantized_key()
+        return QueryWeights(
+            matrix("wq_a.weight"), matrix("wkv.weight"), matrix("wq_b.weight"), vector("q_norm.weight"),
+            vector("kv_norm.weight"), self._config.rms_norm_eps, self.norm_heads, self._numerics.input_group,
+            quantized, key_group,
+        )  # fmt: skip
+
     def keys(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Quantized x [T, D] -> rotated keys [T, c], as the cache holds them."""
-        return self._keys(self._numerics.product(x, self._weights.matrix("wkv.weight")), positions)
+        """x [T, D] -> rotated keys [T, c], as the cache holds them."""
+        return self._keys(self._numerics.quantized_linear(x, self._weights.matrix("wkv.weight")), positions)
 
     def _queries(self, low: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The product with wq_a [T, q_lora_rank] -> the same normed, and the rotated queries [T, H, c]."""
         config, numerics = self._config, self._numerics
         qr = numerics.kernels.rms_norm(low, self._weights.vector("q_norm.weight"), config.rms_norm_eps)
         q = numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight"))
-        return qr, self._rotary.rotate(self._normed(torch.unflatten(q, -1, (-1, config.head_dim))), positions)
+        q = torch.unflatten(q, -1, (-1, config.head_dim))
+        q = numerics.kernels.head_norm(q, config.rms_norm_eps) if self.norm_heads else q
+        return qr, self._rotary.rotate(q, positions)
 
     def _keys(self, kv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The product with wkv [T, c] -> rotated keys [T, c]."""
-        kv = self._numerics.kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), self._config.rms_norm_eps)
-        return self._stored(self._rotary.rotate(kv, positions))
+        kernels, (quantized, group) = self._numerics.kernels, self._quantized_key()
+        kv = kernels.rms_norm(kv, self._weights.vector("kv_norm.weight"), self._config.rms_norm_eps)
+        kv = self._rotary.rotate(kv, positions)
+        return kernels.simulate_key(kv, quantized, group) if quantized else kv
 
     def _attend_cached(
         self, q: torch.Tensor, segment: Segment, cache: LayerCache, compressed: torch.Tensor, chosen: torch.Tensor
@@ -124,9 +157,15 @@ class WindowAttention:
 
     def project(self, output: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[T, H, c] -> [T, D]: rotated back; each group of heads through its rows of wo_a, all groups through wo_b."""
+        numerics, weights, at_once = self._numerics, self._weights, self._numerics.kernels.project_at_once
+        if at_once is not None and weights.keep_everything and numerics.group.count == 1:
+            cos, _, back = self._rotary.both_ways(positions)
+            wo_a, wo_b = weights.matrix("wo_a.weight"), weights.matrix("wo_b.weight")
+            found = at_once(output, cos, back, wo_a, wo_b, self._config.o_groups, numerics.input_group)
+            if found is not None:
+                return found
         low = self._low_rank(self._rotary.rotate(output, positions, inverse=True))
-        matrix = self._weights.matrix("wo_b.weight")
-        return self._numerics.group.all_gather(self._numerics.quantized_linear(low, matrix))
+        return numerics.group.all_gather(numerics.quantized_linear(low, weights.matrix("wo_b.weight")))
 
     def _low_rank(self, output: torch.Tensor) -> torch.Tensor:
         """[T, H, c] -> [T, o_groups * o_lora_rank]. Lets go of wo_a before wo_b is asked for: one may be in memory."""
@@ -138,17 +177,11 @@ class WindowAttention:
         numerics.kernels.linears_into(products, torch.split(low, rank, dim=-1))
         return ranks.all_gather(low)
 
-    def _normed(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries [T, H, c] before their rotation."""
-        return q
-
-    def _stored(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [T, c] as the cache would hold them."""
-        return keys
-
 
 class Attention(WindowAttention):
-    """One attention sublayer of V4."""
+    """One attention sublayer of V4: heads are normed, and the rotary dims of a key are not quantized."""
+
+    norm_heads, key_group = True, KEY_GROUP
 
     def __init__(self, config: Config, layer: int, weights: WeightView, rotary: Rotary, numerics: Numerics) -> None:
         super().__init__(config, weights, rotary, numerics)
@@ -163,8 +196,7 @@ class Attention(WindowAttention):
         self, x: torch.Tensor, positions: torch.Tensor, segments: list[Segment], caches: list[LayerCache]
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
-        quantized = self.quantize(x)
-        qr, q, kv = self.queries_and_keys(quantized, positions)
+        qr, q, kv = self.queries_and_keys(x, positions)
         raw = None if self._compressor is None else self._compressor.raw(x, positions)
         index = None
         if self._indexer is not None:
@@ -179,11 +211,8 @@ class Attention(WindowAttention):
             outputs.append(self._attend_cached(q[segment.rows], segment, cache, compressed, chosen))
         return self.project(joined(outputs), positions)
 
-    def _normed(self, q: torch.Tensor) -> torch.Tensor:
-        return self._numerics.kernels.head_norm(q, self._config.rms_norm_eps)
-
-    def _stored(self, keys: torch.Tensor) -> torch.Tensor:
-        return simulate_key(keys, self._config.qk_rope_head_dim, self._numerics)
+    def _quantized_dims(self) -> int:
+        return self._config.head_dim - self._config.qk_rope_head_dim
 
     def _compressed_rows(
         self,

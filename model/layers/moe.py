@@ -134,7 +134,7 @@ class MixtureOfExperts:
         """x [T, D], ids [T] -> output [T, D] and the experts chosen [T, k]."""
         numerics, (experts, shares) = self._numerics, self.gate(x, token_ids)
         if len(x) == 1 and numerics.group.count == 1 and self._weights.keep_everything:
-            group, limit = numerics.fp8_group if numerics.simulation else 0, self._config.swiglu_limit
+            limit, group = self._config.swiglu_limit, numerics.input_group
             return numerics.kernels.token_experts(x, self._all, experts, shares, limit, group), experts
         quantized, chosen = numerics.quantize(x), self._mine(experts)
         shared = self._expert(quantized, self._weights.view("shared_experts."), None)

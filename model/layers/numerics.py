@@ -30,6 +30,11 @@ class Numerics:
         """The dtype of activations and keys."""
         return torch.bfloat16 if self.simulation else torch.float32
 
+    @property
+    def input_group(self) -> int:
+        """The FP8 group of the inputs of quantized layers; 0 without simulation."""
+        return self.fp8_group if self.simulation else 0
+
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] as quantized layers see it: the release quantizes their input to FP8, in groups of 128 or 32."""
         return self.kernels.simulate_fp8(x, self.fp8_group) if self.simulation else x

@@ -57,7 +57,7 @@ class Rotary:
         """Cosines and sines, float32 [n, r / 2] each, of int64 positions [n] that are reserved."""
         return self._cos[positions], self._sin[positions]
 
-    def _both_ways(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def both_ways(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cosines, sines and their negatives; kept, because all layers of a call ask for the same positions."""
         if self._latest is None or self._latest[0] is not positions:
             cos, sin = self.table(positions)
@@ -69,6 +69,6 @@ class Rotary:
 
         x may be overwritten.
         """
-        cos, sin, negative = self._both_ways(positions)
+        cos, sin, negative = self.both_ways(positions)
         width = x.shape[-1]
         return self._rotate(x.reshape(len(x), -1, width), cos, negative if inverse else sin).view(x.shape)

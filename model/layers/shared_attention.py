@@ -16,8 +16,6 @@ from .numerics import Numerics
 from .rotary import Rotary
 from .shared_keys import IndexSource, KeySource, Selection
 
-KEY_GROUP = 32  # FP8 group of a window key
-
 
 class Shared(NamedTuple):
     """What the layers of one call share, per segment, for a layer that sees compressed keys.
@@ -33,6 +31,8 @@ class Shared(NamedTuple):
 
 class SharedKeyAttention(WindowAttention):
     """One attention sublayer of V4.1. `source`, `indexer`: what the layer makes for itself and for later ones."""
+
+    norm_heads, key_group = False, 32
 
     def __init__(
         self,
@@ -55,8 +55,7 @@ class SharedKeyAttention(WindowAttention):
         shared: Shared | None,
     ) -> torch.Tensor:
         """x [T, D] with absolute positions int64 [T]; caches one per segment, advanced here. -> [T, D]."""
-        quantized = self.quantize(x)
-        qr, q, kv = self.queries_and_keys(quantized, positions)
+        qr, q, kv = self.queries_and_keys(x, positions)
         for segment, cache in zip(segments, caches, strict=True):
             cache.window.append(kv[segment.rows])
         if self._source is not None:
@@ -71,8 +70,8 @@ class SharedKeyAttention(WindowAttention):
             outputs.append(self._attend_cached(q[segment.rows], segment, cache, compressed, chosen))
         return self.project(joined(outputs), positions)
 
-    def _stored(self, keys: torch.Tensor) -> torch.Tensor:
-        return self._numerics.kernels.simulate_fp8(keys, KEY_GROUP) if self._numerics.simulation else keys
+    def _quantized_dims(self) -> int:
+        return self._config.head_dim
 
     def _choose(
         self, indexer: IndexSource, q: torch.Tensor, weights: torch.Tensor, segments: list[Segment], shared: Shared

@@ -6,8 +6,10 @@
 #include "small.h"
 
 /* A product of `rows` rows of x, one after the other, with all rows of w. */
-static struct product whole(const struct matrix *w, const void *x, int x_is_bf16, void *y, int y_is_bf16, int64_t rows) {
-    return (struct product){w, x, y, rows, w->columns, w->rows, 0, w->rows, x_is_bf16, y_is_bf16, x_is_bf16 && w->exact};
+static struct product whole(const struct matrix *w, const void *x, int x_is_bf16, void *y, int y_is_bf16,
+                            int64_t rows) {
+    return (struct product){w, x,       y,         rows,      w->columns,           w->rows,
+                            0, w->rows, x_is_bf16, y_is_bf16, x_is_bf16 && w->exact};
 }
 
 /* Takes memory of whole lines of the cache from scratch. */
@@ -108,4 +110,68 @@ void OF_FORM(dsv4_token_experts)(const void *x, const struct expert *all, const 
     }
     OF_FORM(dsv4_linears)(list, total, scratch, threads);
     OF_FORM(dsv4_add_experts)(outputs, outputs + count * width * size, experts, out, sums, 1, count, width, is_bf16, 1);
+}
+
+int64_t OF_FORM(dsv4_queries_scratch)(const struct matrix *wq_a, const struct matrix *wkv, const struct matrix *wq_b,
+                                      int32_t is_bf16, int64_t rows, int32_t threads) {
+    int64_t inward = linear_scratch(wq_a, is_bf16, rows, threads) + linear_scratch(wkv, is_bf16, rows, threads);
+    int64_t outward = linear_scratch(wq_b, is_bf16, rows, threads);
+    return rows * (wq_a->columns + 2 * wq_a->rows) * (int64_t)sizeof(float) +
+           threads * (wq_a->rows + wkv->rows) * (int64_t)sizeof(float) + 4 * 64 +
+           (inward > outward ? inward : outward);
+}
+
+/* Queries and keys of x [rows, wq_a->columns]: the low-rank query qr [rows, wq_a->rows] = norm(x @ wq_a.T); q
+ * [rows, heads, c] = qr @ wq_b.T, whose heads are normed if `norm_heads`, rotated; kv [rows, c] = norm(x @ wkv.T),
+ * rotated, of which the first `quantized` numbers are as FP8 in groups of `key_group`. x and qr are quantized in groups
+ * of `group` in front of the products, or not if it is 0. */
+void OF_FORM(dsv4_queries)(const void *x, const struct matrix *wq_a, const struct matrix *wkv,
+                           const struct matrix *wq_b, const float *q_norm, const float *kv_norm, const float *cos,
+                           const float *sin, void *qr, void *q, void *kv, int64_t rows, int64_t pairs, int64_t group,
+                           int64_t quantized, int64_t key_group, float eps, int32_t norm_heads, int32_t is_bf16,
+                           void *scratch, int32_t threads) {
+    int64_t width = wq_a->columns, rank = wq_a->rows, c = wkv->rows, heads = wq_b->rows / c, size = is_bf16 ? 2 : 4;
+    void *input = take(&scratch, rows * width * size), *low = take(&scratch, rows * rank * size);
+    void *squares = take(&scratch, threads * (rank + c) * (int64_t)sizeof(float));
+    if (group) OF_FORM(dsv4_simulate_fp8)(x, input, rows, width, width, group, is_bf16, threads), x = input;
+    struct product inward[2] = {whole(wq_a, x, is_bf16, low, is_bf16, rows), whole(wkv, x, is_bf16, kv, is_bf16, rows)};
+    OF_FORM(dsv4_linears)(inward, 2, scratch, threads);
+    OF_FORM(dsv4_rms_norm)(low, q_norm, eps, qr, squares, rows, rank, is_bf16, threads);
+    if (group) OF_FORM(dsv4_simulate_fp8)(qr, low, rows, rank, rank, group, is_bf16, threads);
+    struct product outward = whole(wq_b, group ? low : qr, is_bf16, q, is_bf16, rows);
+    OF_FORM(dsv4_linears)(&outward, 1, scratch, threads);
+    if (norm_heads) OF_FORM(dsv4_head_norm)(q, eps, q, squares, rows * heads, c, is_bf16, threads);
+    OF_FORM(dsv4_rotate)(q, cos, sin, rows, heads, c, pairs, is_bf16, threads);
+    OF_FORM(dsv4_rms_norm)(kv, kv_norm, eps, kv, squares, rows, c, is_bf16, threads);
+    OF_FORM(dsv4_rotate)(kv, cos, sin, rows, 1, c, pairs, is_bf16, threads);
+    if (quantized) OF_FORM(dsv4_simulate_fp8)(kv, kv, rows, c, quantized, key_group, is_bf16, threads);
+}
+
+int64_t OF_FORM(dsv4_project_scratch)(const struct matrix *wo_a, const struct matrix *wo_b, int64_t groups,
+                                      int32_t is_bf16, int64_t rows, int32_t threads) {
+    int64_t inward = groups * linear_scratch(wo_a, is_bf16, rows, threads);
+    int64_t outward = linear_scratch(wo_b, is_bf16, rows, threads);
+    return rows * wo_b->columns * (int64_t)sizeof(float) + groups * (int64_t)sizeof(struct product) + 2 * 64 +
+           (inward > outward ? inward : outward);
+}
+
+/* The end of attention: output [rows, heads, c] is rotated, in place; then each of `groups` groups of heads is
+ * multiplied by its rows of wo_a, and all results, quantized in groups of `group` or not if it is 0, by wo_b:
+ * y [rows, wo_b->rows]. */
+void OF_FORM(dsv4_project)(void *output, const float *cos, const float *sin, const struct matrix *wo_a,
+                           const struct matrix *wo_b, void *y, int64_t rows, int64_t heads, int64_t c, int64_t pairs,
+                           int64_t groups, int64_t group, int32_t is_bf16, void *scratch, int32_t threads) {
+    int64_t size = is_bf16 ? 2 : 4, width = wo_b->columns, rank = width / groups;
+    uint8_t *low = take(&scratch, rows * width * size);
+    struct product *list = take(&scratch, groups * (int64_t)sizeof(struct product));
+    OF_FORM(dsv4_rotate)(output, cos, sin, rows, heads, c, pairs, is_bf16, threads);
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t *x = (uint8_t *)output + g * wo_a->columns * size;
+        list[g] = whole(wo_a, x, is_bf16, low + g * rank * size, is_bf16, rows);
+        list[g].x_stride = heads * c, list[g].y_stride = width, list[g].start = g * rank, list[g].stop = (g + 1) * rank;
+    }
+    OF_FORM(dsv4_linears)(list, groups, scratch, threads);
+    if (group) OF_FORM(dsv4_simulate_fp8)(low, low, rows, width, width, group, is_bf16, threads);
+    struct product outward = whole(wo_b, low, is_bf16, y, is_bf16, rows);
+    OF_FORM(dsv4_linears)(&outward, 1, scratch, threads);
 }
