@@ -25,7 +25,7 @@ CASTS = PACKAGE / "quant" / "c"
 WRITE = PACKAGE / "convert" / "write" / "c"
 PROOF = PACKAGE / "convert" / "proof" / "c"
 # Once for all forms, with no instruction that some processor lacks.
-COMMON = [CASTS / f"{name}.c" for name in ("fp4_to_fp8", "from_bf16", "mxfp4_blocks")]
+COMMON = [CASTS / f"{name}.c" for name in ("fp4_to_fp8", "from_bf16", "scale_choice", "mxfp4_blocks")]
 COMMON += [WRITE / "sha256.c", PROOF / "bands.c", KERNELS / "threads.c", KERNELS / "processor.c"]
 PER_FORM = [KERNELS / f"{name}.c" for name in ("linear", "attention", "index", "small", "experts", "token")]
 # -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider

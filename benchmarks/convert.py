@@ -8,6 +8,7 @@ cache is warm, and then compares, in turns:
 - the whole conversion with the obvious one: whole files in memory, table lookup into float32, multiply, cast;
 - the whole conversion with what must be read and written in any case: `cat` of the source, and `cp` of the result made
   durable with fsync; also those into the forms of other tools;
+- the way back from BF16 with the way to FP8;
 - the kernel alone, two threads, with a memcpy of its output by two threads: compiled, and in torch.
 
 Every run of the first two has a process of its own, as it would for a user, and is timed without the imports. The
@@ -158,6 +159,16 @@ def form_row(source: Path, work: Path, to: str, rounds: int) -> None:
     shutil.rmtree(result)
 
 
+def way_back_row(source: Path, work: Path, rounds: int) -> None:
+    """BF16 to FP4 against FP4 to FP8, in turns: the same weights, so the ratio of times is that of rates."""
+    wide = work / "bf16"
+    convert(source, wide, to="bf16")
+    jobs = [partial(converted, wide, to="fp4"), partial(converted, source)]
+    times = [[seconds(job, work / "scratch")[0] for job in jobs] for _ in range(rounds + 1)][1:]
+    row("BF16 to FP4 / FP4 to FP8, the same weights", *([turn[i] for turn in times] for i in (0, 1)), "at most 3")
+    shutil.rmtree(wide)
+
+
 def kernel_times(rounds: int) -> dict[str, list[float]]:
     """Both forms of the cast and a memcpy of its output, on two threads over 512 MiB of output."""
     pieces = 64
@@ -243,6 +254,7 @@ def measure(work: Path, gigabytes: float, rounds: int) -> None:
     row("dsv4 convert / cat of source and cp of result, fsynced", times["dsv4"], times["cat+cp"], "at most 1.15")
     used = f"{statistics.median(processor):.2f} s ({min(processor):.2f}..{max(processor):.2f})"
     print(f"| processor time of dsv4 convert for each GB of the source | {used} | | | at most 1.8 s |")
+    way_back_row(source, work, rounds)
     for to in FORMS:
         if to == "nvfp4":
             shutil.rmtree(source)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import fp4_to_fp8_compiled as fp4_to_fp8_compiled
     from . import fp8_to_fp4 as fp8_to_fp4
     from . import from_bf16 as from_bf16
+    from . import scale_choice as scale_choice
     from . import to_bf16 as to_bf16
     from .block_scales import dequantize_fp4 as dequantize_fp4
     from .block_scales import dequantize_fp8 as dequantize_fp8
@@ -46,6 +47,7 @@ __all__ = [
     "from_bf16",
     "quantize_fp4",
     "quantize_fp8",
+    "scale_choice",
     "to_bf16",
 ]
 

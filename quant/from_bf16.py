@@ -32,6 +32,7 @@ from .block_scales import FP4_BLOCK, Block, block_amax, expand_scale, power_of_t
 from .fp8_to_fp4 import Fp4Error
 
 CHUNK_ELEMENTS = 2**19  # elements that torch computes at once
+FLOAT64_ELEMENTS = 2**17  # the same, where it computes in float64: float32 loses the smallest
 WIDEST_BLOCK = 2**15  # columns, of the compiled form: it counts in 16 bits
 
 
@@ -59,10 +60,14 @@ class BlockForm(NamedTuple):
     changed: torch.Tensor
 
 
-def _blocks(values: torch.Tensor, block: Block) -> torch.Tensor:
-    """[rows, columns] -> [block rows, block columns, rows of a block, columns of a block], padded with zeros."""
+def in_blocks(values: torch.Tensor, block: Block) -> torch.Tensor:
+    """[rows, columns] -> [block rows, block columns, rows of a block, columns of a block].
+
+    A view if the blocks are whole, else a copy that is padded with zeros.
+    """
     rows, columns = values.shape
-    padded = torch.nn.functional.pad(values, (0, -columns % block.columns, 0, -rows % block.rows))
+    short = 0, -columns % block.columns, 0, -rows % block.rows
+    padded = torch.nn.functional.pad(values, short) if any(short) else values
     return torch.unflatten(torch.unflatten(padded, 0, (-1, block.rows)), -1, (-1, block.columns)).transpose(1, 2)
 
 
@@ -73,7 +78,7 @@ def _scales_in_torch(values: torch.Tensor, block: Block, target: _Format) -> tor
     doubtful = amax == target.largest * e8m0.decode(scale)
     if doubtful.any():
         coarser = e8m0.decode(scale[doubtful] + 1)
-        scaled = _blocks(values, block)[doubtful] / coarser[:, None, None]
+        scaled = in_blocks(values, block)[doubtful] / coarser[:, None, None]
         scale[doubtful] += (target.decode(target.encode(scaled)) == scaled).all(-1).all(-1)
     return scale
 
@@ -84,7 +89,7 @@ def _codes_in_torch(
     """Codes of float32 values under E8M0 scales, a byte each, and how many elements of each block change."""
     scaled = values / expand_scale(e8m0.decode(scale), tuple(values.shape), block)
     codes = target.encode(scaled)
-    return codes, _blocks(target.decode(codes) != scaled, block).sum((-1, -2), dtype=torch.int32)
+    return codes, in_blocks(target.decode(codes) != scaled, block).sum((-1, -2), dtype=torch.int32)
 
 
 def _chunks(rows: int, columns: int, block: Block) -> Iterator[slice]:
@@ -154,6 +159,41 @@ def to_fp4(values: torch.Tensor) -> BlockForm:
     if values.shape[-1] % 2:
         raise ValueError(f"two codes share a byte, but the last dimension is {values.shape[-1]}")
     return _convert(values, FP4_BLOCK, _E2M1)
+
+
+def _in_some_blocks(
+    values: torch.Tensor, block: Block, at: tuple[torch.Tensor, ...], scale_bytes: torch.Tensor, target: _Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of some blocks under other scales, a byte each, [n, rows, columns], and which blocks are exact."""
+    scaled = in_blocks(values, block)[at].double() / e8m0.decode(scale_bytes).double()[:, None, None]
+    codes = target.encode(scaled.clamp(-target.largest, target.largest))
+    return codes, (target.decode(codes) == scaled).flatten(1).all(1)
+
+
+def with_scales(
+    form: BlockForm, values: torch.Tensor, block: Block, places: torch.Tensor, scale_bytes: torch.Tensor
+) -> BlockForm:
+    """A form of `values` with other scales for some blocks: for those in which every element is exact under them.
+
+    places: int64 [n], of blocks, counted row by row. scale_bytes: uint8 [n]. Other blocks, and places that are none,
+    change nothing.
+    """
+    packed = form.codes.shape != values.shape
+    target, stored = (_E2M1, Block(1, block.columns // 2)) if packed else (_E4M3, block)
+    valid = (places >= 0) & (places < form.scale_bytes.numel()) & (scale_bytes != e8m0.NAN)
+    blocks, scales, changed = in_blocks(form.codes.clone(), stored), form.scale_bytes.clone(), form.changed.clone()
+    places, scale_bytes = places[valid], scale_bytes[valid]
+    step = max(1, FLOAT64_ELEMENTS // (block.rows * block.columns))
+    for start in range(0, len(places), step):
+        some, wanted = places[start : start + step], scale_bytes[start : start + step]
+        at = some // scales.shape[1], some % scales.shape[1]
+        codes, exact = _in_some_blocks(values, block, at, wanted, target)
+        chosen = at[0][exact], at[1][exact]
+        blocks[chosen] = (e2m1.pack(codes) if packed else codes)[exact]
+        scales[chosen], changed[chosen] = wanted[exact], 0
+    whole = blocks.transpose(1, 2).flatten(2).flatten(0, 1)
+    rows, columns = form.codes.shape
+    return BlockForm(whole[:rows, :columns].contiguous(), scales, changed)
 
 
 def decode(form: BlockForm, shape: tuple[int, ...], block: Block) -> torch.Tensor:

@@ -20,6 +20,7 @@ from dsv4.machine import collection_paused
 from dsv4.progress import Reached, ignore
 
 from .editions.view import release_view
+from .forms import recorded_scales
 from .forms.form import RELEASED, Form
 from .forms.gguf.files import GGUF, gguf_files, is_gguf, read_gguf
 from .forms.table import form_of
@@ -169,6 +170,11 @@ class Checkpoint:
     def released(self) -> dict[str, Any]:
         """`released_json` in the release's keys."""
         return release_view(self.released_json)
+
+    @cached_property
+    def recorded_scales(self) -> dict[str, recorded_scales.Texts]:
+        """What `dsv4.json` says of scales that were dropped, by the weight's name. Read when it is first asked for."""
+        return recorded_scales.read(self.storage, self.files)
 
     @classmethod
     def open(cls, source: Path | str | Storage, progress: Reached = ignore) -> "Checkpoint":

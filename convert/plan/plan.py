@@ -60,6 +60,11 @@ class Plan:
         return max((sum(t.nbytes for t in shard.tensors if t.made_by_scan_of) for shard in self.shards), default=0)
 
     @property
+    def record_limit(self) -> int:
+        """Most characters of recorded scales in the manifest."""
+        return sum(shard.record_limit for shard in self.shards)
+
+    @property
     def last_files(self) -> tuple[str, ...]:
         """The files that loaders look for, in the order in which they are written, after everything else."""
         index = self.container.index_name if self.settings.layout == "hf" else ""

@@ -26,6 +26,9 @@ from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 # At the default size limit a shard reads at most two source shards: a source that is fetched shard by shard then needs
 # disk for two.
 MAX_SOURCE_SHARDS = 2
+# Characters of recorded scales (forms/recorded_scales.py) in the manifest: one for so many bytes of a shard, and some
+# for a small one. Routed experts that a release rounded itself need a tenth of that, weights in blocks of 32 x 32 all.
+SHARD_BYTES_FOR_RECORD, LEAST_RECORD = 2**14, 2**16
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class OutputShard:
     def data_bytes(self) -> int:
         """Bytes of data, padding included."""
         return sum(t.nbytes + self.container.padding(t.nbytes) for t in self.tensors)
+
+    @cached_property
+    def record_limit(self) -> int:
+        """Most characters of recorded scales in the manifest's entries of its tensors."""
+        drops = any(t.recipe.drops_scales for t in self.tensors)
+        return max(LEAST_RECORD, self.data_bytes // SHARD_BYTES_FOR_RECORD) if drops else 0
 
     @cached_property
     def size(self) -> int:

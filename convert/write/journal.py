@@ -135,7 +135,8 @@ def _other_source(source: dict[str, Any], difference: str) -> str:
     if "repository" in source:
         return f"made from {source.get('hub')}:{source['repository']}@{source.get('commit')}"
     shard = difference.removeprefix("source.shards.").partition(": ")[0]
-    file = "config.json" if difference.startswith("source.config_sha256") else shard
+    key = difference.removeprefix("source.").partition(":")[0]
+    file = {"config_sha256": "config.json", "recorded_scales_sha256": "dsv4.json"}.get(key, shard)
     return f"made from another checkpoint, whose {file} is not this one's"
 
 

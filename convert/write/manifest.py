@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4 import __version__
+from dsv4.convert.checkpoint.forms import recorded_scales
 from dsv4.convert.checkpoint.header import strict_json
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
 from dsv4.convert.plan.settings import Settings
@@ -31,6 +32,7 @@ def describe_job(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
     config = checkpoint.storage.read(CONFIG_NAME, 0, checkpoint.files[CONFIG_NAME])
     shards = {s.name: {"size": s.size, "header_sha256": s.header_sha256} for s in checkpoint.shards.values()}
     source = {**checkpoint.storage.identity(), "config_sha256": hashlib.sha256(config).hexdigest(), "shards": shards}
+    source |= recorded_scales.identity(checkpoint.recorded_scales)
     return {
         "format": FORMAT,
         "dsv4_version": __version__,

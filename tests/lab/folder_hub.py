@@ -56,6 +56,9 @@ class FolderHub:
         path = self.snapshot_folder(repository, commit, cache) / name
         return path if path.is_file() else None
 
+    def remember(self, repository: str, revision: str | None, commit: str, cache: Path | None) -> None:
+        """Which commit a revision was: nobody asks for one by its name."""
+
     def snapshot_folder(self, repository: str, commit: str, cache: Path | None) -> Path:
         return self.cache / "snapshots" / commit
 

@@ -2,6 +2,8 @@
 
 Every E2M1 and E4M3 code times a power of two is a BF16 value unless it leaves BF16's range, so the scan usually needs
 the scales only. Codes are read where a scale lies near the ends of the range or is no power of two.
+
+The manifest records the scales that the way back would not choose (dropped_scales.py).
 """
 
 from typing import Any
@@ -12,12 +14,15 @@ from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.config_edit import without_expert_dtype
 from dsv4.convert.plan.settings import Settings
 
+from .dropped_scales import passed_on, record
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import damaged_scale, placed, read_codes, read_rows, read_scale, source_rows, tiles, typed_scale
 
 
 class ToBf16(Recipe):
     """FP4 and FP8 weights to BF16."""
+
+    drops_scales = True
 
     def takes(self, weight: Weight) -> bool:
         """Every quantized weight."""
@@ -70,7 +75,7 @@ class ToBf16(Recipe):
                 form = quant.to_bf16.from_fp8(codes[tile.rows, tile.columns].contiguous(), over, weight.block)
             values[tile.rows, tile.columns] = form.values.view(torch.int16)
             counts.changed += form.changed
-        return PieceResult(values.numpy(), counts)
+        return PieceResult(values.numpy(), counts, record(piece, codes, scale) | passed_on(checkpoint, piece))
 
     def edit_config(self, config: dict[str, Any], settings: Settings, some_kept: bool) -> dict[str, Any]:
         """Without quantization_config, unless weights were kept: the source's config still describes those."""

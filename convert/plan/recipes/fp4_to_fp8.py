@@ -17,6 +17,7 @@ from dsv4.convert.plan.engines import TARGETS
 from dsv4.convert.plan.settings import Settings
 from dsv4.quant.blocks import GROUP_SIZE, Block, scale_shape
 
+from .dropped_scales import record
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan
 from .rows import damaged_scale, placed, read_codes, read_rows, read_scale, tiles
 
@@ -37,6 +38,7 @@ class Fp4ToFp8(Recipe):
     """FP4 experts to FP8."""
 
     cast_format = Format.FP4
+    drops_scales = True
 
     @cached_property
     def _cast(self) -> "CastInto":
@@ -113,7 +115,7 @@ class Fp4ToFp8(Recipe):
         counts = Counts(negative_zeros=self._cast(packed, group_bytes, chosen, block, data))
         if scales.inexact[over].any():
             counts.changed = _count_changed(packed, group_bytes, chosen, block, data)
-        return PieceResult(data.numpy(), counts)
+        return PieceResult(data.numpy(), counts, record(piece, packed, group_bytes))
 
     def entry(self, tensor: OutputTensor, counts: Counts, scan: Scan | None) -> dict[str, Any]:
         """For the codes: negative zeros, changed elements, and statistics of the chosen block scales."""

@@ -6,6 +6,9 @@ decides). The numbers are in quant/from_bf16.py. The scan looks for a block that
 `--on-inexact round` rounds those to nearest under the scale that the release's rule gives, which is also how a model
 that was trained in BF16 gets into the release's format.
 
+Where the manifest of the source has a scale that this rule does not give (forms/recorded_scales.py), and the block is
+exact under it, that scale is taken: `release -> bf16 -> release` gives the same bytes.
+
 Scales of blocks of several rows are kept from the scan. Those of single rows are 1/64 of the source: the scan passes
 them on while memory allows, and pieces that get none compute theirs again.
 """
@@ -26,6 +29,7 @@ from dsv4.convert.plan.settings import Settings
 from dsv4.errors import InputError
 from dsv4.quant.blocks import FP4_BLOCK, Block, scale_shape
 
+from .dropped_scales import recorded
 from .recipe import Counts, OutputTensor, Piece, PieceResult, Recipe, Scan, split, with_error
 from .rows import read_rows, slice_columns, source_rows
 
@@ -84,12 +88,13 @@ class FromBf16(Recipe):
         info = piece.tensor.source
         raw = slice_columns(read_rows(checkpoint, info, *source_rows(piece)), piece)
         values = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        block = _block_of(piece.tensor)
         try:
-            if self._fp4:
-                return values, quant.from_bf16.to_fp4(values)
-            return values, quant.from_bf16.to_fp8(values, _block_of(piece.tensor))
+            form = quant.from_bf16.to_fp4(values) if self._fp4 else quant.from_bf16.to_fp8(values, block)
         except ValueError as error:
             raise InputError(f"'{info.name}': {error}", "The source is damaged: download it again.") from None
+        scales = recorded(checkpoint, piece, Format.FP4 if self._fp4 else Format.FP8, block)
+        return values, form if scales is None else quant.from_bf16.with_scales(form, values, block, *scales)
 
     def scan(self, checkpoint: Checkpoint, piece: Piece) -> Scan:
         """Choose the scales, and count the blocks without an exact form."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dsv4.convert.checkpoint.forms.recorded_scales import Record
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.rank_layout import Slice
 from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo, row_count
@@ -181,10 +182,11 @@ _JOINS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass
 class PieceResult:
-    """The bytes of a piece, and what was counted on the way."""
+    """The bytes of a piece, what was counted on the way, and scales for the manifest (forms/recorded_scales.py)."""
 
     data: Array
     counts: Counts = field(default_factory=Counts)
+    scales: Record = field(default_factory=dict)
 
 
 ONE_SCALE = {"F8_E8M0": b"\x7f", "F32": b"\x00\x00\x80\x3f"}
@@ -248,9 +250,11 @@ class Recipe(Protocol):
     """One kind of conversion. Subclass it; the defaults here are for a kind that is always exact.
 
     cast_format: format of the routed experts that it casts, None if any will do.
+    drops_scales: whether its results have scales for the manifest.
     """
 
     cast_format: Format | None = None
+    drops_scales: bool = False
 
     def takes(self, weight: Weight) -> bool:
         """Whether it converts a quantized weight. Other weights keep their codes."""

@@ -11,6 +11,7 @@ from .pipeline import BLOCK_BYTES, BLOCKS
 
 BASE_MEMORY = 288 * 2**20  # the interpreter, an imported torch, the cast's table
 TENSOR_MEMORY = 3000  # of the headers, the plan and the manifest, for each output tensor
+RECORD_MEMORY = 4  # of each character of recorded scales: its entry, line of the journal, and line of the manifest
 SPARED_BYTES = 256 * 2**20  # results of scans that are kept although they could be computed again, at most
 PIECES_AHEAD = 4  # pieces submitted beyond the workers, so that they have work while the disk is waited for
 PIECES_OF_A_SHARD = 2  # one that is computed and one that waits
@@ -41,6 +42,10 @@ class Resources:
         return self.fixed_memory + self.spared_bytes + self.shards * BLOCKS * BLOCK_BYTES + pieces
 
 
+def _fixed_memory(plan: Plan) -> int:
+    return BASE_MEMORY + plan.tensors * TENSOR_MEMORY + plan.record_limit * RECORD_MEMORY
+
+
 def _with_workers(plan: Plan, workers: int, spared_bytes: int) -> Resources:
     """As many shards in flight as workers: where one core hashes slowly, each shard needs a core for that alone.
 
@@ -48,8 +53,8 @@ def _with_workers(plan: Plan, workers: int, spared_bytes: int) -> Resources:
     """
     shards = min(max(workers, 2), max(len(plan.shards), 1))
     window = workers + max(PIECES_AHEAD, PIECES_OF_A_SHARD * shards)
-    fixed = BASE_MEMORY + plan.tensors * TENSOR_MEMORY
-    return Resources(workers, shards, window, plan.piece_memory, min(spared_bytes, shards * plan.spared_bytes), fixed)
+    spared = min(spared_bytes, shards * plan.spared_bytes)
+    return Resources(workers, shards, window, plan.piece_memory, spared, _fixed_memory(plan))
 
 
 def decide_resources(
@@ -62,7 +67,7 @@ def decide_resources(
     workers = max_workers or cores
     if max_memory_bytes is None:
         return _with_workers(plan, workers, SPARED_BYTES)
-    fixed = BASE_MEMORY + plan.tensors * TENSOR_MEMORY
+    fixed = _fixed_memory(plan)
     spared = min(SPARED_BYTES, max(max_memory_bytes - fixed, 0) // 4)
     least = Resources(1, 1, PIECES_OF_A_SHARD, plan.piece_memory, 0, fixed)
     for found in (*(_with_workers(plan, count, spared) for count in range(workers, 0, -1)), least):

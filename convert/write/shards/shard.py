@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4.convert.checkpoint.forms.recorded_scales import KEY, PlacedScales, Record, Texts, dump, joined
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.plan.recipes.recipe import Counts, OutputTensor, Piece, PieceResult, filling, split, tasks
 from dsv4.convert.plan.settings import Settings
@@ -33,13 +34,45 @@ def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+class _RecordedScales:
+    """The recorded scales of the tensors of a shard, one after the other, within the shard's limit.
+
+    Of a tensor for which not enough is left of it, nothing is recorded: its way back has equal values, and may have
+    other scales.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._parts: dict[str, list[PlacedScales]] = {}
+        self._count = 0
+
+    def add(self, scales: Record) -> None:
+        """Include those of a piece. More of them than characters are left would not fit."""
+        self._count += sum(len(found.places) for found in scales.values())
+        if self._count > self._left:
+            self._parts = {}
+            return
+        for form, found in scales.items():
+            self._parts.setdefault(form, []).append(found)
+
+    def finish(self) -> dict[str, Texts]:
+        """The key for the manifest's entry, if there are any; the next tensor begins."""
+        texts = {form: text for form, parts in sorted(self._parts.items()) if (text := dump(joined(parts)))}
+        self._parts, self._count = {}, 0
+        size = sum(map(len, texts.values()))
+        if not texts or size > self._left:
+            return {}
+        self._left -= size
+        return {KEY: texts}
+
+
 class ManifestBuilder:
     """Turns pieces, given in file order, into the manifest entries of their tensors."""
 
     def __init__(self, scanned: ScannedShard) -> None:
         self._scanned = scanned
         self._entries: dict[str, dict[str, Any]] = {}
-        self._counts = Counts()
+        self._counts, self._recorded = Counts(), _RecordedScales(scanned.shard.record_limit)
 
     def _entry(self, tensor: OutputTensor, counts: Counts) -> dict[str, Any]:
         source = tensor.source
@@ -59,11 +92,12 @@ class ManifestBuilder:
             }
         return entry | tensor.recipe.entry(tensor, counts, self._scanned.scan_of(tensor))
 
-    def add(self, piece: Piece, counts: Counts) -> None:
+    def add(self, piece: Piece, result: PieceResult) -> None:
         """Include one piece; the last one completes its tensor."""
-        self._counts.add(counts)
+        self._counts.add(result.counts)
+        self._recorded.add(result.scales)
         if piece.is_last:
-            self._entries[piece.tensor.name] = self._entry(piece.tensor, self._counts)
+            self._entries[piece.tensor.name] = self._entry(piece.tensor, self._counts) | self._recorded.finish()
             self._counts = Counts()
 
     def entries(self, prefix_sha256: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -109,7 +143,7 @@ def _write_pieces(
                 if piece.is_last:
                     pipeline.mark(piece.tensor.name)
                     pipeline.put(memoryview(bytes(shard.container.padding(piece.tensor.nbytes))))
-                manifest.add(piece, result.counts)
+                manifest.add(piece, result)
     sha256 = pipeline.finish()
     return FinishedShard(shard.file, shard.size, sha256, manifest.entries(pipeline.prefix_sha256))
 
