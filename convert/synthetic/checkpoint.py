@@ -11,24 +11,19 @@ A geometry says which architecture it is of, and what its edition has.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from safetensors.torch import save
 
-from . import encoder, v41
-from .geometry import DSpark, Geometry, config, inference_config
-from .tensors import TensorSource
+from .geometry import DSpark, Geometry
+from .release import AnyGeometry, Release, Tensors
 from .tokenizer import tokenizer_config, tokenizer_json
 from .v41 import V41Geometry
 
-__all__ = ["DSpark", "Geometry", "V41Geometry", "make_checkpoint"]
-
-Tensors = dict[str, torch.Tensor]
-AnyGeometry = Geometry | V41Geometry
+__all__ = ["AnyGeometry", "DSpark", "Geometry", "V41Geometry", "make_checkpoint"]
 
 _GENERATION = {
     "_from_model_config": True,
@@ -42,58 +37,14 @@ _GENERATION = {
 _README = "---\nlicense: mit\nlibrary_name: transformers\n---\n# A small DeepSeek-V4 checkpoint with random weights\n"
 
 
-def _v4_shards(geometry: Geometry, seed: int, base: bool) -> Iterator[Tensors]:
-    """Embedding, one shard per layer, head, one shard per draft stage."""
-    source = TensorSource(geometry, seed, base=base)
-    yield dict(source.embedding())
-    for index in range(geometry.num_hidden_layers):
-        yield dict(source.layer(index))
-    yield dict(source.head())
-    for index in range(geometry.draft_stages):
-        yield dict(source.draft_stage(index))
+def _releases() -> list[Release]:
+    """One for each file of this room whose name is that of an architecture, such as v41; the earliest first."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("v[0-9]*.py"))
+    return [import_module(f".{name}", __package__).RELEASE for name in names]
 
 
-class Release(NamedTuple):
-    """How the releases of one architecture look. Functions of a geometry, and of what else their names say.
-
-    encoder: file and text of the prompt encoder. special_tokens: of the tokenizer, beside those that all have.
-    """
-
-    count: Callable[[Any], int]
-    shards: Callable[[Any, int, bool], Iterator[Tensors]]
-    config: Callable[[Any, str], dict[str, Any]]
-    inference_config: Callable[[Any, str], dict[str, Any]]
-    encoder: Callable[[Any], tuple[str, str]]
-    special_tokens: Callable[[Any], tuple[str, ...]]
-
-
-RELEASES: dict[type, Release] = {
-    Geometry: Release(
-        lambda g: g.num_hidden_layers + 2 + g.draft_stages,
-        _v4_shards,
-        config,
-        inference_config,
-        lambda g: (encoder.FILE, encoder.PREVIEW if g.dspark is None else encoder.RELEASE_0731),
-        lambda g: (v41.IMAGE_TOKEN,) if g.vision else (),
-    ),
-    V41Geometry: Release(
-        v41.count_shards,
-        v41.shards,
-        v41.config,
-        v41.inference_config,
-        lambda g: (v41.ENCODER_FILE, v41.ENCODER),
-        v41.special_tokens,
-    ),
-}
-
-# A geometry for each edition that `dsv4 demo` can show.
-_DRAFTS = Geometry(compress_ratios=(0, 4, 128, 4, 0, 0, 0), dspark=DSpark())
-EDITIONS: dict[str, AnyGeometry] = {
-    "v4": Geometry(),
-    "0731": _DRAFTS,
-    "vision-exp": replace(_DRAFTS, vision=True, rms_norm_eps=1e-20),
-    "v4.1": V41Geometry(),
-}
+RELEASES: dict[type, Release] = {release.geometry: release for release in _releases()}
+EDITIONS: dict[str, AnyGeometry] = {n: g for release in RELEASES.values() for n, g in release.editions.items()}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .geometry import VISION_DOWNSAMPLE, VISION_PATCH, VISION_WIDTH
+from .release import Release
 from .tensors import Block, ModuleSource
 from .tokenizer import small_tokenizer
 
@@ -347,3 +348,15 @@ def shards(g: V41Geometry, seed: int, base: bool) -> Iterator[dict[str, torch.Te
         yield dict(source.draft_stage(stage))
     for layer, rows in zip(g.engram_layer_ids, g.engram_num_embeddings, strict=True):
         yield dict(source.engram(layer, rows))
+
+
+RELEASE = Release(
+    V41Geometry,
+    count_shards,
+    shards,
+    config,
+    inference_config,
+    lambda g: (ENCODER_FILE, ENCODER),
+    special_tokens,
+    {"v4.1": V41Geometry()},
+)

@@ -1,13 +1,18 @@
 """The interface of all architectures: the arguments of a stack of layers, its result, its methods."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from dsv4.model.cache import Cache, LayerCache
+from dsv4.model.config import Config
 from dsv4.model.drafting.dspark import DSpark
 from dsv4.model.layers.attention import Segment
+from dsv4.model.layers.numerics import Numerics
+from dsv4.model.weight_store import WeightStore
+from dsv4.model.weights import DraftStages
 
 Trace = Callable[[str, torch.Tensor], None]
 """Called with each module's name and output, [T, ...] for the T tokens of a piece, as soon as it is computed."""
@@ -94,3 +99,11 @@ class Stack(Protocol):
 
     def __call__(self, embedded: torch.Tensor, token_ids: torch.Tensor, call: Call) -> Streams:
         """Embeddings [T, D] of the call's tokens and their ids int64 [T] -> the end of the stack."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to read a config of the architecture, and how to build its stack from that and some draft stages."""
+
+    read_config: Callable[[Mapping[str, Any]], Config]
+    build: Callable[[Any, DraftStages, WeightStore, Numerics], Stack]

@@ -26,7 +26,7 @@ from dsv4.model.layers.rotary import Rotary, rotary_frequencies
 from dsv4.model.weight_store import WeightStore, WeightView
 from dsv4.model.weights import DraftStages
 
-from .stack import Call, Streams, Trace
+from .stack import Architecture, Call, Streams, Trace
 
 
 class Block:
@@ -178,3 +178,6 @@ class V4:
             if number in self._targets:
                 means.append(mean_of_streams(h, self._numerics))
         return Streams(h, torch.cat(means, dim=-1) if means else h)
+
+
+ARCHITECTURE = Architecture(Config.from_json, V4)

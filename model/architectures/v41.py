@@ -32,7 +32,7 @@ from dsv4.model.layers.shared_keys import IndexSource, KeySource, Selection, not
 from dsv4.model.weight_store import WeightStore, WeightView
 from dsv4.model.weights import DraftStages
 
-from .stack import Call, DraftBlock, Streams, Trace
+from .stack import Architecture, Call, DraftBlock, Streams, Trace
 from .v41_config import V41Config
 
 FP8_GROUP = 32  # of the inputs of quantized layers
@@ -219,3 +219,6 @@ class V41:
                 targets.append(mean_of_streams(h, self._numerics))
             h, pre = layer(h, pre, token_ids, call, number, self.shared(number, call, selections))
         return Streams(self._numerics.kernels.hc_pre(pre, h), torch.cat(targets, dim=1))
+
+
+ARCHITECTURE = Architecture(V41Config.from_json, V41)

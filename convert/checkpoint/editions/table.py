@@ -1,6 +1,7 @@
 """The editions of DeepSeek-V4, one row each: how a config is recognised, and what its checkpoint consists of.
 
-A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like v4.py.
+A new edition is a new row of EDITIONS and, where its blocks are new, a file of formulas like v4.py. The row names the
+files that the engine has for it: the forward pass, and the protocol of messages.
 """
 
 import re
@@ -39,8 +40,9 @@ class Edition:
     a config lacks. signs: names of tensors that tell the architecture: another one that has them, too, lists them among
     its own. kv_cache: from the config and what each layer keeps, the terms of the KV cache's size; None if a width is
     missing, or they are not known. architecture: the file of the forward pass in `model/architectures/`; "" if there is
-    none. encoder: the file of the prompt encoder. engines: the reference engine's config, one for each kind of it; one
-    without a sign comes last.
+    none. encoder: the file of the prompt encoder. protocol: the file of the
+    messages in `model/chat/editions/`. engines: the
+    reference engine's config, one for each kind of it; one without a sign comes last.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Edition:
     kv_cache: Callable[[Config, Sequence[Keeping]], CacheLayout | None] = lambda config, layers: None
     architecture: str = ""
     encoder: str = ENCODER
+    protocol: str = ""
     engines: tuple[EngineConfig, ...] = ()
 
     def describes(self, config: Config) -> bool:
@@ -67,7 +70,7 @@ class Edition:
 ENGRAM_TABLE = re.compile(r"(?:.*\.)?engram\.embed\.weight")
 ENGRAM_BLOCKS = ((ENGRAM_TABLE, (1, 32)),)
 
-# The first row that describes a config counts.
+# The first row that describes a config counts. Later editions come first.
 EDITIONS = (
     Edition(
         "V4.1",
@@ -81,6 +84,7 @@ EDITIONS = (
         kv_cache=v41.v41_cache,
         architecture="v41",
         encoder="encoding/encoding.py",
+        protocol="v41",
         engines=(v41.ENGINE,),
     ),
     Edition(
@@ -94,6 +98,7 @@ EDITIONS = (
         signs=V4_SIGNS,
         kv_cache=v4_cache,
         architecture="v4",
+        protocol="release_0731",
         engines=(v4.ENGINE_WITH_VISION, v4.ENGINE),
     ),
     Edition(
@@ -106,6 +111,7 @@ EDITIONS = (
         signs=V4_SIGNS,
         kv_cache=v4_cache,
         architecture="v4",
+        protocol="preview",
         engines=(v4.ENGINE_WITH_VISION, v4.ENGINE),
     ),
 )

@@ -1,8 +1,8 @@
 """The keys that a release's config.json must have: without one of them nobody can compute the model as it was trained.
 
 YaRN is the reason for the check: a config that another tool saved may lack it, and loaders then compute without it, and
-say nothing. The list is the proof's own, apart from the converter's. The reference engine's config is not checked: that
-engine has a default for each key.
+say nothing. The list is the proof's own, apart from the converter's. Other editions are compared without this
+check, and a note says so. The reference engine's config is not checked: that engine has a default for each key.
 """
 
 from typing import Any
@@ -22,6 +22,7 @@ V41 = (
     "candidate_block_size", "engram_layer_ids", "engram_num_embeddings", "engram_max_ngram_size", "engram_n_heads",
     "engram_head_dim", "engram_vocab_size", "engram_pad_token_id", "engram_compressed_vocab_size",
 )  # fmt: skip
+FAMILY = "deepseek_v4"  # the beginning of every release's model type
 BY_TYPE = {"deepseek_v4": V4, "deepseek_ref": V4, "deepseek_v41": V41}  # of `model_type`
 
 

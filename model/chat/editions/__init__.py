@@ -1,13 +1,20 @@
-"""The message protocols, one file each. A new edition is a new file and a row in `PROTOCOLS`."""
+"""The message protocols, one file each, which a row of EDITIONS names. A file has a PROTOCOL."""
 
+from importlib import import_module
+
+from dsv4.convert.checkpoint.editions.table import EDITIONS
 from dsv4.errors import UsageError
 from dsv4.model.chat.protocol import Protocol
 
-from .preview import PREVIEW
-from .release_0731 import RELEASE_0731
-from .v41 import V41
 
-PROTOCOLS: dict[str, Protocol] = {protocol.edition: protocol for protocol in (PREVIEW, RELEASE_0731, V41)}
+def _protocols() -> dict[str, Protocol]:
+    """By the name of the edition, the earliest first."""
+    files = dict.fromkeys(edition.protocol for edition in reversed(EDITIONS) if edition.protocol)
+    found: list[Protocol] = [import_module(f".{file}", __package__).PROTOCOL for file in files]
+    return {protocol.edition: protocol for protocol in found}
+
+
+PROTOCOLS = _protocols()
 
 
 def protocol_of(edition: str) -> Protocol:

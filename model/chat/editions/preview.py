@@ -23,7 +23,7 @@ def _read_arguments(arguments: object) -> Mapping[str, Any]:
     return arguments
 
 
-PREVIEW = Protocol(
+PROTOCOL = Protocol(
     edition="preview",
     signs=Signs(
         encoder="encoding/encoding_dsv4.py",

@@ -10,7 +10,7 @@ from dsv4.convert.checkpoint.editions.prompts import ABSOLUTE_MAXIMUM
 from dsv4.convert.checkpoint.editions.prompts import BEYOND_MAXIMUM as BEYOND_MAXIMUM
 from dsv4.model.chat.protocol import Efforts, Signs
 
-from .preview import PREVIEW
+from .preview import PROTOCOL as PREVIEW
 
 TEXTS = {"low": "", "high": ABSOLUTE_MAXIMUM, "max": BEYOND_MAXIMUM}
 DEFAULT = "low"
@@ -24,7 +24,7 @@ def _recognises(literals: Mapping[str, object]) -> bool:
     )
 
 
-RELEASE_0731 = replace(
+PROTOCOL = replace(
     PREVIEW,
     edition="0731",
     signs=Signs(

@@ -30,13 +30,18 @@ def _read_arguments(arguments: object) -> Mapping[str, Any]:
     return decoded if isinstance(decoded, Mapping) else {"arguments": arguments}
 
 
-V41 = Protocol(
+def _is_config(config: Mapping[str, Any]) -> bool:
+    """The release's, or the reference engine's, which has no model type."""
+    return edition_of(config).name == "V4.1" or ("engram_layer_ids" in config and "model_type" not in config)
+
+
+PROTOCOL = Protocol(
     edition="v41",
     signs=Signs(
         encoder="encoding/encoding.py",
         literals={"DEFAULT_REASONING_EFFORT": DEFAULT, "REASONING_EFFORT_MAPPINGS": LEVELS},
         recognises=lambda literals: True,  # the file name is specific to this edition
-        is_config=lambda config: edition_of(config).name == "V4.1" or "engram_layer_ids" in config,
+        is_config=_is_config,
     ),
     efforts=Efforts(
         texts={level: EFFORT.format(number=number) for level, number in LEVELS.items()},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv4.errors import InputError, UsageError
 from dsv4.model import encode_messages, parse_completion
 from dsv4.model.chat.editions.preview import ABSOLUTE_MAXIMUM as EFFORT_MAX
-from dsv4.model.chat.editions.preview import PREVIEW
+from dsv4.model.chat.editions.preview import PROTOCOL as PREVIEW
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 SYSTEM = {"role": "system", "content": "Be brief."}
