@@ -29,7 +29,7 @@ from typing import Self
 import numpy as np
 
 from dsv4.errors import InputError, Interrupted, MachineError, UsageError
-from dsv4.files import PREFIX, UNSUPPORTED, fsync, fsync_folder
+from dsv4.files import PREFIX, UNSUPPORTED, fsync, fsync_folder, naming
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
@@ -113,11 +113,8 @@ class AtomicFile:
         """Reserve all of the space now, so that a full disk is reported before hours of work."""
         if not self.size:
             return
-        try:
+        with naming(self.path):
             allocate(self._descriptor, self.size)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
 
     def _write_cached(self) -> None:
         """Switch O_DIRECT off: for the last bytes, which fill no page, or because the file system refuses the write."""
@@ -209,7 +206,8 @@ class AppendLog:
     def __init__(self, path: Path) -> None:
         new, self._path = not path.exists(), path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        self._end = self._cut_torn_line()
+        with naming(path):
+            self._end = self._cut_torn_line()
         if new:
             fsync_folder(path.parent)
 
@@ -224,10 +222,11 @@ class AppendLog:
     def append(self, line: str) -> None:
         """Add one line and fsync."""
         data = memoryview(line.encode() + b"\n")
-        while data:
-            count = os.pwrite(self._descriptor, data, self._end)
-            self._end += count
-            data = data[count:]
+        with naming(self._path):
+            while data:
+                count = os.pwrite(self._descriptor, data, self._end)
+                self._end += count
+                data = data[count:]
         fsync(self._descriptor, self._path)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dsv4.errors import MachineError
-from dsv4.files import PREFIX
+from dsv4.files import PREFIX, naming
 
 fcntl = import_module("fcntl") if find_spec("fcntl") else None  # not on Windows
 
@@ -58,8 +58,9 @@ def _open_lock(path: Path, shared: bool) -> int:
 def _hold(path: Path, shared: bool = False) -> Iterator[None]:
     descriptor = _open_lock(path, shared)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         try:
             yield
         finally:

@@ -57,7 +57,7 @@ def _temporary(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """System errors name the file that the user knows, not the temporary one."""
     try:
         yield
@@ -90,7 +90,7 @@ def result_file(path: str | Path, warn: Warn) -> Iterator[BinaryIO]:
     Raises OSError with the name of the file: a full disk, a missing permission.
     """
     final = Path(os.path.realpath(path))
-    with _naming(Path(path)):
+    with naming(Path(path)):
         if _is_replaced(final):
             yield from _written_beside(final, warn)
         else:
@@ -108,7 +108,7 @@ def check_writable(path: str | Path) -> None:
         raise UsageError(f"{path} is a folder", "Name a file.")
     if not final.parent.is_dir():
         raise UsageError(f"{path}: the folder does not exist", "Create it first.")
-    with _naming(Path(path)):
+    with naming(Path(path)):
         if not _is_replaced(final):
             os.close(os.open(final, os.O_WRONLY))
             return

@@ -46,6 +46,7 @@ from dsv4.convert.write.shards import pipeline, sha256
 KILLED = 137
 GEOMETRY = replace(TWO_LAYERS, compress_ratios=(0,), num_nextn_predict_layers=0)  # one layer, no MTP: 40 tensors
 CHANGING = ("open", "write", "pwrite", "fsync", "replace", "ftruncate", "unlink", "mkdir", "rmdir", "allocate")
+BY_DESCRIPTOR = ("write", "pwrite", "fsync", "ftruncate", "allocate")
 SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 SHARES = ("--part=1/2", "--part=2/2", "--finish")
 HOME = {name: files if name == "allocate" else os for name in CHANGING}  # the modules that the functions are in
@@ -264,9 +265,15 @@ class Lab:
             self.check_recovery(fault, ending)
 
     def check_error(self, fault: Fault, ending: Ending) -> None:
-        """A refused call ends in exit code 4, a message and no temporary file; an fsync is not tried again."""
+        """A refused call ends in exit code 4, a message and no temporary file; an fsync is not tried again.
+
+        The system names the file of a call that has its path, the program that of one with a descriptor.
+        """
         if ending.code != 4 or not is_error(ending.words):
             self.complain("expected exit code 4 and a message", fault, ending)
+        struck = [call for call in ending.calls if call in fault.calls][fault.at]
+        if struck in BY_DESCRIPTOR and str(self.output.parent) not in ending.words:
+            self.complain(f"no file is named by a failing {struck}", fault, ending)
         if self.output.exists() and list(self.output.rglob(f"{PREFIX}*.part")):
             self.complain("a temporary file was left", fault, ending)
         if fault.calls == ("fsync",) and sum(call == "fsync" for call in ending.calls) > fault.at + 1:

@@ -120,11 +120,16 @@ class ShardPipeline:
         self._file, self._hash, self._blocks = file, file_hash, blocks
         self._progress, self._hash_is_late = progress, hash_is_late
         self._writer = ThreadPoolExecutor(1, "dsv4-write")
-        self._filling, self._used = blocks.take(), 1
+        self._filling = blocks.take()
+        self._taken = [self._filling]  # of `blocks`, to be given back
         self._submitted: deque[_Part] = deque()
         self._submitted_bytes = 0  # since the file began
         self._header_left = 0
         self._stopped = False
+
+    def _give_back_blocks(self) -> None:
+        while self._taken:
+            self._blocks.give_back(self._taken.pop())
 
     def _write(self, *parts: memoryview) -> None:
         try:
@@ -155,8 +160,9 @@ class ShardPipeline:
         part = _Part(block, piece, hashing, self._writer.submit(self._write, block.content, piece))
         self._submitted.append(part)
         self._submitted_bytes += part.size
-        if self._used < BLOCKS:
-            self._filling, self._used = self._blocks.take(), self._used + 1
+        if len(self._taken) < BLOCKS:
+            self._filling = self._blocks.take()
+            self._taken.append(self._filling)
         else:
             self._filling = self._wait_oldest()
 
@@ -198,8 +204,8 @@ class ShardPipeline:
         if self._filling.used or self._filling.marks:
             self._submit()
         while self._submitted:
-            self._blocks.give_back(self._wait_oldest())
-        self._blocks.give_back(self._filling)
+            self._wait_oldest()
+        self._give_back_blocks()
         self._writer.shutdown()
         return self._hash.hexdigest()
 
@@ -213,6 +219,5 @@ class ShardPipeline:
         self._stopped = True
         self._writer.shutdown(wait=True, cancel_futures=True)
         self._hash.stop()
-        for block in (*(part.block for part in self._submitted), self._filling):
-            self._blocks.give_back(block)
         self._submitted.clear()
+        self._give_back_blocks()

@@ -139,6 +139,21 @@ def test_nothing_is_written_after_a_failure(small_blocks: None) -> None:
     assert len(file.written) == 2
 
 
+@pytest.mark.parametrize("fails_at", range(6))
+def test_the_failure_of_one_file_leaves_the_bytes_of_the_others(fails_at: int, small_blocks: None) -> None:
+    """Its blocks serve the next files, and none serves twice at a time."""
+    blocks, data = Blocks(), np.random.default_rng(fails_at).bytes(20 * BLOCK + 5)
+    failing = pipeline_of(Recorder(fails_at), blocks=blocks)
+    with pytest.raises(OSError, match="No space"):
+        failing.put(memoryview(bytes(20 * BLOCK)))
+    failing.stop()
+    file = Recorder()
+    other = pipeline_of(file, blocks=blocks)
+    other.put(memoryview(data))
+    assert other.finish() == hashlib.sha256(data).hexdigest()
+    assert b"".join(file.written) == data
+
+
 def test_stop_waits_for_the_write_under_way_and_for_no_other(small_blocks: None) -> None:
     file = Recorder()
     pipeline = pipeline_of(file)
