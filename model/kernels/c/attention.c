@@ -1,13 +1,14 @@
-/* Sparse attention with a sink. */
-#include "products.h"
+/* Sparse attention with a sink: scores are dot products of heads with keys, in the order of deterministic.py; values
+ * add up key by key, oldest first. Where vdpbf16ps does both, see dot_attention.h; here they are of paired float32. */
+#include "attention.h"
+#include "dot_attention.h"
 #include "threads.h"
 
-#define KEYS_PER_BLOCK 64 /* of the released attention kernel; reference.py reads the number here */
 #define HEADS_PER_TILE 4
 
-/* Row `row` of a pool of keys or queries, paired. */
-static void load_paired(const void *pool, int is_bf16, int64_t row, int64_t c, float *out) {
-    const uint8_t *p = (const uint8_t *)pool + row * c * (is_bf16 ? 2 : 4);
+/* Row `row` of keys or queries, paired. */
+static void load_paired(const void *row, int is_bf16, int64_t c, float *out) {
+    const uint8_t *p = row;
     for (int64_t k = 0; k < c; k += 32, p += is_bf16 ? 64 : 128) {
         struct pair v = is_bf16 ? decode_bf16((const uint16_t *)p) : decode_f32((const float *)p);
         store_sixteen(out + k, v.odd);
@@ -37,105 +38,109 @@ static void add_values(const float *keys, int64_t n, int64_t c, float weights[][
     }
 }
 
-/* Scores of a block to probabilities relative to the largest score so far. Returns the factor for the sums so far. */
-static float softmax_block(float *scores, int64_t n, float *largest, float *total, int rounded) {
-    float before = *largest;
-    for (int64_t j = 0; j < n; j++)
-        if (scores[j] > *largest) *largest = scores[j];
-    lanes sums = splat(0.f);
-    for (int64_t j = 0; j < KEYS_PER_BLOCK; j++) scores[j] = j < n ? scores[j] - *largest : -INFINITY;
-    for (int64_t j = 0; j < n; j += 16) exponentials(scores + j);
-    for (int64_t j = n; j < KEYS_PER_BLOCK; j++) scores[j] = 0.f;
-    for (int64_t j = 0; j < KEYS_PER_BLOCK; j += 16) sums = sums + load(scores + j);
-    float shrink = exponential(before - *largest);
-    *total = *total * shrink + horizontal_sum(sums);
-    if (rounded)
-        for (int64_t j = 0; j < n; j++) scores[j] = rounded_to_bf16(scores[j]);
-    return shrink;
-}
-
-/* Up to HEADS_PER_TILE heads of one query: q and out [heads, c], keys [listed, c] with zeros where index is -1. */
-static void attend(const float *q, const float *keys, const int32_t *index, int64_t listed, int64_t c, int64_t heads,
-                   const float *sink, float scale, int rounded, float *out) {
-    float largest[HEADS_PER_TILE], total[HEADS_PER_TILE] = {0}, shrink[HEADS_PER_TILE];
-    float scores[HEADS_PER_TILE][KEYS_PER_BLOCK];
-    for (int64_t h = 0; h < heads; h++) largest[h] = -INFINITY;
+/* Up to HEADS_PER_TILE heads of a query, from `head` on: q, out [heads, c], keys [listed, c], zeros where masked. */
+static void attend(const struct attention *a, const struct query *query, int64_t head, int64_t heads, const float *q,
+                   const float *keys, float *out) {
+    const int32_t *index = a->index + query->number * a->listed;
+    struct softmax softmax[HEADS_PER_TILE];
+    float scores[HEADS_PER_TILE][KEYS_PER_BLOCK], shrink[HEADS_PER_TILE];
+    int64_t c = a->c;
+    for (int64_t h = 0; h < heads; h++) softmax[h] = (struct softmax){-INFINITY, 0.f};
     memset(out, 0, heads * c * sizeof(float));
-    for (int64_t first = 0; first < listed; first += KEYS_PER_BLOCK) {
-        int64_t n = least(listed - first, KEYS_PER_BLOCK);
-        while (n && index[first + n - 1] < 0) n--; /* masked at the end: would add zeros */
-        if (!n) continue;                          /* would also multiply by one */
+    for (int64_t first = 0; first < a->listed; first += KEYS_PER_BLOCK) {
+        int64_t n = keys_of_block(a, index, first);
+        int exact = query->exact_scores;
         for (int64_t j = 0; j < n; j += 4)
-            OF_FORM(dsv4_products)(rounded, keys + (first + j) * c, c, least(n - j, 4), c, q, heads, c, &scores[0][j],
+            OF_FORM(dsv4_products)(exact, keys + (first + j) * c, c, least(n - j, 4), c, q, heads, c, &scores[0][j],
                                    KEYS_PER_BLOCK);
-        for (int64_t h = 0; h < heads; h++) {
-            for (int64_t j = 0; j < n; j++) scores[h][j] = index[first + j] < 0 ? -INFINITY : scores[h][j] * scale;
-            shrink[h] = softmax_block(scores[h], n, &largest[h], &total[h], rounded);
+        for (int64_t h = 0; n && h < heads; h++) {
+            shrink[h] = softmax_block(a, index + first, n, scores[h], softmax + h);
+            exact = exact && are_exact_values(scores[h], query->least_key);
         }
-        add_values(keys + first * c, n, c, scores, shrink, heads, rounded, out);
+        if (n) add_values(keys + first * c, n, c, scores, shrink, heads, exact, out);
     }
     for (int64_t h = 0; h < heads; h++) {
-        float divisor = total[h] + exponential(sink[h] - largest[h]);
+        float divisor = divisor_of(softmax + h, a->sink[head + h]);
         for (int64_t k = 0; k < c; k++) out[h * c + k] = out[h * c + k] / divisor;
     }
 }
 
-struct attention {
-    const void *q, *window, *compressed;
-    const int32_t *index;
-    const float *sink;
-    void *out;
-    float *scratch;
-    int64_t heads, c, listed, window_rows, query; /* `query`: the one whose heads are shared out */
-    float scale;
-    int32_t is_bf16;
-};
+/* Whether dot_attention.h has the query. */
+INLINE int goes_by_dot(const struct query *query) {
+#ifdef HAVE_DOT
+    return query->exact_scores;
+#else
+    (void)query;
+    return 0;
+#endif
+}
 
-/* Floats of scratch of a worker beside the listed keys: queries and outputs of a tile of heads. */
+/* Floats of scratch for the keys of a query, in either way, and for what a worker has of a tile of heads. */
+static int64_t key_floats(int64_t c, int64_t listed) { return (listed + 1) * c + 16; }
 static int64_t tile_floats(int64_t c) { return 2 * HEADS_PER_TILE * c; }
 
 int64_t OF_FORM(dsv4_sparse_attention_scratch)(int64_t c, int64_t listed, int64_t threads) {
-    return threads * (listed * c + tile_floats(c)) * (int64_t)sizeof(float);
+    return threads * (key_floats(c, listed) + tile_floats(c)) * (int64_t)sizeof(float);
 }
 
-static void load_key(const struct attention *a, int64_t query, int64_t j, float *keys) {
-    int32_t row = a->index[query * a->listed + j];
-    int in_window = row < a->window_rows;
-    if (row < 0) memset(keys + j * a->c, 0, a->c * sizeof(float));
-    else
-        load_paired(in_window ? a->window : a->compressed, a->is_bf16, in_window ? row : row - a->window_rows, a->c,
-                    keys + j * a->c);
+/* A query and its keys, whose heads are shared out; scratch of tile_floats(c) a worker. */
+struct heads {
+    const struct attention *a;
+    struct query query;
+    float *keys, *tiles;
+};
+
+static void load_keys(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct heads *all = job;
+    const struct attention *a = all->a;
+    (void)worker;
+    for (int64_t j = first; j < last; j++) {
+        const void *key = key_at(a, a->index[all->query.number * a->listed + j]);
+        if (key) load_paired(key, a->is_bf16, a->c, all->keys + j * a->c);
+        else memset(all->keys + j * a->c, 0, a->c * sizeof(float));
+    }
 }
 
-/* Up to HEADS_PER_TILE heads from `head` on. `tile` is tile_floats(c) of scratch. */
-static void attend_tile(const struct attention *a, int64_t query, int64_t head, const float *keys, float *tile) {
-    int64_t n = least(a->heads - head, HEADS_PER_TILE), at = query * a->heads + head, c = a->c;
+/* Heads [head, stop), at most HEADS_PER_TILE. */
+static void attend_tile(const struct heads *all, int64_t head, int64_t stop, float *tile) {
+    const struct attention *a = all->a;
+    int64_t at = all->query.number * a->heads + head, n = stop - head, c = a->c;
     float *out = tile + HEADS_PER_TILE * c;
-    for (int64_t i = 0; i < n; i++) load_paired(a->q, a->is_bf16, at + i, c, tile + i * c);
-    attend(tile, keys, a->index + query * a->listed, a->listed, c, n, a->sink + head, a->scale, a->is_bf16, out);
+    for (int64_t i = 0; i < n; i++)
+        load_paired((const uint8_t *)a->q + (at + i) * c * (a->is_bf16 ? 2 : 4), a->is_bf16, c, tile + i * c);
+    attend(a, &all->query, head, n, tile, all->keys, out);
     for (int64_t k = 0; k < n * c; k += 32) store_unpaired(out + k, a->out, a->is_bf16, at * c + k);
+}
+
+static void attend_heads(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct heads *all = job;
+    float *tile = all->tiles + worker * tile_floats(all->a->c);
+#ifdef HAVE_DOT
+    if (goes_by_dot(&all->query)) {
+        struct dot_keys keys = listed_keys(all->a, all->keys, tile);
+        attend_heads_by_dot(all->a, &all->query, first, last, &keys);
+        return;
+    }
+#endif
+    for (int64_t head = first; head < last; head += HEADS_PER_TILE)
+        attend_tile(all, head, least(last, head + HEADS_PER_TILE), tile);
+}
+
+/* One query, by so many threads. */
+static void attend_query(const struct attention *a, int64_t number, float *scratch, int32_t threads) {
+    struct heads all = {a, examined(a, number), scratch, scratch + key_floats(a->c, a->listed)};
+    int64_t together = HEADS_PER_TILE;
+#ifdef HAVE_DOT
+    if (goes_by_dot(&all.query)) list_keys(a, number, all.keys), together = DOT_HEADS;
+#endif
+    if (!goes_by_dot(&all.query)) dsv4_share(load_keys, &all, a->listed, dsv4_quarters(a->listed, threads), threads);
+    dsv4_share(attend_heads, &all, a->heads, together, threads);
 }
 
 static void attend_queries(const void *job, int64_t first, int64_t last, int64_t worker) {
     const struct attention *a = job;
-    float *keys = a->scratch + worker * (a->listed * a->c + tile_floats(a->c));
-    for (int64_t query = first; query < last; query++) {
-        for (int64_t j = 0; j < a->listed; j++) load_key(a, query, j, keys);
-        for (int64_t h = 0; h < a->heads; h += HEADS_PER_TILE)
-            attend_tile(a, query, h, keys, keys + a->listed * a->c);
-    }
-}
-
-static void load_keys(const void *job, int64_t first, int64_t last, int64_t worker) {
-    const struct attention *a = job;
-    (void)worker;
-    for (int64_t j = first; j < last; j++) load_key(a, a->query, j, a->scratch);
-}
-
-static void attend_tiles(const void *job, int64_t first, int64_t last, int64_t worker) {
-    const struct attention *a = job;
-    float *tile = a->scratch + a->listed * a->c + worker * tile_floats(a->c);
-    for (int64_t i = first; i < last; i++) attend_tile(a, a->query, i * HEADS_PER_TILE, a->scratch, tile);
+    float *scratch = a->scratch + worker * (key_floats(a->c, a->listed) + tile_floats(a->c));
+    for (int64_t number = first; number < last; number++) attend_query(a, number, scratch, 1);
 }
 
 /* q, out [queries, heads, c]; window [window_rows, c], compressed [.., c]; index [queries, listed]: reference.py. */
@@ -143,15 +148,9 @@ void OF_FORM(dsv4_sparse_attention)(const void *q, const void *window, const voi
                                     const float *sink, float scale, int64_t queries, int64_t heads, int64_t c,
                                     int64_t listed, int64_t window_rows, int32_t is_bf16, void *out, void *scratch,
                                     int32_t threads) {
-    struct attention a = {q, window, compressed, index, sink, out, scratch, heads, c, listed, window_rows, 0, scale,
+    struct attention a = {q, window, compressed, index, sink, out, scratch, heads, c, listed, window_rows, scale,
                           is_bf16};
-    if (queries >= threads) {
-        dsv4_share(attend_queries, &a, queries, 1, threads);
-        return;
-    }
-    int64_t tiles = (heads + HEADS_PER_TILE - 1) / HEADS_PER_TILE;
-    for (a.query = 0; a.query < queries; a.query++) {
-        dsv4_share(load_keys, &a, listed, dsv4_quarters(listed, threads), threads);
-        dsv4_share(attend_tiles, &a, tiles, 1, threads);
-    }
+    if (queries >= threads) dsv4_share(attend_queries, &a, queries, 1, threads);
+    else
+        for (int64_t number = 0; number < queries; number++) attend_query(&a, number, scratch, threads);
 }

@@ -7,8 +7,6 @@
 #define KEYS_PER_GROUP 64 /* which stay in the first level cache while queries pass by */
 #define QUERIES_PER_ITEM 8
 
-typedef uint32_t ulanes __attribute__((vector_size(64)));
-
 struct scores {
     const struct matrix *keys;
     const void *q;
@@ -26,23 +24,6 @@ static int64_t worker_floats(int64_t heads, int64_t columns) {
 
 int64_t OF_FORM(dsv4_index_scores_scratch)(int64_t heads, int64_t columns, int64_t threads) {
     return threads * worker_floats(heads, columns) * (int64_t)sizeof(float);
-}
-
-/* Whether bfloat16 numbers other than zero lie below 2**-60, so that a product of two may underflow. */
-static int has_tiny(const uint16_t *x, int64_t count) {
-    uint16_t lowest = 0xffff; /* magnitude less one, of which zero has the largest */
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t before = (uint16_t)((x[i] & 0x7fff) - 1);
-        lowest = before < lowest ? before : lowest;
-    }
-    return lowest < (67 << 7) - 1;
-}
-
-INLINE lanes rounded_lanes(lanes v, int rounded) {
-    if (!rounded) return v;
-    ulanes bits = (ulanes)v, is_nan = (ulanes)(v != v);
-    ulanes nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
-    return (lanes)(((is_nan & nan) | (~is_nan & nearest)) & 0xffff0000u);
 }
 
 /* The scores of a tile's keys from the dot products, which are overwritten: those above zero times the weights of their
@@ -125,8 +106,8 @@ static void score_items(const void *job, int64_t first, int64_t last, int64_t wo
         int64_t query = item % turns * QUERIES_PER_ITEM, stop = least(query + QUERIES_PER_ITEM, s->queries);
         struct group g = {.row = item / turns * KEYS_PER_GROUP};
         g.count = least(s->keys->rows - g.row, KEYS_PER_GROUP);
-        g.exact = s->is_bf16 && !has_tiny(bf16_row(s->keys, g.row), g.count * columns) &&
-                  !has_tiny(bf16_row(&q, query * s->heads), (stop - query) * s->heads * columns);
+        g.exact = s->is_bf16 && are_exact(least_bf16(bf16_row(s->keys, g.row), g.count * columns),
+                                          least_bf16(bf16_row(&q, query * s->heads), (stop - query) * s->heads * columns));
 #ifdef HAVE_DOT
         g.dot = g.exact;
 #endif

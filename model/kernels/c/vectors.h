@@ -41,6 +41,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef float lanes __attribute__((vector_size(64)));
 typedef int32_t ilanes __attribute__((vector_size(64)));
+typedef uint32_t ulanes __attribute__((vector_size(64)));
 
 enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
 
@@ -171,6 +172,45 @@ INLINE void exponentials(float *x) {
         v = exponential8(v);
         memcpy(x + i, &v, 32);
     }
+}
+
+/* Rounded to bfloat16, as float32, if `rounded`. */
+INLINE lanes rounded_lanes(lanes v, int rounded) {
+    if (!rounded) return v;
+    ulanes bits = (ulanes)v, is_nan = (ulanes)(v != v);
+    ulanes nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
+    return (lanes)(((is_nan & nan) | (~is_nan & nearest)) & 0xffff0000u);
+}
+
+#define LEAST_OF_NONE 0x10000
+
+/* The least magnitude, zeros aside, of bfloat16 numbers, as its bits; LEAST_OF_NONE if all are zero. */
+static inline int32_t least_bf16(const uint16_t *x, int64_t count) {
+    uint16_t lowest = 0xffff; /* magnitude less one, of which zero has the largest */
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t before = (uint16_t)((x[i] & 0x7fff) - 1);
+        lowest = before < lowest ? before : lowest;
+    }
+    return lowest + 1;
+}
+
+/* The same of numbers in float32 that are bfloat16 numbers. */
+static inline int32_t least_bf16_of_float(const float *x, int64_t count) {
+    uint32_t lowest = 0xffffffff;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits = (bits & 0x7fffffff) - 1;
+        lowest = bits < lowest ? bits : lowest;
+    }
+    return (int32_t)((lowest + (uint64_t)1) >> 16);
+}
+
+/* Whether products of bfloat16 numbers, of which these are the least, are exact in float32 and multiples of its least
+ * normal number, 2**-126, and so are sums of them: nothing is subnormal, which vdpbf16ps would take for zero. */
+INLINE int are_exact(int32_t least_a, int32_t least_b) {
+    const int32_t normal = 1 << 7; /* a number's last bit is 2**(biased exponent - 134) */
+    return least_a >= normal && least_b >= normal && (least_a >> 7) + (least_b >> 7) >= 2 * 134 - 126;
 }
 
 /* Sum by halves; an odd element waits for the next round. Overwrites x. */

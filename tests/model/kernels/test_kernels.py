@@ -253,6 +253,28 @@ def attention_in_float64(
     return out
 
 
+@pytest.mark.parametrize("high", [40, 64])
+def test_subnormal_attention(high: int) -> None:
+    """vdpbf16ps takes subnormal numbers for zero: here a product of a value is one, or a sum before a block."""
+    keys = torch.randn(65, 96, generator=GENERATOR).to(torch.bfloat16)
+    keys[:, 0] = torch.where(torch.arange(65) == high, 83.0, 0.0)  # the scores; exp(-83) is 2**-119.7
+    keys[:, 3] = 0
+    keys[0, 3] = 2.0**-10
+    q, sink = torch.zeros(2, 7, 96, dtype=torch.bfloat16), torch.zeros(7)
+    q[:, :, 0] = 1
+    index = torch.arange(65, dtype=torch.int32).expand(2, -1).contiguous()
+    expected = REFERENCE.sparse_attention(q, keys, keys[:0], index, sink, 1.0)
+    assert (0 < expected[..., 3]).all() and (expected[..., 3] < 2.0**-126).all()
+    assert torch.equal(bits(CPU.sparse_attention(q, keys, keys[:0], index, sink, 1.0)), bits(expected))
+
+
+def test_attention_with_tiny_scores() -> None:
+    q, window, compressed, index, sink = attention_case(3, torch.bfloat16)
+    q, window = q * 2.0**-70, window * 2.0**-62
+    expected = REFERENCE.sparse_attention(q, window, compressed, index, sink, 2.0**120)
+    assert torch.equal(bits(CPU.sparse_attention(q, window, compressed, index, sink, 2.0**120)), bits(expected))
+
+
 def test_masked_keys_at_the_end_change_no_bit() -> None:
     q, window, compressed, index, sink = attention_case(5, torch.bfloat16)
     longer = torch.cat((index, torch.full((5, 77), -1, dtype=torch.int32)), 1)
