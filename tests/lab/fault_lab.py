@@ -309,7 +309,7 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "disk_full": ("ENOSPC", ("open", "write", "pwrite", "allocate", "mkdir")),
     "bad_disk": ("EIO", ("fsync",)),
     "interrupt": ("SIGINT", CHANGING),
-    "terminate": ("SIGTERM", ("write", "replace")),
+    "terminate": ("SIGTERM", ("replace",)),  # what differs from SIGINT is the exit code
     "forbidden": ("EACCES", ("open", "replace", "mkdir")),
 }
 

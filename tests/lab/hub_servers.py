@@ -77,6 +77,7 @@ def is_large(path: Path) -> bool:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is a head and a body, and nobody waits for an acknowledgement between
     hub: "HubServer"
     host = "hub"
 

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -27,9 +28,12 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that the system gives to others meanwhile: it stays free until rank 0 listens there."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def kill_at(module: str, function: str, call: int) -> None:
