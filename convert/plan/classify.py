@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from dsv4.convert.checkpoint.config import checked_expert_dtype, required_weight_block
+from dsv4.convert.checkpoint.editions.table import check_signs
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight, find_weights
 from dsv4.errors import InputError
@@ -38,11 +39,15 @@ def _check_config(weights: Iterable[Weight], config: dict[str, Any]) -> None:
 
 
 def check_weights(weights: Collection[Weight], config: dict[str, Any]) -> None:
-    """Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors."""
+    """Raises InputError when a scale is missing or does not fit its weight, or the config contradicts the tensors.
+
+    Under the config of another edition no scale fits: then that is the error.
+    """
     if any(weight.format is Format.FP8 for weight in weights):
         fp8_block(config)
     for weight in weights:
         if weight.fault is not None:
+            check_signs(config, (weight.name for weight in weights))
             raise InputError(str(weight.fault), weight.fault.hint)
     _check_config(weights, config)
 

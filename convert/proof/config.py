@@ -256,7 +256,7 @@ def check_config(checkpoint: Checkpoint) -> None:
     kind = config.get("model_type")
     if isinstance(kind, str) and kind not in BY_TYPE and kind.startswith(FAMILY):
         text = f"model_type is {kind!r}: whether the config has every key that this edition needs is not checked"
-        checkpoint.problem("config", text, "note")
+        checkpoint.problem("edition", text, "note")
     elif isinstance(kind, str) and kind not in BY_TYPE:
         text = f"model_type is {kind!r}, no DeepSeek-V4: names and shapes are not compared with the config"
         checkpoint.problem("model", text, "note")

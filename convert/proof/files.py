@@ -57,8 +57,8 @@ DTYPE_BITS = {
 class Problem:
     """A fault beside the tensors' values.
 
-    `area` is one of index, shard, layout, config, codes, side file, manifest, and model (of another family).
-    `where` is "source" or "output".
+    `area` is one of index, shard, layout, config, codes, side file, manifest, edition (one that is not known), and
+    model (of another family). `where` is "source" or "output".
     """
 
     area: str

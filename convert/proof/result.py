@@ -231,6 +231,11 @@ class Verification:
         """Whether a side is no DeepSeek-V4, so that names and shapes were not compared with its config."""
         return any(problem.area == "model" for problem in self.problems)
 
+    @property
+    def is_of_known_edition(self) -> bool:
+        """Whether the model type of each side is one that `verify` knows, or not said."""
+        return not any(problem.area in ("model", "edition") for problem in self.problems)
+
     def _unbuildable(self, kind: str) -> list[str]:
         return [result.name for result in self.results if result.tally.rebuilt[kind]]
 

@@ -195,7 +195,7 @@ def _suggest(out: output.Output, result: "Verification", options: VerifyOptions)
     """The command to try after a good verdict; none for a model that `dsv4 run` does not know."""
     if options.sample is not None:
         return out.hint(f"next: {as_typed('dsv4 verify', replace(options, sample=None, seed=0, report=None))}")
-    if not _runs(Path(options.source)) or result.is_foreign:
+    if not _runs(Path(options.source)) or not result.is_of_known_edition:
         return
     prompt = ["-p", "Hello"] if (Path(options.source) / "tokenizer.json").is_file() else ["--tokens", "0,17,4"]
     words = ["dsv4", "run", options.source, *prompt]

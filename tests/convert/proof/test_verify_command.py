@@ -563,3 +563,22 @@ def test_too_little_memory_is_refused_with_the_least(
     assert code == 2 and "--max-memory 9.0 MB is too little" in err and least is not None
     more = str(int(least[1].removesuffix("MB")) + 100) + "MB"  # this process may have grown since
     assert command(capsys, *pair, "--max-memory", more)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "area", "verdict"),
+    [
+        ("deepseek_v49", "edition", "SOUND: structure, config and codes agree"),
+        ("llama", "model", "SOUND: structure, config and codes agree; no DeepSeek-V4: shapes were not checked"),
+    ],
+)
+def test_a_model_type_that_is_not_known(
+    kind: str, area: str, verdict: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A later edition is no other model; `run` is proposed for neither."""
+    folder = Path(shutil.copytree(pair[0], tmp_path / "alone"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    code, out, err = command(capsys, folder)
+    assert (code, out.splitlines()[-1]) == (0, verdict)
+    assert "next:" not in err and area in {problem.area for problem in verify(folder).problems}

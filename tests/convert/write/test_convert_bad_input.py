@@ -23,6 +23,8 @@ from exact_values import INDEX, convert, dsv4, edit_config, edit_tensors, read_j
 from patience import LONG
 from raw_safetensors import Raw, read_file, write_file
 
+from dsv4.convert.synthetic.v41 import V41Geometry
+from dsv4.convert.synthetic.v41 import config as v41_config
 from dsv4.convert.write import atomic_file as files
 
 pytestmark = pytest.mark.fast_cases(1)
@@ -293,6 +295,11 @@ class TestNanWeights:
 
 
 class TestConfig:
+    def test_the_config_of_another_edition(self, source: Path, tmp_path: Path) -> None:
+        """No block scale fits then; the reason is said, and not that a download is damaged."""
+        (source / "config.json").write_text(json.dumps(v41_config(V41Geometry())))
+        refused(source, tmp_path / "out", "config.json describes V4.1", "'layers.0.ffn.gate.tid2eid' is a tensor of V4")
+
     def test_missing(self, source: Path, tmp_path: Path) -> None:
         (source / "config.json").unlink()
         refused(source, tmp_path / "out", "config.json is missing")
