@@ -20,16 +20,18 @@ build() {
 }
 case $python in /*) ;; *) python=$PWD/$python ;; esac
 
+builds=() # at the same time
 for compiler in gcc clang; do
     command -v "$compiler" >/dev/null || { echo "skipped: no $compiler"; continue; }
-    build "$compiler" -Wall -Wextra -Werror -Wno-unknown-warning-option >/dev/null
-    echo "no warning: $compiler"
+    { build "$compiler" -Wall -Wextra -Werror -Wno-unknown-warning-option >/dev/null && echo "no warning: $compiler"; } &
+    builds+=($!)
 done
+for one in ${builds[@]+"${builds[@]}"}; do wait "$one"; done
 
 # The same bits in every form; the suite itself runs the best form of this machine.
 for form in $("$python" -c 'from dsv4.model.kernels import cpu; print(*cpu.forms()[1:])'); do
     echo "kernels in the form $form"
-    DSV4_KERNELS=$form "$python" -m pytest -q tests/model/kernels tests/model/test_model_transformers.py
+    DSV4_KERNELS=$form "$python" -m pytest -q -n auto tests/model/kernels tests/model/test_model_transformers.py
 done
 
 # NEON against plain C in one program, for which no ARM machine is needed, and the same checksum as on this machine.
