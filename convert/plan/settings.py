@@ -71,8 +71,8 @@ CONVERSIONS: dict[To, Conversion] = {
         bf16_experts="fp4",
     ),
     "same": Conversion(help="no numbers change", recipe="scales", keeps_codes=True, rank_files=True),
-    "mxfp8": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp8", has_own_form=True),
-    "mxfp4": Conversion(help="as compressed-tensors stores it", recipe="mx.mxfp4", has_own_form=True),
+    "mxfp8": Conversion(help="MXFP8 of compressed-tensors", recipe="mx.mxfp8", has_own_form=True),
+    "mxfp4": Conversion(help="MXFP4 of compressed-tensors", recipe="mx.mxfp4", has_own_form=True),
     "mlx": Conversion(help="for MLX, on Apple's machines", recipe="mx.mlx", has_own_form=True, joins=True),
     "nvfp4": Conversion(
         help="experts as NVIDIA's ModelOpt stores NVFP4",

@@ -179,26 +179,31 @@ def _problems(count: int) -> str:
     return f"{count} problem" + ("s" if count != 1 else "")
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """The result of `verify`. `exit_code` is the command's, `verdict` its one sentence."""
 
     source: str | None
     output: str
-    results: list[TensorResult] = field(repr=False)
-    problems: list[Problem] = field(repr=False)
-    statistics: Statistics = field(repr=False)
+    results: list[TensorResult]
+    problems: list[Problem]
+    statistics: Statistics
     strict: bool = False
     inverse: bool = False
     hashed: bool = False  # a manifest's hashes were compared
     selection: str = ""  # what was compared, in words; "" for everything
-    unchecked: list[str] = field(default_factory=list, repr=False)  # names that were not selected
-    ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False)  # side -> kind -> names
-    identity: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)  # side -> what -> SHA-256
+    unchecked: list[str] = field(default_factory=list)  # names that were not selected
+    ignored: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # side -> kind -> names
+    identity: dict[str, dict[str, str]] = field(default_factory=dict)  # side -> what -> SHA-256
     read_bytes: int = 0
     continued_bytes: int = 0  # of read_bytes: read by an earlier run that was interrupted, and not changed since
     audit: Audit | None = None  # the blocks that were compared, if not all were
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        """The verdict and the two sides: a result has a line for each of thousands of tensors."""
+        sides = f"source={self.source!r}, output={self.output!r}"
+        return f"Verification({self.verdict!r}, exit_code={self.exit_code}, {sides})"
 
     @property
     def counts(self) -> dict[str, int]:

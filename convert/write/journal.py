@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv4.errors import UsageError
 from dsv4.files import PREFIX
+from dsv4.text import counted, human_bytes
 
 from .atomic_file import AppendLog, read_small, remove, write_file
 
@@ -130,14 +131,31 @@ def _as_resumed_by(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**old, "options": {**options, "on_inexact": wanted.get("on_inexact")}}
 
 
-def _other_source(source: dict[str, Any], difference: str) -> str:
-    """How the source of an earlier job is not the present one."""
+def _shards_of(source: Any) -> str:
+    """`4 shards, 15.1 MB`: what a job says of its source, "" if that cannot be read."""
+    try:
+        sizes = [int(shard["size"]) for shard in source["shards"].values()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""
+    return f"{counted(len(sizes), 'shard')}, {human_bytes(sum(sizes))}"
+
+
+def _other_source(source: dict[str, Any], present: Any, difference: str) -> str:
+    """How the source of an earlier job is not the present one. The path of a folder is no part of a job."""
     if "repository" in source:
         return f"made from {source.get('hub')}:{source['repository']}@{source.get('commit')}"
+    before, now = _shards_of(source), _shards_of(present)
+    if before and now and before != now:
+        return f"made from another checkpoint ({before}; this one has {now})"
     shard = difference.removeprefix("source.shards.").partition(": ")[0]
     key = difference.removeprefix("source.").partition(":")[0]
     file = {"config_sha256": "config.json", "recorded_scales_sha256": "dsv4.json"}.get(key, shard)
     return f"made from another checkpoint, whose {file} is not this one's"
+
+
+def _value(option: Any) -> Any:
+    """An option's value as the command line has it."""
+    return "not given" if option is None else option
 
 
 def _in_words(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -147,10 +165,12 @@ def _in_words(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     if difference is None:
         return None
     if difference.startswith("source.") and isinstance(source, dict):
-        return _other_source(source, difference)
+        return _other_source(source, new.get("source"), difference)
     if difference.startswith("options.") and isinstance(before, dict) and isinstance(now, dict):
         changed = [name for name in now if before.get(name) != now[name]]
-        pairs = (f"--{name.replace('_', '-')} {before.get(name)}, now {now[name]}" for name in changed)
+        if "to" in changed:  # what follows from it is not what the user chose
+            changed = ["to"]
+        pairs = (f"--{name.replace('_', '-')} {_value(before.get(name))}, now {_value(now[name])}" for name in changed)
         return "made with " + "; ".join(pairs)
     return difference
 

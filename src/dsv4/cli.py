@@ -87,7 +87,7 @@ for _module, _function, _help in (
     (convert_command, convert_command.convert, "Convert a checkpoint without changing a value."),
     (verify, verify.verify, "Prove that two checkpoints hold the same model."),
     (run_command, run_command.run, "Answer prompts, or compare the logits of two checkpoints."),
-    (doctor, doctor.doctor, "Say whether an engine will load a folder, and how."),
+    (doctor, doctor.doctor, "Check a folder against an engine's rules."),
     (encode, encode.encode, "Print the exact prompt that messages become."),
     (env, env.env, "Show versions, devices, memory and disks."),
 ):

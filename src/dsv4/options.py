@@ -98,11 +98,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more of what happens.")]
 MaxWorkers = Annotated[
     int | None,
-    typer.Option("--max-workers", metavar="N", min=1, help="Threads that work at once. Default: one per core."),
+    typer.Option("--max-workers", metavar="N", min=1, help="Number of worker threads. Default: one per core."),
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option("--max-memory", metavar="SIZE", help="Most memory that the whole process may use, such as 8GB."),
+    typer.Option("--max-memory", metavar="SIZE", help="Limit of the process's memory, such as 8GB."),
 ]
 Timeout = Annotated[
     float | None,
@@ -117,7 +117,7 @@ Revision = Annotated[
 CacheDir = Annotated[
     Path | None,
     typer.Option(
-        "--cache-dir", parser=as_folder, metavar="FOLDER", help="The hub library's cache, if not where it usually is."
+        "--cache-dir", parser=as_folder, metavar="FOLDER", help="Cache of the hub library, if not the default one."
     ),
 ]
 Token = Annotated[

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -26,13 +27,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 from dsv4 import signals
 from dsv4.errors import Dsv4Error
 from dsv4.progress import SECONDS_BETWEEN_CALLS, Pace, Reached
-from dsv4.text import aligned, human_bytes, human_seconds, printable
+from dsv4.text import aligned, human_bytes, human_seconds, printable, wrapped
 
 if TYPE_CHECKING:
     from dsv4.commands.distributed import Ranks
 
 Mode = Literal["human", "json", "quiet", "silent"]
 
+WIDTH = 80  # of what is not a terminal, and the most of one
+NARROWEST = 40
 SECONDS_UNTIL_A_PASSING_BAR = 0.5
 SECONDS_OF_A_LONG_STEP = 0.5  # after this time without an advance, a bar draws itself anew
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file: often enough to show that it goes on, rare enough to read
@@ -232,6 +235,11 @@ class Output:
         """Several lines of data."""
         for line in lines:
             self.text(line)
+
+    def paragraph(self, text: str, first: str = "", rest: str = "") -> None:
+        """Data for stdout, broken at spaces where the terminal ends; `first` and `rest` begin the lines."""
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        self.lines(wrapped(text, max(NARROWEST, min(columns, WIDTH)), first, rest))
 
     def section(self, title: str, rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
         """A title and, indented, a table of aligned columns; those in `right` are aligned to the right."""

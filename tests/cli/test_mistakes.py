@@ -216,11 +216,11 @@ def test_an_occupied_output_says_what_made_it(root: Path, tmp_path: Path, capfd:
     assert cli.run(["convert", str(root / "good"), output]) == 0
     assert cli.run(["convert", str(root / "good"), output, "--to", "bf16"]) == 2
     error = capfd.readouterr().err
-    assert "made with --to fp8, now bf16" in error and "--overwrite" in error and "sha256" not in error
+    assert "made with --to fp8, now bf16\n" in error and "--overwrite" in error and "sha256" not in error
     other = make_checkpoint(tmp_path / "other", geometry=RAGGED)
     assert cli.run(["convert", str(other), output]) == 2
     error = capfd.readouterr().err
-    assert "made from another checkpoint, whose config.json is not this one's" in error and "sha256" not in error
+    assert "made from another checkpoint (5 shards, " in error and "; this one has " in error and "sha256" not in error
 
 
 RANKS = ("--layout", "mp", "--model-parallel", "1")

@@ -210,3 +210,21 @@ def test_parse_size(text: str, size: int) -> None:
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(("columns", "most"), [("60", 60), ("200", 80), ("10", 40)])
+def test_a_paragraph_ends_where_the_terminal_does(columns: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", columns)
+    Output().paragraph("a word " * 50, "note  ", "      ")
+    lengths = [len(line) for line in stream.getvalue().splitlines()]
+    assert most - 7 < max(lengths) <= most
+
+
+def test_a_paragraph_in_a_file_is_the_same_everywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    Output().paragraph("a word " * 50)
+    assert 73 < max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -40,12 +40,13 @@ def _make_folder(folder: Path | None) -> Path:
 def demo(
     context: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(parser=as_folder, metavar="FOLDER", help="Where to put it all. Default: new.")
+        Path | None,
+        typer.Argument(parser=as_folder, metavar="FOLDER", help="Folder for all files. Default: a new temporary one."),
     ] = None,
     edition: Annotated[
         str,
         typer.Option(
-            "--edition", metavar="NAME", help="Whose release the small checkpoint looks like: v4, 0731, v4.1, ..."
+            "--edition", metavar="NAME", help="Edition that the small checkpoint imitates: v4, 0731, v4.1, ..."
         ),
     ] = "v4",
 ) -> None:

@@ -9,21 +9,18 @@ from dsv4 import output
 from dsv4.convert.plan.engines import EngineName
 from dsv4.errors import EXIT_DIFFERENCE, UsageError
 from dsv4.options import Json, Quiet, Timeout, example, named
-from dsv4.text import wrapped
 
 if TYPE_CHECKING:
     from dsv4.convert.doctor.rules import Check, Diagnosis
     from dsv4.referee.loaders.loader import Loaded, Wanted
 
-WIDTH = 80
-
 
 def _print_check(out: output.Output, check: "Check") -> None:
     head = f"{check.status:9}{check.rule:21}"
     indent = " " * len(head)
-    out.lines(wrapped(check.text, WIDTH, head, indent))
+    out.paragraph(check.text, head, indent)
     if check.status != "ok":
-        out.lines(wrapped(check.fix, WIDTH, indent, indent))
+        out.paragraph(check.fix, indent, indent)
 
 
 def _print_rules(out: output.Output, diagnosis: "Diagnosis") -> None:
@@ -35,7 +32,7 @@ def _print_rules(out: output.Output, diagnosis: "Diagnosis") -> None:
     }
     out.text(verdicts[diagnosis.loads])
     rules = f"Rules: {evidence} ({evidence.executed})." if evidence else "Rules: not checked by running the engine."
-    out.lines(wrapped(rules, WIDTH))
+    out.paragraph(rules)
 
 
 def _print_loaded(out: output.Output, diagnosis: "Diagnosis", loaded: "Loaded") -> None:
@@ -45,7 +42,7 @@ def _print_loaded(out: output.Output, diagnosis: "Diagnosis", loaded: "Loaded") 
         verdict = f"{loaded.engine} holds the folder's values, but something else does NOT fit: see above."
     else:
         verdict = f"{loaded.engine} does NOT load the folder right."
-    out.lines(wrapped(verdict, WIDTH))
+    out.paragraph(verdict)
 
 
 def _print(out: output.Output, diagnosis: "Diagnosis", loaded: "Loaded | None") -> None:

@@ -13,7 +13,7 @@ from dsv4 import output
 from dsv4.errors import UsageError
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
 from dsv4.progress import Reached
-from dsv4.text import aligned, human_bytes, human_count, natural_order, wrapped
+from dsv4.text import aligned, human_bytes, human_count, natural_order
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dsv4.convert.inspect.inspection import Inspection
     from dsv4.convert.inspect.tensor_view import TensorView
 
-WIDTH = 80
 BAR = 40  # characters of the longest bar of a histogram
 ATTENTION = {"sliding": "sliding", "csa": "CSA", "hca": "HCA", "compressed": "compressed"}
 
@@ -125,8 +124,8 @@ def _findings(out: output.Output, inspection: "Inspection") -> None:
         return
     out.text(_headline(inspection.findings))
     for finding in inspection.findings:
-        out.lines(wrapped(f"{finding.level}: {finding.text}.", WIDTH, "  ", "    "))
-        out.lines(wrapped(finding.hint, WIDTH, "    ", "    "))
+        out.paragraph(f"{finding.level}: {finding.text}.", "  ", "    ")
+        out.paragraph(finding.hint, "    ", "    ")
 
 
 def _report(out: output.Output, inspection: "Inspection", source: str, names: str) -> None:

@@ -49,7 +49,7 @@ EditionOption = Annotated[
     typer.Option(
         "--edition",
         metavar="NAME",
-        help="Whose prompts to write: preview, 0731 or v41. Default: as the checkpoint's files tell.",
+        help="Edition whose prompts to write: preview, 0731 or v41. Default: detected from the checkpoint's files.",
     ),
 ]
 

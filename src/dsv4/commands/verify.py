@@ -79,7 +79,7 @@ class VerifyOptions:
     ]
     converted: Annotated[
         str | None,
-        typer.Argument(parser=named, metavar="OUTPUT", help="The converted one: a folder, hf:org/name or ms:org/name."),
+        typer.Argument(parser=named, metavar="OUTPUT", help="The conversion: a folder, hf:org/name or ms:org/name."),
     ] = None
     dry_run: Annotated[
         bool,

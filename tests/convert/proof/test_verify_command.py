@@ -136,7 +136,8 @@ def test_python_takes_what_the_command_takes(pair: tuple[Path, Path]) -> None:
     for wrong in ({"sample": "nine"}, {"sample": 0}, {"sample": "120%"}, {"shard": 0}, {"shard": 99}, {"tensor": "x"}):
         with pytest.raises(UsageError):
             verify(*pair, **wrong)  # type: ignore[arg-type]
-    assert len(repr(verify(*pair))) < 1000  # in a notebook
+    shown = repr(verify(*pair))  # in a notebook
+    assert len(shown) < 1000 and "IDENTICAL: " in shown and "exit_code=0" in shown
 
 
 @pytest.mark.slow

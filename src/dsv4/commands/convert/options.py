@@ -65,13 +65,13 @@ class ConvertOptions:
     ] = "error"
     dense: Annotated[
         Dense,
-        typer.Option(help="Of --to gguf: dense FP8 weights as bf16, exactly, or as q8_0, rounded, in half the bytes."),
+        typer.Option(help="With --to gguf: dense FP8 weights as bf16, exact, or as q8_0, rounded, in half the bytes."),
     ] = "bf16"
     input_scale: Annotated[
         str | None,
         typer.Option(
             metavar="1.0|FILE",
-            help="Of --to nvfp4: what engines divide activations by. A number, or a JSON file: tensor name -> number.",
+            help="With --to nvfp4: engines divide activations by it. A number, or a JSON file: tensor name -> number.",
         ),
     ] = None
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output shard.")] = "5GB"

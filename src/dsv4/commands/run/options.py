@@ -96,16 +96,14 @@ class RunOptions:
     ] = None
     server: Annotated[
         ServerName | None,
-        typer.Option("--server", help="The kind of server at --compare's address. Default: by its endpoints."),
+        typer.Option("--server", help="Kind of the server at --compare's address. Default: detected by its endpoints."),
     ] = None
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", metavar="KEY", help="The server's key, if not in OPENAI_API_KEY or the like."),
     ] = None
     timeout: Timeout = None
-    suite: Annotated[
-        bool, typer.Option("--suite", help="Ask the server dsv4's own few dozen prompts, which cover what goes wrong.")
-    ] = False
+    suite: Annotated[bool, typer.Option("--suite", help="Ask the server the few dozen test prompts of dsv4.")] = False
     tolerance: Annotated[
         float,
         typer.Option("--tolerance", metavar="X", min=0, help="Largest difference of a logit that counts as the same."),
