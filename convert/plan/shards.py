@@ -27,8 +27,9 @@ from .settings import DEFAULT_MAX_SHARD_BYTES, Settings
 # disk for two.
 MAX_SOURCE_SHARDS = 2
 # Characters of recorded scales (forms/recorded_scales.py) in the manifest: one for so many bytes of a shard, and some
-# for a small one. Routed experts that a release rounded itself need a tenth of that, weights in blocks of 32 x 32 all.
-SHARD_BYTES_FOR_RECORD, LEAST_RECORD = 2**14, 2**16
+# for a small one. Of weights that a release rounded itself, routed experts need a tenth of that, blocks of 128 x 128 a
+# sixth, and blocks of 32 x 32 twice as much: those lie beside many experts.
+SHARD_BYTES_FOR_RECORD, LEAST_RECORD = 2**15, 2**16
 
 
 @dataclass(frozen=True)
