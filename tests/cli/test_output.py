@@ -121,6 +121,7 @@ def test_progress_in_a_file_is_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 3600)
     monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
     with Output().progress(10_000_000, "convert") as progress:
         for _ in range(4):

@@ -133,6 +133,7 @@ def test_a_bar_estimates_once_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_line_says_that_nothing_is_known(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
+    monkeypatch.setattr(output, "SECONDS_OF_A_LONG_STEP", 3600)
     monkeypatch.setattr(output.time, "monotonic", lambda: clock[0])
     with Output().progress(10, "convert") as progress:
         clock[0] = 20
