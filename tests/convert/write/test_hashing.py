@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,6 +174,8 @@ def test_stop_waits_for_the_bytes_being_hashed_and_for_no_others(
     assert stopping.begun.wait(LONG)
     thread = threading.Thread(target=file.stop)
     thread.start()
+    while not file.is_stopped:
+        time.sleep(0.001)
     thread.join(0.1)
     assert thread.is_alive()
     stopping.go_on.set()

@@ -162,6 +162,8 @@ def test_stop_waits_for_the_write_under_way_and_for_no_other(small_blocks: None)
     file.begun.wait(LONG)
     stopping = threading.Thread(target=pipeline.stop)
     stopping.start()
+    while not pipeline._stopped:
+        time.sleep(0.001)
     stopping.join(0.2)
     assert stopping.is_alive()
     file.may_go_on.set()
