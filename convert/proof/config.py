@@ -159,14 +159,20 @@ def _compare_flat(
         output.problem("config", f"{key} = {now} (source's {name}: {was})", severity)
 
 
+def _unnested(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the keys of its language model at the top."""
+    nested = config.get("text_config")
+    return {**(nested if isinstance(nested, dict) else {}), **config}
+
+
 def _compare_with_engine(output: Checkpoint, expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
     """Compare two configs of which one is the reference engine's, by the keys that both can say."""
     if output.layout == "mp":
         found = engine.as_released(found)
-        expected = _flat(as_released(expected, found))
+        expected = _flat(as_released(_unnested(expected), found))
     else:
         expected = engine.as_released(expected)
-        found = _flat(as_released(found, expected))
+        found = _flat(as_released(_unnested(found), expected))
     expected, found = ({key: side[key] for key in engine.KEYS.values() if key in side} for side in (expected, found))
     _compare_flat(output, expected, found, name, unquantized=False)
 

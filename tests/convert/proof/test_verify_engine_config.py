@@ -8,7 +8,6 @@ import pytest
 from tiny import TINY
 
 from dsv4.convert import convert, verify
-from dsv4.convert.checkpoint.config import INFERENCE_KEYS
 from dsv4.convert.proof.forms import engine
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
 
@@ -54,6 +53,18 @@ def test_a_value_of_the_engine_that_is_another(
         assert any(f"{released} = " in problem.text for problem in result.problems)
 
 
-def test_the_proof_knows_the_keys_that_the_converter_writes() -> None:
-    storage = {"scale_fmt"}
-    assert engine.KEYS == {key: path for key, path in INFERENCE_KEYS if key not in storage}
+def test_the_proof_knows_every_key_of_the_engine(sides: tuple[Path, Path]) -> None:
+    """But for those about storage, which are compared with the tensors."""
+    written = json.loads((sides[1] / "config.json").read_text()).keys()
+    assert written - {"dtype", "expert_dtype", "scale_fmt", "n_mtp_layers"} <= engine.KEYS.keys()
+
+
+def test_a_config_that_nests_the_language_model(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """As V4.1's does, in `text_config`."""
+    release, ranks = sides
+    nested = tmp_path / "release"
+    shutil.copytree(release, nested)
+    config = json.loads((nested / "config.json").read_text())
+    outer = {key: config.pop(key) for key in ("model_type", "architectures", "quantization_config", "expert_dtype")}
+    (nested / "config.json").write_text(json.dumps({**outer, "text_config": config}))
+    assert verify(nested, ranks).exit_code == 0 and verify(ranks, nested).exit_code == 0
