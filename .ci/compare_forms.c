@@ -68,7 +68,7 @@ static void linears(int format, int x_is_bf16, int exact, int64_t m_count, float
     for (int i = 0; i < ROWS * COLUMNS / 32; i++) scale[i] = ldexpf(base, (int)(next() % 20) - 10);
     fill(x, 9 * COLUMNS, x_is_bf16);
     int64_t wide = quantized ? (fp4 ? 32 : 128) : COLUMNS;
-    struct matrix w = {values, quantized ? scale : 0, ROWS, COLUMNS, fp4 ? 1 : 16, wide, COLUMNS / wide, format, 1};
+    struct matrix w = {values, quantized ? scale : 0, ROWS, COLUMNS, fp4 ? 1 : 16, wide, COLUMNS / wide, format, 1, 0};
     struct product p = {&w, x, result_a, m_count, COLUMNS, ROWS - 1, 1, ROWS, x_is_bf16, 0, exact};
     CALL(A, linears)(&p, 1, scratch, 2);
     p.y = result_b;
@@ -95,7 +95,7 @@ static void scores(int rounded) {
     enum { QUERIES = 5, HEADS = 12, C = 64, KEYS = 31 };
     static float q[QUERIES * HEADS * C], weights[QUERIES * HEADS], keys[KEYS * C];
     fill(q, QUERIES * HEADS * C, rounded), fill(weights, QUERIES * HEADS, 0), fill(keys, KEYS * C, rounded);
-    struct matrix w = {keys, 0, KEYS, C, 1, C, 1, rounded ? BFLOAT16 : FLOAT32, 0};
+    struct matrix w = {keys, 0, KEYS, C, 1, C, 1, rounded ? BFLOAT16 : FLOAT32, 0, 0};
     CALL(A, index_scores)(&w, q, weights, QUERIES, HEADS, rounded, (float *)result_a, scratch, 2);
     CALL(B, index_scores)(&w, q, weights, QUERIES, HEADS, rounded, (float *)result_b, scratch, 2);
     compare("index_scores", QUERIES * KEYS * 4);
