@@ -122,10 +122,7 @@ def window_one_wider(patch: Patch) -> None:
 
 
 def heads_normed(patch: Patch) -> None:
-    def wrong(self: Any, q: torch.Tensor) -> torch.Tensor:
-        return q / (q.square().mean(-1, keepdim=True) + 1e-20).sqrt()
-
-    patch.setattr(shared_attention.SharedKeyAttention, "_normed", wrong)
+    patch.setattr(shared_attention.SharedKeyAttention, "norm_heads", True)
 
 
 MISTAKES = [
