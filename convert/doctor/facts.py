@@ -15,6 +15,7 @@ from dsv4.convert.checkpoint.foreign import ForeignQuantization, foreign_quantiz
 from dsv4.convert.checkpoint.forms.gguf.files import is_gguf
 from dsv4.convert.checkpoint.names import (
     expert_of,
+    is_released_in_fp8,
     is_routed_expert,
     rank_file,
 )
@@ -46,7 +47,8 @@ class Facts:
     experts, wo_a, tables: formats (fp4, fp8, bf16, or another dtype) of the routed experts, of attn.wo_a and of n-gram
     tables. draft_experts: the format of the draft stages' experts if it differs from that of all others, else ""; if it
     differs, the other fields leave them out. expert_scales: dtypes of the experts' block scales.
-    quantized: whether any weight is FP4 or FP8.
+    quantized: whether any weight is FP4 or FP8. unquantized: weights that are neither and that releases have in
+    FP8, but for wo_a and n-gram tables.
     partial_blocks: FP8 weights whose sides are no multiples of the block. mtp: whether there are draft blocks.
     ranks: number of rank files. problems: faults in names, shapes and scales.
     notes: lines about ignored files and tensors. misnamed: files that are something else, such
@@ -67,6 +69,7 @@ class Facts:
     wo_a: set[str] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)
     quantized: bool = False
+    unquantized: list[str] = field(default_factory=list)
     partial_blocks: list[str] = field(default_factory=list)
     mtp: bool = False
     ranks: int = 0
@@ -103,8 +106,10 @@ def _add_weights(facts: Facts, weights: dict[str, Weight]) -> None:
             facts.expert_scales.add(weight.scale.dtype)
         if weight.is_wo_a:
             facts.wo_a.add(weight.stored)
-        if ENGRAM_TABLE.fullmatch(name):
+        elif ENGRAM_TABLE.fullmatch(name):
             facts.tables.add(weight.stored)
+        elif weight.format is Format.PLAIN and is_released_in_fp8(name):
+            facts.unquantized.append(name)
         facts.quantized |= weight.format is not Format.PLAIN
         if weight.format is Format.FP8 and len(weight.info.shape) == 2:
             rows, columns = facts.block

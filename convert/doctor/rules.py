@@ -31,6 +31,7 @@ from dsv4.convert.plan.settings import Settings, resolve
 from dsv4.convert.plan.side_files import check_configs
 from dsv4.errors import InputError, UsageError
 from dsv4.progress import Reached, ignore
+from dsv4.text import counted
 
 from .facts import Facts, gather
 
@@ -237,6 +238,14 @@ def _wo_a(p: RuleContext) -> Iterator[Check]:
         yield Check("wo_a", status, text.format(found=found), *p.convert)
 
 
+def _dense(p: RuleContext) -> Iterator[Check]:
+    plain = p.facts.unquantized
+    if plain and p.facts.quantized:
+        count = counted(len(plain), "dense weight")
+        text = f"{count} without a block scale beside others in FP8 ({plain[0]}): engines take all for FP8"
+        yield Check("dense weights", "wrong", text, "Convert without --on-inexact keep.", p.decode.command)
+
+
 def _tables(p: RuleContext) -> Iterator[Check]:
     if not p.facts.tables or not p.engine.tables:
         return
@@ -359,7 +368,7 @@ def _form(p: RuleContext) -> Iterator[Check]:
 Rule = Callable[[RuleContext], Iterator[Check]]
 
 RULES: tuple[Rule, ...] = (
-    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _tables, _quantization_config,
+    _architecture, _tensors, _experts, _expert_dtype, _expert_scales, _wo_a, _dense, _tables, _quantization_config,
     _partial_blocks, _ignored, _side_files, _tensor_parallel, _caveats,
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact_values import edit_tensors
+from exact_values import edit_tensors, tensors_of
 from foreign_checkpoints import KINDS, foreign
 from mixed_scales import mix_scales
+from raw_safetensors import raw
 from release_headers import FLASH, make_released
 from safetensors.torch import load_file, save_file
 from tiny import RAGGED
@@ -221,6 +222,22 @@ def test_a_mixture_of_experts_formats_is_wrong_everywhere(tmp_path: Path) -> Non
     assert cli.run(["convert", str(source), str(output), "--on-inexact", "keep", "-q"]) == 0
     for engine in ("sglang", "vllm", "transformers"):
         assert "experts" in failures(diagnose(output, engine))
+
+
+def test_a_dense_weight_without_a_scale_beside_others_is_wrong_everywhere(
+    release: Path, edited: Callable[..., Path]
+) -> None:
+    """As `--on-inexact keep` leaves one that has no exact form in FP8."""
+    name, copy = "layers.1.attn.wq_a", edited(release)
+    shape = tensors_of(copy)[f"{name}.weight"].shape
+    edit_tensors(copy, {f"{name}.weight": raw("BF16", np.ones(shape, np.uint16))}, drop=(f"{name}.scale",))
+    for engine in ("sglang", "vllm", "transformers"):
+        diagnosis = diagnose(copy, engine)
+        assert failures(diagnosis) == {"dense weights"}
+        assert any(
+            f"1 dense weight without a block scale beside others in FP8 ({name}.weight)" in c.text
+            for c in diagnosis.checks
+        )
 
 
 @pytest.mark.slow
