@@ -2,7 +2,7 @@
 
 The kernels of the engine are compiled once for each form, with the options that let the compiler use the instructions
 of that form and a name of its own (`FORM`); which form runs is decided on the machine that runs it
-(model/kernels/cpu.py).
+(model/kernels/binding.py).
 A form that this compiler cannot build is left out, and without a compiler there is no library: dsv4 works without it,
 slowly. The library has nothing of Python in it, so a wheel is for a platform, not for a Python version.
 """

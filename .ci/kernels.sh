@@ -29,7 +29,7 @@ done
 for one in ${builds[@]+"${builds[@]}"}; do wait "$one"; done
 
 # The same bits in every form; the suite itself runs the best form of this machine.
-for form in $("$python" -c 'from dsv4.model.kernels import cpu; print(*cpu.forms()[1:])'); do
+for form in $("$python" -c 'from dsv4.model.kernels import binding; print(*binding.forms()[1:])'); do
     echo "kernels in the form $form"
     DSV4_KERNELS=$form "$python" -m pytest -q -n auto tests/model/kernels tests/model/test_model_transformers.py
 done

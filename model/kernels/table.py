@@ -1,7 +1,7 @@
 """The kernel table: which function does each hot operation, on which device.
 
     REFERENCE      the plain forms that define the result to the bit
-    CPU            compiled C with the same bits, where a library can be built (`cpu.library`)
+    CPU            compiled C with the same bits, where a library can be built (`binding.library`)
     TORCH_DEVICE   every other device: torch's own functions, the same within the noise of float32
     CUDA           the same, with products of bfloat16 on the tensor cores and Triton's kernels (`cuda.py`)
 
@@ -18,7 +18,7 @@ import torch
 from dsv4.model.weights import Matrix
 from dsv4.quant.activation import simulate_fp8
 
-from . import cpu, reference, torch_device
+from . import binding, cpu, cpu_layers, reference, torch_device
 from . import reference_small as small
 from .reference import Experts, Product
 
@@ -145,11 +145,11 @@ REFERENCE = KernelTable()
 CPU = KernelTable(
     linear=cpu.linear,
     at_once=cpu.linears_into,
-    gate_at_once=cpu.gate,
-    mixes_at_once=cpu.hc_mixes,
-    experts_at_once=cpu.token_experts,
-    queries_at_once=cpu.queries_and_keys,
-    project_at_once=cpu.project,
+    gate_at_once=cpu_layers.gate,
+    mixes_at_once=cpu_layers.hc_mixes,
+    experts_at_once=cpu_layers.token_experts,
+    queries_at_once=cpu_layers.queries_and_keys,
+    project_at_once=cpu_layers.project,
     simulate_index=cpu.simulate_index,
     sqrtsoftplus=cpu.sqrtsoftplus,
     pool=cpu.pool,
@@ -222,4 +222,4 @@ def select_kernels(device: torch.device) -> KernelTable:
         return _cuda()
     if device.type != "cpu":
         return TORCH_DEVICE
-    return REFERENCE if cpu.library() is None else CPU
+    return REFERENCE if binding.library() is None else CPU

@@ -99,8 +99,8 @@ THREADS = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[2]))
 from dsv4.model import load
-from dsv4.model.kernels import cpu
-cpu.SMALLEST_SHARED_WORK = 0
+from dsv4.model.kernels import binding
+binding.SMALLEST_SHARED_WORK = 0
 tokens = torch.tensor([[int(t) for t in sys.argv[3].split(",")]])
 model = load(sys.argv[1])
 cache = model.new_cache(1)

@@ -7,7 +7,7 @@ import pytest
 
 from dsv4 import cli, compiled
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
-from dsv4.model.kernels import cpu
+from dsv4.model.kernels import binding
 from dsv4.model.kernels.reference import KEYS_PER_BLOCK
 from dsv4.quant import fp4_to_fp8_compiled
 
@@ -69,7 +69,7 @@ def test_everything_works_without_it_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiled, "_loaded", lambda: compiled._load(tmp_path / "nothing.so"))
-    for module, name in ((cpu, "library"), (cpu, "forms"), (fp4_to_fp8_compiled, "_library")):
+    for module, name in ((binding, "library"), (binding, "forms"), (fp4_to_fp8_compiled, "_library")):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     make_checkpoint(tmp_path / "model")
     assert cli.run(["run", str(tmp_path / "model"), "-p", "a", "--max-new-tokens", "1"]) == 0

@@ -30,7 +30,7 @@ void OF_FORM(dsv4_dot_products)(const uint16_t *w, int64_t w_stride, int64_t o_c
  * order, which needs HAVE_DOT. */
 void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out);
 
-/* The code of each format of a matrix: cpu.py asks for it by the format's name. */
+/* The code of each format of a matrix: binding.py asks for it by the format's name. */
 int64_t OF_FORM(dsv4_float32)(void);
 int64_t OF_FORM(dsv4_bfloat16)(void);
 int64_t OF_FORM(dsv4_float8_e4m3fn)(void);

@@ -46,7 +46,7 @@ typedef uint32_t ulanes __attribute__((vector_size(64)));
 enum format { FLOAT32, BFLOAT16, FLOAT8_E4M3FN, FLOAT4_E2M1FN };
 
 /* A weight [rows, columns] as stored. Scales are E8M0 bytes or float32, one per block_rows x block_columns.
- * The same struct is declared in cpu.py. */
+ * The same struct is declared in binding.py. */
 struct matrix {
     const void *values;
     const void *scale;

@@ -97,7 +97,7 @@ def facts() -> dict[str, Any]:
     import torch
 
     from dsv4 import compiled
-    from dsv4.model.kernels import cpu
+    from dsv4.model.kernels import binding
     from dsv4.quant import fp4_to_fp8_compiled
 
     return {
@@ -113,9 +113,9 @@ def facts() -> dict[str, Any]:
         },
         "cuda": torch.version.cuda,
         "compiler": compiler(),
-        "kernels": cpu.form_name(),
+        "kernels": binding.form_name(),
         "compiled_cast": fp4_to_fp8_compiled.is_compiled(),
-        "compiled_forms": cpu.forms(),
+        "compiled_forms": binding.forms(),
         "compiled_problem": compiled.problem(),
         "devices": _accelerators(),
         "folders": {what: _disk(path) for what, path in _folders().items()},

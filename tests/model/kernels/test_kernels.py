@@ -8,15 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from kernel_threads import kernel_threads
 
 from dsv4 import compiled
 from dsv4.errors import UsageError
-from dsv4.model.kernels import cpu, table
+from dsv4.model.kernels import binding, table
 from dsv4.model.kernels.deterministic import LANES, exp, lane_dot, lane_sum, sigmoid, silu, softplus, sqrt, tree_sum
 from dsv4.model.kernels.reference import Expert, Experts, Product
 from dsv4.model.kernels.table import REFERENCE, TORCH_DEVICE
@@ -190,7 +190,7 @@ def test_linears_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
         return [y[:, 2:-1] for y in wide]
 
     for threads in (1, 3):
-        with mock.patch.object(cpu, "_threads", lambda work, threads=threads: threads):
+        with kernel_threads(threads):
             assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found_by(CPU), expected, strict=True))
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found_by(REFERENCE), expected, strict=True))
     assert all(torch.isfinite(y).all() for y in found_by(TORCH_DEVICE, len(products) - 1))
@@ -388,12 +388,13 @@ def test_small_operations(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "hc_split_sinkhorn"])
-def test_threads_share_out_the_rows_of_small_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_out_the_rows_of_small_operations(name: str) -> None:
     """More threads than rows divide evenly among, and than there are rows."""
     for threads in (2, 4, 50):
-        monkeypatch.setattr(cpu, "_threads", lambda work, threads=threads: threads)
         for arguments in widths(name, torch.bfloat16):
-            expected, found = getattr(REFERENCE, name)(*arguments), getattr(CPU, name)(*arguments)
+            expected = getattr(REFERENCE, name)(*arguments)
+            with kernel_threads(threads):
+                found = getattr(CPU, name)(*arguments)
             assert torch.equal(bits(found), bits(expected)), threads
 
 
@@ -434,7 +435,7 @@ def same_together(dtype: torch.dtype, columns: int = 64) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_operations_together_are_the_same_as_one_by_one(dtype: torch.dtype) -> None:
     for threads in (1, 3):
-        with mock.patch.object(cpu, "_threads", lambda work, threads=threads: threads):
+        with kernel_threads(threads):
             same_together(dtype)
     same_together(dtype, 48)  # no whole steps
 
@@ -467,24 +468,24 @@ def test_the_library_has_every_form_of_this_processor() -> None:
         pytest.skip("another system, or no library")
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
     needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
-    assert {form for form in needed if form in cpu.forms()} == {f for f, n in needed.items() if n <= {*flags}}
-    assert "avx512bf16" not in cpu.forms() or {"avx512_bf16", "avx512vbmi"} <= {*flags}
-    assert cpu.forms()[-1] == "plain"
+    assert {form for form in needed if form in binding.forms()} == {f for f, n in needed.items() if n <= {*flags}}
+    assert "avx512bf16" not in binding.forms() or {"avx512_bf16", "avx512vbmi"} <= {*flags}
+    assert binding.forms()[-1] == "plain"
 
 
-@pytest.fixture(params=[form for form in cpu.FORMS if form in cpu.forms()[1:]])
+@pytest.fixture(params=[form for form in binding.FORMS if form in binding.forms()[1:]])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each form of the library that runs here, in the place of the best one, which all other tests run."""
     name: str = request.param
-    bound = cpu.bind(compiled.library(), name)
-    monkeypatch.setattr(cpu, "library", lambda: bound)
+    bound = binding.bind(compiled.library(), name)
+    monkeypatch.setattr(binding, "library", lambda: bound)
     return name
 
 
 @pytest.mark.slow
 def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
-    assert cpu.form_name() == {"avx512": "AVX-512", "avx2": "AVX2", "plain": "plain C"}[form]
-    assert cpu.is_slow() == (form == "plain")
+    assert binding.form_name() == {"avx512": "AVX-512", "avx2": "AVX2", "plain": "plain C"}[form]
+    assert binding.is_slow() == (form == "plain")
     for dtype in (torch.bfloat16, torch.float32):
         test_linear(133, 224, dtype)
         test_sparse_attention(9, dtype)
@@ -498,33 +499,33 @@ def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
 
 
 def test_a_form_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "forms", lambda: ["avx2", "plain"])
+    monkeypatch.setattr(binding, "forms", lambda: ["avx2", "plain"])
     monkeypatch.setattr(compiled, "library", lambda: object())
-    monkeypatch.delenv(cpu.VARIABLE, raising=False)
-    assert cpu.wanted_form() == "avx2"
-    monkeypatch.setenv(cpu.VARIABLE, "plain")
-    assert cpu.wanted_form() == "plain"
-    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    monkeypatch.delenv(binding.VARIABLE, raising=False)
+    assert binding.wanted_form() == "avx2"
+    monkeypatch.setenv(binding.VARIABLE, "plain")
+    assert binding.wanted_form() == "plain"
+    monkeypatch.setenv(binding.VARIABLE, "sse9")
     with pytest.raises(UsageError, match="DSV4_KERNELS is 'sse9'") as raised:
-        cpu.wanted_form()
+        binding.wanted_form()
     assert "native, avx512bf16, avx512, avx2, neon, plain" in raised.value.hint
-    monkeypatch.setenv(cpu.VARIABLE, "avx512")
+    monkeypatch.setenv(binding.VARIABLE, "avx512")
     with pytest.raises(UsageError, match="this processor does not have") as raised:
-        cpu.wanted_form()
+        binding.wanted_form()
     assert "native, avx2, plain" in raised.value.hint
 
 
 def test_without_a_library_no_form_runs_whichever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "library", lambda: None)
-    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
-    monkeypatch.setattr(cpu, "forms", cpu.forms.__wrapped__)
+    monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
+    monkeypatch.setattr(binding, "forms", binding.forms.__wrapped__)
     for name in ("", "native", "avx2"):
-        monkeypatch.setenv(cpu.VARIABLE, name)
-        assert cpu.library() is None and cpu.is_slow()
+        monkeypatch.setenv(binding.VARIABLE, name)
+        assert binding.library() is None and binding.is_slow()
     assert table.select_kernels(torch.device("cpu")) is REFERENCE
-    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    monkeypatch.setenv(binding.VARIABLE, "sse9")
     with pytest.raises(UsageError, match="DSV4_KERNELS is 'sse9'"):
-        cpu.library()
+        binding.library()
 
 
 def test_two_callers_at_once_and_a_child_of_fork() -> None:
@@ -536,7 +537,7 @@ def test_two_callers_at_once_and_a_child_of_fork() -> None:
     def right(_: int) -> bool:
         return torch.equal(bits(CPU.linear(x, matrix)), expected)
 
-    with mock.patch.object(cpu, "_threads", lambda work: 4), ThreadPoolExecutor(3) as callers:
+    with kernel_threads(4), ThreadPoolExecutor(3) as callers:
         assert all(callers.map(right, range(60)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads, which is what is tested

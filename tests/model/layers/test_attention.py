@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_threads import kernel_threads
 
 from dsv4 import compiled
-from dsv4.model.kernels import cpu, table
+from dsv4.model.kernels import binding, table
 from dsv4.model.layers.attention import Attention, WindowAttention, finished_blocks, window_rows
 from dsv4.model.layers.numerics import Numerics
 from dsv4.model.layers.rotary import Rotary
@@ -87,17 +88,16 @@ def v41(weights: Weights, numerics: Numerics, rotary: Rotary) -> WindowAttention
 
 
 @pytest.mark.parametrize("make", [v4, v41])
-@pytest.mark.parametrize("form", cpu.forms())
+@pytest.mark.parametrize("form", binding.forms())
 def test_attention_in_few_calls_has_the_bits_of_single_operations(
     form: str, make: type[WindowAttention], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bound = cpu.bind(compiled.library(), form)
-    monkeypatch.setattr(cpu, "library", lambda: bound)
+    bound = binding.bind(compiled.library(), form)
+    monkeypatch.setattr(binding, "library", lambda: bound)
     single = replace(table.CPU, queries_at_once=None, project_at_once=None)
     for quantized in (False, True):
         for simulation in (False, True):
             for tokens, threads in ((1, 1), (1, 3), (7, 3)):
-                monkeypatch.setattr(cpu, "_threads", lambda work, threads=threads: threads)
                 weights, found = Weights(quantized), []
                 x = torch.randn(tokens, 128, generator=GENERATOR)
                 for kernels in (table.CPU, single):
@@ -105,8 +105,9 @@ def test_attention_in_few_calls_has_the_bits_of_single_operations(
                     rotary.reserve(40)
                     attention = make(weights, Numerics(simulation, kernels), rotary)
                     given, positions = x.to(attention._numerics.dtype), torch.arange(20, 20 + tokens)
-                    every = attention.queries_and_keys(given, positions)
-                    found.append([*every, attention.project(every[1].clone(), positions)])
+                    with kernel_threads(threads):
+                        every = attention.queries_and_keys(given, positions)
+                        found.append([*every, attention.project(every[1].clone(), positions)])
                 for a, b in zip(*found, strict=True):
                     assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
                     assert torch.isfinite(a).all() and a.any()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from exact_values import dsv4
+from kernel_threads import kernel_threads
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -14,7 +15,6 @@ from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkp
 from dsv4.errors import MachineError, UsageError
 from dsv4.model import load, loading, transformer
 from dsv4.model.cache import cache_bytes
-from dsv4.model.kernels import cpu
 from dsv4.model.kernels.table import REFERENCE
 from dsv4.model.layers import shared_keys
 from dsv4.model.transformer import Transformer
@@ -132,9 +132,9 @@ def test_reference_row_gives_the_same_bits(folder: Path, whole: torch.Tensor, mo
     assert torch.equal(in_calls(reference, [30, 1, 30]), whole)
 
 
-def test_threads(model: Transformer, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_threads", lambda work: 3)
-    assert torch.equal(in_calls(model, [30, 1, 30]), whole)
+def test_threads(model: Transformer, whole: torch.Tensor) -> None:
+    with kernel_threads(3):
+        assert torch.equal(in_calls(model, [30, 1, 30]), whole)
 
 
 def test_queries_a_few_at_a_time(model: Transformer, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

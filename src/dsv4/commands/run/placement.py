@@ -138,12 +138,12 @@ def place(device: str, simulation: bool, max_memory: int | None, ranks: "Ranks |
 def _say_kernels(out: Output) -> None:
     """Print the form of the kernels with -v, and a warning if it is a slow one."""
     from dsv4 import compiled
-    from dsv4.model.kernels import cpu
+    from dsv4.model.kernels import binding
 
-    out.detail(f"kernels: {cpu.form_name()}")
-    if cpu.is_slow():
+    out.detail(f"kernels: {binding.form_name()}")
+    if binding.is_slow():
         why = f" ({compiled.problem()})" if compiled.problem() else ""
-        out.warn(f"the kernels run as {cpu.form_name()}{why}, without vector code: many times slower, same results")
+        out.warn(f"the kernels run as {binding.form_name()}{why}, without vector code: many times slower, same results")
 
 
 def load_model(source: Source, placement: Placement, out: Output, draft: bool) -> "Transformer":
