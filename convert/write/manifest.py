@@ -73,7 +73,10 @@ def _with_shard(first: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         for key in ("nan_codes", "changed_elements")
         if "slice" in entry and (key in first or key in entry)
     }
-    return {**first, **counts, "prefix_sha256_by_shard": _prefixes(first) | _prefixes(entry)}
+    key = recorded_scales.KEY
+    scales = recorded_scales.merged(first.get(key, {}), entry.get(key, {})) if "slice" in entry else {}
+    digests = {"prefix_sha256_by_shard": _prefixes(first) | _prefixes(entry)}
+    return {**first, **counts, **digests, **({key: scales} if scales else {})}
 
 
 def merge_shards(shards: list[FinishedShard]) -> dict[str, dict[str, Any]]:

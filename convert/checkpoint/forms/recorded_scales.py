@@ -100,6 +100,16 @@ def load(text: str, blocks: int) -> PlacedScales:
         return NONE
 
 
+def merged(one: Texts, other: Texts) -> Texts:
+    """The records of two slices of a tensor, which have no block in common."""
+    found = dict(one)
+    for form, text in other.items():
+        both = joined([load(side, _MOST) for side in (found.get(form, ""), text)])
+        order = np.argsort(both.places)
+        found[form] = dump(PlacedScales(both.places[order], both.scale_bytes[order]))
+    return found
+
+
 def _texts_of(entry: Any) -> Texts:
     """The record in a manifest's entry of a tensor."""
     scales = entry.get(KEY) if isinstance(entry, dict) else None

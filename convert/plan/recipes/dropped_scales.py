@@ -1,6 +1,7 @@
 """Records the scales that a conversion drops and its way back would not choose, and reads the records of the source.
 
-What a record is, is in checkpoint/forms/recorded_scales.py. Slices of ranks have none: places are of whole tensors.
+What a record is, is in checkpoint/forms/recorded_scales.py. Places are of whole tensors, also those that a rank's slice
+of rows records; slices of columns have no record.
 """
 
 import math
@@ -30,8 +31,8 @@ def record(piece: Piece, codes: "torch.Tensor", scale: "torch.Tensor") -> Record
     """The record for a piece of a quantized weight, from its codes and scales (E8M0 bytes, or float32)."""
     import torch
 
-    weight = piece.tensor.weight
-    if piece.tensor.rank_slice is not None:
+    weight, cut = piece.tensor.weight, piece.tensor.rank_slice
+    if cut is not None and cut.dim != 0:
         return {}
     try:
         scale_bytes = quant.e8m0.exact(scale) if scale.dtype == torch.float32 else scale

@@ -325,7 +325,7 @@ class TestResume:
     def test_another_source_is_refused_by_name(self, whole: Path, tmp_path: Path) -> None:
         source = VARIANTS["release"](tmp_path / "source")
         code, _, err = dsv4("convert", source, whole, *SHARDS)
-        assert code == 2 and "is not this one" in err
+        assert code == 2 and "made from another checkpoint (" in err and "this one has" in err
 
     def test_another_config_is_refused_by_name(self, source: Path, whole: Path, tmp_path: Path) -> None:
         source = copy_of(source, tmp_path / "source")

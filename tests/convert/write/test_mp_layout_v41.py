@@ -12,7 +12,6 @@ import reference_converter
 import torch
 from exact_values import (
     convert,
-    different_values,
     dsv4,
     edit_config,
     edit_tensors,
@@ -36,9 +35,7 @@ SMALL = V41Geometry(
     o_lora_rank=32, q_lora_rank=32, dspark_target_layer_ids=(1, 2, 3), engram_layer_ids=(1, 2), engram_n_heads=1,
     engram_num_embeddings=(211 + 223 + 227, 229 + 233 + 239),
 )  # fmt: skip
-BLOCK = (32, 32)
 MP = ("--layout", "mp", "--model-parallel")
-WO_A = ".attn.wo_a."  # the engine has it in BF16: the scale of a block can be another one
 TABLE, SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
 LAST = "model3-mp4.safetensors"  # of rank 3 of 4, where what fills the tables up is
 
@@ -127,8 +124,7 @@ def test_the_release_comes_back(ranks: int, release: Path, made: Callable[..., P
     convert(made(ranks), tmp_path / "back", "--to", "fp4")
     before, after = tensors_of(release), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()
-    assert [name for name in before if WO_A not in name and before[name] != after[name]] == []
-    assert different_values({n: t for n, t in before.items() if WO_A in n}, after, BLOCK) == []
+    assert [name for name in before if before[name] != after[name]] == []
     config, released = read_json(tmp_path / "back" / "config.json"), read_json(release / "config.json")
     assert released.pop("transformers_version") and config == released
 
