@@ -10,6 +10,8 @@ with 1 if the logits are off. The checkpoint has the layer dimensions of V4-Flas
   take the place of ours;
 - speed: prefill and single steps, against transformers in bfloat16 with the faster of its expert implementations;
 - memory: what is allocated beyond the weights as stored; waits: how often the host waits for the GPU in a step.
+
+A script cuda.py would be imported in place of NVIDIA's package `cuda`, which torch needs: hence the name.
 """
 
 import argparse

@@ -59,14 +59,15 @@ def _is_cut_short(file: Path) -> bool:
 def _load(file: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if not file.exists():
         return None, NOT_BUILT
-    if _is_cut_short(file):
-        return None, f"{file.name} is incomplete"
     try:
+        if _is_cut_short(file):
+            return None, f"{file.name} is incomplete"
         loaded = ctypes.CDLL(str(file))
         loaded.dsv4_fingerprint.restype = ctypes.c_char_p
         built_from = loaded.dsv4_fingerprint().decode()
     except (OSError, AttributeError) as error:
-        return None, f"{file.name} does not load: {error}"
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
+        return None, f"{file.name} does not load: {reason}"
     if built_from != fingerprint(PACKAGE):
         return None, f"{file.name} was built from other C files than those that are installed"
     return loaded, None

@@ -1,14 +1,14 @@
 """The resources of this machine: cores, memory and disk, and the peak memory of this process.
 
-psutil has most of them for every system. It lacks a container's memory limit and, except on Windows, the peak memory of
-a process; this module reads both.
+psutil has most of them for every system. It lacks the limits of control groups and, except on Windows, the peak memory
+of a process; this module reads both.
 """
 
 import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,16 +18,15 @@ from dsv4.errors import UsageError
 
 MARGIN = 0.8  # of the free memory; the rest is for activations, keys and other programs
 
-# (limit, current use) of a container's memory, in version 2 and version 1 of control groups
-CONTROL_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-# (quota, period) of a container's processor time in microseconds: version 2 has both in one file
-PROCESSOR_TIME = (
-    ("/sys/fs/cgroup/cpu.max",),
-    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-)
+# Control groups: of containers, of a batch system's jobs, of systemd's units. Version 2 has one tree of them, version 1
+# a tree for each controller. The names below are of version 2 and version 1.
+GROUPS = Path("/sys/fs/cgroup")
+GROUPS_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+MEMORY_FILES = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")  # (limit, use)
+# Processor time, (quota, period) in microseconds: version 2 has both in one file.
+PROCESSOR_FILES = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+# Of memory.stat, in bytes: what files have in the page cache. It counts as used, and is freed when memory is needed.
+PAGE_CACHE = {"inactive_file", "active_file"}, {"total_inactive_file", "total_active_file"}
 NO_LIMIT = 2**60  # version 1 writes a huge number where there is no limit
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -51,15 +50,40 @@ def use_large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def _container_cores() -> int | None:
-    """Cores whose time the container that this process runs in may use, rounded up; None without a limit."""
-    for files in PROCESSOR_TIME:
+def _groups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups, innermost first: each one's limits hold for those inside it, too.
+
+    A container may see the path of its host, where nothing is; its own group is then the top of the tree.
+    """
+    try:
+        lines = GROUPS_OF_THIS_PROCESS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = GROUPS / controller if controllers else GROUPS
+        innermost = top / path.lstrip("/")
+        yield from (folder for folder in (innermost, *innermost.parents) if folder.is_relative_to(top))
+
+
+def _numbers(folder: Path, versions: Iterable[tuple[str, ...]]) -> tuple[int, int] | None:
+    """Two numbers of a control group, from the files of the version that it has; None if they limit nothing."""
+    for files in versions:
         try:
-            quota, period = map(int, " ".join(Path(file).read_text(encoding="ascii") for file in files).split())
+            one, other = map(int, " ".join((folder / name).read_text(encoding="ascii") for name in files).split())
         except (OSError, ValueError):  # "max" is no number
             continue
-        return -(-quota // period) if quota > 0 and period > 0 else None  # -1 is no limit
+        return one, other
     return None
+
+
+def _container_cores() -> int | None:
+    """Cores whose time this process's control groups may use, rounded up; None without a limit."""
+    found = (_numbers(group, PROCESSOR_FILES) for group in _groups("cpu"))
+    # A quota of -1 is no limit.
+    return min((-(-quota // period) for quota, period in filter(None, found) if quota > 0 and period > 0), default=None)
 
 
 def _affinity_cores() -> int:
@@ -93,15 +117,24 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def _page_cache(group: Path) -> int:
+    """Bytes of files that a control group has in memory."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").split("\n")
+    except OSError:
+        return 0
+    counts = {name: int(count) for name, _, count in (line.partition(" ") for line in lines) if count.isdecimal()}
+    return max(sum(counts.get(name, 0) for name in names) for names in PAGE_CACHE)
+
+
 def _container_memory() -> tuple[int, int] | None:
-    """(limit, current use) in bytes of the container that this process runs in; None outside of one."""
-    for limit, used in CONTROL_GROUPS:
-        try:
-            found = int(Path(limit).read_text(encoding="ascii")), int(Path(used).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # "max" is no number
-            continue
-        return found if found[0] < NO_LIMIT else None
-    return None
+    """(limit, free) in bytes, each the smallest of this process's control groups; None without a limit."""
+    limits: list[tuple[int, int]] = []
+    for group in _groups("memory"):
+        limit, used = _numbers(group, MEMORY_FILES) or (NO_LIMIT, 0)
+        if limit < NO_LIMIT:
+            limits.append((limit, min(limit, max(limit - used + _page_cache(group), 0))))
+    return (min(limit for limit, _ in limits), min(free for _, free in limits)) if limits else None
 
 
 def memory_limit() -> int | None:
@@ -112,9 +145,8 @@ def memory_limit() -> int | None:
 
 def usable_memory() -> int:
     """Bytes that weights may occupy: what is free in the machine and in the container, less a margin."""
-    free, container = available_memory(), _container_memory()
-    if container is not None:
-        free = min(free, max(container[0] - container[1], 0))
+    container = _container_memory()
+    free = available_memory() if container is None else min(available_memory(), container[1])
     return int(free * MARGIN)
 
 

@@ -15,6 +15,13 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def enough_bytes(count: int) -> str:
+    """`347412345` -> `348.0 MB`, `1234567890` -> `1.3 GB`: for a size that has to suffice, rounded up."""
+    digits = len(str(count))
+    step = 10 ** max(digits - 3, (digits - 1) // 3 * 3 - 1, 0)
+    return human_bytes(-(-count // step) * step)
+
+
 def human_count(number: int) -> str:
     """`284332000000` -> `284B`, `1573000000000` -> `1.6T`: as model cards round."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):

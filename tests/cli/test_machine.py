@@ -11,37 +11,86 @@ import pytest
 from dsv4 import machine
 
 
-@pytest.fixture
-def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a container's memory limits, on a machine with 1000 bytes of free memory."""
-    groups = [("new.max", "new.current"), ("old.limit_in_bytes", "old.usage_in_bytes")]
-    paths = [(str(tmp_path / limit), str(tmp_path / used)) for limit, used in groups]
-    monkeypatch.setattr(machine, "CONTROL_GROUPS", paths)
+class Groups:
+    """Control groups in a folder, and the one that this process is in: "" is the top, which a container sees."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self.folder, self.version = folder, version
+        self.enter("")
+
+    def enter(self, path: str) -> None:
+        line = f"0::/{path}" if self.version == 2 else f"4:memory:/{path}\n1:cpu,cpuacct:/{path}\n0::/elsewhere"
+        (self.folder / "cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+
+    def write(self, controller: str, path: str, files: dict[str, object]) -> None:
+        folder = self.folder / "groups" / (controller if self.version == 1 else "") / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(f"{content}\n")
+
+    def limit(self, most: object, used: int, cached: int = 0, path: str = "") -> None:
+        names = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        limit, usage, prefix = names[self.version == 1]
+        files = f"anon 1\n{prefix}inactive_file {cached - cached // 3}\n{prefix}active_file {cached // 3}"
+        self.write("memory", path, {limit: most, usage: used, "memory.stat": files})
+
+    def quota(self, quota: object, period: object, path: str = "") -> None:
+        if self.version == 2:
+            self.write("cpu", path, {"cpu.max": f"{quota} {period}"})
+        else:
+            most = -1 if quota == "max" else quota
+            self.write("cpu", path, {"cpu.cfs_quota_us": most, "cpu.cfs_period_us": period})
+
+
+@pytest.fixture(params=[1, 2])
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Groups:
+    """Control groups of version 1 and 2 on a machine with 1000 bytes of free memory and eight cores."""
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=4000))
-    return tmp_path
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "to be put back")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    return Groups(tmp_path, request.param)
 
 
-def limit(folder: Path, version: int, most: str, used: int) -> None:
-    names = ("new.max", "new.current") if version == 2 else ("old.limit_in_bytes", "old.usage_in_bytes")
-    for name, value in zip(names, (most, used), strict=True):
-        (folder / name).write_text(f"{value}\n")
-
-
-def test_what_is_free_with_a_margin(container: Path) -> None:
+def test_what_is_free_with_a_margin(groups: Groups) -> None:
     assert machine.usable_memory() == 800
     assert (machine.available_memory(), machine.total_memory(), machine.memory_limit()) == (1000, 4000, None)
 
 
-@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("most", "used", "usable"), [(700, 200, 400), (700, 900, 0), (9000, 0, 800)])
-def test_a_container_may_have_less(version: int, most: int, used: int, usable: int, container: Path) -> None:
-    limit(container, version, str(most), used)
+def test_a_container_may_have_less(most: int, used: int, usable: int, groups: Groups) -> None:
+    groups.limit(most, used)
     assert machine.usable_memory() == usable and machine.memory_limit() == most
 
 
-@pytest.mark.parametrize(("version", "most"), [(2, "max"), (1, str(2**63 - 4096))])
-def test_a_container_without_a_limit(version: int, most: str, container: Path) -> None:
-    limit(container, version, most, 200)
+def test_what_a_container_has_of_files_in_memory_is_free(groups: Groups) -> None:
+    """A container that has read a checkpoint is full of its pages, which the system frees first."""
+    groups.limit(700, 699, cached=600)
+    assert machine.usable_memory() == int((1 + 600) * machine.MARGIN)
+    groups.limit(700, 700, cached=900)  # the counts are of different instants
+    assert machine.usable_memory() == int(700 * machine.MARGIN)
+
+
+def test_limits_of_a_group_inside_others(groups: Groups) -> None:
+    """As in a job of a batch system: its own group is somewhere in the tree, and the outer ones have limits, too."""
+    groups.enter("slurm/job_1/step_0")
+    groups.limit(900, 800, path="slurm")
+    groups.limit(600, 100, path="slurm/job_1")
+    groups.limit("max" if groups.version == 2 else 2**63 - 4096, 50, path="slurm/job_1/step_0")
+    groups.limit(10, 10, path="slurm/job_2")
+    assert machine.memory_limit() == 600 and machine.usable_memory() == int(100 * machine.MARGIN)
+
+
+def test_a_path_that_the_container_does_not_see(groups: Groups) -> None:
+    groups.enter("docker/0123")
+    groups.limit(700, 200)
+    assert machine.usable_memory() == 400
+
+
+def test_a_container_without_a_limit(groups: Groups) -> None:
+    groups.limit("max" if groups.version == 2 else 2**63 - 4096, 200)
     assert machine.usable_memory() == 800 and machine.memory_limit() is None
 
 
@@ -58,51 +107,42 @@ def test_free_disk_where_a_folder_is_not_there_yet(tmp_path: Path, monkeypatch: 
     assert machine.free_bytes(tmp_path / "not" / "there") == machine.free_bytes(tmp_path) == 12345
 
 
-@pytest.fixture
-def processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a container's limits of processor time, on a machine with eight cores; without OMP_NUM_THREADS."""
-    files = [(str(tmp_path / "cpu.max"),), (str(tmp_path / "quota"), str(tmp_path / "period"))]
-    monkeypatch.setattr(machine, "PROCESSOR_TIME", files)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    monkeypatch.setenv("OMP_NUM_THREADS", "to be put back")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    return tmp_path
-
-
 @pytest.mark.parametrize(
-    ("files", "cores"),
+    ("quota", "period", "cores"),
     [
-        ({}, None),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "200000 100000\n"}, 2),
-        ({"cpu.max": "250000 100000\n"}, 3),
-        ({"cpu.max": "10000 100000\n"}, 1),
-        ({"cpu.max": "6400000 100000\n"}, None),  # more than the machine has
-        ({"quota": "-1\n", "period": "100000\n"}, None),
-        ({"quota": "150000\n", "period": "50000\n"}, 3),
-        ({"quota": "150000\n"}, None),
+        ("max", 100000, None),
+        (200000, 100000, 2),
+        (250000, 100000, 3),
+        (10000, 100000, 1),
+        (150000, 50000, 3),
+        (6400000, 100000, None),  # more than the machine has
+        ("", "", None),
     ],
 )
+@pytest.mark.parametrize("path", ["", "user.slice/run-1.scope"])
 def test_a_container_may_have_less_processor_time(
-    files: dict[str, str], cores: int | None, processor_time: Path
+    quota: object, period: object, cores: int | None, path: str, groups: Groups
 ) -> None:
-    for name, content in files.items():
-        (processor_time / name).write_text(content)
-    assert machine.usable_cores() == (cores or 8)
+    groups.enter(path)
+    groups.quota(400000, 100000)
+    groups.quota(quota, period, path)
+    expected = min(cores or 8, 4) if path else cores or 8
+    assert machine.usable_cores() == expected
     machine.limit_threads()
-    assert os.environ.get("OMP_NUM_THREADS") == (None if cores is None else str(cores))
+    assert os.environ.get("OMP_NUM_THREADS") == (None if expected == 8 else str(expected))
 
 
-def test_the_user_decides_on_threads(processor_time: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (processor_time / "cpu.max").write_text("200000 100000\n")
+def test_the_user_decides_on_threads(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups.quota(200000, 100000)
+    assert machine.usable_cores() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     machine.limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.mark.parametrize("cores", [1, 3])
-def test_cores_that_may_be_used(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PROCESSOR_TIME", [])
+def test_cores_that_may_be_used(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "GROUPS_OF_THIS_PROCESS", tmp_path / "cgroup")  # not there, as on other systems
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert machine.usable_cores() == cores
     monkeypatch.delattr(os, "sched_getaffinity")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dsv4.text import aligned, human_bytes, human_count, human_seconds, natural_order, printable, some_of
+from dsv4.machine import parse_size
+from dsv4.text import aligned, enough_bytes, human_bytes, human_count, human_seconds, natural_order, printable, some_of
 
 
 @pytest.mark.parametrize(
@@ -11,6 +12,11 @@ from dsv4.text import aligned, human_bytes, human_count, human_seconds, natural_
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 347_412_345, 999_999_999, 12_340_000_001, 1_573_000_000_000])
+def test_enough_bytes_are_no_fewer_when_they_are_typed_in(count: int) -> None:
+    assert count <= parse_size(enough_bytes(count)) <= count * 1.1
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (75, "1:15"), (5025, "1:23:45"), (9.94, "9.9 s")])

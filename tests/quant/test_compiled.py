@@ -26,12 +26,19 @@ def test_a_library_that_is_cut_short_is_not_loaded(tmp_path: Path) -> None:
         assert compiled._load(cut) == (None, "_compiled.so is incomplete")
 
 
+def test_a_library_that_cannot_be_read(tmp_path: Path) -> None:
+    """A folder in its place stands for one that another user installed without permission to read it."""
+    (tmp_path / "_compiled.so").mkdir()
+    assert compiled._load(tmp_path / "_compiled.so") == (None, "_compiled.so does not load: Is a directory")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(60), b"MZ"])
 def test_what_is_no_library_does_not_load(content: bytes, tmp_path: Path) -> None:
     damaged = tmp_path / "_compiled.so"
     damaged.write_bytes(content)
     library, problem = compiled._load(damaged)
     assert library is None and problem is not None and problem.startswith("_compiled.so does not load: ")
+    assert str(tmp_path) not in problem  # of which a line has no room
 
 
 def test_a_library_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
@@ -74,6 +81,6 @@ def test_everything_works_without_it_and_says_so(
     make_checkpoint(tmp_path / "model")
     assert cli.run(["run", str(tmp_path / "model"), "-p", "a", "--max-new-tokens", "1"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "without the compiled library (dsv4 was installed without a C compiler)" in said
+    assert "without the compiled library (dsv4 was installed without a C compiler; install dsv4 again" in said
     assert cli.run(["env"]) == 0
     assert "dsv4 was installed without a C compiler" in capsys.readouterr().out

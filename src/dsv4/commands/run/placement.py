@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4.errors import MachineError
 from dsv4.machine import MARGIN, peak_memory, usable_memory
 from dsv4.output import Output
-from dsv4.text import human_bytes
+from dsv4.text import enough_bytes, human_bytes
 
 from .source import Source
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WIDEST_TENSORS = 12  # float32 tensors of a piece's widest activation that are alive at once, as measured
 ROTARY_TABLES = 4  # cosines and sines of half the dimensions, with and without YaRN, while they are made longer
 FIRST_USE = 32 * 2**20  # threads' stacks and libraries that are loaded with the first layer
+PROCESSES_DIFFER = 2 * 2**20  # bytes that one process occupies after its imports and another does not
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _say_kernels(out: Output) -> None:
 
     out.detail(f"kernels: {binding.form_name()}")
     if binding.is_slow():
-        why = f" ({compiled.problem()})" if compiled.problem() else ""
+        why = f" ({compiled.problem()}; install dsv4 again with a C compiler)" if compiled.problem() else ""
         out.warn(f"the kernels run as {binding.form_name()}{why}, without vector code: many times slower, same results")
 
 
@@ -168,11 +169,11 @@ def load_model(source: Source, placement: Placement, out: Output, draft: bool) -
                 on_demand=source.hub is not None,
             )
         except TooLittleMemory as error:
-            needed = placement.other_bytes + error.least
+            needed = placement.other_bytes + error.least + PROCESSES_DIFFER
             raise MachineError(
                 f"too little memory: the weights need {human_bytes(error.least)} at least, "
                 f"everything else {human_bytes(placement.other_bytes)}",
-                f"Allow at least {human_bytes(needed)} (--max-memory), or free some memory.",
+                f"Allow at least {enough_bytes(needed)} (--max-memory), or free some memory.",
             ) from None
     out.detail(f"weights in memory: {human_bytes(model.store.resident_bytes)}")
     if kind_of(placement.device) == "cpu":
