@@ -20,11 +20,18 @@ INLINE void dot_few(int mt, int width, __m512 *sum, struct few_x x, int64_t k, _
 INLINE void few_fp4(int mt, const struct matrix *w, struct few_x x, const void *tables, int64_t row, __m512 *sum) {
     const uint8_t *p = row_of(w, FLOAT4_E2M1FN, row), *ahead = place_ahead(w, FLOAT4_E2M1FN, row);
     const uint8_t *scale = (const uint8_t *)w->scale + scale_row(w, row);
-    for (int64_t k = 0; k < w->columns; k += 32, p += 16, scale++) {
-        ahead = fetch_ahead(ahead, FLOAT4_E2M1FN);
-        for (int o = 0; o < 4; o++)
-            dot_few(mt, 4, sum + o, x, k, bf16_of_block(p + o * (w->columns / 2), scale[o * w->scale_columns], tables));
+    int64_t bytes = w->columns / 2, scales = w->scale_columns, k = 0;
+    for (; k + 64 <= w->columns; k += 64, p += 32, scale += 2) {
+        ahead = fetch_ahead(fetch_ahead(ahead, FLOAT4_E2M1FN), FLOAT4_E2M1FN);
+        for (int o = 0; o < 4; o++) {
+            __m512i indices = e2m1_indices(_mm256_loadu_si256((const __m256i *)(p + o * bytes)));
+            dot_few(mt, 4, sum + o, x, k, first_e2m1(indices, table_of(tables, scale[o * scales])));
+            dot_few(mt, 4, sum + o, x, k + 32, last_e2m1(indices, table_of(tables, scale[o * scales + 1])));
+        }
     }
+    if (k == w->columns) return;
+    for (int o = 0; o < 4; o++)
+        dot_few(mt, 4, sum + o, x, k, bf16_of_e2m1(p + o * bytes, table_of(tables, scale[o * scales])));
 }
 
 /* Two rows of FP8: the sums of four and the tables that decode them do not fit into registers. */

@@ -159,6 +159,17 @@ def test_a_few_rows_are_added_up_as_each_of_them() -> None:
             assert torch.equal(bits(CPU.linear(x[:count], matrix)), bits(expected[:count])), (matrix.name, count)
 
 
+@pytest.mark.parametrize("columns", [32, 64, 96, 160])
+def test_fp4_in_whole_and_half_pairs_of_blocks(columns: int) -> None:
+    """The kernels take two blocks of 32 columns at a time, then the one that is left; each has its own scale."""
+    packed = torch.randint(-128, 128, (9, columns // 2), generator=GENERATOR).to(torch.int8)
+    matrix = Matrix("fp4", "float4_e2m1fn", (9, columns), packed, e8m0((9, columns // 32)))
+    x = torch.randn(6, columns, generator=GENERATOR).to(torch.bfloat16)
+    expected = REFERENCE.linear(x, matrix)
+    for count in (1, 2, 6):
+        assert torch.equal(bits(CPU.linear(x[:count], matrix)), bits(expected[:count])), count
+
+
 @pytest.mark.parametrize(("x_exponent", "scale_exponent", "code"), [(-100, -30, 0x78), (90, 45, 0x01)])
 def test_fp8_where_x_times_the_block_scale_is_no_bfloat16(x_exponent: int, scale_exponent: int, code: int) -> None:
     """The product of all three is a normal float32: 2**-122 and 2**126."""

@@ -22,11 +22,27 @@ INLINE __m512i e2m1_as_bf16(void) {
                                                     (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0));
 }
 
-/* FP4 by a table, `e2m1_as_bf16` times the scale: the product with 0x1001 makes two indices of a byte b, b and b >> 4,
- * of which the lookup uses five bits. */
+/* The codes of 64 E2M1, half of a register, as indices of a table, of which a lookup uses five bits: lane l has
+ * the two of byte l in the lower bytes of its words, and those of byte 16 + l in the upper ones. */
+INLINE __m512i e2m1_indices(__m256i bytes) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    /* Bytes l and 16 + l, and of the second operand, whose numbers begin at 64, the same. */
+    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(0x50401000),
+                                            _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101)));
+    return _mm512_permutex2var_epi8(_mm512_castsi256_si512(bytes), places,
+                                    _mm512_castsi256_si512(_mm256_srli_epi16(bytes, 4)));
+}
+
+/* The first and the last 32 of these numbers, by tables of the values of E2M1 times a scale. */
+INLINE __m512i first_e2m1(__m512i indices, __m512i table) { return _mm512_permutexvar_epi16(indices, table); }
+
+INLINE __m512i last_e2m1(__m512i indices, __m512i table) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(indices, 8), table);
+}
+
+/* Thirty-two of them, sixteen bytes. */
 INLINE __m512i bf16_of_e2m1(const uint8_t *p, __m512i table) {
-    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_permutexvar_epi16(_mm512_madd_epi16(bytes, _mm512_set1_epi32(0x1001)), table);
+    return first_e2m1(e2m1_indices(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p))), table);
 }
 
 /* FP8 by shifting: exponent and mantissa to their places in a bfloat16, the bias from 7 to 127; the seven subnormals
