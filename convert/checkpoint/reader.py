@@ -87,7 +87,7 @@ def _read_index(storage: Storage, sizes: dict[str, int]) -> dict[str, Any] | Non
     refuse_other_weights(storage, sizes)
     raise InputError(
         f"{storage.label}: neither {INDEX_NAME} nor {SINGLE_NAME} is there ({found} other .safetensors files)",
-        "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run`, `doctor` and `convert`, in a folder."
+        "`dsv4 convert` reads the rank files of --layout mp from a folder: fetch them with `dsv4 download`."
         if any(map(rank_file, sizes))
         else "Name the folder of a complete checkpoint.",
     )

@@ -16,10 +16,12 @@ from dsv4.convert.checkpoint.editions.spellings import contradictions, respelled
 from dsv4.convert.checkpoint.editions.table import Edition, check_signs, describes_v4, edition_of
 from dsv4.convert.checkpoint.editions.v4 import COPY_CONFIG
 from dsv4.convert.checkpoint.foreign import HINT, foreign_quantization
+from dsv4.convert.checkpoint.forms.rank_files import RANK_FILES
 from dsv4.convert.checkpoint.names import count_draft_stages, is_scale, pattern_of, weight_of_scale
 from dsv4.convert.checkpoint.other_files import misnamed
 from dsv4.convert.checkpoint.reader import Checkpoint, layout_bytes
 from dsv4.convert.checkpoint.weights import DAMAGED, ExpertFormats, Format, Weight
+from dsv4.convert.plan.engines import ENGINES
 from dsv4.errors import InputError
 
 Level = Literal["problem", "note"]
@@ -68,16 +70,18 @@ def _mixture(formats: ExpertFormats) -> Iterator[Finding]:
                       "Engines look at one expert or at the config, and take all alike.")  # fmt: skip
 
 
-def _expert_dtype(config: dict[str, Any], formats: ExpertFormats) -> Iterator[Finding]:
+def _expert_dtype(config: dict[str, Any], formats: ExpertFormats, in_ranks: bool) -> Iterator[Finding]:
+    """What the config says about experts. in_ranks: in rank files, which only the reference engine reads."""
     declared = expert_dtype(config)
     stored = formats.main or formats.drafts
     yield from _mixture(formats)
     if not stored or not describes_v4(config):
         return
     if declared is None and stored == {"fp4"}:
-        yield Finding("problem", "config.json has no expert_dtype and the experts are FP4: transformers assumes fp8",
+        reader = "the reference engine" if in_ranks else "transformers"
+        yield Finding("problem", f"config.json has no expert_dtype and the experts are FP4: {reader} assumes fp8",
                       'Add "expert_dtype": "fp4".')  # fmt: skip
-    elif declared is None and stored == {"fp8"}:
+    elif declared is None and stored == {"fp8"} and not in_ranks:
         yield Finding("note", "config.json has no expert_dtype and the experts are FP8: vLLM assumes fp4",
                       'SGLang and transformers read it right; for vLLM add "expert_dtype": "fp8".')  # fmt: skip
     elif declared in ("fp4", "fp8") and declared not in stored:
@@ -154,7 +158,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding("note", note)
     for name, kind in misnamed(checkpoint.storage, checkpoint.files).items():
         yield Finding("problem", f"{name}: {kind.words}", kind.hint)
-    absent = [name for name in SIDE_FILES if name not in checkpoint.files]
+    needed = ENGINES["reference"].needs if checkpoint.form is RANK_FILES else SIDE_FILES
+    absent = [name for name in needed if name not in checkpoint.files]
     if absent:
         hint = "Copy them from the release: engines need them for text."
         yield Finding("note", f"missing: {', '.join(absent)}", hint)
@@ -176,7 +181,7 @@ def check_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Weight], expe
     found = [
         *_spelling(checkpoint.config_json),
         *_quantization(config, weights),
-        *_expert_dtype(config, experts),
+        *_expert_dtype(config, experts, checkpoint.form is RANK_FILES),
         *structure_findings(config, weights),
         *scale_findings(weights),
         *_files(checkpoint),

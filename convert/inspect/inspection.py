@@ -18,6 +18,7 @@ from dsv4.convert.checkpoint.config import (
 )
 from dsv4.convert.checkpoint.editions.kv_cache import CacheLayout, Keeping
 from dsv4.convert.checkpoint.editions.table import edition_of
+from dsv4.convert.checkpoint.forms.rank_files import RANK_FILES
 from dsv4.convert.checkpoint.names import block_of, draft_stages, is_routed_expert
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Alike, expert_formats, find_alike, find_weights
@@ -31,6 +32,7 @@ from .parameters import FAMILIES, Parameters, count_parameters, family, paramete
 
 Attention = Literal["sliding", "csa", "hca", "compressed"]  # the last: ratios that V4 does not have
 Routing = Literal["hash", "score", "none"]
+RANKS = "rank files of the reference engine"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Inspection:
     """Everything `dsv4 inspect` shows. For a single file `config` is empty and fields that need it are None."""
 
     label: str
-    form: str  # of another tool; "" for the release's own
+    form: str  # of another tool, or RANKS; "" for the release's own
     config: dict[str, Any]
     shards: int
     total: Amount
@@ -151,7 +153,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     experts = expert_formats(alike.weight for alike in tensors if alike.weight is not None)
     return Inspection(
         label=_label(checkpoint),
-        form=checkpoint.form.name,
+        form=RANKS if checkpoint.form is RANK_FILES else checkpoint.form.name,
         config=config,
         shards=len(checkpoint.shards),
         total=sum(dtypes.values(), Amount()),

@@ -8,7 +8,9 @@ import typer
 from command_lines import dsv4_commands, parse
 
 from dsv4 import cli
+from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
+from dsv4.errors import InputError
 
 COMMANDS = typer.main.get_command(cli.app).commands
 # The same word for another thing on purpose: files, threads; …
@@ -116,5 +118,6 @@ def test_a_report_that_was_not_made_leaves_no_file(tmp_path: Path, capsys: pytes
 def test_rank_files_are_recognised(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = tmp_path / "mp2"
     said(capsys, "convert", pair[0], ranks, "--layout", "mp", "--model-parallel", 2)
-    assert cli.run(["inspect", str(ranks)]) == 3
-    assert "Rank files of --layout mp are read by `dsv4 verify`, `dsv4 run`" in capsys.readouterr().err
+    with pytest.raises(InputError) as refused:  # as by `convert` of a repository
+        Checkpoint.open(ranks)
+    assert "`dsv4 convert` reads the rank files of --layout mp from a folder" in refused.value.hint

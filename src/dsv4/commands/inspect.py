@@ -13,7 +13,7 @@ from dsv4 import output
 from dsv4.errors import UsageError
 from dsv4.options import CacheDir, Json, Revision, Token, example, named
 from dsv4.progress import Reached
-from dsv4.text import aligned, human_bytes, human_count, natural_order
+from dsv4.text import aligned, human_bytes, human_count, natural_order, some_of
 
 if TYPE_CHECKING:
     from dsv4.convert.checkpoint.reader import Checkpoint, TensorInfo
@@ -143,6 +143,11 @@ def _report(out: output.Output, inspection: "Inspection", source: str, names: st
     out.hint(f"list the tensors: dsv4 inspect {shlex.quote(source)} --tensors {shlex.quote(names)}")
 
 
+def _shards(info: "TensorInfo") -> str:
+    """The files that hold a tensor: several where ranks share it."""
+    return some_of(list(dict.fromkeys(extent.shard for extent in info.extents)), 2)
+
+
 def _tensor_json(info: "TensorInfo") -> dict[str, Any]:
     fields = {"name": info.name, "dtype": info.dtype, "shape": list(info.shape)}
     return {**fields, "shard": info.shard, "bytes": info.nbytes}
@@ -157,10 +162,12 @@ def _list(out: output.Output, checkpoint: "Checkpoint", pattern: str) -> None:
         )
     total = sum(info.nbytes for info in found)
     out.result({"count": len(found), "bytes": total, "tensors": [_tensor_json(info) for info in found]})
-    for shard in dict.fromkeys(info.shard for info in found):
-        infos = sorted((info for info in found if info.shard == shard), key=lambda info: natural_order(info.name))
+    groups: dict[str, list[TensorInfo]] = {}
+    for info in sorted(found, key=lambda info: natural_order(info.name)):
+        groups.setdefault(_shards(info), []).append(info)
+    for shards, infos in sorted(groups.items(), key=lambda group: natural_order(group[0])):
         rows = [[i.name, i.dtype, str(list(i.shape)), human_bytes(i.nbytes)] for i in infos]
-        _section(out, shard, rows, (3,))
+        _section(out, shards, rows, (3,))
     out.say(f"{len(found):,} of {len(checkpoint.tensors):,} tensors, {human_bytes(total)}")
 
 
@@ -197,7 +204,7 @@ def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
         view = view_tensor(checkpoint, name, progress.advance)
     out.result(as_json(view))
     facts = [["tensor", name], ["stored as", f"{view.format} ({view.info.dtype})"],
-             ["shape", str(list(view.shape))], ["shard", view.info.shard]]  # fmt: skip
+             ["shape", str(list(view.shape))], ["shard", _shards(view.info)]]  # fmt: skip
     if view.scale and view.block:
         block = f"{view.block.rows} x {view.block.columns}"
         facts.append(["scale", f"{view.scale.dtype} {list(view.scale.shape)}, one per {block}"])
@@ -212,7 +219,8 @@ def _view(out: output.Output, checkpoint: "Checkpoint", name: str) -> None:
 
 
 def _open(source: str, revision: str | None, options: "HubOptions", progress: "Reached") -> "Checkpoint":
-    from dsv4.convert.checkpoint.reader import Checkpoint, open_file
+    from dsv4.convert.checkpoint.rank_files import open_checkpoint
+    from dsv4.convert.checkpoint.reader import open_file
     from dsv4.convert.hub.storage import open_storage
     from dsv4.convert.write.atomic_file import SCRATCH_NAME
 
@@ -220,7 +228,7 @@ def _open(source: str, revision: str | None, options: "HubOptions", progress: "R
         return open_file(Path(source))
     storage = open_storage(source, revision, Path(SCRATCH_NAME), options)  # headers need no scratch area: none is made
     try:
-        return Checkpoint.open(storage, progress)
+        return open_checkpoint(storage, progress)
     except BaseException:
         storage.close()
         raise
