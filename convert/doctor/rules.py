@@ -8,10 +8,6 @@ expert_dtype means fp4 to one engine and fp8 to another, and a weight without it
 
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
 
 from dsv4.convert.checkpoint.config import (
     architecture_name,
@@ -24,96 +20,16 @@ from dsv4.convert.checkpoint.config import (
 )
 from dsv4.convert.checkpoint.editions.table import ENCODER, edition_of
 from dsv4.convert.checkpoint.foreign import HINT
-from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.plan.engines import ABSENT, ENGINES, Engine, EngineName, Evidence, TargetName, caveats_of
-from dsv4.convert.plan.plan import make_plan
-from dsv4.convert.plan.settings import Settings, resolve
-from dsv4.convert.plan.side_files import check_configs
-from dsv4.errors import InputError, UsageError
-from dsv4.progress import Reached, ignore
+from dsv4.convert.plan.engines import ABSENT, caveats_of
 from dsv4.text import counted
 
-from .facts import Facts, gather
-
-Status = Literal["ok", "note", "unknown", "wrong", "refuses"]
-
-# wrong: it loads and computes something else. refuses: it stops with an error. unknown: not tested.
-FAILURES = ("wrong", "refuses")
-
-
-@dataclass(frozen=True)
-class Check:
-    """The verdict of one rule: what was found, what to do about it if it is a failure, and the command that does it."""
-
-    rule: str
-    status: Status
-    text: str
-    fix: str = ""
-    command: str = ""
-
-
-class Advice(NamedTuple):
-    """What to do about a failure: a sentence, and a command whose dry run succeeds. Each may be ""."""
-
-    fix: str
-    command: str
-
-
-def _refusal(checkpoint: Checkpoint, settings: Settings) -> str:
-    """Why a dry run of the conversion fails, in sentences; "" if it does not."""
-    try:
-        check_configs(checkpoint, make_plan(checkpoint, settings))
-    except (InputError, UsageError) as error:
-        return f"{error.message}. {error.hint or ''}".rstrip()
-    return ""
-
-
-@dataclass(frozen=True)
-class RuleContext:
-    """The input of a rule: the folder's facts, the engine, and the number of ranks if it was given."""
-
-    facts: Facts
-    name: EngineName
-    engine: Engine
-    tensor_parallel: int | None
-
-    @cached_property
-    def convert(self) -> Advice:
-        """Advice: convert this checkpoint for this engine."""
-        if self.engine.layout == "mp":
-            return self._rank_files(self.tensor_parallel)
-        for to in self.engine.forms.values() if self.engine.target is None else ():
-            return self._advice(f"--to {to}", resolve(to))
-        return self._advice(f"--target {self.name}", resolve(target=cast(TargetName, self.name)))
-
-    @cached_property
-    def decode(self) -> Advice:
-        """Advice: convert this checkpoint to BF16."""
-        return self._advice("--to bf16", resolve("bf16"))
-
-    def _rank_files(self, ranks: int | None) -> Advice:
-        def settings(count: int) -> Settings:
-            return resolve("same", layout="mp", model_parallel=count)
-
-        advice = self._advice(f"--to same --layout mp --model-parallel {ranks or 'N'}", settings(1))
-        refusal = _refusal(self.facts.checkpoint, settings(ranks)) if self.facts.checkpoint and ranks else ""
-        return Advice(refusal, "") if refusal and not advice.fix else advice
-
-    def _advice(self, flags: str, settings: Settings) -> Advice:
-        """`dsv4 convert` from this folder if a dry run succeeds, else from the release."""
-        facts, command = self.facts, f"dsv4 convert RELEASE NEW {flags}"
-        if facts.checkpoint is None or facts.experts == {"bf16"} or facts.form:
-            return Advice("", command)
-        refusal = _refusal(facts.checkpoint, settings)
-        if refusal:
-            return Advice(f"This folder cannot be converted: {refusal}", command)
-        return Advice("", f"dsv4 convert {shlex.quote(facts.folder)} NEW {flags}")
-
+from .context import Check, RuleContext
+from .facts import Facts
 
 LAYOUTS = {"hf": "a Hugging Face folder", "mp": "the rank files of --layout mp", "gguf": "GGUF files"}
 
 
-def _layout(p: RuleContext) -> Iterator[Check]:
+def layout(p: RuleContext) -> Iterator[Check]:
     found, wanted = p.facts.layout, LAYOUTS[p.engine.layout]
     if found == p.engine.layout:
         yield Check("layout", "ok", wanted)
@@ -373,70 +289,3 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 RULES_FOR_FOREIGN: tuple[Rule, ...] = (_architecture, _foreign, _side_files)
 RULES_FOR_FORMS: tuple[Rule, ...] = (_architecture, _tensors, _form, _side_files, _caveats)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All verdicts about one folder and one engine.
-
-    evidence: how the engine's rules were checked, None if they were not. start: the command that
-    starts the engine on the folder, "" if it has none. checkpoint: the opened folder, None if it is not a readable
-    Hugging Face folder.
-    """
-
-    folder: str
-    engine: EngineName
-    evidence: Evidence | None
-    checks: tuple[Check, ...]
-    start: str
-    checkpoint: Checkpoint | None = None
-
-    @property
-    def loads(self) -> bool | None:
-        """True if every rule says that the engine reads it right, False if one says that it does not, else None."""
-        found = {check.status for check in self.checks}
-        return False if found & set(FAILURES) else None if "unknown" in found else True
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        checks = [
-            {"rule": c.rule, "status": c.status, "text": c.text, "fix": c.fix, "command": c.command}
-            for c in self.checks
-        ]
-        return {
-            "folder": self.folder,
-            "engine": self.engine,
-            "checked": asdict(self.evidence) if self.evidence else None,
-            "loads": self.loads,
-            "start": self.start,
-            "checks": checks,
-        }
-
-
-def _start(p: RuleContext) -> str:
-    if not p.engine.serve:
-        return ""
-    variables = [c.variable for c in caveats_of(p.name, p.facts.stored) if c.variable]
-    ranks = [f"{p.engine.ranks_option} {p.tensor_parallel}"] if p.tensor_parallel else []
-    return " ".join([*variables, p.engine.serve, shlex.quote(p.facts.folder), *ranks])
-
-
-def diagnose(
-    folder: str | Path, engine: EngineName, tensor_parallel: int | None = None, headers: Reached = ignore
-) -> Diagnosis:
-    """Apply every rule. `headers` is called with the number of shards whose headers were read, and of all.
-
-    Raises UsageError for an engine without a row, InputError if the folder is absent or holds no safetensors file.
-    """
-    if engine not in ENGINES:
-        raise UsageError(f"there are no rules for {engine!r}", f"Engines are {', '.join(ENGINES)}.")
-    facts = gather(Path(folder), headers)
-    context = RuleContext(facts, engine, ENGINES[engine], tensor_parallel)
-    checks = list(_layout(context))
-    if facts.unreadable is not None:
-        checks.append(Check("files", "refuses", facts.unreadable.message, facts.unreadable.hint))
-    elif checks[0].status == "ok":  # it does not read this layout at all: no other rule applies
-        rules = RULES_FOR_FOREIGN if facts.foreign else RULES_FOR_FORMS if facts.form else RULES
-        checks += [check for rule in rules for check in rule(context)]
-    readable = facts.checkpoint if facts.layout == "hf" else None
-    return Diagnosis(facts.folder, engine, context.engine.evidence, tuple(checks), _start(context), readable)

@@ -155,26 +155,6 @@ def tensor_results(compared: ComparedTensor, tally: Tally) -> Iterator[TensorRes
         yield TensorResult(compared.scale_name, *_scale_status(compared, tally, status))
 
 
-def code_problems(results: list[TensorResult]) -> list[Problem]:
-    """NaN codes, scales that are not positive and finite, slices that are filled up with something else.
-
-    No correct conversion holds them.
-    """
-    found = []
-    for result in results:
-        name = result.name
-        for (side, tensor, file), count in result.tally.bad_filling.items():
-            value = 1 if tensor.endswith(".scale") else 0
-            text = f"{tensor}: {count} bytes of {file} after its last row are not those of {value}, which fills it up"
-            found.append(Problem("layout", side, text))
-        for side in ("source", "output"):
-            if count := result.tally.special[side]:
-                found.append(Problem("codes", side, f"{name} holds {count} codes that are not finite numbers"))
-            if count := result.tally.bad_scales[side]:
-                found.append(Problem("codes", side, f"{name} has {count} scales that are not positive and finite"))
-    return found
-
-
 def _problems(count: int) -> str:
     return f"{count} problem" + ("s" if count != 1 else "")
 

@@ -18,6 +18,7 @@ from dsv4.text import counted
 from .workers import Workers
 
 Scanned = tuple[OutputTensor, Scan]
+NAMED = 20  # tensors without an exact form that an error describes: in weights that were trained since, all have none
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ def _refuse(
         tensor, scan = scanned
         return f"{tensor.name}: {tensor.recipe.describe_inexact(checkpoint, tensor, scan)}"
 
+    described = [words for _, words in workers.map(describe, inexact[:NAMED], progress)]
+    more = [f"and {len(inexact) - NAMED} more"] if len(inexact) > NAMED else []
     or_keep = "" if CONVERSIONS[settings.to].has_own_form else " --on-inexact keep leaves them as they are."
     raise InputError(
         f"{shard.file}: no exact form for {counted(len(inexact), 'tensor')}:",
         "--on-inexact round rounds these tensors and reports how many elements changed." + or_keep,
-        [words for _, words in workers.map(describe, inexact, progress)],
+        [*described, *more],
     )
 
 
@@ -127,7 +130,7 @@ def scan_shard(
 
     progress: called with bytes of output whose weights are scanned; they add up to `bytes_to_scan`.
 
-    Raises InputError naming every tensor of the shard without an exact form, if `on_inexact` is "error".
+    Raises InputError naming the tensors of the shard without an exact form, if `on_inexact` is "error".
     """
     scans: dict[str, Scan] = {}
     inexact: list[Scanned] = []

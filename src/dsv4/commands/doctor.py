@@ -11,7 +11,8 @@ from dsv4.errors import EXIT_DIFFERENCE, UsageError
 from dsv4.options import Json, Quiet, Timeout, example, named
 
 if TYPE_CHECKING:
-    from dsv4.convert.doctor.rules import Check, Diagnosis
+    from dsv4.convert.doctor.context import Check
+    from dsv4.convert.doctor.diagnosis import Diagnosis
     from dsv4.referee.loaders.loader import Loaded, Wanted
 
 
@@ -102,7 +103,7 @@ def doctor(
     from dsv4.convert.hub.source import require_folder
 
     require_folder(folder)
-    from dsv4.convert.doctor.rules import diagnose
+    from dsv4.convert.doctor.diagnosis import diagnose
 
     with out.opening() as headers:
         diagnosis = diagnose(folder, engine, tensor_parallel, headers)

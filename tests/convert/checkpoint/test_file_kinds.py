@@ -7,7 +7,7 @@ import pytest
 from exact_values import INDEX, dsv4
 
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.doctor.rules import diagnose
+from dsv4.convert.doctor.diagnosis import diagnose
 from dsv4.convert.inspect.inspection import inspect_checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.errors import InputError

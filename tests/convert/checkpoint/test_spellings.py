@@ -13,7 +13,7 @@ from dsv4.convert.checkpoint.editions.spellings import contradictions
 from dsv4.convert.checkpoint.editions.table import check_config, edition_of
 from dsv4.convert.checkpoint.editions.view import release_view
 from dsv4.convert.checkpoint.reader import Checkpoint
-from dsv4.convert.doctor.rules import diagnose
+from dsv4.convert.doctor.diagnosis import diagnose
 from dsv4.convert.inspect.inspection import inspect_checkpoint
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.convert.synthetic.geometry import config as release_config

@@ -12,7 +12,7 @@ from raw_safetensors import Raw, Tensors
 from dsv4.convert.checkpoint.header import tensor_bytes
 from dsv4.convert.checkpoint.reader import Checkpoint, Extent, TensorInfo
 from dsv4.convert.checkpoint.weights import Alike, Format, Weight, find_alike, find_weights
-from dsv4.convert.doctor.rules import diagnose
+from dsv4.convert.doctor.diagnosis import diagnose
 from dsv4.convert.inspect.inspection import as_json, inspect_checkpoint
 from dsv4.convert.inspect.tensor_view import as_json as view_json
 from dsv4.convert.inspect.tensor_view import view_tensor

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import RAGGED
 
 from dsv4 import cli
-from dsv4.convert.doctor.rules import Diagnosis, diagnose
+from dsv4.convert.doctor.diagnosis import Diagnosis, diagnose
 from dsv4.convert.plan.engines import ENGINES
 from dsv4.convert.synthetic.checkpoint import Geometry, V41Geometry, make_checkpoint
 from dsv4.errors import UsageError

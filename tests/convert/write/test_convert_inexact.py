@@ -23,6 +23,7 @@ from mixed_scales import mix_scales
 from raw_safetensors import Tensors
 
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
+from dsv4.convert.write.shards import scan
 
 pytestmark = pytest.mark.slow  # conversions of whole checkpoints, many times
 
@@ -104,6 +105,18 @@ def test_error_names_every_tensor_and_writes_nothing(source: Path, truth: Truth,
     for name in named:
         line = next(line for line in err.splitlines() if name + ":" in line)
         assert all(f"block {at}" in line for at, (_, exact) in truth[name].items() if not exact)
+
+
+def test_an_error_about_many_tensors_describes_the_first(
+    source: Path, truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that were trained since, none has an exact form: thousands in a shard."""
+    monkeypatch.setattr(scan, "NAMED", 3)
+    code, _, err = dsv4("convert", source, tmp_path / "out", *ONE_SHARD)
+    lines = err.splitlines()
+    assert code == 3 and f"no exact form for {len(hopeless(truth))} tensors" in lines[0]
+    assert sum(".experts." in line for line in lines) == 3
+    assert lines[4].strip() == f"and {len(hopeless(truth)) - 3} more"
 
 
 def test_the_message_says_what_would_change(source: Path, truth: Truth, tmp_path: Path) -> None:

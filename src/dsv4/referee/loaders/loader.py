@@ -15,7 +15,8 @@ from dsv4.convert.checkpoint.config import weight_block
 from dsv4.convert.checkpoint.names import pattern_of
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.checkpoint.weights import Weight, find_weights
-from dsv4.convert.doctor.rules import FAILURES, Check, Diagnosis
+from dsv4.convert.doctor.context import FAILURES, Check
+from dsv4.convert.doctor.diagnosis import Diagnosis
 from dsv4.convert.plan.engines import ENGINES, Loader
 from dsv4.errors import MachineError, UsageError
 from dsv4.machine import free_bytes, usable_memory
