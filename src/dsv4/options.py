@@ -104,13 +104,6 @@ MaxMemory = Annotated[
     str | None,
     typer.Option("--max-memory", metavar="SIZE", help="Limit of the process's memory, such as 8GB."),
 ]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        "--timeout", metavar="SECONDS", min=1,
-        help="Longest time for an engine to load (default 3600), or for a server's answer (default 600).",
-    ),
-]  # fmt: skip
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a repository.")
 ]

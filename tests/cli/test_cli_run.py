@@ -102,6 +102,7 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(capfd: Capture, folder
     assert re.search(rf"prefill \d+ tokens, {number} tokens/s; decode 3 tokens, {number} tokens/s\n", err)
     assert re.search(r"first token after \S+ s, peak memory [\d.]+ [MG]B\n", err)
     assert run(capfd, folder, "Hello", *FEW, "-q") == (out, "")
+    assert "decode" not in run(capfd, folder, "Hello", "--max-new-tokens", "1")[1]  # the prefill gives the first token
 
 
 def test_raw_sends_the_text_as_it_is(capfd: Capture, folder: str) -> None:

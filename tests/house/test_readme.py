@@ -1,5 +1,6 @@
 """README and docs are true of the program: commands parse, the demo prints its transcript, tables are facts."""
 
+import os
 import re
 import subprocess
 import sys
@@ -121,11 +122,14 @@ def test_every_room_is_in_the_architecture() -> None:
     assert rooms - links <= named and {f"{top}/" for top in tops} <= named
 
 
-@pytest.mark.parametrize("code", blocks(page("docs/python.md"), "python"), ids=["conversion", "answer", "numbers"])
+@pytest.mark.parametrize(
+    "code", blocks(page("docs/python.md"), "python"), ids=["conversion", "answer", "threads", "numbers"]
+)
 @pytest.mark.fast_cases(1)
 def test_python(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "DeepSeek-V4-Flash")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     exec(compile(code, "docs/python.md", "exec"), {})
 
 

@@ -14,7 +14,9 @@ from dsv4.errors import InputError
 
 COMMANDS = typer.main.get_command(cli.app).commands
 # The same word for another thing on purpose: files, threads; …
-DIFFERENT = {"--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed", "--edition"}
+DIFFERENT = {
+    "--max-workers", "--quiet", "--dry-run", "--report", "--tensor", "--tokens", "--seed", "--edition", "--timeout",
+}  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = [

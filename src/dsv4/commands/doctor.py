@@ -8,7 +8,7 @@ import typer
 from dsv4 import output
 from dsv4.convert.plan.engines import EngineName
 from dsv4.errors import EXIT_DIFFERENCE, UsageError
-from dsv4.options import Json, Quiet, Timeout, example, named
+from dsv4.options import Json, Quiet, example, named
 
 if TYPE_CHECKING:
     from dsv4.convert.doctor.context import Check
@@ -85,7 +85,12 @@ def doctor(
     everything: Annotated[
         bool, typer.Option("--all", help="With --python: load all of a large checkpoint, not a sample of it.")
     ] = False,
-    timeout: Timeout = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=1, help="With --python: longest time for the loader. Default: 3600."
+        ),
+    ] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option("--tensor-parallel", metavar="N", min=1, help="Also check the split over N ranks.")
     ] = None,

@@ -109,13 +109,14 @@ def say_statistics(out: Output, statistics: "Statistics", draft: bool) -> None:
     """The closing lines on stderr."""
     prefill = rate(statistics.prompt_tokens, statistics.prefill_seconds)
     decode = rate(statistics.decoded_tokens, statistics.decode_seconds)
+    decoded = f"; decode {counted(statistics.decoded_tokens, 'token')}, {decode:.1f} tokens/s"
     out.say(
-        f"prefill {counted(statistics.prompt_tokens, 'token')}, {prefill:.1f} tokens/s; "
-        f"decode {counted(statistics.decoded_tokens, 'token')}, {decode:.1f} tokens/s"
+        f"prefill {counted(statistics.prompt_tokens, 'token')}, {prefill:.1f} tokens/s"
+        + (decoded if statistics.decoded_tokens else "")
     )
     first = seconds_text(statistics.first_token_seconds)
     out.say(f"first token after {first}, peak memory {human_bytes(peak_memory())}")
-    if draft:
+    if draft and statistics.decoded_tokens:
         share = f" ({100 * statistics.accepted / statistics.drafted:.0f}%)" if statistics.drafted else ""
         out.say(f"drafts: {statistics.accepted} of {statistics.drafted} accepted{share}")
         if statistics.steps:

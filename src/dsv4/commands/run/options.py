@@ -10,7 +10,7 @@ import typer
 
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
-from dsv4.options import CacheDir, Json, MaxMemory, Revision, Timeout, Token, Verbose, as_text, named
+from dsv4.options import CacheDir, Json, MaxMemory, Revision, Token, Verbose, as_text, named
 
 
 class ServerName(StrEnum):
@@ -102,7 +102,10 @@ class RunOptions:
         str | None,
         typer.Option("--api-key", metavar="KEY", help="The server's key, if not in OPENAI_API_KEY or the like."),
     ] = None
-    timeout: Timeout = None
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=1, help="Longest time for a server's answer. Default: 600."),
+    ] = None
     suite: Annotated[bool, typer.Option("--suite", help="Ask the server the few dozen test prompts of dsv4.")] = False
     tolerance: Annotated[
         float,
