@@ -92,6 +92,8 @@ class Transformer:
         counts = self._check(token_ids, cache, lengths)
         self._reserve(cache, counts)
         token_ids = token_ids.to(self.device)
+        if token_ids.numel() and min(counts) == token_ids.shape[1] <= TOKENS_PER_PIECE:
+            return self._in_one_piece(token_ids, cache, counts, rows, trace)
         hidden = self._new_hidden(token_ids)
         logits = self._new_logits(token_ids, rows)
         for starts, parts in _pieces(counts):
@@ -105,6 +107,20 @@ class Transformer:
         return Output(logits, hidden)
 
     __call__ = forward
+
+    def _in_one_piece(
+        self, token_ids: torch.Tensor, cache: Cache, counts: list[int], rows: Rows, trace: Trace | None
+    ) -> Output:
+        """`forward` of tokens that all count, such as a step's: their results are the output, nothing is copied."""
+        call, ids = Call(cache, [0] * len(counts), counts, self.device, trace), token_ids.flatten()
+        streams = self.stack(self._embed(ids), ids, call)
+        call.finish()
+        hidden = torch.unflatten(streams.hidden, 0, token_ids.shape)
+        if rows == "none":
+            return Output(None, hidden)
+        logits = self.stack.head(streams.last if rows == "all" else streams.last[counts[0] - 1 :: counts[0]])
+        call.trace("logits", logits)
+        return Output(torch.unflatten(logits, 0, (len(counts), -1)), hidden)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.store.embedding(ids).to(self.numerics.dtype)
@@ -185,9 +201,9 @@ class Transformer:
         self.stack.reserve(max(ends, default=0))
 
     def _check_tokens(self, ids: torch.Tensor, length: int) -> None:
-        wrong = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-        if len(wrong):
-            raise UsageError(f"token id {int(wrong[0])} is not in 0..{self.config.vocab_size - 1}")
+        wrong = [token for token in ids.tolist() if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise UsageError(f"token id {wrong[0]} is not in 0..{self.config.vocab_size - 1}")
         if length > self.config.max_position_embeddings:
             raise UsageError(
                 f"the context would have {length} tokens, this model has room for {self.config.max_position_embeddings}"

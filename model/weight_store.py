@@ -246,7 +246,10 @@ class WeightStore:
 
     def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, float32 [n, hidden_size]."""
-        start, stop = self._rows[EMBEDDING] or (0, self.config.vocab_size)
+        held = self._rows[EMBEDDING]
+        if held is None:
+            return self.table_rows(EMBEDDING, token_ids)
+        start, stop = held
         mine = ((token_ids >= start) & (token_ids < stop)).nonzero().squeeze(-1)
         result = torch.zeros(len(token_ids), self.config.hidden_size, dtype=torch.float32, device=self.device)
         result[mine] = self.table_rows(EMBEDDING, token_ids[mine] - start)
@@ -258,7 +261,7 @@ class WeightStore:
         Rows are counted from the first one that this rank holds.
         """
         if name in self._pinned:
-            return self._pinned[name].values[rows].to(torch.float32)
+            return self._pinned[name].values.index_select(0, rows).to(torch.float32)
         start, _ = self._rows[name] or (0, 0)
         self.checkpoint.expect(row_spans(self._weights[name], (start + rows).tolist()))
         read = [self.checkpoint.read_tensor(name, start + i, start + i + 1) for i in rows.tolist()]

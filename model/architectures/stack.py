@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,16 +31,29 @@ class Call:
     ) -> None:
         self.cache, self.trace = cache, trace or _no_trace
         self.segments: list[Segment] = []
-        total = 0
+        self._starts, self._device, total = starts, device, 0
         for sequence, count in enumerate(counts):
             if count:
                 self.segments.append(Segment(sequence, total, count, cache.sequences[sequence].length))
             total += count
-        parts = [torch.arange(s.position, s.position + s.count) for s in self.segments]
-        self.positions = torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.int64, device=device)
-        rows = [torch.arange(starts[s.sequence], starts[s.sequence] + s.count) for s in self.segments]
-        self.sequence = torch.cat([torch.full((s.count,), s.sequence) for s in self.segments]).to(device)
-        self.column = torch.cat(rows).to(device)
+        self.positions = self._joined([torch.arange(s.position, s.position + s.count) for s in self.segments])
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        joined = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+        return joined.to(self._device)
+
+    @cached_property
+    def sequence(self) -> torch.Tensor:
+        """The row of each token in the call's token ids, int64 [T]."""
+        return self._joined([torch.full((s.count,), s.sequence) for s in self.segments])
+
+    @cached_property
+    def column(self) -> torch.Tensor:
+        """Its column there, int64 [T]."""
+        starts = [self._starts[s.sequence] for s in self.segments]
+        return self._joined(
+            [torch.arange(first, first + s.count) for first, s in zip(starts, self.segments, strict=True)]
+        )
 
     def layer_caches(self, layer: int) -> list[LayerCache]:
         """Entry `layer` of the caches, for each segment."""

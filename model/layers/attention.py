@@ -51,10 +51,11 @@ def window_rows(position: int, count: int, first: int, window: int) -> torch.Ten
     return torch.where(key <= query, key - first, -1).to(torch.int32)
 
 
+@lru_cache(maxsize=2)
 def finished_blocks(position: int, count: int, blocks: int, ratio: int) -> torch.Tensor:
     """The compressed keys that queries `position` ... see without an indexer: int32 [count, blocks].
 
-    Column b is b if the last token of block b is the query or before it, else -1.
+    Column b is b if the last token of block b is the query or before it, else -1. Shared as `window_rows`.
     """
     finished = (torch.arange(position, position + count) + 1) // ratio
     block = torch.arange(blocks, dtype=torch.int32)
