@@ -11,7 +11,7 @@ from dsv4.errors import UsageError
 from dsv4.progress import Reached, ignore
 
 from .context import FAILURES, Check, RuleContext
-from .facts import gather
+from .facts import Facts, gather
 from .rules import RULES, RULES_FOR_FOREIGN, RULES_FOR_FORMS, layout
 
 
@@ -53,12 +53,19 @@ class Diagnosis:
         }
 
 
+def _served(facts: Facts) -> str:
+    """What a server is started on: the folder, or the first file of a model in GGUF, which names the others."""
+    if facts.layout == "gguf" and facts.checkpoint is not None:
+        return str(Path(facts.folder) / next(iter(facts.checkpoint.shards)))
+    return facts.folder
+
+
 def _start(p: RuleContext) -> str:
     if not p.engine.serve:
         return ""
     variables = [c.variable for c in caveats_of(p.name, p.facts.stored) if c.variable]
-    ranks = [f"{p.engine.ranks_option} {p.tensor_parallel}"] if p.tensor_parallel else []
-    return " ".join([*variables, p.engine.serve, shlex.quote(p.facts.folder), *ranks])
+    ranks = [f"{p.engine.ranks_option} {p.tensor_parallel}"] if p.tensor_parallel and p.engine.ranks_option else []
+    return " ".join([*variables, p.engine.serve, shlex.quote(_served(p.facts)), *ranks])
 
 
 def diagnose(

@@ -137,8 +137,9 @@ class Engine:
     partial_blocks: whether it reads FP8 weights right whose sides are no multiples of the block.
     needs: side files without which it stops. wants: side files that a user would miss.
     divided: config keys that the number of ranks must divide. splits: what ranks share in whole FP8 blocks.
-    serve: the command that starts it on a folder, "" if there is none; ranks_option: its option for the number of
-    ranks. loader: the package for `dsv4 doctor --python`, None if there is no script for it.
+    serve: the command that starts it on a folder, or on the first of GGUF files, "" if there is none. ranks_option: its
+    option for the number of ranks, "" if there is none. loader: the package for `dsv4 doctor --python`, None if there
+    is no script for it.
     """
 
     evidence: Evidence | None
@@ -295,6 +296,7 @@ ENGINES: dict[str, Engine] = {
         divided=(),
         splits=(),
         caveats=(Caveat(text="llama.cpp reads the FP4 code of -0 as +0, and rounds activations to 8 bits for MXFP4"),),
+        serve="llama-server -m",
     ),
     "mlx-lm": Engine(
         evidence=Evidence(

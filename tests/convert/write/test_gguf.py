@@ -421,8 +421,10 @@ class TestHostile:
 
 
 def test_doctor_says_what_llama_cpp_computes_with(output: Path, tmp_path: Path) -> None:
-    code, out, _ = dsv4("doctor", output, "--for", "llama.cpp", "--json")
+    code, out, _ = dsv4("doctor", output, "--for", "llama.cpp", "--tensor-parallel", "1", "--json")
     assert code == 0 and json.loads(out)["loads"] is True
+    first = next(path for path in output.iterdir() if re.fullmatch(r"model-00001-of-\d+\.gguf", path.name))
+    assert json.loads(out)["start"] == f"llama-server -m {first}"
     copy = Path(shutil.copytree(output, tmp_path / "copy"))
     config = read_json(copy / "config.json") | {"hc_mult": 2}
     (copy / "config.json").write_text(json.dumps(config))
