@@ -6,7 +6,8 @@ Makes a checkpoint with short layers (hidden size 256, 8 heads of 128, one layer
 and an indexer of `--heads` heads, one with ratio 128) in FOLDER: the sums over the context are those of a large model,
 all else is small. Prints at each power of two, from 1024 tokens on: CPU seconds of a piece, of all pieces so far, and
 of a single step, the size of the key cache, and the most memory of the process. Ends early after `--seconds`.
-Then the rate of the indexer's scores alone, at the sizes of V4-Flash (64 heads of 128), and of its choice.
+Then the rate of the indexer's scores alone, at the sizes of V4-Flash (64 heads of 128), and of its choice, and of a
+product of matrices, which is what the processor can do just then.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dsv4.model import load
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.indexer import SCORES_AT_ONCE, best
 from dsv4.model.transformer import Transformer
+from dsv4.model.weights import Matrix
 
 PIECE = 512
 SHORTEST_LINE = 1024
@@ -81,6 +83,16 @@ def rates(queries: int, blocks: int) -> None:
           f"{seconds * 1e3:.1f} ms; choice of 512 {choice * 1e3:.1f} ms")  # fmt: skip
 
 
+def matrix_rate(rows: int, columns: int) -> None:
+    """512 rows times a matrix."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(PIECE, columns, generator=generator).to(torch.bfloat16)
+    matrix = Matrix("matrix", "bfloat16", (rows, columns), x.repeat(rows // PIECE, 1))
+    kernels = select_kernels(torch.device("cpu"))
+    seconds = min(cpu_seconds(lambda: kernels.linear(x, matrix)) for _ in range(5))
+    print(f"matrix product: {2 * PIECE * rows * columns / seconds / 1e9:.0f} GFLOP per CPU second")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
@@ -97,6 +109,7 @@ def main() -> None:
         grow(load(source), arguments.tokens, arguments.seconds)
     for queries, blocks in ((1, 32768), (PIECE, 4096)):
         rates(queries, blocks)
+        matrix_rate(1024, 4096)
 
 
 if __name__ == "__main__":

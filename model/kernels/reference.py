@@ -135,14 +135,14 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
     """sum_h weights[t, h] * relu(q[t, h] . keys[b]) -> float32 [T, N].
 
     q [T, H, d], weights [T, H], keys [N, d], all of one dtype. With bfloat16 the dot products, the products with the
-    weights and the sum are each rounded to bfloat16.
+    weights and the sum are each rounded to bfloat16. Every NaN is 0x7fc00000.
     """
     dtype = q.dtype
     result = torch.empty(len(q), len(keys), dtype=torch.float32)
     wide = keys.to(torch.float32)
     rows = max(1, TILE_ELEMENTS // (16 * q.shape[1] * max(1, len(keys))))
     for row in range(0, len(q), rows):
-        dots = lane_dot(q[row : row + rows].to(torch.float32), wide).to(dtype).to(torch.float32).clamp(min=0)
+        dots = lane_dot(q[row : row + rows].to(torch.float32), wide).clamp(min=0).to(dtype).to(torch.float32)
         products = (dots * weights[row : row + rows].to(torch.float32).unsqueeze(-1)).to(dtype).to(torch.float32)
         result[row : row + rows] = tree_sum(products.transpose(-1, -2)).to(dtype).to(torch.float32)
-    return result
+    return result.masked_fill_(result.isnan(), torch.nan)

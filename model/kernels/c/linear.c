@@ -104,8 +104,9 @@ void OF_FORM(dsv4_products)(int exact, const float *w, int64_t w_stride, int64_t
 }
 
 #ifdef HAVE_DOT
-void OF_FORM(dsv4_dot_products)(const uint16_t *w, int64_t w_stride, int64_t o_count, int64_t columns,
-                                const uint16_t *x, int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
+/* The same by vdpbf16ps, for bfloat16 in natural order whose products are exact. */
+static void dot_products(const uint16_t *w, int64_t w_stride, int64_t o_count, int64_t columns, const uint16_t *x,
+                         int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
     products(BF16_DOT, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
 }
 
@@ -178,8 +179,8 @@ static void multiply_strip(const struct matrix *w, const void *strip, const floa
             float *to = sums + m * ROWS_PER_STRIP + o;
 #ifdef HAVE_DOT
             if (x_bf16) {
-                OF_FORM(dsv4_dot_products)((const uint16_t *)strip + o * apart, apart, columns, w->columns,
-                                           x_bf16 + m * apart, rows, apart, to, ROWS_PER_STRIP);
+                dot_products((const uint16_t *)strip + o * apart, apart, columns, w->columns, x_bf16 + m * apart, rows,
+                             apart, to, ROWS_PER_STRIP);
                 continue;
             }
 #else

@@ -20,12 +20,6 @@ struct product {
 void OF_FORM(dsv4_products)(int exact, const float *w, int64_t w_stride, int64_t o_count, int64_t columns,
                             const float *x, int64_t m_count, int64_t x_stride, float *y, int64_t y_stride);
 
-#ifdef HAVE_DOT
-/* The same by vdpbf16ps, for bfloat16 x and w in natural order whose products are exact. */
-void OF_FORM(dsv4_dot_products)(const uint16_t *w, int64_t w_stride, int64_t o_count, int64_t columns,
-                                const uint16_t *x, int64_t m_count, int64_t x_stride, float *y, int64_t y_stride);
-#endif
-
 /* Rows [row, row + count) of w, decoded, `padded(columns)` apart: paired float32, or, if `as_bf16`, bfloat16 in natural
  * order, which needs HAVE_DOT. */
 void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t count, int as_bf16, void *out);

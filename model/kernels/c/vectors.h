@@ -174,12 +174,17 @@ INLINE void exponentials(float *x) {
     }
 }
 
+/* Rounded to bfloat16, as float32. A NaN stays what it is if its lower half is zero, as in those from bfloat16. */
+INLINE lanes nearest_lanes(lanes v) {
+    ulanes bits = (ulanes)v;
+    return (lanes)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
 /* Rounded to bfloat16, as float32, if `rounded`. */
 INLINE lanes rounded_lanes(lanes v, int rounded) {
     if (!rounded) return v;
-    ulanes bits = (ulanes)v, is_nan = (ulanes)(v != v);
-    ulanes nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
-    return (lanes)(((is_nan & nan) | (~is_nan & nearest)) & 0xffff0000u);
+    ulanes is_nan = (ulanes)(v != v), nan = ((ulanes)v | 0x400000) & 0xffff0000u;
+    return (lanes)((is_nan & nan) | (~is_nan & (ulanes)nearest_lanes(v)));
 }
 
 #define LEAST_OF_NONE 0x10000

@@ -308,7 +308,7 @@ def test_index_scores_of_many_queries_and_keys(queries: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("heads", "blocks"), [(16, 50), (12, 3), (1, 7), (64, 131)])
+@pytest.mark.parametrize(("heads", "blocks"), [(16, 50), (12, 3), (1, 7), (64, 131), (65, 33)])
 def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
     q = torch.randn(5, heads, 32, generator=GENERATOR).to(dtype)
     weights = torch.randn(5, heads, generator=GENERATOR).to(dtype)
@@ -323,6 +323,24 @@ def test_index_scores(heads: int, blocks: int, dtype: torch.dtype) -> None:
     bound = 3.1 * unit * products.abs().sum(1) + 1e-6
     for found in (expected, TORCH_DEVICE.index_scores(q, weights, keys)):
         assert ((found - products.sum(1)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_index_scores_of_unusual_numbers(heads: int, dtype: torch.dtype) -> None:
+    """NaN is one in every row, and one only; a sum below zero that is rounded to zero is +0."""
+    q = torch.randn(40, heads, 64, generator=GENERATOR)
+    weights, keys = torch.randn(40, heads, generator=GENERATOR), torch.randn(20, 64, generator=GENERATOR)
+    q[32:] *= 2.0**-64
+    keys[:2] *= 2.0**-71
+    assert ((q @ keys.T < 0) & (q @ keys.T > -(2.0**-134))).any()
+    q[0, 0, 3], q[1, 0, 3] = math.nan, -math.inf
+    keys[5, 3], keys[6], keys[7, :2], keys[8, 1] = 0, 0, torch.tensor([math.inf, -math.inf]), math.inf
+    weights[2, 0], weights[3, 0] = math.inf, -math.nan
+    q, weights, keys = q.to(dtype), weights.to(dtype), keys.to(dtype)
+    expected = REFERENCE.index_scores(q, weights, keys)
+    assert 20 < expected.isnan().sum() < 200 and torch.equal(bits(CPU.index_scores(q, weights, keys)), bits(expected))
+    assert (bits(expected)[expected.isnan()] == 0x7FC00000).all()
 
 
 def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
@@ -502,6 +520,7 @@ def test_every_form_has_the_bits_of_the_reference(form: str) -> None:
         test_sparse_attention(9, dtype)
         test_index_scores(12, 3, dtype)
         test_index_scores_of_many_queries_and_keys(9)
+        test_index_scores_of_unusual_numbers(6, dtype)
         for name in SMALL:
             test_small_operations(name, dtype)
         same_together(dtype)
