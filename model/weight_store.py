@@ -17,9 +17,9 @@ The values of a weight are checked at its first read.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -121,6 +121,7 @@ class WeightStore:
         """Decide what is pinned, and how many bytes are for experts and for the matrix in use."""
         self._passing: Arena | None = None
         self._streamed: Streamed | None = None
+        self.foresees = False
         if max_memory is None or (self.need.whole <= max_memory and not on_demand):
             self._pinned_names = matrices
             return
@@ -137,6 +138,9 @@ class WeightStore:
         self._passing = Arena(passing + ALIGNMENT) if on_cpu else None  # values and scale are aligned one by one
         memory = {name: self._memory_of(name) for name in self._experts}
         self._streamed = Streamed(self._read_passing, memory, min(left, sum(memory.values())), on_cpu)
+        # Otherwise the disk has dense matrices to read at that time, or files are fetched that no token may need.
+        others = {*matrices} - {*self._pinned_names, *self._experts, EMBEDDING}
+        self.foresees = bool(self._experts) and not others and not on_demand
 
     def _choose_pinned(self, matrices: list[str], max_memory: int) -> tuple[list[str], int, int]:
         """Dense matrices to pin, bytes for one that passes through, and bytes for experts: together all there are."""
@@ -212,11 +216,20 @@ class WeightStore:
         part = None if self._passing is None else self._passing.take(nbytes)
         return fresh(nbytes) if part is None else part
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Expert matrices that are used next, in this order: those in the files are read from now on."""
+    def expect(self, experts: Sequence[Sequence[str]]) -> list[int]:
+        """The matrices of the experts that are used next: those in the files are read from now on.
+
+        Returns the order in which the experts will be in memory.
+        """
+        if self._streamed is None:
+            return list(range(len(experts)))
+        self.checkpoint.expect(span for names in experts for name in names for span in spans_of(self._weights[name]))
+        return self._streamed.expect(experts)
+
+    def foresee(self, names: Iterable[str]) -> None:
+        """Expert matrices that are probably used next, the surest first; only where the store `foresees`."""
         if self._streamed is not None:
-            self.checkpoint.expect(span for name in names for span in spans_of(self._weights[name]))
-            self._streamed.expect(names)
+            self._streamed.foresee(names)
 
     def matrix(self, name: str) -> Matrix:
         """A matrix, from memory if it is there, otherwise from the files.
@@ -233,7 +246,8 @@ class WeightStore:
     @property
     def statistics(self) -> ReadStatistics:
         """Of the matrices that are not pinned, since loading."""
-        return self._meter.statistics()
+        unneeded = 0 if self._streamed is None else self._streamed.unneeded
+        return replace(self._meter.statistics(), unneeded=unneeded)
 
     @property
     def reads(self) -> int:
@@ -301,9 +315,18 @@ class WeightView:
         """A matrix of the module, see WeightStore.matrix."""
         return self._store.matrix(self._prefix + name)
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Announce matrices of the module that are used next, see WeightStore.expect."""
-        self._store.expect([self._prefix + name for name in names])
+    @property
+    def foresees(self) -> bool:
+        """Whether the disk is free for what is probably used next: experts are in the files, all else is in memory."""
+        return self._store.foresees
+
+    def foresee(self, names: Iterable[str]) -> None:
+        """Announce matrices of the module that are probably used next, see WeightStore.foresee."""
+        self._store.foresee(self._prefix + name for name in names)
+
+    def expect(self, experts: Sequence[Sequence[str]]) -> list[int]:
+        """Announce the experts of the module that are used next, by their matrices, see WeightStore.expect."""
+        return self._store.expect([[self._prefix + name for name in names] for names in experts])
 
     def vector(self, name: str) -> torch.Tensor:
         """A vector of the module, see WeightStore.vector."""

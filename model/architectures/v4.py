@@ -57,6 +57,9 @@ class Block:
     ) -> torch.Tensor:
         """The block with the attention that is given, from its normed input [T, D] to its output [T, D]."""
         kernels, eps = self._numerics.kernels, self._config.rms_norm_eps
+        if self._weights.foresees:
+            pre, _, _ = self._around_experts.mixes(h)
+            self._experts.foresee(kernels.hc_input(pre, h, self._weights.vector("ffn_norm.weight"), eps), token_ids)
         pre, post, comb = self._around_attention.mixes(h)
         output = attend(kernels.hc_input(pre, h, self._weights.vector("attn_norm.weight"), eps))
         h = self._around_attention.post(output, h, post, comb)

@@ -85,6 +85,8 @@ class Block:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The block with the attention that is given, from its normed input [T, D] to its output [T, D]."""
         following, post, comb = self._around_attention.mixes(h)
+        if self._weights.foresees:
+            self._experts.foresee(self._input(following, h, "ffn_norm.weight"), token_ids)
         output = attend(self._input(pre, h, "attn_norm.weight"))
         h, pre = self._around_attention.post(output, h, post, comb), following
         trace(f"{name}.attn", output)

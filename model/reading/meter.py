@@ -9,17 +9,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReadStatistics:
-    """Statistics of weights that do not stay in memory. seconds: wall-clock time with at least one read running."""
+    """Statistics of weights that do not stay in memory.
+
+    unneeded: those of the matrices read that were only foreseen, and not used then. seconds: wall-clock time with at
+    least one read running.
+    """
 
     used: int = 0
     read: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    unneeded: int = 0
 
     @property
     def hit_rate(self) -> float | None:
         """The share of uses that found the matrix in memory; None if none was used."""
-        return 1 - self.read / self.used if self.used else None
+        return 1 - (self.read - self.unneeded) / self.used if self.used else None
 
     @property
     def bytes_per_second(self) -> float | None:

@@ -25,26 +25,26 @@ class Layer:
         self.calls, self.last_call = self.calls + 1, call
         for name in names:
             self._uses[name] = self._uses.get(name, 0) + 1
-            self._droppable.pop(name, None)
+            self.take(name)
         if self.calls == CALLS_REMEMBERED:
             self.calls //= 2
             self._uses = {name: uses // 2 for name, uses in self._uses.items()}
-            self._heap = [(self._uses[name], -number, name) for name, number in self._droppable.items()]
+            self._heap = [(self._uses.get(name, 0), -number, name) for name, number in self._droppable.items()]
             heapq.heapify(self._heap)
 
     def release(self, name: str, number: int) -> None:
         """A matrix may be dropped from now on. `number` grows from call to call."""
         self._droppable[name] = number
-        heapq.heappush(self._heap, (self._uses[name], -number, name))
+        heapq.heappush(self._heap, (self._uses.get(name, 0), -number, name))
 
     def lowest(self) -> tuple[float, str] | None:
         """(rate, name) of the matrix to drop first; None if there is none."""
         while self._heap and self._droppable.get(self._heap[0][2]) != -self._heap[0][1]:
             heapq.heappop(self._heap)
-        return (self._heap[0][0] / self.calls, self._heap[0][2]) if self._heap else None
+        return (self._heap[0][0] / max(self.calls, 1), self._heap[0][2]) if self._heap else None
 
-    def drop(self, name: str) -> None:
-        """Forget a matrix that was dropped."""
+    def take(self, name: str) -> None:
+        """Not to be dropped until `release`: a matrix is used next, or was dropped."""
         self._droppable.pop(name, None)
 
 
@@ -64,8 +64,12 @@ class Rates:
         if names:
             self._layer(names[0]).choose(names, self._count)
 
+    def keep(self, name: str) -> None:
+        """A matrix is probably used next: if it is in memory, it stays there until `release`."""
+        self._layer(name).take(name)
+
     def release(self, name: str) -> None:
-        """A matrix that is in memory was used, and may be dropped from now on."""
+        """A matrix that is in memory was used, or is not used next, and may be dropped from now on."""
         self._count += 1
         self._layer(name).release(name, self._count)
 
@@ -75,5 +79,5 @@ class Rates:
         if not lowest:
             return None
         _, name, layer = min(lowest, key=lambda each: (each[0], -each[2].last_call))
-        layer.drop(name)
+        layer.take(name)
         return name

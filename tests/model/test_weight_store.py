@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,43 @@ def test_only_chosen_experts_are_read(folder: Path, monkeypatch: pytest.MonkeyPa
         assert len(expected) == 2 and found == expected
 
 
+def test_experts_are_foreseen_before_attention(
+    folder: Path, resident: tuple[torch.Tensor, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only experts are in the files: the surer half of each layer's, certain ones where a table says which."""
+    events: list[tuple[str, list[str]]] = []
+    foresee, expect = WeightStore.foresee, WeightStore.expect
+
+    def record_foresee(self: WeightStore, names: Iterable[str]) -> None:
+        events.append(("foreseen", list(names)))
+        foresee(self, events[-1][1])
+
+    def record_expect(self: WeightStore, experts: Sequence[Sequence[str]]) -> list[int]:
+        events.append(("expected", [name for names in experts for name in names]))
+        return expect(self, experts)
+
+    monkeypatch.setattr(WeightStore, "foresee", record_foresee)
+    monkeypatch.setattr(WeightStore, "expect", record_expect)
+    model = load(folder, max_memory=resident[1] * 9 // 10)
+    cache = model.new_cache(1)
+    for token in range(8):
+        events.clear()
+        model.forward(TOKENS[:, :1] + token, cache, trace=lambda name, _: events.append((name, [])))
+        order = [event for event, _ in events if event in ("foreseen", "expected") or event.endswith(".attn")]
+        assert order == [event for n in range(2) for event in ("foreseen", f"layers.{n}.attn", "expected")]
+        named = {kind: [names for event, names in events if event == kind] for kind in ("foreseen", "expected")}
+        assert [len(names) for names in named["foreseen"]] == [3, 3]  # one of the two experts
+        assert set(named["foreseen"][0]) < set(named["expected"][0])
+    assert model.store.statistics.unneeded <= model.store.statistics.read
+
+
+def test_nothing_is_foreseen_where_the_disk_has_other_reads(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
+    """Dense matrices that do not fit; or a checkpoint that is fetched, of which nobody wants more than is needed."""
+    assert load(folder, max_memory=resident[1] * 9 // 10).store.foresees
+    assert not load(folder, max_memory=smallest(folder)).store.foresees
+    assert not load(folder, on_demand=True).store.foresees and not load(folder).store.foresees
+
+
 def test_hot_experts_are_read_once(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
     """The same token again finds its experts in memory; the least recently used make room."""
     least, everything = smallest(folder), resident[1]
@@ -159,7 +197,7 @@ def test_statistics(folder: Path) -> None:
     steps(model)
     found = model.store.statistics
     assert 0 < found.read <= found.used and found.bytes_read > 0 and found.bytes_per_second
-    assert found.hit_rate == 1 - found.read / found.used
+    assert found.hit_rate == 1 - found.read / found.used and not found.unneeded  # too little memory to foresee
     whole = load(folder)
     steps(whole)
     assert whole.store.statistics == ReadStatistics()

@@ -86,6 +86,18 @@ def test_a_shard_may_be_a_link_to_a_regular_file(good: Path, tmp_path: Path) -> 
     checkpoint.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system without this call")
+def test_the_system_reads_ahead_only_where_most_of_a_file_is_read(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, advice = Checkpoint.open(good), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *rest: advice.append(rest))
+    every = [(name, 0, info.nbytes) for name, info in checkpoint.tensors.items()]
+    one = every[list(checkpoint.tensors).index("layers.0.ffn.experts.1.w2.weight")]
+    for spans in (every, [one], [one], every):
+        checkpoint.expect(spans)
+    assert advice[0] == (0, 0, os.POSIX_FADV_RANDOM) and set(advice[1:]) == {(0, 0, os.POSIX_FADV_NORMAL)}
+    checkpoint.close()
+
+
 def test_one_shard_without_an_index(good: Path, tmp_path: Path) -> None:
     folder = scatter(make_checkpoint(tmp_path / "x", geometry=GEOMETRY), 1)
     (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")

@@ -19,6 +19,7 @@ def _from_files(model: "Transformer") -> dict[str, Any] | None:
     return {
         "matrices_used": found.used,
         "matrices_read": found.read,
+        "matrices_unneeded": found.unneeded,
         "hit_rate": found.hit_rate,
         "bytes_read": found.bytes_read,
         "bytes_per_second": found.bytes_per_second,
