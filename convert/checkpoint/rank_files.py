@@ -18,7 +18,7 @@ from .forms.rank_files import RANK_FILES
 from .index import ignored_files
 from .names import expert_of, rank_file, rank_file_name
 from .rank_layout import PADDED_ROWS, SLICED_COLUMNS, SLICED_ROWS, Slice
-from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorInfo, open_source, read_config, read_files
+from .reader import CONFIG_NAME, INDEX_NAME, Checkpoint, Shard, TensorInfo, open_source, read_config, read_files
 from .storage import Storage
 
 
@@ -117,14 +117,28 @@ def check_engine_config(config: Config, label: str) -> None:
         raise InputError(text, "Copy inference/config.json of the release.")
 
 
+def from_ranks(
+    storage: Storage,
+    config: Config,
+    sizes: dict[str, int],
+    shards: dict[str, Shard],
+    ranks: list[dict[str, TensorInfo]],
+) -> Checkpoint:
+    """The checkpoint that rank files hold, from their headers. Raises InputError if slices do not fit together.
+
+    sizes: of all files of the folder. ranks: the tensors of each file of `shards`.
+    """
+    stored = assemble(ranks, release_view(config), storage.label)
+    tensors = {info.name: info for info in RANK_FILES.tensors(stored)}
+    return Checkpoint(storage, dict(config), sizes, shards, tensors, ignored_files(list(shards), sizes), RANK_FILES)
+
+
 def _open_ranks(storage: Storage, sizes: dict[str, int], names: list[str], progress: Reached) -> Checkpoint:
     config = read_config(storage, sizes)
     check_engine_config(config, storage.label)
     storage.choose_shards(names)
     shards, found = read_files(storage, names, sizes, progress)
-    stored = assemble(list(found.values()), release_view(config), storage.label)
-    tensors = {info.name: info for info in RANK_FILES.tensors(stored)}
-    return Checkpoint(storage, config, sizes, shards, tensors, ignored_files(names, sizes), RANK_FILES)
+    return from_ranks(storage, config, sizes, shards, list(found.values()))
 
 
 def open_checkpoint(source: Path | str | Storage, progress: Reached = ignore) -> Checkpoint:

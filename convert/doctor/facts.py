@@ -20,7 +20,7 @@ from dsv4.convert.checkpoint.names import (
     rank_file,
 )
 from dsv4.convert.checkpoint.other_files import misnamed, refuse_other_weights
-from dsv4.convert.checkpoint.rank_files import assemble, check_engine_config, rank_file_names
+from dsv4.convert.checkpoint.rank_files import check_engine_config, from_ranks, rank_file_names
 from dsv4.convert.checkpoint.reader import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -43,7 +43,7 @@ from dsv4.progress import Reached, ignore
 class Facts:
     """One folder as the rules use it.
 
-    checkpoint: the opened folder, for planning a conversion; None for rank files. files: names of all files.
+    checkpoint: the opened folder, for planning a conversion; None if it has faults. files: names of all files.
     experts, wo_a, tables: formats (fp4, fp8, bf16, or another dtype) of the routed experts, of attn.wo_a and of n-gram
     tables. draft_experts: the format of the draft stages' experts if it differs from that of all others, else ""; if it
     differs, the other fields leave them out. expert_scales: dtypes of the experts' block scales.
@@ -167,13 +167,14 @@ def _check_ranks(facts: Facts, per_rank: list[dict[str, TensorInfo]]) -> None:
 
 def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reached) -> Facts:
     facts = Facts(storage.label, "mp", files=set(sizes), misnamed=misnamed(storage, sizes))
+    config: dict[str, Any] = {}
     try:
         names = rank_file_names(sizes, storage.label)
         if CONFIG_NAME in sizes:
             config = read_json(storage, CONFIG_NAME, sizes[CONFIG_NAME], MAX_CONFIG_BYTES)
             check_engine_config(config, storage.label)
             facts.config = release_view(config)
-        _, found = read_files(storage, names, sizes, headers)
+        shards, found = read_files(storage, names, sizes, headers)
         per_rank = list(found.values())
     except InputError as error:
         facts.unreadable = error
@@ -186,7 +187,7 @@ def _facts_of_rank_files(storage: Folder, sizes: dict[str, int], headers: Reache
     _check_ranks(facts, per_rank)
     if not facts.problems:
         try:
-            assemble(per_rank, facts.config, storage.label)
+            facts.checkpoint = from_ranks(storage, config, sizes, shards, per_rank)
         except InputError as error:
             facts.problems.append(Finding("problem", error.message))
     return facts

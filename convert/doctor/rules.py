@@ -37,8 +37,7 @@ def layout(p: RuleContext) -> Iterator[Check]:
         text = f"GGUF files; that {p.name} loads this model from them was not tested"
         yield Check("layout", "unknown", text, command=f"dsv4 convert {shlex.quote(p.facts.folder)} NEW --to fp4")
     elif found == "mp":
-        text = f"rank files; {p.name} reads {wanted}"
-        yield Check("layout", "refuses", text, "Convert the release again, without --layout mp.", p.convert.command)
+        yield Check("layout", "refuses", f"rank files; {p.name} reads {wanted}", *p.convert)
     else:
         yield Check("layout", "refuses", f"{LAYOUTS[found]}; {p.name} reads {wanted}", *p.convert)
 
@@ -256,8 +255,8 @@ def _tensor_parallel(p: RuleContext) -> Iterator[Check]:
     for fault in faults:
         yield Check(rule, "refuses", fault, "Use fewer ranks.")
     if p.facts.layout == "mp" and p.facts.ranks != ranks:
-        command = "" if faults else f"dsv4 convert RELEASE NEW --layout mp --model-parallel {ranks}"
-        yield Check(rule, "refuses", f"the files are for {p.facts.ranks} ranks, not {ranks}", command=command)
+        advice = ("", "") if faults else p.convert
+        yield Check(rule, "refuses", f"the files are for {p.facts.ranks} ranks, not {ranks}", *advice)
     elif not faults:
         yield Check(rule, "ok", f"{ranks} ranks")
 

@@ -398,7 +398,11 @@ def test_the_command_for_rank_files_makes_them(release: Path, converted: Callabl
     for source, ranks in ((converted(), tmp_path / "from-fp8"), (release, tmp_path / "ranks")):
         run_printed(diagnose(source, "reference", 2), release, ranks)
         assert diagnose(ranks, "reference", 2).loads
-    run_printed(diagnose(tmp_path / "ranks", "sglang"), release, tmp_path / "folder")
+    no_release = tmp_path / "not there"  # convert reads the rank files themselves
+    run_printed(diagnose(tmp_path / "ranks", "reference", 1), no_release, tmp_path / "one")
+    assert diagnose(tmp_path / "one", "reference", 1).loads
+    run_printed(diagnose(tmp_path / "ranks", "sglang"), no_release, tmp_path / "folder")
+    assert diagnose(tmp_path / "folder", "sglang").loads
     assert diagnose(tmp_path / "folder", "sglang").loads
 
 
