@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from dsv4.convert.checkpoint.editions.table import edition_of
 from dsv4.convert.checkpoint.foreign import refuse_foreign
+from dsv4.convert.checkpoint.forms.rank_files import RANK_FILES
 from dsv4.convert.checkpoint.reader import CONFIG_NAME, Checkpoint
 from dsv4.convert.checkpoint.weights import Format, Weight
 from dsv4.convert.plan.recipes.recipe import piece_memory
@@ -130,6 +132,15 @@ def _shards(weights: list[Weight], settings: Settings, checkpoint: Checkpoint) -
     return layout(weights, settings, checkpoint.released, SAFETENSORS), []
 
 
+def _lacking(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """What a folder for engines has beside its shards and rank files do not: the reference engine needs neither."""
+    if checkpoint.form is not RANK_FILES or settings.layout == "mp":
+        return []
+    wanted = edition_of(checkpoint.released).encoder, "generation_config.json"
+    lacking = [name for name in wanted if name not in checkpoint.files]
+    return [f"not beside rank files: {', '.join(lacking)}; copy from the release"] if lacking else []
+
+
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """Plan a conversion. Raises InputError when the checkpoint cannot be converted as asked."""
     if CONVERSIONS[settings.to].keeps_codes and checkpoint.form.name:
@@ -144,5 +155,5 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         _check_experts(weights, settings)
         shards, told = _shards(weights, settings, checkpoint)
     source_bytes = sum(shard.size for shard in checkpoint.shards.values())
-    notes = *checkpoint.notes, *_notes(weights, settings, checkpoint.released), *told
+    notes = *checkpoint.notes, *_notes(weights, settings, checkpoint.released), *told, *_lacking(checkpoint, settings)
     return Plan(settings, shards[0].container if shards else SAFETENSORS, tuple(shards), source_bytes, notes)

@@ -29,7 +29,7 @@ HINTS = {
     errno.ENOSPC: "Free some disk space and run the same command again: finished files are kept.",
     errno.EDQUOT: "The disk quota is used up. Free some space and run the same command again.",
     errno.EFBIG: "The file size limit (ulimit -f) or the file system does not allow a file this large.",
-    errno.EACCES: "Check the permissions of the folder.",
+    errno.EACCES: "Check the permissions of the file and of its folder.",
     errno.EROFS: "The file system is read-only. Choose another folder.",
     errno.ENOMEM: "Lower --max-memory or --max-workers.",
     errno.EIO: "The disk reports an error. Check it before you trust anything on it.",
