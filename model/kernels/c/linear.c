@@ -269,11 +269,13 @@ static void prepare(const void *job, int64_t first, int64_t last, int64_t worker
 
 /* Whether the only row of x can be multiplied by the block scales of FP8, once it is prepared. */
 static int scales_x(const struct part *part) {
-#ifdef HAVE_DOT
     const struct product *p = part->product;
-    return part->bf16 && p->m_count == 1 && p->w->format == FLOAT8_E4M3FN && can_be_scaled(part->bf16, p->w->columns);
+    if (p->m_count != 1 || p->w->format != FLOAT8_E4M3FN) return 0;
+#if defined(HAVE_DOT)
+    return part->bf16 && can_be_scaled(part->bf16, p->w->columns);
+#elif defined(HAVE_AVX2)
+    return p->exact && can_be_scaled(part->pairs, p->w->columns);
 #else
-    (void)part;
     return 0;
 #endif
 }

@@ -70,7 +70,12 @@ INLINE void gemv_rows(const struct matrix *w, int format, int exact, const float
         for (int64_t o = 0; o < count; o++) gemv(1, w, format, exact, x, row + o, y + o);
 }
 
-#ifdef HAVE_DOT
+/* Whether the scales of a weight are such as the tables for FP4 are for: E8M0, for 32 columns of one row. */
+INLINE int has_known_scales(const struct matrix *w) {
+    return w->format != FLOAT4_E2M1FN || (w->block_rows == 1 && w->block_columns == 32 && !w->scale_is_float32);
+}
+
+#if defined(HAVE_DOT)
 /* Tables that are filled once for a list of products: the values of E2M1 for each exponent that a block scale may have
  * (there is a scale for every 32 numbers), then the bytes of E4M3. */
 #define E2M1_BYTES (256 * 64)
@@ -218,11 +223,6 @@ static inline void dot_bf16(const struct matrix *w, const uint16_t *x, int64_t r
     }
 }
 
-/* Whether `dot_gemv` knows the scales of a weight. */
-INLINE int has_known_scales(const struct matrix *w) {
-    return w->format != FLOAT4_E2M1FN || (w->block_rows == 1 && w->block_columns == 32 && !w->scale_is_float32);
-}
-
 /* One row of bfloat16 x with four rows of a quantized or bfloat16 weight. `scaled`: x times their scales, or null. */
 static inline void dot_gemv(const struct matrix *w, const uint16_t *x, const uint16_t *scaled, const void *tables,
                             int64_t row, float *y) {
@@ -235,6 +235,63 @@ static inline void dot_gemv(const struct matrix *w, const uint16_t *x, const uin
     else dot_fp8_scaled(w, x, tables, row, sum);
     for (int o = 0; o < 4; o++) sums[o] = (lanes)sum[o];
     horizontal_sums(sums, 4, y);
+}
+#elif defined(HAVE_AVX2)
+INLINE int needs_tables(const struct product *p) {
+    return p->exact && p->m_count == 1 && p->w->format == FLOAT4_E2M1FN;
+}
+
+/* One row of paired x with four rows of FP4, which tables decode. */
+static inline void table_gemv(const struct matrix *w, const float *x, const void *tables, int64_t row, float *y) {
+    const uint8_t *p = row_of(w, FLOAT4_E2M1FN, row), *ahead = place_ahead(w, FLOAT4_E2M1FN, row);
+    const uint8_t *scale = (const uint8_t *)w->scale + scale_row(w, row);
+    int64_t bytes = w->columns / 2, scales = w->scale_columns;
+    sixteen sum[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (const float *end = x + w->columns; x < end; x += 32, p += 16, scale++) {
+        sixteen odd = load_sixteen(x), even = load_sixteen(x + 16);
+        ahead = fetch_ahead(ahead, FLOAT4_E2M1FN);
+        for (int o = 0; o < 4; o++) {
+            const uint8_t *table = (const uint8_t *)tables + E2M1_BYTES * (int64_t)scale[o * scales];
+            struct pair weight = e2m1_by_table(p + o * bytes, table);
+            sum[o] = add_product(odd, weight.odd, sum[o], 1);
+            sum[o] = add_product(even, weight.even, sum[o], 1);
+        }
+    }
+    horizontal_sums(sum, 4, y);
+}
+
+/* x is multiplied by the block scale of four rows of FP8, and by 256, instead of the weight. This is exact where no
+ * number of x is so small or large that a moderate scale leads out of the normal numbers of float32. */
+static inline int can_be_scaled(const float *x, int64_t columns) {
+    const uint32_t least_one = 64u << 23, range = (182u - 64u) << 23;
+    uint32_t outside = 0;
+    for (int64_t k = 0; k < columns; k++) {
+        uint32_t bits;
+        memcpy(&bits, x + k, sizeof bits);
+        bits &= 0x7fffffff;
+        outside |= (bits != 0) & (bits - least_one > range);
+    }
+    return !outside;
+}
+
+/* One row of paired x with four rows of FP8 that have the same scales. */
+static inline void fp8_gemv(const struct matrix *w, const float *x, int64_t row, float *y) {
+    const uint8_t *p = row_of(w, FLOAT8_E4M3FN, row), *ahead = place_ahead(w, FLOAT8_E4M3FN, row);
+    int64_t step = step_columns(w), place = scale_row(w, row);
+    sixteen sum[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int64_t start = 0; start < w->columns; start += step) {
+        float factor = 256.0f * scale_at(w, place++);
+        for (const float *end = x + least(step, w->columns - start); x < end; x += 32, p += 32) {
+            sixteen odd = times(load_sixteen(x), factor), even = times(load_sixteen(x + 16), factor);
+            ahead = fetch_ahead(ahead, FLOAT8_E4M3FN);
+            for (int o = 0; o < 4; o++) {
+                struct pair weight = small_e4m3(p + o * w->columns);
+                sum[o] = add_product(odd, weight.odd, sum[o], 1);
+                sum[o] = add_product(even, weight.even, sum[o], 1);
+            }
+        }
+    }
+    horizontal_sums(sum, 4, y);
 }
 #else
 #define TABLE_BYTES 0
@@ -271,9 +328,18 @@ static inline const uint16_t *scaled_for_rows(const struct matrix *w, struct one
 static inline void one_row_by_four(const struct matrix *w, struct one_x *one, int64_t row, int64_t count, int exact,
                                    float *y) {
     const float *x = one->pairs;
-#ifdef HAVE_DOT
+#if defined(HAVE_DOT)
     if (one->bf16 && count == 4 && has_known_scales(w)) {
         dot_gemv(w, one->bf16, scaled_for_rows(w, one, row), one->tables, row, y);
+        return;
+    }
+#elif defined(HAVE_AVX2)
+    if (exact && count == 4 && w->format == FLOAT4_E2M1FN && has_known_scales(w)) {
+        table_gemv(w, x, one->tables, row, y);
+        return;
+    }
+    if (one->scaled && count == 4 && row / w->block_rows == (row + 3) / w->block_rows) {
+        fp8_gemv(w, x, row, y);
         return;
     }
 #endif

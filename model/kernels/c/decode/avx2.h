@@ -74,20 +74,26 @@ INLINE struct pair decode_bf16(const uint16_t *p) {
     return (struct pair){{upper_halves(p), upper_halves(p + 16)}, {lower_halves(p), lower_halves(p + 16)}};
 }
 
-/* E4M3 in the upper byte of 16 bits, by way of float16: see the form for AVX-512. */
-INLINE __m256 from_upper_bytes(__m128i bytes, __m256 scale) {
-    __m128i half = _mm_and_si128(_mm_srai_epi16(bytes, 1), _mm_set1_epi16((short)0xbfff));
-    return _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f)), scale);
+INLINE sixteen times(sixteen v, float factor) {
+    return (sixteen){_mm256_mul_ps(v.low, _mm256_set1_ps(factor)), _mm256_mul_ps(v.high, _mm256_set1_ps(factor))};
+}
+
+/* E4M3 in the upper bytes of 16 bits, by way of float16, 2**8 too small: see the form for AVX-512. */
+INLINE sixteen from_upper_bytes(__m256i words) {
+    __m256i halves = _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16((short)0xbf80));
+    return (sixteen){_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                     _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+
+/* Of 32 E4M3 the 256th part. */
+INLINE struct pair small_e4m3(const uint8_t *p) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)p);
+    return (struct pair){from_upper_bytes(bytes), from_upper_bytes(_mm256_slli_epi16(bytes, 8))};
 }
 
 INLINE struct pair decode_e4m3(const uint8_t *p, float scale) {
-    const __m128i upper = _mm_set1_epi16((short)0xff00);
-    __m128i low = _mm_loadu_si128((const __m128i *)p), high = _mm_loadu_si128((const __m128i *)(p + 16));
-    __m256 factor = _mm256_set1_ps(scale);
-    return (struct pair){{from_upper_bytes(_mm_and_si128(low, upper), factor),
-                          from_upper_bytes(_mm_and_si128(high, upper), factor)},
-                         {from_upper_bytes(_mm_slli_epi16(low, 8), factor),
-                          from_upper_bytes(_mm_slli_epi16(high, 8), factor)}};
+    struct pair small = small_e4m3(p);
+    return (struct pair){times(times(small.odd, 256.0f), scale), times(times(small.even, 256.0f), scale)};
 }
 
 /* Eight E2M1 codes in the low nibbles: three bits choose a magnitude from the table, the fourth is the sign. */
@@ -103,4 +109,45 @@ INLINE struct pair decode_e2m1(const uint8_t *p, float scale) {
     __m256i low = _mm256_cvtepu8_epi32(bytes), high = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
     return (struct pair){{lookup(_mm256_srli_epi32(low, 4), table), lookup(_mm256_srli_epi32(high, 4), table)},
                          {lookup(low, table), lookup(high, table)}};
+}
+
+/* Tables of the values of E2M1 for each exponent that a block scale may have: the lower bytes of sixteen bfloat16, then
+ * the upper ones. */
+#define E2M1_BYTES 32
+#define TABLE_BYTES (256 * E2M1_BYTES)
+
+static inline void fill_tables(void *tables) {
+    const __m256i values = _mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, (short)0x8000,
+                                             (short)0xbf00, (short)0xbf80, (short)0xbfc0, (short)0xc000, (short)0xc040,
+                                             (short)0xc080, (short)0xc0c0);
+    __m256i zeros = _mm256_cmpeq_epi16(_mm256_and_si256(values, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
+    for (int exponent = 0; exponent < 256; exponent++) {
+        __m256i shift = _mm256_andnot_si256(zeros, _mm256_set1_epi16((short)((exponent - 127) * 128)));
+        __m256i table = _mm256_add_epi16(values, shift);
+        __m256i lower = _mm256_and_si256(table, _mm256_set1_epi16(0xff));
+        __m256i bytes = _mm256_packus_epi16(lower, _mm256_srli_epi16(table, 8));
+        _mm256_storeu_si256((__m256i *)tables + exponent, _mm256_permute4x64_epi64(bytes, 0xd8));
+    }
+}
+
+/* Eight pairs of bfloat16: the first of each are the lower eight lanes. */
+INLINE sixteen widen_pairs(__m256i pairs) {
+    __m256i upper = _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000));
+    return (sixteen){_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(upper)};
+}
+
+/* Sixteen bytes of E2M1 by the table of their scale. */
+INLINE struct pair e2m1_by_table(const uint8_t *p, const uint8_t *table) {
+    /* Eight bytes twice in each half: of each pair that becomes 32 bits the lower one is of the lower eight lanes. */
+    const __m256i order = _mm256_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15,
+                                           4, 12, 5, 13, 6, 14, 7, 15);
+    const __m256i nibble = _mm256_setr_epi64x(0, 4, 0, 4); /* even elements, odd elements */
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    __m256i lower_table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    __m256i upper_table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table + 1));
+    __m256i codes = _mm256_srlv_epi64(_mm256_shuffle_epi8(bytes, order), nibble);
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(0x0f));
+    __m256i lower = _mm256_shuffle_epi8(lower_table, codes), upper = _mm256_shuffle_epi8(upper_table, codes);
+    __m256i even = _mm256_unpacklo_epi8(lower, upper), odd = _mm256_unpackhi_epi8(lower, upper);
+    return (struct pair){widen_pairs(odd), widen_pairs(even)};
 }
