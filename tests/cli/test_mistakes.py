@@ -40,6 +40,8 @@ MISTAKES = [
     ("verify {good} nowhere", 3, ["nowhere: does not exist"]),
     ("run nowhere", 3, ["nowhere: does not exist"]),
     ("run {good} --tokens 1,2 --compare nowhere", 3, ["nowhere: does not exist"]),
+    ("run {good} --tokens 1,2 --compare localhost:8000 --server vllm", 2, ["server is http://localhost:8000"]),
+    ("run {good} --tokens 1,2 --compare 127.0.0.1:80/v1", 2, ["no checkpoint", "is http://127.0.0.1:80/v1."]),
     ("run {good} --file /nowhere", 3, ["/nowhere: No such file"]),
     ("run {good} --messages {half.json}", 3, ["half.json", "not valid JSON"]),
     ("doctor nowhere --for vllm", 3, ["nowhere: does not exist"]),

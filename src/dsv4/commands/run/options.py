@@ -1,5 +1,6 @@
 """The command line of `dsv4 run`: every option with its help, and which of them exclude each other."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,8 @@ import typer
 from dsv4.commands.prompting import Asked, EditionOption, EffortOption, Mode, ModeOption
 from dsv4.errors import UsageError
 from dsv4.options import CacheDir, Json, MaxMemory, Revision, Token, Verbose, as_text, named
+
+HOST_AND_PORT = re.compile(r"(?!(?:hf|ms):)[\w.-]+:\d+(/.*)?")
 
 
 class ServerName(StrEnum):
@@ -140,6 +143,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         self._check_prompt()
+        self._check_address()
         for wrong, text in (
             (self.logits and self.compare, "--logits and --compare cannot be used together"),
             (self.prefill and not self.teacher_forced, "--prefill belongs to --logits and --compare"),
@@ -182,6 +186,11 @@ class RunOptions:
             raise UsageError("--raw sends the text as it is", f"Leave out {left_out}.")
         if self.tokens is not None and (encoded or self.raw or self.stop):
             raise UsageError("--tokens needs no encoding", f"Leave out {left_out}, --raw and --stop.")
+
+    def _check_address(self) -> None:
+        """Raise UsageError for an address of a server without http://."""
+        if self.compare is not None and HOST_AND_PORT.fullmatch(self.compare) and not Path(self.compare).exists():
+            raise UsageError(f"'{self.compare}' is no checkpoint", f"The address of a server is http://{self.compare}.")
 
     @property
     def asked(self) -> Asked:
