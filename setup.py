@@ -27,7 +27,7 @@ PROOF = PACKAGE / "convert" / "proof" / "c"
 # Once for all forms, with no instruction that some processor lacks.
 COMMON = [CASTS / f"{name}.c" for name in ("fp4_to_fp8", "from_bf16", "scale_choice", "mxfp4_blocks")]
 COMMON += [WRITE / "sha256.c", PROOF / "bands.c", KERNELS / "threads.c", KERNELS / "processor.c"]
-PER_FORM = [KERNELS / f"{name}.c" for name in ("linear", "attention", "index", "small", "experts", "token")]
+PER_FORM = [KERNELS / f"{name}.c" for name in ("linear", "attention", "index", "small", "experts", "keys", "token")]
 # -ffp-contract=off: a product and a sum are two roundings, unless the source says otherwise. -Wno-psabi: vectors wider
 # than the machine's registers are passed between inlined functions only, so by no ABI.
 OPTIONS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]

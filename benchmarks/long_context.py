@@ -21,8 +21,9 @@ import torch
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.machine import peak_memory
 from dsv4.model import load
+from dsv4.model.kernels.reference_small import best
 from dsv4.model.kernels.table import select_kernels
-from dsv4.model.layers.indexer import SCORES_AT_ONCE, best
+from dsv4.model.layers.indexer import SCORES_AT_ONCE
 from dsv4.model.transformer import Transformer
 from dsv4.model.weights import Matrix
 

@@ -80,6 +80,11 @@ _OPERATIONS = {
     "dsv4_token_experts": "ppppplllfipi",
     "dsv4_queries": "ppppppppppplllllfiipi",
     "dsv4_project": "ppppppllllllipi",
+    "dsv4_best_in_reach": "ppplllpi",
+    "dsv4_list_keys": "pppllll",
+    "dsv4_raw_keys": "ppppppllipi",
+    "dsv4_index_queries": "ppppppppllllfipi",
+    "dsv4_head_vector": "ppippplffpi",
 }
 # The same of those that return an int64: what C alone knows about scratch (bytes), limits and codes of formats.
 _SIZES = {
@@ -93,6 +98,10 @@ _SIZES = {
     "dsv4_token_experts_scratch": "plii",
     "dsv4_queries_scratch": "pppili",
     "dsv4_project_scratch": "pplili",
+    "dsv4_best_in_reach_scratch": "li",
+    "dsv4_raw_keys_scratch": "ppili",
+    "dsv4_index_queries_scratch": "ppili",
+    "dsv4_head_vector_scratch": "pili",
     "dsv4_most_streams": "",
     **{f"dsv4_{name}": "" for name in FORMATS},
 }

@@ -254,6 +254,26 @@ def pool(kv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def best_in_reach(scores: torch.Tensor, reach: torch.Tensor, count: int) -> torch.Tensor:
+    """See reference_small.best_in_reach."""
+    scores, reach, (rows, blocks) = scores.contiguous(), reach.contiguous(), scores.shape
+    result, threads = torch.empty(rows, min(count, blocks), dtype=torch.int32), threads_for(scores)
+    if result.numel():
+        loaded_library().dsv4_best_in_reach(
+            scores.data_ptr(), reach.data_ptr(), result.data_ptr(), rows, blocks, result.shape[1],
+            scratch_of(loaded_library().dsv4_best_in_reach_scratch(result.shape[1], threads)), threads,
+        )  # fmt: skip
+    return result
+
+
+def list_keys(window: torch.Tensor, chosen: torch.Tensor, kept: int) -> torch.Tensor:
+    """See reference_small.list_keys."""
+    window, chosen, (rows, recent), count = window.contiguous(), chosen.contiguous(), window.shape, chosen.shape[1]
+    result = torch.empty(rows, recent + count, dtype=torch.int32)
+    loaded_library().dsv4_list_keys(window.data_ptr(), chosen.data_ptr(), result.data_ptr(), rows, recent, count, kept)
+    return result
+
+
 def choose_experts(scores: torch.Tensor, bias: torch.Tensor, count: int) -> torch.Tensor:
     """See reference_small.choose_experts."""
     scores, (rows, experts) = scores.contiguous(), scores.shape

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dsv4.model.weights import Matrix
+from dsv4.quant.activation import FP4_GROUP
 
 from .binding import describe, is_bfloat16, loaded_library, scratch_of, threads_of
 from .reference import Experts, QueryWeights
@@ -62,6 +63,71 @@ def hc_mixes(
         scratch_of(loaded.dsv4_hc_mixes_scratch(one.address, is_bf16, rows, threads)), threads,
     )  # fmt: skip
     return pre, post, comb
+
+
+def head_vector(
+    h: torch.Tensor, fn: Matrix, scale: torch.Tensor, base: torch.Tensor, rms_eps: float, eps: float
+) -> torch.Tensor | None:
+    """`KernelTable.head_vector` in one call; None where C has no form for it."""
+    one, loaded, h, (rows, n, columns) = describe(fn), loaded_library(), h.contiguous(), h.shape
+    if not one.whole_steps or fn.shape[0] != n or scale.numel() != 1:
+        return None
+    is_bf16, threads = is_bfloat16(h), threads_of(rows * fn.shape[0] * fn.shape[1])
+    result = h.new_empty(rows, columns)
+    loaded.dsv4_head_vector(
+        one.address, h.data_ptr(), is_bf16, scale.data_ptr(), base.data_ptr(), result.data_ptr(), rows, rms_eps, eps,
+        scratch_of(loaded.dsv4_head_vector_scratch(one.address, is_bf16, rows, threads)), threads,
+    )  # fmt: skip
+    return result
+
+
+def raw_keys(
+    x: torch.Tensor, wkv: Matrix, wgate: Matrix, ape: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor | None:
+    """`KernelTable.raw_keys` in one call; None for matrices whose rows are no whole steps."""
+    kv, gate, loaded = describe(wkv), describe(wgate), loaded_library()
+    if not (kv.whole_steps and gate.whole_steps):
+        return None
+    x, ape, positions, is_bf16, (rows, width) = (
+        x.contiguous(), ape.contiguous(), positions.contiguous(), is_bfloat16(x), x.shape,
+    )  # fmt: skip
+    raw = torch.empty(rows, 2, wkv.shape[0], dtype=torch.float32)
+    threads = threads_of(2 * rows * width * wkv.shape[0])
+    loaded.dsv4_raw_keys(
+        x.data_ptr(), kv.address, gate.address, ape.data_ptr(), positions.data_ptr(), raw.data_ptr(), rows, len(ape),
+        is_bf16, scratch_of(loaded.dsv4_raw_keys_scratch(kv.address, gate.address, is_bf16, rows, threads)), threads,
+    )  # fmt: skip
+    return raw
+
+
+def index_queries(
+    x: torch.Tensor,
+    qr: torch.Tensor,
+    wq_b: Matrix,
+    proj: Matrix,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    scale: float,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`Indexer.queries` in one call; None where C has no form for it.
+
+    x [T, D], qr [T, q_lora_rank]; cos, sin float32 [T, r / 2]; scale of the head weights; group of FP8 inputs, 0
+    without simulated quantization -> [T, heads, d], [T, heads].
+    """
+    wide, narrow, loaded, (rows, heads) = describe(wq_b), describe(proj), loaded_library(), (len(x), proj.shape[0])
+    d = wq_b.shape[0] // heads
+    if not (wide.whole_steps and narrow.whole_steps) or d & (d - 1):
+        return None
+    x, qr, cos, sin, is_bf16 = x.contiguous(), qr.contiguous(), cos.contiguous(), sin.contiguous(), is_bfloat16(x)
+    q, weights = x.new_empty(rows, heads, d), x.new_empty(rows, heads)
+    threads = threads_of(rows * wq_b.shape[0] * wq_b.shape[1])
+    loaded.dsv4_index_queries(
+        x.data_ptr(), qr.data_ptr(), wide.address, narrow.address, cos.data_ptr(), sin.data_ptr(), q.data_ptr(),
+        weights.data_ptr(), rows, cos.shape[1], group, FP4_GROUP, scale, is_bf16,
+        scratch_of(loaded.dsv4_index_queries_scratch(wide.address, narrow.address, is_bf16, rows, threads)), threads,
+    )  # fmt: skip
+    return q, weights
 
 
 class _DescribedExperts(NamedTuple):

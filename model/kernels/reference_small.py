@@ -17,6 +17,8 @@ from dsv4.quant.activation import hadamard, simulate_fp4, simulate_fp8
 
 from .deterministic import Elementwise, exp, sigmoid, silu, softplus, sqrt, tree_sum
 
+LAST_COLUMN = 2**32 - 1
+ORDERED_MINUS_INFINITY = -0x7F800001
 SMALLEST_SIMILARITY = 1e-6  # of a token and its n-gram, before the root
 
 
@@ -169,6 +171,32 @@ def pool(
     """kv and gate float32 [..., tokens] -> [...]: the sum of kv, weighted by the softmax of the gates."""
     weights = exp(gate - gate.amax(-1, keepdim=True))
     return total(kv * (weights / total(weights).unsqueeze(-1)))
+
+
+def best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """scores [T, N], -inf where out of reach -> the best blocks, int32 [T, min(count, N)], best first, then -1.
+
+    Of equal scores the older block is first, whatever N is. Each score becomes an integer that no other block has: the
+    bits of the float32, turned so that integers are in the order of the values, above the block's distance from the
+    largest number. So a partial selection has one result.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = torch.arange(LAST_COLUMN, LAST_COLUMN - scores.shape[1], -1, device=scores.device)
+    chosen = (ordered.to(torch.int64) * 2**32 + columns).topk(min(count, scores.shape[1])).values
+    column, value = LAST_COLUMN - (chosen & LAST_COLUMN), chosen >> 32
+    return torch.where(value > ORDERED_MINUS_INFINITY, column, -1).to(torch.int32)
+
+
+def best_in_reach(scores: torch.Tensor, reach: torch.Tensor, count: int) -> torch.Tensor:
+    """The same of the first `reach` int64 [T] blocks only."""
+    block = torch.arange(scores.shape[1], device=scores.device)
+    return best(scores.masked_fill(block >= reach[:, None], -torch.inf), count)
+
+
+def list_keys(window: torch.Tensor, chosen: torch.Tensor, kept: int) -> torch.Tensor:
+    """Rows of the window int32 [T, W] and chosen ones behind its `kept` rows, [T, k], -1 for none -> [T, W + k]."""
+    return torch.cat((window, torch.where(chosen < 0, -1, chosen + kept).to(torch.int32)), dim=1)
 
 
 def choose_experts(scores: torch.Tensor, bias: torch.Tensor, count: int) -> torch.Tensor:

@@ -35,9 +35,12 @@ class KernelTable:
     gate_at_once: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
     mixes_at_once: Callable[..., Tensors | None] | None = None
     experts_at_once: Callable[..., torch.Tensor | None] | None = None
+    raw_at_once: Callable[..., torch.Tensor | None] | None = None
+    head_at_once: Callable[..., torch.Tensor | None] | None = None
     # The same for what layers/attention.py does in single operations where a matrix may be read from the files.
     queries_at_once: Callable[..., Tensors | None] | None = None
     project_at_once: Callable[..., torch.Tensor | None] | None = None
+    index_queries_at_once: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
     sparse_attention: Callable[..., torch.Tensor] = reference.sparse_attention
     index_scores: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = reference.index_scores
     simulate_index: Callable[[torch.Tensor], torch.Tensor] = small.simulate_index
@@ -55,6 +58,8 @@ class KernelTable:
     swiglu: Callable[..., torch.Tensor] = small.swiglu
     sqrtsoftplus: Callable[[torch.Tensor], torch.Tensor] = small.sqrtsoftplus
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = small.pool
+    best_in_reach: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = small.best_in_reach
+    list_keys: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = small.list_keys
     choose_experts: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = small.choose_experts
     expert_weights: Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor] = small.expert_weights
     add_experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = small.add_experts
@@ -116,6 +121,26 @@ class KernelTable:
         x = h.flatten(1)
         return self.linear(x, fn) * self.inverse_rms(x, eps).unsqueeze(-1)
 
+    def head_vector(
+        self, h: torch.Tensor, fn: Matrix, scale: torch.Tensor, base: torch.Tensor, rms_eps: float, eps: float
+    ) -> torch.Tensor:
+        """Streams h [T, n, D] at the end of a stack as one, [T, D]; scale float32 [1], base float32 [n]."""
+        if self.head_at_once is not None and (found := self.head_at_once(h, fn, scale, base, rms_eps, eps)) is not None:
+            return found
+        return self.hc_pre(self.hc_head_weights(self.mixes(h, fn, rms_eps), scale, base, eps), h)
+
+    def raw_keys(
+        self, x: torch.Tensor, wkv: Matrix, wgate: Matrix, ape: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, D] -> float32 [T, 2, out], what a compressor takes from each token: the product with wkv, and that with
+        wgate plus the row of ape float32 [ratio, out] of its position, int64 [T], modulo ratio."""
+        if self.raw_at_once is not None and (found := self.raw_at_once(x, wkv, wgate, ape, positions)) is not None:
+            return found
+        raw = torch.empty(len(x), 2, wkv.shape[0], dtype=torch.float32, device=x.device)
+        self.linears_into([Product(x, wkv), Product(x, wgate)], raw.unbind(1))
+        raw[:, 1] += ape[positions % len(ape)]
+        return raw
+
     def token_experts(
         self, x: torch.Tensor, experts: Experts, chosen: torch.Tensor, shares: torch.Tensor, limit: float, group: int
     ) -> torch.Tensor:
@@ -149,7 +174,10 @@ CPU = KernelTable(
     mixes_at_once=cpu_layers.hc_mixes,
     experts_at_once=cpu_layers.token_experts,
     queries_at_once=cpu_layers.queries_and_keys,
+    raw_at_once=cpu_layers.raw_keys,
+    head_at_once=cpu_layers.head_vector,
     project_at_once=cpu_layers.project,
+    index_queries_at_once=cpu_layers.index_queries,
     simulate_index=cpu.simulate_index,
     sqrtsoftplus=cpu.sqrtsoftplus,
     pool=cpu.pool,
@@ -166,6 +194,8 @@ CPU = KernelTable(
     hc_input=cpu.hc_input,
     hc_post=cpu.hc_post,
     swiglu=cpu.swiglu,
+    best_in_reach=cpu.best_in_reach,
+    list_keys=cpu.list_keys,
     choose_experts=cpu.choose_experts,
     expert_weights=cpu.expert_weights,
     add_experts=cpu.add_experts,

@@ -145,8 +145,7 @@ class WindowAttention:
             q.device
         )
         if chosen.shape[1]:
-            chosen = torch.where(chosen < 0, -1, chosen + len(cache.window)).to(torch.int32)
-            index = torch.cat((index, chosen.to(q.device)), dim=1)
+            index = self._numerics.kernels.list_keys(index, chosen.to(q.device), len(cache.window))
         return self.attend(q, cache.window.rows(), compressed, index)
 
     def attend(

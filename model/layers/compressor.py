@@ -11,7 +11,6 @@ import torch
 
 from dsv4.model.cache import CompressorState
 from dsv4.model.config import Config
-from dsv4.model.kernels.reference import Product
 from dsv4.model.weight_store import WeightView
 
 from .numerics import Numerics
@@ -44,11 +43,8 @@ class Compressor:
 
     def raw(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> float32 [T, 2, width]: kv and gate of each token."""
-        ape, products = self._weights.vector("ape"), [Product(x, self._weights.matrix(name)) for name in RAW]
-        raw = torch.empty(len(x), 2, products[0].matrix.shape[0], dtype=torch.float32, device=x.device)
-        self._numerics.kernels.linears_into(products, raw.unbind(1))
-        raw[:, 1] += ape[positions % len(ape)]
-        return raw
+        wkv, wgate = (self._weights.matrix(name) for name in RAW)
+        return self._numerics.kernels.raw_keys(x, wkv, wgate, self._weights.vector("ape"), positions)
 
     def advance(self, state: CompressorState, raw: torch.Tensor, position: int) -> None:
         """Add the raw tokens of one sequence, the first at `position`, and compress the blocks they finish."""

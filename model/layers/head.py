@@ -29,7 +29,6 @@ class Head(OutputHead):
 
     def vector(self, h: torch.Tensor) -> torch.Tensor:
         """The streams [T, n, D] as one vector [T, D], before the norm."""
-        config, kernels = self._config, self._numerics.kernels
-        mixes = kernels.mixes(h, self._weights.matrix("hc_head_fn"), config.rms_norm_eps)
-        scale, base = self._weights.vector("hc_head_scale"), self._weights.vector("hc_head_base")
-        return kernels.hc_pre(kernels.hc_head_weights(mixes, scale, base, config.hc_eps), h)
+        config, weights, head_vector = self._config, self._weights, self._numerics.kernels.head_vector
+        scale, base = weights.vector("hc_head_scale"), weights.vector("hc_head_base")
+        return head_vector(h, weights.matrix("hc_head_fn"), scale, base, config.rms_norm_eps, config.hc_eps)

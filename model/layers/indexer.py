@@ -5,6 +5,7 @@ attended to. Ties, which bfloat16 scores do have, go to the older block, so that
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -17,25 +18,8 @@ from .compressor import Compressor, simulate_index
 from .numerics import Numerics
 from .rotary import Rotary
 
-LAST_COLUMN = 2**32 - 1
-ORDERED_MINUS_INFINITY = -0x7F800001
 SCORES_AT_ONCE = 1 << 18  # whose integers stay in the processor's cache
 BYTES_PER_SCORE = 48  # while the best are chosen
-
-
-def best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """scores [T, N], -inf where out of reach -> the best blocks, int32 [T, min(count, N)], best first, then -1.
-
-    Of equal scores the older block is first, whatever N is. Each score becomes an integer that no other block has: the
-    bits of the float32, turned so that integers are in the order of the values, above the block's distance from the
-    largest number. So a partial selection has one result.
-    """
-    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    columns = torch.arange(LAST_COLUMN, LAST_COLUMN - scores.shape[1], -1, device=scores.device)
-    chosen = (ordered.to(torch.int64) * 2**32 + columns).topk(min(count, scores.shape[1])).values
-    column, value = LAST_COLUMN - (chosen & LAST_COLUMN), chosen >> 32
-    return torch.where(value > ORDERED_MINUS_INFINITY, column, -1).to(torch.int32)
 
 
 def best_in_reach(
@@ -46,12 +30,17 @@ def best_in_reach(
     Some queries at a time, so that memory does not grow with the context.
     """
     together = max(1, SCORES_AT_ONCE // max(1, len(keys)))
-    block, chosen = torch.arange(len(keys), device=q.device), []
+    chosen = []
     for first in range(0, len(q), together):
         some = slice(first, first + together)
-        scores = kernels.index_scores(q[some], weights[some], keys)
-        chosen.append(best(scores.masked_fill_(block >= reach[some, None], -torch.inf), count))
-    return torch.cat(chosen)
+        chosen.append(kernels.best_in_reach(kernels.index_scores(q[some], weights[some], keys), reach[some], count))
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+
+@lru_cache(maxsize=2)
+def blocks_in_reach(position: int, count: int) -> torch.Tensor:
+    """How many blocks lie in the past of queries `position` ...: int64 [count]. The layers of a call share it."""
+    return (torch.arange(position, position + count) + 1) // OVERLAP_RATIO
 
 
 class IndexQueries:
@@ -67,15 +56,15 @@ class IndexQueries:
     ) -> None:
         self._config, self._weights, self._rotary, self._numerics = config, weights, rotary, numerics
         self._simulate = simulate
+        self._scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5  # of the head weights
 
     def queries(self, x: torch.Tensor, qr: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D] and the attention's low-rank query [T, q_lora_rank] -> q [T, heads, d], head weights [T, heads]."""
         config, dtype = self._config, self._numerics.dtype
         q = self._numerics.group.all_gather(self._numerics.quantized_linear(qr, self._weights.matrix("wq_b.weight")))
         q = self._rotary.rotate(torch.unflatten(q, -1, (config.index_n_heads, config.index_head_dim)), positions)
-        scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
         weights = self._numerics.linear(x, self._weights.matrix("weights_proj.weight")).to(dtype)
-        return self._simulate(q, self._numerics), (weights * scale).to(dtype)
+        return self._simulate(q, self._numerics), (weights * self._scale).to(dtype)
 
 
 class Indexer(IndexQueries):
@@ -85,6 +74,17 @@ class Indexer(IndexQueries):
         super().__init__(config, weights, rotary, numerics, simulate_index)
         self.compressor = Compressor(config, weights.view("compressor."), rotary, numerics, index=True)
 
+    def queries(self, x: torch.Tensor, qr: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `IndexQueries.queries`."""
+        numerics, weights, at_once = self._numerics, self._weights, self._numerics.kernels.index_queries_at_once
+        if at_once is not None and weights.keep_everything and numerics.group.count == 1:
+            cos, sin, _ = self._rotary.both_ways(positions)
+            wq_b, proj = weights.matrix("wq_b.weight"), weights.matrix("weights_proj.weight")
+            found = at_once(x, qr, wq_b, proj, cos, sin, self._scale, numerics.input_group)
+            if found is not None:
+                return found
+        return super().queries(x, qr, positions)
+
     def choose(self, cache: LayerCache, q: torch.Tensor, weights: torch.Tensor, position: int) -> torch.Tensor:
         """The blocks that each query of one sequence attends to, int32 [S, most], best first, then -1.
 
@@ -92,5 +92,5 @@ class Indexer(IndexQueries):
         """
         assert cache.indexer is not None
         keys = cache.indexer.entries.rows()
-        past = (torch.arange(position, position + len(q), device=q.device) + 1) // OVERLAP_RATIO
+        past = blocks_in_reach(position, len(q)).to(q.device)
         return best_in_reach(self._numerics.kernels, q, weights, keys, past, self._config.index_topk)

@@ -12,10 +12,11 @@ import torch
 
 from dsv4.model.cache import CompressorState, LayerCache
 from dsv4.model.config import Config
+from dsv4.model.kernels.reference_small import best
 from dsv4.model.weight_store import WeightView
 from dsv4.quant.activation import simulate_fp4, simulate_fp4_e4m3
 
-from .indexer import SCORES_AT_ONCE, IndexQueries, best
+from .indexer import SCORES_AT_ONCE, IndexQueries
 from .numerics import Numerics
 from .rotary import Rotary
 

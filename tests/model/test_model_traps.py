@@ -236,14 +236,17 @@ def bias_ignored_in_the_choice(patch: pytest.MonkeyPatch) -> None:
 
 
 def indexer_takes_every_block(patch: pytest.MonkeyPatch) -> None:
-    right = indexer.best
-    patch.setattr(indexer, "best", lambda scores, count: right(scores, scores.shape[1]))
+    right = indexer.best_in_reach
+    patch.setattr(indexer, "best_in_reach", lambda kernels, q, w, keys, *rest: right(kernels, q, w, keys, rest[0], 999))
 
 
 def indexer_takes_the_newest(patch: pytest.MonkeyPatch) -> None:
-    right = indexer.best
     patch.setattr(
-        indexer, "best", lambda s, count: right(torch.where(s > -torch.inf, torch.arange(s.shape[1]) + 0.0, s), count)
+        indexer,
+        "best_in_reach",
+        lambda kernels, q, w, keys, *rest: kernels.best_in_reach(
+            torch.arange(float(len(keys))).repeat(len(q), 1), *rest
+        ),
     )
 
 

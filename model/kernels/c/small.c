@@ -242,6 +242,12 @@ void OF_FORM(dsv4_hc_split_sinkhorn)(const float *mixes, const float *scale, con
     }
 }
 
+/* The weights of the streams at the end of a stack, in place: mixes [rows, n], scale [1], base [n]. */
+void OF_FORM(dsv4_hc_head_weights)(float *mixes, const float *scale, const float *base, int64_t rows, int64_t n,
+                                   float eps) {
+    for (int64_t i = 0; i < rows * n; i++) mixes[i] = sigmoid(mixes[i] * scale[0] + base[i % n]) + eps;
+}
+
 /* sums[k] = weights[0] * h[0, k] + weights[stride] * h[1, k] + ..., in that order; h [n, columns] from element `at`. */
 INLINE void weighted(const float *weights, int64_t stride, const void *h, int64_t at, int64_t n, int64_t columns,
                      int64_t count, int is_bf16, float *sums) {

@@ -8,6 +8,12 @@ void OF_FORM(dsv4_inverse_rms)(const void *x, float eps, float *out, void *scrat
                                int32_t is_bf16, int32_t threads);
 void OF_FORM(dsv4_hc_split_sinkhorn)(const float *mixes, const float *scale, const float *base, float *pre,
                                      float *post, float *comb, int64_t rows, int64_t n, int64_t iterations, float eps);
+void OF_FORM(dsv4_hc_head_weights)(float *mixes, const float *scale, const float *base, int64_t rows, int64_t n,
+                                   float eps);
+void OF_FORM(dsv4_hc_pre)(const float *weights, const void *h, void *out, int64_t rows, int64_t n, int64_t columns,
+                          int32_t is_bf16, int32_t threads);
+void OF_FORM(dsv4_simulate_index)(const void *x, void *out, void *scratch, int64_t rows, int64_t columns, int64_t group,
+                                  int32_t is_bf16, int32_t threads);
 void OF_FORM(dsv4_swiglu)(const void *gate, const void *up, const float *shares, void *out, int64_t rows,
                           int64_t columns, float limit, int32_t is_bf16, int32_t threads);
 void OF_FORM(dsv4_sqrtsoftplus)(const float *x, float *out, int64_t count, int32_t threads);

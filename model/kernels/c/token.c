@@ -50,19 +50,26 @@ int64_t OF_FORM(dsv4_hc_mixes_scratch)(const struct matrix *fn, int32_t is_bf16,
            linear_scratch(fn, is_bf16, rows, threads);
 }
 
-/* The weights of a hyper-connection: streams h [rows, fn->columns] through fn, over their root mean square, then as
+/* Streams h [rows, fn->columns] through fn, over their root mean square: float32 [rows, fn->rows], in scratch. */
+static float *stream_mixes(const struct matrix *fn, const void *h, int32_t is_bf16, int64_t rows, float rms_eps,
+                           void **scratch, int32_t threads) {
+    float *mixes = take(scratch, rows * fn->rows * (int64_t)sizeof(float));
+    float *factors = take(scratch, rows * (int64_t)sizeof(float));
+    void *squares = take(scratch, threads * fn->columns * (int64_t)sizeof(float));
+    struct product p = whole(fn, h, is_bf16, mixes, 0, rows);
+    OF_FORM(dsv4_linears)(&p, 1, *scratch, threads);
+    OF_FORM(dsv4_inverse_rms)(h, rms_eps, factors, squares, rows, fn->columns, is_bf16, threads);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t o = 0; o < fn->rows; o++) mixes[row * fn->rows + o] = mixes[row * fn->rows + o] * factors[row];
+    return mixes;
+}
+
+/* The weights of a hyper-connection, from what its streams h [rows, fn->columns] are mixed to: see
  * `dsv4_hc_split_sinkhorn`. */
 void OF_FORM(dsv4_hc_mixes)(const struct matrix *fn, const void *h, int32_t is_bf16, const float *scale,
                             const float *base, float *pre, float *post, float *comb, int64_t rows, int64_t n,
                             int64_t iterations, float rms_eps, float eps, void *scratch, int32_t threads) {
-    float *mixes = take(&scratch, rows * fn->rows * (int64_t)sizeof(float));
-    float *factors = take(&scratch, rows * (int64_t)sizeof(float));
-    void *squares = take(&scratch, threads * fn->columns * (int64_t)sizeof(float));
-    struct product p = whole(fn, h, is_bf16, mixes, 0, rows);
-    OF_FORM(dsv4_linears)(&p, 1, scratch, threads);
-    OF_FORM(dsv4_inverse_rms)(h, rms_eps, factors, squares, rows, fn->columns, is_bf16, threads);
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t o = 0; o < fn->rows; o++) mixes[row * fn->rows + o] = mixes[row * fn->rows + o] * factors[row];
+    float *mixes = stream_mixes(fn, h, is_bf16, rows, rms_eps, &scratch, threads);
     OF_FORM(dsv4_hc_split_sinkhorn)(mixes, scale, base, pre, post, comb, rows, n, iterations, eps);
 }
 
@@ -174,4 +181,66 @@ void OF_FORM(dsv4_project)(void *output, const float *cos, const float *sin, con
     if (group) OF_FORM(dsv4_simulate_fp8)(low, low, rows, width, width, group, is_bf16, threads);
     struct product outward = whole(wo_b, low, is_bf16, y, is_bf16, rows);
     OF_FORM(dsv4_linears)(&outward, 1, scratch, threads);
+}
+
+int64_t OF_FORM(dsv4_raw_keys_scratch)(const struct matrix *wkv, const struct matrix *wgate, int32_t is_bf16,
+                                       int64_t rows, int32_t threads) {
+    return linear_scratch(wkv, is_bf16, rows, threads) + linear_scratch(wgate, is_bf16, rows, threads);
+}
+
+/* What a compressor takes from each token: raw float32 [rows, 2, wkv->rows] = x @ wkv.T, and x @ wgate.T plus the row of
+ * ape [ratio, wkv->rows] of its position. */
+void OF_FORM(dsv4_raw_keys)(const void *x, const struct matrix *wkv, const struct matrix *wgate, const float *ape,
+                            const int64_t *positions, float *raw, int64_t rows, int64_t ratio, int32_t is_bf16,
+                            void *scratch, int32_t threads) {
+    int64_t width = wkv->rows;
+    struct product list[2] = {whole(wkv, x, is_bf16, raw, 0, rows), whole(wgate, x, is_bf16, raw + width, 0, rows)};
+    list[0].y_stride = list[1].y_stride = 2 * width;
+    OF_FORM(dsv4_linears)(list, 2, scratch, threads);
+    for (int64_t row = 0; row < rows; row++) {
+        float *gate = raw + (2 * row + 1) * width;
+        const float *bias = ape + positions[row] % ratio * width;
+        for (int64_t k = 0; k < width; k++) gate[k] = gate[k] + bias[k];
+    }
+}
+
+int64_t OF_FORM(dsv4_index_queries_scratch)(const struct matrix *wq_b, const struct matrix *proj, int32_t is_bf16,
+                                            int64_t rows, int32_t threads) {
+    return (rows * (wq_b->columns + proj->rows) + threads * wq_b->rows) * (int64_t)sizeof(float) + 3 * 64 +
+           linear_scratch(wq_b, is_bf16, rows, threads) + linear_scratch(proj, is_bf16, rows, threads);
+}
+
+/* Queries of the indexer: q [rows, heads, d] = qr [rows, wq_b->columns] @ wq_b.T, rotated, and the weights of the heads
+ * [rows, heads] = x [rows, proj->columns] @ proj.T times `scale`. With `group` qr is quantized in front of the product,
+ * in groups of so many, and q behind it as `dsv4_simulate_index` in groups of `index_group`. */
+void OF_FORM(dsv4_index_queries)(const void *x, const void *qr, const struct matrix *wq_b, const struct matrix *proj,
+                                 const float *cos, const float *sin, void *q, void *weights, int64_t rows,
+                                 int64_t pairs, int64_t group, int64_t index_group, float scale, int32_t is_bf16,
+                                 void *scratch, int32_t threads) {
+    int64_t rank = wq_b->columns, heads = proj->rows, d = wq_b->rows / heads;
+    void *low = take(&scratch, rows * rank * (int64_t)sizeof(float));
+    float *wide = take(&scratch, rows * heads * (int64_t)sizeof(float));
+    void *line = take(&scratch, threads * wq_b->rows * (int64_t)sizeof(float));
+    if (group) OF_FORM(dsv4_simulate_fp8)(qr, low, rows, rank, rank, group, is_bf16, threads), qr = low;
+    struct product list[2] = {whole(wq_b, qr, is_bf16, q, is_bf16, rows), whole(proj, x, is_bf16, wide, 0, rows)};
+    OF_FORM(dsv4_linears)(list, 2, scratch, threads);
+    OF_FORM(dsv4_rotate)(q, cos, sin, rows, heads, d, pairs, is_bf16, threads);
+    if (group) OF_FORM(dsv4_simulate_index)(q, q, line, rows * heads, d, index_group, is_bf16, threads);
+    for (int64_t i = 0; i < rows * heads; i++)
+        store_as(weights, is_bf16, i, (is_bf16 ? rounded_to_bf16(wide[i]) : wide[i]) * scale);
+}
+
+int64_t OF_FORM(dsv4_head_vector_scratch)(const struct matrix *fn, int32_t is_bf16, int64_t rows, int32_t threads) {
+    return OF_FORM(dsv4_hc_mixes_scratch)(fn, is_bf16, rows, threads);
+}
+
+/* The streams h [rows, n, fn->columns / n] as one, out [rows, fn->columns / n], by the weights that a stack ends with:
+ * sigmoid(mixes * scale + base) + eps, n = fn->rows. */
+void OF_FORM(dsv4_head_vector)(const struct matrix *fn, const void *h, int32_t is_bf16, const float *scale,
+                               const float *base, void *out, int64_t rows, float rms_eps, float eps, void *scratch,
+                               int32_t threads) {
+    int64_t n = fn->rows;
+    float *mixes = stream_mixes(fn, h, is_bf16, rows, rms_eps, &scratch, threads);
+    OF_FORM(dsv4_hc_head_weights)(mixes, scale, base, rows, n, eps);
+    OF_FORM(dsv4_hc_pre)(mixes, h, out, rows, n, fn->columns / n, is_bf16, threads);
 }

@@ -351,6 +351,9 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
     rows = h[:, 0]
     positive = torch.rand(9, 4, generator=GENERATOR)
     equal = torch.tensor([0.0, 0.5] * 6)  # a bias that makes sums equal
+    special = torch.tensor([math.nan, -math.nan, -0.0, 0.0, math.inf, -math.inf, 1e-45])[torch.arange(630) % 7].view(
+        9, 70
+    )
     gates = torch.cat((torch.full((9, 4, 4), -torch.inf), h[..., :4].float()), -1)  # no block before the first
     return {
         "simulate_fp8": [(h, 128), (h, 64), (h, 32), (h[..., :0], 64)],
@@ -377,6 +380,15 @@ def widths(name: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         "pool": [(h.float(), h.float() * 3), (h[..., :8].float(), gates), (h[:0].float(), h[:0].float())],
         "simulate_index": [(h[..., :128],), (h[..., :32] * 30,), (h[..., :16],), (h[..., :1],)],
         "choose_experts": [(torch.randint(-3, 3, (9, 12), generator=GENERATOR) / 2, equal, k) for k in (1, 6, 12)],
+        "best_in_reach": [
+            (scores, torch.tensor([70, 0, 1, 69, 70, 99, 3, 20, 50]), count)
+            for scores in (torch.randn(9, 70, generator=GENERATOR).round(decimals=1), special)
+            for count in (1, 16, 200)
+        ],
+        "list_keys": [
+            (torch.randint(-1, 40, (9, 16), generator=GENERATOR, dtype=torch.int32), chosen, 33)
+            for chosen in torch.randint(-1, 9, (9, 8), generator=GENERATOR, dtype=torch.int32).split((7, 1), 1)
+        ],
         "expert_weights": [
             (rows.float(), torch.randint(0, 160, (9, k), generator=GENERATOR), 1e-20, 1.5) for k in (1, 6)
         ],
@@ -400,6 +412,8 @@ SMALL = [
     "sqrtsoftplus",
     "simulate_index",
     "pool",
+    "best_in_reach",
+    "list_keys",
     "choose_experts",
     "expert_weights",
     "add_experts",
@@ -450,6 +464,11 @@ def same_together(dtype: torch.dtype, columns: int = 64) -> None:
     for fn in known(24, columns):
         small = torch.randn(24, generator=GENERATOR)
         arguments.append(("hc_mixes", h, fn, torch.tensor([0.5, 2.0, 1.0]), small, 5, 1e-6, 1e-5))
+    positions, ape = torch.tensor([3, 4, 5, 130, 131]), torch.randn(4, 9, generator=GENERATOR)
+    for wkv, wgate in zip(known(9, columns), known(9, columns)[::-1], strict=True):
+        arguments.append(("raw_keys", x, wkv, wgate, ape, positions))
+    for fn in known(4, columns):
+        arguments.append(("head_vector", h, fn, torch.tensor([0.7]), torch.randn(4, generator=GENERATOR), 1e-6, 1e-5))
     experts = mixed_experts(10, columns, 2 * columns)
     for token in range(len(x)):
         for group in (0, 32, 128):

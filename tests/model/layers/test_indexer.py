@@ -1,13 +1,22 @@
 """The choice of blocks: against Python's sort, ties included, and the same for any number of queries at a time."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_threads import kernel_threads
 
-from dsv4.model.kernels.table import CPU
+from dsv4 import compiled
+from dsv4.model.kernels import binding
+from dsv4.model.kernels.table import CPU, REFERENCE
 from dsv4.model.layers import indexer
+from dsv4.model.layers.numerics import Numerics
+from dsv4.model.layers.rotary import Rotary
+from dsv4.model.weights import Matrix
 
+CPU_DEVICE = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(8)
 EDGES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 2.0**-126, -(2.0**-126)]
 
@@ -27,9 +36,12 @@ def test_best(blocks: int, count: int) -> None:
     scores[3] = 0.0
     scores[4, blocks // 2 :] = -torch.inf
     scores[5] = -torch.inf
-    found = indexer.best(scores, count)
-    assert found.dtype == torch.int32
-    assert found.tolist() == [by_sorting(row, min(count, blocks)) for row in scores.tolist()]
+    reach = torch.tensor([blocks, blocks, blocks, blocks // 3, blocks, blocks])
+    limited = scores.masked_fill(torch.arange(blocks) >= reach[:, None], -math.inf)
+    for choose in (REFERENCE.best_in_reach, CPU.best_in_reach):
+        found = choose(scores, reach, count)
+        assert found.dtype == torch.int32
+        assert found.tolist() == [by_sorting(row, min(count, blocks)) for row in limited.tolist()]
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 1000, 10**6])
@@ -49,3 +61,29 @@ def test_before_the_first_block() -> None:
     q = torch.ones(2, 4, 32)
     found = indexer.best_in_reach(CPU, q, torch.ones(2, 4), torch.empty(0, 32), torch.zeros(2), 16)
     assert found.shape == (2, 0)
+
+
+def bfloat16(rows: int, columns: int) -> Matrix:
+    values = torch.randn(rows, columns, generator=GENERATOR).to(torch.bfloat16)
+    return Matrix("bf16", "bfloat16", (rows, columns), values)
+
+
+@pytest.mark.parametrize("form", binding.forms())
+def test_queries_in_one_call_have_the_bits_of_single_operations(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = binding.bind(compiled.library(), form)
+    monkeypatch.setattr(binding, "library", lambda: bound)
+    config = SimpleNamespace(index_n_heads=4, index_head_dim=64)
+    matrices = {"wq_b.weight": bfloat16(256, 96), "weights_proj.weight": bfloat16(4, 128)}
+    weights = SimpleNamespace(matrix=matrices.get, view=lambda _: None, keep_everything=True)
+    for simulation in (False, True):
+        for tokens, threads in ((1, 1), (1, 3), (7, 3)):
+            found, positions = [], torch.arange(20, 20 + tokens)
+            x, qr = (torch.randn(tokens, n, generator=GENERATOR) for n in (128, 96))
+            for kernels in (CPU, replace(CPU, index_queries_at_once=None)):
+                rotary, numerics = Rotary(torch.linspace(1, 0.1, 8), CPU_DEVICE, kernels), Numerics(simulation, kernels)
+                rotary.reserve(40)
+                made = indexer.Indexer(config, weights, rotary, numerics)
+                with kernel_threads(threads):
+                    found.append(made.queries(x.to(numerics.dtype), qr.to(numerics.dtype), positions))
+            for a, b in zip(*found, strict=True):
+                assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) and a.any()
