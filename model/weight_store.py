@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -208,8 +209,13 @@ class WeightStore:
         return matrix.to(self.device)
 
     def _read_passing(self, name: str, memory: Memory | None) -> Matrix:
-        """Read while computing, by default to memory that is free again when the caller lets the matrix go."""
+        """Read while computing, by default to memory that is free again when the caller lets the matrix go.
+
+        The scale is announced, and thereby requested from the disk: after the values its read would wait once more,
+        behind those of other threads.
+        """
         with self._meter.reading(self.sizes[name]):
+            self.checkpoint.expect(islice(spans_of(self._weights[name], self._rows[name]), 1, None))
             return self._read(name, memory or self._passing_memory)
 
     def _passing_memory(self, nbytes: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -18,6 +17,7 @@ from dsv4.errors import InputError
 
 from .forms.tensor import Extent
 
+SMALL_BYTES = 1 << 20  # at most so many are requested ahead: of a block scale, of a row
 _SAFE_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}")
 
 
@@ -156,12 +156,19 @@ class Folder:
         """Nothing to do: local files are readable at any time."""
 
     def expect(self, extents: Iterable[Extent]) -> None:
-        """The system reads ahead by itself: in a file of which most is read, not in one of which small parts are."""
-        announced: Counter[str] = Counter()
+        """The system reads ahead by itself: in a file of which most is read, not in one of which small parts are.
+
+        If all of them are small they are requested from the disk now, so that reading them waits once.
+        """
+        announced: dict[str, list[Extent]] = {}
         for extent in extents:
-            announced[extent.shard] += extent.nbytes
-        for name, nbytes in announced.items():
-            self._read_ahead(name, 2 * nbytes >= os.fstat(self._descriptor(name)).st_size)
+            announced.setdefault(extent.shard, []).append(extent)
+        for name, parts in announced.items():
+            most = 2 * sum(part.nbytes for part in parts) >= os.fstat(self._descriptor(name)).st_size
+            self._read_ahead(name, most)
+            if not most and hasattr(os, "posix_fadvise") and max(part.nbytes for part in parts) <= SMALL_BYTES:
+                for part in filter(lambda part: part.nbytes, parts):  # no bytes would mean all to the end
+                    os.posix_fadvise(self._descriptor(name), part.offset, part.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read_ahead(self, name: str, wanted: bool) -> None:
         """Linux takes matrices that lie one behind the other for the beginning of more, and reads up to 8 MB more."""

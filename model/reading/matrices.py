@@ -103,16 +103,13 @@ def read_matrix(
     assert stored is not None, "required_weights lets no other through"
     held = memory(memory_of(weight, over))
     shape = over[1] - over[0], weight.logical_shape[1]
+    values = _read(checkpoint, weight.info, over, held)
     if weight.format is Format.PLAIN:
-        values = _read(checkpoint, weight.info, over, held)
         if exact_products is None:
             exact_products = stored == BFLOAT16 and not has_tiny_values(values)
         return Matrix(name, stored, shape, values, exact_products=exact_products)
     assert weight.scale is not None and weight.block is not None, "a quantized weight without fault has both"
-    # The scale is small and comes first: after the values it would wait once more, behind the reads of other threads.
-    behind = aligned((over[1] - over[0]) * weight.info.row_bytes)
-    scale = _read(checkpoint, weight.scale, _scale_rows(weight, over), held[behind:])
-    values = _read(checkpoint, weight.info, over, held)
+    scale = _read(checkpoint, weight.scale, _scale_rows(weight, over), held[aligned(values.nbytes) :])
     if exact_products is None:
         _check(weight, values, scale)
         exact_products = are_moderate_powers_of_two(scale)

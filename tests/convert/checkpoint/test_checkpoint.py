@@ -10,6 +10,7 @@ from hostile import EMBED, GEOMETRY, INDEX, good_checkpoint
 from raw_safetensors import scatter
 from safetensors import safe_open
 
+from dsv4.convert.checkpoint import storage
 from dsv4.convert.checkpoint.header import build_header
 from dsv4.convert.checkpoint.reader import Checkpoint
 from dsv4.convert.synthetic.checkpoint import make_checkpoint
@@ -92,9 +93,21 @@ def test_the_system_reads_ahead_only_where_most_of_a_file_is_read(good: Path, mo
     monkeypatch.setattr(os, "posix_fadvise", lambda _, *rest: advice.append(rest))
     every = [(name, 0, info.nbytes) for name, info in checkpoint.tensors.items()]
     one = every[list(checkpoint.tensors).index("layers.0.ffn.experts.1.w2.weight")]
+    monkeypatch.setattr(storage, "SMALL_BYTES", one[2] - 1)
     for spans in (every, [one], [one], every):
         checkpoint.expect(spans)
     assert advice[0] == (0, 0, os.POSIX_FADV_RANDOM) and set(advice[1:]) == {(0, 0, os.POSIX_FADV_NORMAL)}
+    checkpoint.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system without this call")
+def test_small_parts_are_requested_before_they_are_read(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, advice = Checkpoint.open(good), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *rest: advice.append(rest))
+    spans = [("layers.0.ffn.experts.1.w2.weight", at, at + 7) for at in (5, 50)]
+    checkpoint.expect(spans)
+    extents = list(checkpoint.extents(spans))
+    assert advice[1:] == [(extent.offset, 7, os.POSIX_FADV_WILLNEED) for extent in extents] and len(extents) == 2
     checkpoint.close()
 
 
