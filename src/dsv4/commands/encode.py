@@ -29,7 +29,10 @@ class EncodeOptions:
     """The command line of one `dsv4 encode`. Raises UsageError for options that contradict each other."""
 
     messages: Annotated[
-        str, typer.Argument(parser=named, metavar="MESSAGES.json", help="OpenAI-style messages; - reads stdin.")
+        str,
+        typer.Argument(
+            parser=named, metavar="MESSAGES.json", help="OpenAI-style messages, or a request with tools; - reads stdin."
+        ),
     ]
     mode: ModeOption = None
     effort: EffortOption = None

@@ -45,7 +45,10 @@ class RunOptions:
         str | None, typer.Option("--file", metavar="FILE", help="One prompt per line, or a JSON list of message lists.")
     ] = None
     messages: Annotated[
-        str | None, typer.Option("--messages", metavar="FILE", help="OpenAI-style messages; - reads stdin.")
+        str | None,
+        typer.Option(
+            "--messages", metavar="FILE", help="OpenAI-style messages, or a request with tools; - reads stdin."
+        ),
     ] = None
     tokens: Annotated[
         str | None, typer.Option("--tokens", metavar="IDS", help="Token ids, 0,17,4 or a file; needs no tokenizer.")
