@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class ReadStatistics:
     """Statistics of weights that do not stay in memory.
 
-    unneeded: those of the matrices read that were only foreseen, and not used then. seconds: wall-clock time with at
-    least one read running.
+    read: matrices whose read began. unneeded: those of them that were only foreseen, and not used then. bytes_read: of
+    finished reads. seconds: wall-clock time with at least one read running.
     """
 
     used: int = 0
@@ -49,15 +49,14 @@ class ReadMeter:
     def reading(self, nbytes: int) -> Iterator[None]:
         """While a matrix of so many bytes is read."""
         with self._lock:
-            self._at_work += 1
+            self._at_work, self._read = self._at_work + 1, self._read + 1
             if self._at_work == 1:
                 self._since = time.perf_counter()
         try:
             yield
         finally:
             with self._lock:
-                self._at_work -= 1
-                self._read, self._bytes = self._read + 1, self._bytes + nbytes
+                self._at_work, self._bytes = self._at_work - 1, self._bytes + nbytes
                 if not self._at_work:
                     self._seconds += time.perf_counter() - self._since
 

@@ -8,6 +8,7 @@ from patience import LONG
 
 from dsv4.errors import InputError
 from dsv4.model.reading.matrices import Memory, fresh
+from dsv4.model.reading.meter import ReadMeter
 from dsv4.model.reading.streamed import READERS, Streamed
 from dsv4.model.weights import Matrix
 
@@ -168,6 +169,14 @@ def test_what_is_foreseen_and_wrong_is_cancelled() -> None:
     for expert in range(12):
         check(cache.get(name(expert)))
     assert not files.read
+
+
+def test_a_read_counts_from_its_beginning() -> None:
+    """As does one that turns out unneeded: otherwise more than all would have been found in memory meanwhile."""
+    meter = ReadMeter()
+    with meter.reading(7):
+        assert (meter.statistics().read, meter.statistics().bytes_read) == (1, 0)
+    assert (meter.statistics().read, meter.statistics().bytes_read) == (1, 7)
 
 
 def test_wrong_ones_that_fill_the_memory_make_room() -> None:
