@@ -21,7 +21,6 @@ import torch
 from dsv4.convert.synthetic.checkpoint import Geometry, make_checkpoint
 from dsv4.machine import peak_memory
 from dsv4.model import load
-from dsv4.model.kernels.reference_small import best
 from dsv4.model.kernels.table import select_kernels
 from dsv4.model.layers.indexer import SCORES_AT_ONCE
 from dsv4.model.transformer import Transformer
@@ -78,7 +77,10 @@ def rates(queries: int, blocks: int) -> None:
     scores = kernels.index_scores(q, weights, keys)
     seconds = min(cpu_seconds(lambda: kernels.index_scores(q, weights, keys)) for _ in range(5))
     parts = scores.split(max(1, SCORES_AT_ONCE // blocks))
-    choice = min(cpu_seconds(lambda: [best(part, 512) for part in parts]) for _ in range(5))
+    reach = torch.full((len(parts[0]),), blocks)
+    choice = min(
+        cpu_seconds(lambda: [kernels.best_in_reach(part, reach[: len(part)], 512) for part in parts]) for _ in range(5)
+    )
     flops = 2 * queries * FLASH_HEADS * blocks * FLASH_WIDTH
     print(f"{queries} queries, {blocks} blocks: {flops / seconds / 1e9:.0f} GFLOP per CPU second, "
           f"{seconds * 1e3:.1f} ms; choice of 512 {choice * 1e3:.1f} ms")  # fmt: skip

@@ -98,7 +98,7 @@ _SIZES = {
     "dsv4_token_experts_scratch": "plii",
     "dsv4_queries_scratch": "pppili",
     "dsv4_project_scratch": "pplili",
-    "dsv4_best_in_reach_scratch": "li",
+    "dsv4_best_in_reach_scratch": "lli",
     "dsv4_raw_keys_scratch": "ppili",
     "dsv4_index_queries_scratch": "ppili",
     "dsv4_head_vector_scratch": "pili",

@@ -261,7 +261,7 @@ def best_in_reach(scores: torch.Tensor, reach: torch.Tensor, count: int) -> torc
     if result.numel():
         loaded_library().dsv4_best_in_reach(
             scores.data_ptr(), reach.data_ptr(), result.data_ptr(), rows, blocks, result.shape[1],
-            scratch_of(loaded_library().dsv4_best_in_reach_scratch(result.shape[1], threads)), threads,
+            scratch_of(loaded_library().dsv4_best_in_reach_scratch(scores.shape[1], result.shape[1], threads)), threads,
         )  # fmt: skip
     return result
 

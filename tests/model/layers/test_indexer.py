@@ -44,6 +44,18 @@ def test_best(blocks: int, count: int) -> None:
         assert found.tolist() == [by_sorting(row, min(count, blocks)) for row in limited.tolist()]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_best_of_long_rows_and_of_nan(threads: int) -> None:
+    """Against the form in torch: float32 and bfloat16 scores, as many above the last chosen as wanted and fewer."""
+    scores = torch.randn(6, 5000, generator=GENERATOR)
+    scores[1], scores[2] = scores[1].to(torch.bfloat16).to(torch.float32), (scores[2] * 2).round()
+    scores[3, ::7], scores[4, ::50] = math.nan, -math.nan
+    reach = torch.tensor([5000, 5000, 4999, 5000, 5000, 0])
+    with kernel_threads(threads):
+        for count in (1, 512, 4999, 5000, 6000):
+            assert torch.equal(CPU.best_in_reach(scores, reach, count), REFERENCE.best_in_reach(scores, reach, count))
+
+
 @pytest.mark.parametrize("at_once", [1, 100, 1000, 10**6])
 def test_queries_at_a_time_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexer, "SCORES_AT_ONCE", at_once)
