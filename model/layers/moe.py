@@ -84,7 +84,12 @@ class MixtureOfExperts:
         """
         numerics, ranks = self._numerics, self._numerics.group if share is None else SINGLE
         *inward, outward = EXPERT_MATRICES
-        gate, up = (numerics.product(x, weights.matrix(name)) for name in inward)
+        if self._weights.keep_everything:
+            products = [Product(x, weights.matrix(name)) for name in inward]
+            gate, up = x.new_empty(2, len(x), products[0].matrix.shape[0])
+            numerics.kernels.linears_into(products, [gate, up])
+        else:  # each may need the memory of the one before it
+            gate, up = (numerics.product(x, weights.matrix(name)) for name in inward)
         activation = numerics.kernels.swiglu(gate, up, self._config.swiglu_limit, share)
         return ranks.all_gather(numerics.quantized_linear(ranks.all_gather(activation), weights.matrix(outward)))
 
@@ -132,17 +137,20 @@ class MixtureOfExperts:
 
     def _routed(self, x: torch.Tensor, chosen: Chosen, order: list[int], shares: torch.Tensor) -> torch.Tensor:
         """Outputs of the chosen experts for quantized x, [T, k, D] in its dtype, by the ranks that have them."""
-        outputs = torch.zeros(shares.numel(), x.shape[-1], dtype=x.dtype, device=x.device)
-        rows, own = x[chosen.places // shares.shape[1]], shares.flatten()[chosen.places]
+        fresh = x.new_empty if self._numerics.group.count == 1 else x.new_zeros  # where one rank writes every row
+        outputs, own = fresh(shares.numel(), x.shape[-1]), shares.flatten()[chosen.places]
+        tokens = chosen.places // shares.shape[1]
         if self._weights.keep_everything and outputs.shape[0] <= ROWS_TOGETHER and chosen.experts:
-            result, folders = torch.empty_like(rows), [f"experts.{expert}." for expert in chosen.experts]
+            rows, folders = x[tokens], [f"experts.{expert}." for expert in chosen.experts]
+            result = torch.empty_like(rows)
             self._together(folders, torch.split(rows, chosen.counts), own, torch.split(result, chosen.counts))
             outputs[chosen.places] = result
         else:
-            parts = [torch.split(part, chosen.counts) for part in (chosen.places, rows, own)]
+            parts = [torch.split(part, chosen.counts) for part in (chosen.places, tokens, own)]
             for number in order:
                 places, some, share = (part[number] for part in parts)
-                outputs[places] = self._expert(some, self._weights.view(f"experts.{chosen.experts[number]}."), share)
+                rows = torch.index_select(x, 0, some)  # copies whole rows, which indexing does not
+                outputs[places] = self._expert(rows, self._weights.view(f"experts.{chosen.experts[number]}."), share)
         return self._numerics.group.all_reduce_disjoint(outputs.view(*shares.shape, -1))
 
     @cached_property

@@ -1,101 +1,26 @@
 /* Matrix products: one row of x with rows of the stored weight (one_row.h), a few (few_rows.h); many rows with a strip of
  * the weight that is decoded once. */
 #include "few_rows.h"
+#include "many_rows.h"
 #include "threads.h"
 
-/* Rows of a weight that are decoded at once for many rows of x. */
-#define ROWS_PER_STRIP 16
 /* Of a weight that one row of x is multiplied with, what a thread takes at once: some microseconds of reading. */
 #define BYTES_PER_TURN (1 << 18)
-
-/* How products are added up; a constant wherever it is an argument. */
-enum arithmetic {
-    TWO_ROUNDINGS, /* float32 pairs: the product is rounded, then the sum */
-    FUSED,         /* float32 pairs whose products are exact */
-    BF16_DOT,      /* bfloat16 in natural order, by vdpbf16ps */
-};
-
-/* Products of `mt` rows of paired x with `ot` rows of paired weights; mt, ot and exact are constants. */
-INLINE void float_tile(int exact, int mt, int ot, const float *w, int64_t w_stride, int64_t columns, const float *x,
-                       int64_t x_stride, float *y, int64_t y_stride) {
-    sixteen sum[6][4];
-    for (int m = 0; m < mt; m++)
-        for (int o = 0; o < ot; o++) sum[m][o] = zeros();
-    for (int64_t k = 0; k < columns; k += 16) {
-        sixteen weight[4];
-        for (int o = 0; o < ot; o++) weight[o] = load_sixteen(w + o * w_stride + k);
-        for (int m = 0; m < mt; m++) {
-            sixteen value = load_sixteen(x + m * x_stride + k);
-            for (int o = 0; o < ot; o++) sum[m][o] = add_product(value, weight[o], sum[m][o], exact);
-        }
-    }
-    for (int m = 0; m < mt; m++) horizontal_sums(sum[m], ot, y + m * y_stride);
-}
-
-#ifdef HAVE_DOT
-/* The same for bfloat16 x and weights in their natural order. */
-INLINE void dot_tile(int mt, int ot, const uint16_t *w, int64_t w_stride, int64_t columns, const uint16_t *x,
-                     int64_t x_stride, float *y, int64_t y_stride) {
-    lanes sum[6][4];
-    for (int m = 0; m < mt; m++)
-        for (int o = 0; o < ot; o++) sum[m][o] = splat(0.f);
-    for (int64_t k = 0; k < columns; k += 32) {
-        __m512bh weight[4];
-        for (int o = 0; o < ot; o++) weight[o] = (__m512bh)_mm512_loadu_si512(w + o * w_stride + k);
-        for (int m = 0; m < mt; m++) {
-            __m512bh value = (__m512bh)_mm512_loadu_si512(x + m * x_stride + k);
-            for (int o = 0; o < ot; o++) sum[m][o] = (lanes)_mm512_dpbf16_ps((__m512)sum[m][o], value, weight[o]);
-        }
-    }
-    for (int m = 0; m < mt; m++) horizontal_sums(sum[m], ot, y + m * y_stride);
-}
-#endif
-
-/* Element i of data of the type that `kind` multiplies. */
-INLINE const void *element(int kind, const void *p, int64_t i) {
-    return (const uint8_t *)p + i * (int64_t)(kind == BF16_DOT ? sizeof(uint16_t) : sizeof(float));
-}
-
-INLINE void tile(int kind, int mt, int ot, const void *w, int64_t w_stride, int64_t columns, const void *x,
-                 int64_t x_stride, float *y, int64_t y_stride) {
-#ifdef HAVE_DOT
-    if (kind == BF16_DOT) {
-        dot_tile(mt, ot, w, w_stride, columns, x, x_stride, y, y_stride);
-        return;
-    }
-#endif
-    float_tile(kind == FUSED, mt, ot, w, w_stride, columns, x, x_stride, y, y_stride);
-}
-
-/* y [m_count, o_count] = x @ w.T, o_count at most 4, in tiles of six rows of x and fewer; kind is a constant. */
-INLINE void products(int kind, const void *w, int64_t w_stride, int64_t o_count, int64_t columns, const void *x,
-                     int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
-    int64_t m = 0;
-#define TILE(MT, OT, O)                                                                                                \
-    tile(kind, MT, OT, element(kind, w, (O)*w_stride), w_stride, columns, element(kind, x, m * x_stride), x_stride,    \
-         y + m * y_stride + (O), y_stride)
-    if (o_count == 4) {
-        for (; m + 6 <= m_count; m += 6) TILE(6, 4, 0);
-        for (; m + 4 <= m_count; m += 4) TILE(4, 4, 0);
-        for (; m + 2 <= m_count; m += 2) TILE(2, 4, 0);
-        for (; m < m_count; m++) TILE(1, 4, 0);
-        return;
-    }
-    for (; m + 6 <= m_count; m += 6)
-        for (int64_t o = 0; o < o_count; o++) TILE(6, 1, o);
-    for (; m < m_count; m++)
-        for (int64_t o = 0; o < o_count; o++) TILE(1, 1, o);
-#undef TILE
-}
+/* Of a decoded strip, which stays in the second level cache while rows of x pass by. */
+#define FLOATS_OF_STRIP (1 << 17)
+/* Of a weight that is decoded as a whole, and the rows of x from which on that pays. */
+#define FLOATS_OF_THIN (1 << 19)
+#define ROWS_OF_THIN 48
 
 static void rounded_products(const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
                              int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
-    products(TWO_ROUNDINGS, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+    products(TWO_ROUNDINGS, (struct decoded){w, w_stride}, o_count, columns, (struct decoded){x, x_stride}, m_count, y,
+             y_stride);
 }
 
 static void exact_products(const float *w, int64_t w_stride, int64_t o_count, int64_t columns, const float *x,
                            int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
-    products(FUSED, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
+    products(FUSED, (struct decoded){w, w_stride}, o_count, columns, (struct decoded){x, x_stride}, m_count, y, y_stride);
 }
 
 void OF_FORM(dsv4_products)(int exact, const float *w, int64_t w_stride, int64_t o_count, int64_t columns,
@@ -104,12 +29,6 @@ void OF_FORM(dsv4_products)(int exact, const float *w, int64_t w_stride, int64_t
 }
 
 #ifdef HAVE_DOT
-/* The same by vdpbf16ps, for bfloat16 in natural order whose products are exact. */
-static void dot_products(const uint16_t *w, int64_t w_stride, int64_t o_count, int64_t columns, const uint16_t *x,
-                         int64_t m_count, int64_t x_stride, float *y, int64_t y_stride) {
-    products(BF16_DOT, w, w_stride, o_count, columns, x, m_count, x_stride, y, y_stride);
-}
-
 /* Whether this CPU's vdpbf16ps adds the odd product first and rounds after each, on numbers that tell. */
 int32_t OF_FORM(dsv4_dot_is_in_order)(void) {
     uint32_t state = 12345;
@@ -163,32 +82,10 @@ void OF_FORM(dsv4_decode_rows)(const struct matrix *w, int64_t row, int64_t coun
     }
 }
 
-/* Rows of the weight that are decoded at once, so that they and the rows of x stay in the second level cache. */
+/* Rows of the weight that are decoded at once. */
 static int64_t strip_rows(const struct matrix *w) {
-    int64_t rows = 65536 / w->columns / 4 * 4;
-    return rows < 4 ? 4 : least(rows, ROWS_PER_STRIP);
-}
-
-/* Rows of x with `count` rows of the weight, decoded in `strip`; sums [m_count, ROWS_PER_STRIP]. */
-static void multiply_strip(const struct matrix *w, const void *strip, const float *x, const uint16_t *x_bf16,
-                           int64_t m_count, int64_t count, int exact, float *sums) {
-    int64_t apart = padded(w->columns);
-    for (int64_t m = 0; m < m_count; m += 6)
-        for (int64_t o = 0; o < count; o += 4) {
-            int64_t rows = least(m_count - m, 6), columns = least(count - o, 4);
-            float *to = sums + m * ROWS_PER_STRIP + o;
-#ifdef HAVE_DOT
-            if (x_bf16) {
-                dot_products((const uint16_t *)strip + o * apart, apart, columns, w->columns, x_bf16 + m * apart, rows,
-                             apart, to, ROWS_PER_STRIP);
-                continue;
-            }
-#else
-            (void)x_bf16;
-#endif
-            OF_FORM(dsv4_products)(exact, (const float *)strip + o * apart, apart, columns, w->columns, x + m * apart,
-                                   rows, apart, to, ROWS_PER_STRIP);
-        }
+    int64_t rows = FLOATS_OF_STRIP / w->columns / TILE_COLUMNS * TILE_COLUMNS;
+    return rows < TILE_COLUMNS ? TILE_COLUMNS : least(rows, STRIP_ROWS);
 }
 
 /* One product of a list: its x, prepared, and the rows of the weight in one item of the job; items are numbered through
@@ -200,34 +97,48 @@ struct part {
     const void *tables; /* of the whole list, see one_row.h */
     int64_t rows_per_item, first_item;
     int scales_x; /* whether x, a single row, is multiplied by block scales instead of the weight */
+    void *whole;  /* the rows of a thin weight, decoded; null elsewhere */
 };
 
 struct linears {
     const struct part *parts;
     int64_t count, buffer_floats;
-    float *buffers; /* of each worker: a decoded strip and its sums, or x times block scales */
+    float *buffers; /* of each worker: a decoded strip, or x times block scales, or some rows of x */
 };
 
+/* Whether a weight has so few rows that threads share out rows of x instead. These are prepared where they are used, and
+ * the weight is decoded as a whole. */
+INLINE int is_thin(const struct product *p, int32_t threads) {
+    int64_t rows = p->stop - p->start;
+    return p->m_count >= ROWS_OF_THIN && rows < 4 * threads * strip_rows(p->w) &&
+           rows * padded(p->w->columns) <= FLOATS_OF_THIN;
+}
+
 /* Whether a product has the x of the one before it, in the same form. */
-static int shares_x(const struct product *p, int64_t index) {
+static int shares_x(const struct product *p, int64_t index, int32_t threads) {
     const struct product *before = p - 1;
     return index && before->x == p->x && before->m_count == p->m_count && before->x_stride == p->x_stride &&
-           before->w->columns == p->w->columns && before->x_is_bf16 == p->x_is_bf16 && uses_dot(before) == uses_dot(p);
+           before->w->columns == p->w->columns && before->x_is_bf16 == p->x_is_bf16 && uses_dot(before) == uses_dot(p) &&
+           !is_thin(before, threads) && !is_thin(p, threads);
 }
 
-/* Floats of x prepared, in the two forms that `struct part` names. */
-INLINE int64_t pairs_floats(const struct product *p) {
-    return uses_dot(p) && p->m_count > 1 ? 0 : p->m_count * padded(p->w->columns);
+/* Floats of x prepared, in the two forms that `struct part` names, and of a weight decoded as a whole. */
+INLINE int64_t pairs_floats(const struct product *p, int32_t threads) {
+    return is_thin(p, threads) || (uses_dot(p) && p->m_count > 1) ? 0 : p->m_count * padded(p->w->columns);
 }
 
-INLINE int64_t bf16_floats(const struct product *p) {
-    return uses_dot(p) ? (p->m_count * padded(p->w->columns) + 1) / 2 : 0;
+INLINE int64_t bf16_floats(const struct product *p, int32_t threads) {
+    return uses_dot(p) && !is_thin(p, threads) ? (p->m_count * padded(p->w->columns) + 1) / 2 : 0;
+}
+
+INLINE int64_t whole_floats(const struct product *p, int32_t threads) {
+    return is_thin(p, threads) ? (p->stop - p->start) * padded(p->w->columns) : 0;
 }
 
 static int64_t buffer_floats(const struct product *list, int64_t count) {
     int64_t most = 0;
     for (const struct product *p = list; p < list + count; p++) {
-        int64_t floats = p->m_count > 1 ? ROWS_PER_STRIP * (padded(p->w->columns) + p->m_count) : p->w->columns / 2;
+        int64_t floats = p->m_count > 1 ? STRIP_ROWS * padded(p->w->columns) : p->w->columns / 2;
         most = floats > most ? floats : most;
     }
     return most;
@@ -246,25 +157,38 @@ static int64_t table_floats(const struct product *list, int64_t count) {
 int64_t OF_FORM(dsv4_linears_scratch)(const struct product *list, int64_t count, int32_t threads) {
     int64_t floats = table_floats(list, count) + threads * buffer_floats(list, count);
     for (int64_t i = 0; i < count; i++)
-        if (!shares_x(list + i, i)) floats += pairs_floats(list + i) + bf16_floats(list + i);
+        if (!shares_x(list + i, i, threads))
+            floats += pairs_floats(list + i, threads) + bf16_floats(list + i, threads) + whole_floats(list + i, threads);
     return parts_bytes(count) + floats * (int64_t)sizeof(float);
+}
+
+/* Row m of x as it is, and as paired float32; null is not wanted. */
+INLINE void prepare_row(const struct product *p, int64_t m, uint16_t *bf16, float *pairs) {
+    int64_t columns = p->w->columns;
+    const uint8_t *x = (const uint8_t *)p->x + m * p->x_stride * (p->x_is_bf16 ? 2 : 4);
+    if (bf16) memcpy(bf16, x, columns * sizeof(uint16_t));
+    for (int64_t k = 0; pairs && k < columns; k += 32, x += p->x_is_bf16 ? 64 : 128) {
+        struct pair v = p->x_is_bf16 ? decode_bf16((const uint16_t *)x) : decode_f32((const float *)x);
+        store_sixteen(pairs + k, v.odd);
+        store_sixteen(pairs + k + 16, v.even);
+    }
 }
 
 static void prepare(const void *job, int64_t first, int64_t last, int64_t worker) {
     const struct part *part = job;
-    const struct product *p = part->product;
-    int64_t columns = p->w->columns;
+    int64_t apart = padded(part->product->w->columns);
+    int paired = !part->bf16 || part->product->m_count == 1;
     (void)worker;
-    for (int64_t m = first; m < last; m++) {
-        const uint8_t *x = (const uint8_t *)p->x + m * p->x_stride * (p->x_is_bf16 ? 2 : 4);
-        if (part->bf16) memcpy(part->bf16 + m * padded(columns), x, columns * sizeof(uint16_t));
-        if (part->bf16 && p->m_count > 1) continue;
-        for (int64_t k = 0; k < columns; k += 32, x += p->x_is_bf16 ? 64 : 128) {
-            struct pair v = p->x_is_bf16 ? decode_bf16((const uint16_t *)x) : decode_f32((const float *)x);
-            store_sixteen(part->pairs + m * padded(columns) + k, v.odd);
-            store_sixteen(part->pairs + m * padded(columns) + k + 16, v.even);
-        }
-    }
+    for (int64_t m = first; m < last; m++)
+        prepare_row(part->product, m, part->bf16 ? part->bf16 + m * apart : 0, paired ? part->pairs + m * apart : 0);
+}
+
+static void decode_whole(const void *job, int64_t first, int64_t last, int64_t worker) {
+    const struct part *part = job;
+    const struct product *p = part->product;
+    int64_t at = first * padded(p->w->columns) * (int64_t)(uses_dot(p) ? sizeof(uint16_t) : sizeof(float));
+    (void)worker;
+    OF_FORM(dsv4_decode_rows)(p->w, p->start + first, last - first, uses_dot(p), (uint8_t *)part->whole + at);
 }
 
 /* Whether the only row of x can be multiplied by the block scales of FP8, once it is prepared. */
@@ -290,7 +214,9 @@ INLINE int has_few_rows(const struct product *p) {
 #endif
 }
 
-static int64_t rows_per_item(const struct product *p) {
+/* Rows of the weight, or of x if that is thin. */
+static int64_t rows_per_item(const struct product *p, int32_t threads) {
+    if (is_thin(p, threads)) return TILE_ROWS;
     if (p->m_count > 1 && !has_few_rows(p)) return strip_rows(p->w);
     int64_t rows = BYTES_PER_TURN / (p->w->columns / 32 * bytes_of_32(p->w->format)) / 4 * 4;
     return rows < 4 ? 4 : rows;
@@ -305,15 +231,21 @@ static int64_t begin(const struct product *list, int64_t count, struct part *par
     for (int64_t i = 0; i < count; i++) {
         const struct product *p = list + i;
         struct part *part = parts + i;
-        *part = (struct part){p, 0, 0, filled, rows_per_item(p), items, 0};
-        if (p->m_count) items += (p->stop - p->start + part->rows_per_item - 1) / part->rows_per_item;
-        if (shares_x(p, i)) {
+        *part = (struct part){p, 0, 0, filled, rows_per_item(p, threads), items, 0, 0};
+        int64_t rows = p->stop - p->start, shared = is_thin(p, threads) ? p->m_count : rows;
+        if (p->m_count) items += (shared + part->rows_per_item - 1) / part->rows_per_item;
+        if (is_thin(p, threads)) {
+            part->whole = *floats, *floats += whole_floats(p, threads);
+            dsv4_share(decode_whole, part, rows, 1, threads);
+            continue;
+        }
+        if (shares_x(p, i, threads)) {
             part->pairs = parts[i - 1].pairs, part->bf16 = parts[i - 1].bf16;
             part->scales_x = scales_x(part);
             continue;
         }
-        part->pairs = *floats, *floats += pairs_floats(p);
-        part->bf16 = uses_dot(p) ? (uint16_t *)*floats : 0, *floats += bf16_floats(p);
+        part->pairs = *floats, *floats += pairs_floats(p, threads);
+        part->bf16 = uses_dot(p) ? (uint16_t *)*floats : 0, *floats += bf16_floats(p, threads);
         dsv4_share(prepare, part, p->m_count, dsv4_quarters(p->m_count, threads), threads);
         part->scales_x = scales_x(part);
     }
@@ -332,16 +264,39 @@ static void one_row(const struct part *part, int64_t first, int64_t last, float 
     }
 }
 
-/* The same, at most a strip of them, with many rows of x. */
+/* Rows of x with a strip of the weight, in the way that the product is added up. */
+static void multiply_by_strip(const struct product *p, const struct strip *strip) {
+#ifdef HAVE_DOT
+    if (uses_dot(p)) {
+        multiply_strip(BF16_DOT, p, strip);
+        return;
+    }
+#endif
+    if (p->exact) multiply_strip(FUSED, p, strip);
+    else multiply_strip(TWO_ROUNDINGS, p, strip);
+}
+
+/* Rows [first, last) of a product's weight, at most a strip of them, with many rows of x. */
 static void many_rows(const struct part *part, int64_t first, int64_t last, float *buffer) {
     const struct product *p = part->product;
-    int64_t count = last - first;
-    float *sums = buffer, *strip = buffer + ROWS_PER_STRIP * p->m_count;
-    OF_FORM(dsv4_decode_rows)(p->w, first, count, part->bf16 != 0, strip);
-    multiply_strip(p->w, strip, part->pairs, part->bf16, p->m_count, count, p->exact, sums);
-    for (int64_t m = 0; m < p->m_count; m++)
-        for (int64_t o = 0; o < count; o++)
-            store_as(p->y, p->y_is_bf16, m * p->y_stride + first - p->start + o, sums[m * ROWS_PER_STRIP + o]);
+    int64_t apart = padded(p->w->columns);
+    const void *x = part->bf16 ? (const void *)part->bf16 : part->pairs;
+    struct strip strip = {{buffer, apart}, last - first, {x, apart}, p->m_count, 0, first - p->start};
+    OF_FORM(dsv4_decode_rows)(p->w, first, last - first, part->bf16 != 0, buffer);
+    multiply_by_strip(p, &strip);
+}
+
+/* Rows [first, last) of x, at most TILE_ROWS, with all rows of a thin weight. */
+static void thin(const struct part *part, int64_t first, int64_t last, float *buffer) {
+    const struct product *p = part->product;
+    int64_t apart = padded(p->w->columns), rows = p->stop - p->start, size = uses_dot(p) ? 2 : 4;
+    for (int64_t m = 0; m < last - first; m++)
+        prepare_row(p, first + m, uses_dot(p) ? (uint16_t *)buffer + m * apart : 0, uses_dot(p) ? 0 : buffer + m * apart);
+    for (int64_t o = 0; o < rows; o += STRIP_ROWS) {
+        const uint8_t *weights = (const uint8_t *)part->whole + o * apart * size;
+        struct strip strip = {{weights, apart}, least(rows - o, STRIP_ROWS), {buffer, apart}, last - first, first, o};
+        multiply_by_strip(p, &strip);
+    }
 }
 
 #ifdef HAVE_DOT
@@ -358,8 +313,6 @@ static void few_rows(const struct part *part, int64_t first, int64_t last, float
     }
     if (first < last) many_rows(part, first, last, buffer);
 }
-#else
-#define few_rows many_rows
 #endif
 
 static void multiply(const void *job, int64_t first, int64_t last, int64_t worker) {
@@ -367,11 +320,15 @@ static void multiply(const void *job, int64_t first, int64_t last, int64_t worke
     const struct part *part = all->parts;
     for (int64_t item = first; item < last; item++) {
         while (part + 1 < all->parts + all->count && part[1].first_item <= item) part++;
-        int64_t row = part->product->start + (item - part->first_item) * part->rows_per_item;
-        int64_t stop = least(row + part->rows_per_item, part->product->stop);
+        const struct product *p = part->product;
+        int64_t offset = (item - part->first_item) * part->rows_per_item, row = p->start + offset;
+        int64_t stop = least(row + part->rows_per_item, p->stop);
         float *buffer = all->buffers + worker * all->buffer_floats;
-        if (part->product->m_count == 1) one_row(part, row, stop, buffer);
-        else if (has_few_rows(part->product)) few_rows(part, row, stop, buffer);
+        if (part->whole) thin(part, offset, least(offset + part->rows_per_item, p->m_count), buffer);
+        else if (p->m_count == 1) one_row(part, row, stop, buffer);
+#ifdef HAVE_DOT
+        else if (has_few_rows(p)) few_rows(part, row, stop, buffer);
+#endif
         else many_rows(part, row, stop, buffer);
     }
 }

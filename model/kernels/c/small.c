@@ -39,13 +39,12 @@ static void share(work *function, const struct rows *j, int64_t rows, int32_t th
 }
 
 /* Nearest E4M3 value, ties to even, of |v| at most 448. */
-INLINE float round_e4m3(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    float subnormal = rintf(v * 512.f) * 0x1p-9f, normal;
-    bits = (bits + 0x7ffff + ((bits >> 20) & 1)) & 0xfff00000;
-    memcpy(&normal, &bits, 4);
-    return fabsf(v) < 0x1p-6f ? subnormal : normal;
+INLINE lanes round_e4m3(lanes v) {
+    ulanes bits = (ulanes)v, sign = bits & 0x80000000u;
+    lanes whole = (v * 512.f + 0x1.8p23f) - 0x1.8p23f; /* nearest integers, as sums of this size have no fraction */
+    lanes subnormal = (lanes)((ulanes)(whole * 0x1p-9f) | sign);
+    lanes normal = (lanes)((bits + 0x7ffff + ((bits >> 20) & 1)) & 0xfff00000u);
+    return choose_lanes((lanes)(bits ^ sign) < 0x1p-6f, subnormal, normal);
 }
 
 /* The power of two that is at least amax * inverse, from the bits of that. */
@@ -58,6 +57,19 @@ INLINE float group_scale(float amax, float inverse) {
     return scale;
 }
 
+/* The largest magnitude of `count` elements from `first` on, or `least_one` if that is larger. */
+INLINE float largest_magnitude(const void *x, int64_t first, int64_t count, float least_one, int is_bf16) {
+    lanes largest = splat(least_one);
+    for (int64_t k = 0; k < count; k += 16) {
+        lanes v = load_some(x, is_bf16, first + k, count - k);
+        v = (lanes)((ilanes)v & 0x7fffffff);
+        largest = choose_lanes(v > largest, v, largest);
+    }
+    float result = largest[0];
+    for (int i = 1; i < 16; i++) result = largest[i] > result ? largest[i] : result;
+    return result;
+}
+
 /* x, out [rows, columns]; groups of `group` along the first `quantized` numbers of a row; the last may be shorter. */
 INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t columns, int64_t quantized, int64_t group,
                          int32_t is_bf16) {
@@ -66,16 +78,10 @@ INLINE void simulate_fp8(const void *x, void *out, struct span rows, int64_t col
         for (int64_t k = quantized; k < columns; k++) store_as(out, is_bf16, at + k, load_as_float(x, is_bf16, at + k));
         for (int64_t start = 0; start < quantized; start += group) {
             int64_t stop = least(start + group, quantized);
-            float amax = 1e-4f, scale;
-            for (int64_t k = start; k < stop; k++) {
-                float v = fabsf(load_as_float(x, is_bf16, at + k));
-                amax = v > amax ? v : amax;
-            }
-            scale = group_scale(amax, 1.f / 448.f);
-            for (int64_t k = start; k < stop; k++) {
-                float v = load_as_float(x, is_bf16, at + k) / scale;
-                v = v < -448.f ? -448.f : v > 448.f ? 448.f : v;
-                store_as(out, is_bf16, at + k, round_e4m3(v) * scale);
+            float scale = group_scale(largest_magnitude(x, at + start, stop - start, 1e-4f, is_bf16), 1.f / 448.f);
+            for (int64_t k = start; k < stop; k += 16) {
+                lanes v = clamp(load_some(x, is_bf16, at + k, stop - k) / scale, -448.f, 448.f);
+                store_some(out, is_bf16, at + k, round_e4m3(v) * scale, stop - k);
             }
         }
     }
@@ -131,8 +137,10 @@ INLINE void rms_norm(const void *x, const float *weight, float eps, void *out, f
     for (int64_t row = rows.first; row < rows.last; row++) {
         int64_t at = row * columns;
         float factor = inverse_rms(x, row, columns, eps, is_bf16, scratch);
-        for (int64_t k = 0; k < columns; k++)
-            store_as(out, is_bf16, at + k, load_as_float(x, is_bf16, at + k) * factor * weight[k]);
+        for (int64_t k = 0; k < columns; k += 16) {
+            lanes v = load_some(x, is_bf16, at + k, columns - k) * factor;
+            store_some(out, is_bf16, at + k, v * load_some(weight, 0, k, columns - k), columns - k);
+        }
     }
 }
 
@@ -155,8 +163,8 @@ INLINE void head_norm(const void *x, float eps, void *out, float *scratch, struc
         mean = is_bf16 ? rounded_to_bf16(rounded_to_bf16(mean) + eps) : mean + eps;
         float factor = 1.f / sqrtf(mean);
         if (is_bf16) factor = rounded_to_bf16(factor);
-        for (int64_t k = row * columns; k < (row + 1) * columns; k++)
-            store_as(out, is_bf16, k, load_as_float(x, is_bf16, k) * factor);
+        for (int64_t k = row * columns, stop = k + columns; k < stop; k += 16)
+            store_some(out, is_bf16, k, load_some(x, is_bf16, k, stop - k) * factor, stop - k);
     }
 }
 
@@ -317,20 +325,14 @@ INLINE void swiglu(const void *gate, const void *up, const float *shares, void *
                    int64_t columns, float limit, int is_bf16) {
     for (int64_t row = rows.first; row < rows.last; row++)
         for (int64_t start = 0; start < columns; start += 16) {
-            int64_t n = least(columns - start, 16), at = row * columns + start;
-            float gates[16] = {0}, decay[16];
-            for (int64_t i = 0; i < n; i++) {
-                float g = load_as_float(gate, is_bf16, at + i);
-                gates[i] = g > limit ? limit : g;
-            }
-            for (int i = 0; i < 16; i++) decay[i] = -gates[i];
+            int64_t n = columns - start, at = row * columns + start;
+            lanes g = load_some(gate, is_bf16, at, n), u = clamp(load_some(up, is_bf16, at, n), -limit, limit);
+            float decay[16];
+            g = choose_lanes(g > limit, splat(limit), g);
+            store(decay, -g);
             exponentials(decay);
-            for (int64_t i = 0; i < n; i++) {
-                float u = load_as_float(up, is_bf16, at + i);
-                u = u < -limit ? -limit : u > limit ? limit : u;
-                float value = gates[i] / (1.f + decay[i]) * u;
-                store_as(out, is_bf16, at + i, shares ? shares[row] * value : value);
-            }
+            lanes value = g / (1.f + load(decay)) * u;
+            store_some(out, is_bf16, at, shares ? shares[row] * value : value, n);
         }
 }
 

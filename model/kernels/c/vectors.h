@@ -90,6 +90,13 @@ INLINE void store(float *p, lanes v) { memcpy(p, &v, 64); }
 
 INLINE lanes splat(float x) { return (lanes){0} + x; }
 
+INLINE lanes choose_lanes(ilanes mask, lanes a, lanes b) { return (lanes)((mask & (ilanes)a) | (~mask & (ilanes)b)); }
+
+/* NaN stays NaN. */
+INLINE lanes clamp(lanes v, float low, float high) {
+    return choose_lanes(v < low, splat(low), choose_lanes(v > high, splat(high), v));
+}
+
 /* Element i of bfloat16 or float32 data. */
 INLINE float load_as_float(const void *x, int is_bf16, int64_t i) {
     return is_bf16 ? widen_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
@@ -185,6 +192,39 @@ INLINE lanes rounded_lanes(lanes v, int rounded) {
     if (!rounded) return v;
     ulanes is_nan = (ulanes)(v != v), nan = ((ulanes)v | 0x400000) & 0xffff0000u;
     return (lanes)((is_nan & nan) | (~is_nan & (ulanes)nearest_lanes(v)));
+}
+
+typedef uint16_t ushorts __attribute__((vector_size(32)));
+
+/* Elements i to i + 15 of bfloat16 or float32 data. */
+INLINE lanes load_lanes(const void *x, int is_bf16, int64_t i) {
+    if (!is_bf16) return load((const float *)x + i);
+    ushorts bits;
+    memcpy(&bits, (const uint16_t *)x + i, 32);
+    return (lanes)(__builtin_convertvector(bits, ulanes) << 16);
+}
+
+INLINE void store_lanes(void *x, int is_bf16, int64_t i, lanes v) {
+    if (!is_bf16) {
+        store((float *)x + i, v);
+        return;
+    }
+    ushorts bits = __builtin_convertvector((ulanes)rounded_lanes(v, 1) >> 16, ushorts);
+    memcpy((uint16_t *)x + i, &bits, 32);
+}
+
+/* The first `count` of these, all sixteen if there are more; the others are loaded as zeros. */
+INLINE lanes load_some(const void *x, int is_bf16, int64_t i, int64_t count) {
+    if (count >= 16) return load_lanes(x, is_bf16, i);
+    lanes v = splat(0.f);
+    for (int64_t k = 0; k < count; k++) v[k] = load_as_float(x, is_bf16, i + k);
+    return v;
+}
+
+INLINE void store_some(void *x, int is_bf16, int64_t i, lanes v, int64_t count) {
+    if (count >= 16) store_lanes(x, is_bf16, i, v);
+    else
+        for (int64_t k = 0; k < count; k++) store_as(x, is_bf16, i + k, v[k]);
 }
 
 #define LEAST_OF_NONE 0x10000

@@ -126,11 +126,11 @@ def matrices(rows: int, columns: int) -> list[Matrix]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "columns"), [(133, 224), (5, 512), (3, 32)])
+@pytest.mark.parametrize(("rows", "columns"), [(133, 224), (24, 64), (5, 512), (3, 32)])
 @pytest.mark.fast_cases(1)
 def test_linear(rows: int, columns: int, dtype: torch.dtype) -> None:
     for matrix in matrices(rows, columns):
-        for count in (1, 8):
+        for count in (1, 8, 50):  # 50 rows and few of the weight: threads share out rows of x
             x = torch.randn(count, columns, generator=GENERATOR).to(dtype)
             for start, stop in ((0, None), (1, rows - 1)):
                 expected = REFERENCE.linear(x, matrix, start, stop)
