@@ -9,8 +9,9 @@ more than anything else does. A process measures
 
 - decode: single steps after a prompt of 32 tokens, the median step;
 - prefill: a prompt of `--tokens`, logits of the last one only;
-- the bound: how fast this machine reads memory just then, and so the share of it that decode reaches. What other
-  processes used of the processor meanwhile is printed as "foreign"; where it is not near zero, only ratios mean much.
+- the bound: how fast this machine reads memory, between every few steps, because what else its host does can halve
+  that from one second to the next; and so the share of it that these steps reach. What other processes used of the
+  processor meanwhile is printed as "foreign"; where it is not near zero, only ratios mean much.
 
 transformers runs in bfloat16 with each of its two expert implementations; the faster counts. llama.cpp runs the file of
 `convert --to gguf` (BF16 and MXFP4: the same weights) where its prebuilt library can be had from npm. The row "dsv4,
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,8 +46,10 @@ EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager")
 LLAMA_CPP, DRAFTS = "llama.cpp", "drafts"
 RATIOS = (0, 4, 128)
 PROMPT, STEPS, PREFILLS = 32, 40, 2
+STEPS_TOGETHER = 5  # between two readings of the rate of memory
 BUSY = "while True: pass"
 BANDWIDTH_BYTES = 1 << 29
+RATES = [i * 1e10 for i in range(100)]  # bounds of the classes that shares are printed for, bytes per second
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that torch's threads read from memory when they add up half a gigabyte."""
-    import torch
-
-    numbers = torch.ones(BANDWIDTH_BYTES // 4)
-    return BANDWIDTH_BYTES / min(seconds(numbers.sum) for _ in range(5))
+def read_bandwidth(numbers: Any) -> float:
+    """Bytes per second that torch's threads read from memory when they add up a large tensor, the better of two."""
+    return float(numbers.nbytes / min(seconds(numbers.sum) for _ in range(2)))
 
 
 @contextmanager
@@ -170,6 +171,22 @@ def foreign_load(result: dict[str, Any]) -> Iterator[None]:
     result["foreign"] = max(0.0, busy_after - busy - own_after + own) / (time.perf_counter() - start) / cores
 
 
+def decode(engine: Engine, ids: Any) -> dict[str, Any]:
+    """The median step in tokens per second, that of each few steps, and the rate of memory around these."""
+    import torch
+
+    numbers = torch.ones(BANDWIDTH_BYTES // 4)
+    steps: list[float] = []
+    medians, rates = [], [read_bandwidth(numbers)]
+    for first in range(0, STEPS, STEPS_TOGETHER):
+        some = [seconds(lambda i=i: engine.step(ids[:, i : i + 1])) for i in range(first, first + STEPS_TOGETHER)]
+        rates.append(read_bandwidth(numbers))
+        medians.append(1 / statistics.median(some))
+        steps += some
+    around = [(before + after) / 2 for before, after in pairwise(rates)]
+    return {"decode": 1 / statistics.median(steps), "decode of each": medians, "bandwidth of each": around}
+
+
 def measure(engine: Engine, tokens: int) -> dict[str, Any]:
     """Medians of decode and prefill in tokens per second, after a step and a prompt that warm up."""
     import torch
@@ -180,9 +197,9 @@ def measure(engine: Engine, tokens: int) -> dict[str, Any]:
     for i in range(4):
         engine.step(ids[:, i : i + 1])
     with foreign_load(found):
-        steps = [seconds(lambda i=i: engine.step(ids[:, i : i + 1])) for i in range(STEPS)]
+        found |= decode(engine, ids)
         prompts = [seconds(lambda: engine.prefill(ids[:, :tokens])) for _ in range(PREFILLS + 1)][1:]
-    return found | {"decode": 1 / statistics.median(steps), "prefill": tokens / statistics.median(prompts)}
+    return found | {"prefill": tokens / statistics.median(prompts)}
 
 
 def drafted(folder: Path) -> dict[str, Any]:
@@ -210,7 +227,7 @@ def work(row: Row, folder: Path, tokens: int) -> dict[str, Any]:
     if row.engine != "dsv4":
         return measure(load_theirs(folder, row.engine), tokens)
     engine = Ours(folder)
-    return measure(engine, tokens) | {"bandwidth": read_bandwidth(), "bytes": engine.active_bytes()}
+    return measure(engine, tokens) | {"bytes": engine.active_bytes()}
 
 
 def start(row: Row, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -233,24 +250,40 @@ def cells(results: list[dict[str, Any]], key: str) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def rates_and_shares(results: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Of each few steps of a row that says how many bytes a step reads: the rate of memory, and the share reached."""
+    return [
+        (rate, result["bytes"] * tokens / rate)
+        for result in results
+        if "bytes" in result
+        for tokens, rate in zip(result["decode of each"], result["bandwidth of each"], strict=True)
+    ]
+
+
 def report(found: dict[str, list[dict[str, Any]]]) -> None:
     """The table, and how the engine compares with the faster transformers."""
     print("\n| row | decode, tokens/s | prefill, tokens/s | share of read bandwidth | foreign |\n|---|---|---|---|---|")
     for name, results in found.items():
-        shares = [r["bytes"] * r["decode"] / r["bandwidth"] for r in results if "bandwidth" in r]
+        shares = [share for _, share in rates_and_shares(results)]
         share = f"{statistics.median(shares):.0%}" if shares else ""
         foreign = statistics.median(result["foreign"] for result in results)
         print(f"| {name} | {cells(results, 'decode')} | {cells(results, 'prefill')} | {share} | {foreign:.0%} |")
-    ours, reads = found.get(ROWS[0].name), [r["bandwidth"] for rs in found.values() for r in rs if "bandwidth" in r]
-    if reads:
-        print(f"\nmemory is read at {statistics.median(reads) / 1e9:.1f} GB/s (up to {max(reads) / 1e9:.1f})")
+    ours = found.get(ROWS[0].name)
+    for low, high in pairwise(RATES):
+        shares = [share for rate, share in rates_and_shares(ours or []) if low <= rate < high]
+        if shares:
+            text = f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+            steps = len(shares) * STEPS_TOGETHER
+            print(
+                f"memory read at {low / 1e9:.0f} to {high / 1e9:.0f} GB/s: dsv4 reaches {text} of it in {steps} steps"
+            )
     for result in found.get("dsv4, drafts", ()):
         print(
             "drafts: {tokens_per_step:.2f} tokens a step, of each draft {acceptance:.0%} accepted; ".format(**result),
             end="",
         )
         print(f"a token takes {result['plain'] / result['decode']:.2f} of the time without drafts")
-    for key in ("decode", "prefill") if ours else ():
+    for key in ("decode", "prefill") if ours and len(found) > 1 else ():
         own = statistics.median(result[key] for result in ours or ())
         others = {n: statistics.median(r[key] for r in rs) for n, rs in found.items() if rs is not ours}
         print(f"{key}: dsv4 is " + ", ".join(f"{own / other:.2f} of {name}" for name, other in others.items()))
