@@ -1,6 +1,7 @@
 """Experts from the files: read ahead, once per call of a layer, within the limit, the frequent ones kept."""
 
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_what_is_foreseen_and_wrong_is_cancelled() -> None:
     for expert in range(12):
         check(cache.get(name(expert)))
     assert sorted(files.read) == sorted(names_of([*range(12), *range(20, 20 + READERS)])) and not files.alone
+    wait([reading.matrix for reading in cache._reading.values()])  # the wrong ones, which no `get` waits for
     cache.expect(alone(names_of(range(30, 34))))
     for expert in range(30, 34):
         check(cache.get(name(expert)))
