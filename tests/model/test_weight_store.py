@@ -144,7 +144,7 @@ def test_experts_are_foreseen_before_attention(
 
 
 def test_nothing_is_foreseen_where_the_disk_has_other_reads(folder: Path, resident: tuple[torch.Tensor, int]) -> None:
-    """Dense matrices that do not fit; or a checkpoint that is fetched, of which nobody wants more than is needed."""
+    """Dense matrices do not fit and are read then, or files are fetched: of these only what a token needs."""
     assert load(folder, max_memory=resident[1] * 9 // 10).store.foresees
     assert not load(folder, max_memory=smallest(folder)).store.foresees
     assert not load(folder, on_demand=True).store.foresees and not load(folder).store.foresees

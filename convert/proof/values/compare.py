@@ -36,7 +36,6 @@ from .formats import (
 )
 
 SLOW_ELEMENTS = 1 << 16  # elements decoded to integers at a time: eight int64 arrays of them fit the cache
-SMALLEST_E8M0 = -127
 
 
 @dataclass
